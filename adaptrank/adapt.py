@@ -1,0 +1,333 @@
+"""Find layers, freeze the model, wrap them: the only file that edits someone else's model."""
+
+import difflib
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from adaptrank.axes import RankAxis, generator, rank_axes
+from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ParameterizationCallable = Callable[[nn.Module], Parameterization]
+"""A parameterization that still lacks its layer: a class, a partial of one, or any function of the layer."""
+
+
+def adapt(
+    model: Model,
+    targets: str | Sequence[str] = "all-linear",
+    parameterization: ParameterizationCallable | Sequence[ParameterizationCallable] = (),
+    *,
+    exclude: str | Sequence[str] = (),
+    name: str = "default",
+    train_modules: Sequence[str] = (),
+    rank_pattern: Mapping[str, int | Mapping[str, int]] | None = None,
+    seed: int = 0,
+) -> Model:
+    """Freeze `model` and wrap the layers that `targets` names; returns the same model.
+
+    Calling it again with the same arguments changes nothing. What was matched is in `describe(model)`.
+
+    Args:
+        model: any module; its own class need not be known.
+        targets: "all-linear" (every layer the method accepts by default, output embeddings left out); a regular
+            expression that matches whole paths; or a list of last components of paths, such as ["q_proj", "v_proj"].
+        parameterization: what to wrap with; of a sequence the first is innermost.
+        exclude: in the same forms, layers to leave alone.
+        name: of the adapter; several adapters on one layer need several names.
+        train_modules: paths, or last components of paths, of modules to train whole: a new classifier, say.
+        rank_pattern: sizes to start from, axis key, path, last component or regular expression -> units, or {axis: units}.
+            The scale of a method stays that of its `rank` argument.
+        seed: of what growing to a size of `rank_pattern` draws.
+    Raises:
+        ValueError: if nothing matches, a name is unknown, or a layer already carries this adapter in another form.
+        TypeError: if a matched layer is of a kind the method cannot wrap.
+    """
+    makers = [parameterization] if callable(parameterization) else list(parameterization)
+    if not makers:
+        raise ValueError("adapt() needs a parameterization, such as parameterization=partial(LoRA, rank=8).")
+    modules = _named_layers(model)
+    extra = _find_extra(model, train_modules)
+    carried = wrapped_layers(model)
+
+    # An earlier entry's adapters and modules go on training; all else is frozen.
+    trained = {
+        id(p) for layer in carried.values() for w in layer.nest for _, p in w.own_parameters() if p.requires_grad
+    }
+    trained |= {id(p) for p in model.parameters() if p.requires_grad} if carried else set()
+
+    paths = [
+        path
+        for path in _match(modules, targets, makers[0], _left_out(model))
+        if not any(path == p or path.startswith(f"{p}.") for p in extra)
+    ]
+    if exclude:
+        left_out = set(_match(modules, exclude, makers[0], frozenset(), strict=False))
+        paths = [path for path in paths if path not in left_out]
+    if not paths:
+        raise ValueError(_no_match(modules, targets, exclude))
+
+    built = {path: _wrap(path, modules[path], makers, name) for path in paths}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    wraps = {path: layer for path, layer in built.items() if layer is not None}
+    for path, layer in wraps.items():
+        _put(model, path, layer)
+    _tie(wraps)
+    for module in extra.values():
+        module.requires_grad_(True)
+    if rank_pattern and wraps:  # sizes to start from: a second call must not undo what an allocator did
+        fresh = {id(w) for layer in wraps.values() for w in layer.nest if w.name == name}
+        axes = {k: a for k, a in rank_axes(model).items() if any(id(member) in fresh for member, _ in a.members)}
+        _resize_by_pattern(model, axes, rank_pattern, seed)
+    return model
+
+
+def describe(model: nn.Module) -> str:
+    """What was wrapped: a line for each kind of layer (last component of the path), its method and its count."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    for path, layer in wrapped_layers(model).items():
+        nest = " on ".join(type(wrapper).__name__ for wrapper in reversed(layer.nest))
+        kinds[path.rsplit(".", 1)[-1] or type(layer.innermost).__name__, nest] += 1
+    width = max((len(kind) for kind, _ in kinds), default=0)
+    return "\n".join(f"{kind:{width}}  {count:3} x {nest}" for (kind, nest), count in kinds.items())
+
+
+def set_enabled(model: nn.Module, enabled: bool | Iterable[str] = True) -> None:
+    """Switch adapters by flags: all on, all off, or exactly those of the given names.
+
+    Raises:
+        ValueError: for a name no wrapper has.
+    """
+    wrappers = [wrapper for layer in wrapped_layers(model).values() for wrapper in layer.nest]
+    if not isinstance(enabled, bool):
+        enabled = [enabled] if isinstance(enabled, str) else list(enabled)
+        known = {wrapper.name for wrapper in wrappers}
+        for wanted in enabled:
+            if wanted not in known:
+                raise ValueError(f"No adapter is called {wanted!r}{_nearest(wanted, known)}; there are {_some(known)}.")
+    for wrapper in wrappers:
+        wrapper.enabled = enabled if isinstance(enabled, bool) else wrapper.name in enabled
+
+
+def apply_rank_pattern(model: nn.Module, pattern: Mapping[str, int | Mapping[str, int]], seed: int = 0) -> None:
+    """Give axes the sizes of a pattern; the most specific key wins: axis key, path, last component, regular expression.
+
+    Raises:
+        ValueError: for a key that names no axis, or a size outside an axis' limits.
+    """
+    _resize_by_pattern(model, rank_axes(model), pattern, seed)
+
+
+def _resize_by_pattern(
+    model: nn.Module, axes: Mapping[str, RankAxis], pattern: Mapping[str, int | Mapping[str, int]], seed: int
+) -> None:
+    paths = {id(wrapper): path for path, layer in wrapped_layers(model).items() for wrapper in layer.nest}
+    used: set[str] = set()
+    for key, axis in axes.items():
+        size = _pattern_size(key, paths[id(axis.members[0][0])], pattern, used)
+        if size is None or size == len(axis):
+            continue
+        least, largest = axis.limits()
+        if size < least or (largest is not None and size > largest):
+            raise ValueError(
+                f"rank_pattern asks {key} for {size} units; it holds {least} to {largest or 'any number'}."
+            )
+        kept = min(size, len(axis))
+        axis.resize(range(kept), size - kept, generator(seed, key, 0))
+    for key in pattern:
+        if key not in used:
+            layers = [paths[id(axis.members[0][0])] for axis in axes.values()]
+            known = {*axes, *layers, *map(_last, layers)}
+            raise ValueError(
+                f"rank_pattern names {key!r}, which is no axis of this model{_nearest(key, known)}; axes here: {_some(axes)}."
+            )
+
+
+def _pattern_size(key: str, path: str, pattern: Mapping[str, int | Mapping[str, int]], used: set[str]) -> int | None:
+    own, axis = key.rsplit(":", 1)  # of two adapters with an axis of one name, `own` has the position in the nest
+    matches = [entry for entry in dict.fromkeys((key, own, path, _last(path))) if entry in pattern]
+    matches += [entry for entry in pattern if entry not in matches and _fullmatch(entry, path)]
+    used.update(matches)
+    for entry in matches:
+        size = pattern[entry]
+        if isinstance(size, int):
+            return size
+        if axis in size:
+            return size[axis]
+    return None
+
+
+def _fullmatch(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:  # an axis key or a path that happens to be no expression
+        return False
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+# ---- matching
+
+
+def _named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, of everything that can be named; of a wrapped layer only its outermost wrapper."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        found[path] = module
+        if not isinstance(module, Parameterization):
+            for name, child in module.named_children():
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return module.innermost if isinstance(module, Parameterization) else module
+
+
+def _left_out(model: nn.Module) -> frozenset[int]:
+    """The output embeddings, which "all-linear" leaves alone: a wrapper on a tied head breaks its tie."""
+    heads = set()
+    for module in model.modules():  # the model may be an attribute of the one that is adapted
+        get = None if isinstance(module, Parameterization) else getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if head is not None:
+            heads.add(id(head))
+    return frozenset(heads)
+
+
+def _accepted(maker: ParameterizationCallable) -> tuple[type[nn.Module], ...]:
+    while isinstance(maker, functools.partial):
+        maker = maker.func
+    maker = getattr(maker, "parameterization", maker)
+    return (
+        maker.accepts if isinstance(maker, type) and issubclass(maker, Parameterization) else Parameterization.accepts
+    )
+
+
+def _match(
+    modules: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    maker: ParameterizationCallable,
+    left_out: frozenset[int],
+    strict: bool = True,
+) -> list[str]:
+    """Paths that the targets name, in the order of the model."""
+    if targets == "all-linear":
+        kinds = _accepted(maker)
+        return [p for p, m in modules.items() if isinstance(_innermost(m), kinds) and id(m) not in left_out]
+    if isinstance(targets, str):
+        try:
+            return [path for path in modules if path and re.fullmatch(targets, path)]
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
+    found: list[str] = []
+    for target in targets:
+        ends = [path for path in modules if path == target or path.endswith(f".{target}")]
+        if strict and not ends:
+            raise ValueError(_no_match(modules, [target], ()))
+        found += ends
+    return [path for path in modules if path in set(found)]
+
+
+def _no_match(modules: Mapping[str, nn.Module], targets: str | Sequence[str], exclude: str | Sequence[str]) -> str:
+    fitting = [p for p, m in modules.items() if isinstance(_innermost(m), Parameterization.accepts)]
+    endings = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in fitting))
+    wanted = targets if isinstance(targets, str) else ", ".join(targets)
+    if not endings:
+        return f"No layer matches targets={wanted!r}: this model has no linear layer at all."
+    if exclude:
+        return (
+            f"targets={wanted!r} less exclude={exclude!r} leaves no layer; linear layers here end in {_some(endings)}."
+        )
+    hint = _nearest(wanted.rsplit(".", 1)[-1], endings)
+    if isinstance(targets, str) and targets in endings:
+        hint = f": a string is a regular expression over whole paths; for the last component write [{targets}]"
+    return (
+        f"No layer matches targets={wanted!r}{hint}; linear layers here end in {_some(endings)}, or say 'all-linear'."
+    )
+
+
+def _find_extra(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    extra = {}
+    for name in names:
+        found = {path: m for path, m in modules.items() if path == name or path.endswith(f".{name}")}
+        if not found:
+            known = {path.rsplit(".", 1)[-1] for path in modules if path}
+            raise ValueError(f"train_modules names {name!r}, which this model does not have{_nearest(name, known)}.")
+        extra.update(found)
+    return extra
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---- wrapping
+
+
+def _wrap(
+    path: str, layer: nn.Module, makers: Sequence[ParameterizationCallable], name: str
+) -> Parameterization | None:
+    """The layer in its new wrappers, or None where it already carries exactly these."""
+    before = layer.nest if isinstance(layer, Parameterization) else []
+    carried = [w for w in before if w.name == name]
+    was_training = layer.training
+    wrapper = layer
+    for maker in makers:
+        try:
+            wrapper = maker(wrapper)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path or 'the model'}: {error}") from error
+        if not isinstance(wrapper, Parameterization):
+            raise TypeError(
+                f"A parameterization must return a wrapped layer; {maker} returned {type(wrapper).__name__}."
+            )
+    assert isinstance(wrapper, Parameterization)
+    made = wrapper.nest[len(before) :]
+    for one in made:
+        one.name = name
+    if carried:
+        if [(type(w), w.init_args) for w in made] == [(type(w), w.init_args) for w in carried]:
+            return None
+        have = " on ".join(type(w).__name__ for w in reversed(carried))
+        raise ValueError(
+            f"{path} already carries adapter {name!r} ({have}); nest methods in one entry's list, or give this one another name."
+        )
+    return wrapper.train(was_training)
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    if not path:
+        raise ValueError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).__setattr__(name, layer)
+
+
+def _tie(layers: Mapping[str, Parameterization]) -> None:
+    """Tie the `shared` tensors of a method into every layer of one kind (last component) and shape."""
+    first: dict[object, Parameterization] = {}
+    for path, layer in layers.items():
+        for position, wrapper in enumerate(layer.nest):
+            if wrapper.shared:
+                group = (path.rsplit(".", 1)[-1], wrapper.shape, position, type(wrapper), wrapper.name)
+                owner = first.setdefault(group, wrapper)
+                for name in wrapper.shared:
+                    setattr(wrapper, name, getattr(owner, name))

@@ -1,0 +1,160 @@
+"""Pure: importance, cost, budget -> what to keep, close and grow. Deterministic; nothing here touches a tensor of a model."""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adaptrank.axes import CostModel, natural
+
+Scores = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Keep these units, in this order, and add `grow` fresh ones."""
+
+    keep: tuple[int, ...]
+    grow: int = 0
+
+
+@dataclass(frozen=True)
+class Close:
+    """Set these units to zero and open all others; tensors keep their size."""
+
+    units: tuple[int, ...]
+
+
+Plan = dict[str, Resize | Close]
+
+
+def ranked(scores: Tensor) -> list[int]:
+    """Units from the most to the least important; ties fall to the lower index."""
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
+
+
+def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> Plan:
+    """Keep the units with most importance per cost, never over the budget.
+
+    Each axis keeps its `floor` best units. Then one unit at a time, the highest score per marginal cost first; ties fall
+    to the natural order of the axes. With costs of one the budget is met exactly, with others the next unit that could
+    be kept would no longer fit.
+
+    Args:
+        scores: axis -> (units,), higher is kept.
+        cost: in the unit of the budget.
+        budget: total after the plan, `cost.fixed` included.
+        floor: least number of units an axis keeps.
+    Returns:
+        A `Resize` for every axis that loses units.
+    Raises:
+        ValueError: where the floors alone cost more than the budget.
+    """
+    order = {axis: ranked(values) for axis, values in scores.items()}
+    sizes = {axis: min(floor, len(units)) for axis, units in order.items()}
+    total = cost.total(sizes)
+    if total > budget:
+        raise ValueError(
+            f"A budget of {budget} is below {total}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
+        )
+
+    def value(axis: str) -> float:
+        score = float(scores[axis][order[axis][sizes[axis]]])
+        price = max(cost.marginal(axis, sizes), 1)
+        return score / price if score >= 0 else score * price
+
+    place = {axis: index for index, axis in enumerate(sorted(scores, key=natural))}
+    heap = [(-value(axis), place[axis], axis) for axis in scores if sizes[axis] < len(order[axis])]
+    heapq.heapify(heap)
+    while heap:
+        stale, _, axis = heapq.heappop(heap)
+        if -value(axis) > stale:  # a neighbour grew, and this unit costs more than when it was queued
+            heapq.heappush(heap, (-value(axis), place[axis], axis))
+            continue
+        price = cost.marginal(axis, sizes)
+        if total + price > budget:
+            continue  # nor will any further unit of this axis fit: marginal costs only grow
+        total += price
+        sizes[axis] += 1
+        if sizes[axis] < len(order[axis]):
+            heapq.heappush(heap, (-value(axis), place[axis], axis))
+    return {
+        axis: Resize(tuple(sorted(units[: sizes[axis]]))) for axis, units in order.items() if sizes[axis] < len(units)
+    }
+
+
+def exchange(
+    scores: Scores,
+    cost: CostModel,
+    budget: int,
+    swaps: int,
+    pool: int = 2,
+    floor: int = 1,
+    caps: Mapping[str, int | None] | None = None,
+    reference: bool = False,
+) -> Plan:
+    """ElaLoRA's exchange (arXiv:2504.00254), with two pools: the weakest units go, axes whose weakest still matter grow.
+
+    Every axis offers its `pool` lowest units. Of those it may lose (never below `floor`) the `swaps` lowest scores are
+    pruned; the `swaps` highest scores win a fresh unit each for their axis (never above its cap). One prune and what its
+    cost pays for at a time, so that the total never exceeds the budget; with costs of one it stays the same.
+    A unit that is chosen for both is left alone.
+
+    `reference=True` is the released rule: one pool for both, from which an axis at the floor is absent, so that it can
+    never grow again.
+
+    Args:
+        scores: axis -> (units,), higher is kept.
+        cost: in the unit of the budget.
+        budget: total not to be exceeded.
+        swaps: number of units to prune and to grow; fewer where the pools are small.
+        pool: units an axis offers.
+        floor: least number of units of an axis.
+        caps: axis -> largest number of units, None for no cap.
+        reference: use the single pool of the released code.
+    """
+    caps = caps or {}
+    sizes = {axis: len(values) for axis, values in scores.items()}
+    losing: list[tuple[float, int, str, int]] = []
+    winning: list[tuple[float, int, str, int]] = []
+    for place, axis in enumerate(sorted(scores, key=natural)):
+        lowest = ranked(scores[axis])[::-1]
+        offered = [(float(scores[axis][unit]), place, axis, unit) for unit in lowest[:pool]]
+        may_lose = max(0, min(pool, sizes[axis] - floor))
+        losing += offered[:may_lose]
+        cap = caps.get(axis)
+        room = pool if cap is None else max(0, cap - sizes[axis])
+        may_win = sorted((-score, p, a, u) for score, p, a, u in (offered[:may_lose] if reference else offered))
+        winning += may_win[:room]
+    prune = [(axis, unit) for _, _, axis, unit in sorted(losing)]
+    grow = [(axis, unit) for _, _, axis, unit in sorted(winning)]
+    swaps = min(swaps, len(prune), len(grow), len({*prune, *grow}) // 2)
+    both = {*prune[:swaps]} & {*grow[:swaps]}
+    prune = [entry for entry in prune[:swaps] if entry not in both]
+    grow = [entry for entry in grow if entry not in both and entry not in prune]
+
+    total = cost.total(sizes)
+    pruned: dict[str, set[int]] = {axis: set() for axis in scores}
+    grown = dict.fromkeys(scores, 0)
+    for axis, unit in prune:
+        pruned[axis].add(unit)
+        sizes[axis] -= 1
+        total -= cost.marginal(axis, sizes)
+        while entry := next((e for e in grow if total + cost.marginal(e[0], sizes) <= budget), None):
+            grow.remove(entry)
+            total += cost.marginal(entry[0], sizes)
+            sizes[entry[0]] += 1
+            grown[entry[0]] += 1
+    winners = list(dict.fromkeys(axis for axis, _ in winners_of))
+    while prune and (fits := [axis for axis in winners if has_room(axis)]):  # unequal costs may leave more than a unit
+        for axis in filter(has_room, fits):
+            total += cost.marginal(axis, sizes)
+            sizes[axis] += 1
+            grown[axis] += 1
+    return {
+        axis: Resize(tuple(unit for unit in range(len(values)) if unit not in pruned[axis]), grown[axis])
+        for axis, values in scores.items()
+        if pruned[axis] or grown[axis]
+    }

@@ -1,0 +1,305 @@
+"""Save and load adapters: one safetensors file whose header says all that is needed to build them again."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adaptrank.adapt import ParameterizationCallable, adapt
+from adaptrank.axes import fit_ranks, rank_axes
+from adaptrank.backbones import fingerprint
+from adaptrank.parameterizations.base import PARAMETERIZATIONS, Parameterization, wrapped_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+FORMAT_VERSION = 1
+
+log = logging.getLogger("adaptrank")
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping[str, Any] | None = None) -> Path:
+    """Write the adapters of a model, and the other modules trained with them, to a folder.
+
+    `adapter_model.safetensors` holds the tensors, and in its header the description that `read_adapter` returns;
+    `adapter_config.json` repeats the description for people. Both are complete or absent, never half-written.
+
+    Args:
+        model: any module that holds wrappers.
+        folder: made if need be; an adapter that is there is replaced.
+        base: what is known of the frozen model, such as {"name": its id, "source": where it came from}.
+    Returns:
+        The folder.
+    Raises:
+        ValueError: if the model holds no wrapper.
+    """
+    if not wrapped_layers(model):
+        raise ValueError("This model holds no adapter to save; call adapt() first, or unmerge() if it is merged.")
+    description = describe_adapter(model, base)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in _adapter_tensors(model):
+        if key not in description["tied"]:
+            tensors[key] = tensor.detach().contiguous()
+    for name, tensor in trained_modules(model).items():
+        tensors[name] = tensor.detach().contiguous()
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description, indent=2)
+    partial_file = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(tensors, partial_file, metadata={"format": "pt", "adaptrank": text})
+        os.replace(partial_file, folder / WEIGHTS)
+    finally:
+        partial_file.unlink(missing_ok=True)
+    partial_file = folder / f".{CONFIG}.{os.getpid()}"
+    partial_file.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial_file, folder / CONFIG)
+    return folder
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Wrap the layers that the file names, give them the stored ranks, and load strictly; returns the same model.
+
+    A layer that already carries the same wrappers is loaded into; one that carries others is an error. A base with other
+    weights than the adapter was trained on is reported in one line of the log.
+
+    Raises:
+        FileNotFoundError: if there is no adapter in the folder.
+        ValueError: if the file and the model do not fit; the model is unchanged then.
+    """
+    file = _weights_file(folder)
+    description = read_adapter(folder)
+    _check_fits(model, description, file)
+    _check_fingerprint(model, description)
+    for entry in description["adapters"]:
+        for name, makers in _runs(entry["nest"]):
+            pattern = "|".join(re.escape(path) for path in entry["layers"])
+            missing = [p for p in entry["layers"] if not _carries(model, p, entry["nest"], name)]
+            if missing:
+                adapt(model, pattern, makers, name=name)
+    with safe_open(file, framework="pt") as stored:
+        keys = set(stored.keys())
+        tied: dict[str, str] = description["tied"]
+        targets = dict(_adapter_tensors(model))
+        extra = {key for key in keys if key not in targets}
+        parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+        unknown = sorted(extra - set(parameters))
+        absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
+        if unknown or absent:
+            said = [
+                f"{what} {names[0]} and {len(names) - 1} more"
+                for what, names in (("an unexpected tensor", unknown), ("no tensor", absent))
+                if names
+            ]
+            raise ValueError(f"{file} does not fit this model: it has {'; it has '.join(said)}.")
+        state = {_state_key(model, key): stored.get_tensor(tied.get(key, key)) for key in targets}
+        fit_ranks(model, state)
+        targets = dict(_adapter_tensors(model))
+        with torch.no_grad():
+            for key, tensor in [*targets.items(), *((name, parameters[name]) for name in sorted(extra))]:
+                value = stored.get_tensor(tied.get(key, key))
+                if value.shape != tensor.shape:
+                    raise ValueError(
+                        f"{file}: {key} is {tuple(value.shape)}, and this model's is {tuple(tensor.shape)}."
+                    )
+                tensor.copy_(value)
+    for name in sorted(extra):
+        parameters[name].requires_grad_(parameters[name].is_floating_point())
+    for layer in wrapped_layers(model).values():
+        for wrapper in layer.nest:
+            wrapper.refresh()
+    return model
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description in an adapter's file, without loading a tensor.
+
+    Raises:
+        FileNotFoundError: if there is no adapter in the folder.
+        ValueError: if the file is damaged, or was not written by this library, or by a later version of it.
+    """
+    file = _weights_file(folder)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from None
+    if "adaptrank" not in metadata:
+        raise ValueError(f"{file} is no adaptrank adapter: its header does not describe one.")
+    description: dict[str, Any] = json.loads(metadata["adaptrank"])
+    if description["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format {description['format_version']}; this version of adaptrank reads up to {FORMAT_VERSION}: "
+            f"pip install --upgrade adaptrank."
+        )
+    return description
+
+
+def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All that is needed to build the adapters again, as JSON-able data."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path, layer in wrapped_layers(model).items():
+        nest = [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in layer.nest]
+        entry = entries.setdefault(json.dumps(nest, sort_keys=True), {"nest": nest, "layers": {}})
+        entry["layers"][path] = list(layer.shape)
+    first: dict[int, str] = {}
+    tied = {}
+    for key, tensor in _adapter_tensors(model):
+        owner = first.setdefault(id(tensor), key)
+        if owner != key:
+            tied[key] = owner
+    return {
+        "format_version": FORMAT_VERSION,
+        "base": {**(base or {}), "fingerprint": fingerprint(frozen_weights(model))},
+        "adapters": list(entries.values()),
+        "ranks": {key: len(axis) for key, axis in rank_axes(model).items()},
+        "trained_modules": sorted(trained_modules(model)),
+        "tied": tied,
+    }
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's frozen parameters by their names before wrapping."""
+    own = {id(p) for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()}
+    return {
+        _unwrapped(model, name): p for name, p in model.named_parameters() if id(p) not in own and not p.requires_grad
+    }
+
+
+def trained_modules(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train outside of any wrapper (a classifier), by name, with the buffers of their modules."""
+    layers = wrapped_layers(model)
+    own = {id(p) for layer in layers.values() for w in layer.nest for _, p in w.own_parameters()}
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        direct = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and id(p) not in own}
+        if direct:
+            buffers = {
+                n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+            }
+            found.update({f"{path}.{n}".removeprefix("."): t for n, t in (direct | buffers).items()})
+    return found
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`<path before wrapping>.<position in the nest>.<tensor>` -> tensor, parameters and buffers that are saved."""
+    for path, layer in wrapped_layers(model).items():
+        for position, wrapper in enumerate(layer.nest):
+            for name in wrapper.state_dict(keep_vars=True):
+                if not name.startswith("base."):
+                    yield f"{path}.{position}.{name}".removeprefix("."), _get(wrapper, name)
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), last)
+    return tensor
+
+
+def _state_key(model: nn.Module, key: str) -> str:
+    """The name in `model.state_dict()` of an adapter file's key."""
+    layers = wrapped_layers(model)
+    path = next(p for p in sorted(layers, key=len, reverse=True) if not p or key.startswith(f"{p}."))
+    position, name = key[len(path) :].removeprefix(".").split(".", 1)
+    inward = ["base"] * (len(layers[path].nest) - 1 - int(position))
+    return ".".join([*([path] if path else []), *inward, name])
+
+
+def _unwrapped(model: nn.Module, name: str) -> str:
+    """The name of a parameter before its layer was wrapped."""
+    for path, layer in wrapped_layers(model).items():
+        prefix = f"{path}.{'base.' * len(layer.nest)}".removeprefix(".")
+        if name.startswith(prefix):
+            return f"{path}.{name[len(prefix) :]}".removeprefix(".")
+    return name
+
+
+def _weights_file(folder: str | os.PathLike[str]) -> Path:
+    folder = Path(folder)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = [
+            p.name for p in (folder.iterdir() if folder.is_dir() else ()) if p.suffix in (".bin", ".pt", ".ckpt")
+        ]
+        nested = folder / "adapter" / WEIGHTS
+        hint = f"; {pickled[0]} is a pickle, which is never loaded as an adapter" if pickled else ""
+        hint = f"; did you mean {folder / 'adapter'}?" if nested.is_file() else hint
+        raise FileNotFoundError(f"No adapter at {str(folder)!r}: it has no {WEIGHTS}{hint}.")
+    return file
+
+
+def _runs(nest: list[dict[str, Any]]) -> Iterator[tuple[str, list[ParameterizationCallable]]]:
+    """(name, makers) of each adapter of a nest, innermost first."""
+    makers: list[ParameterizationCallable] = []
+    for position, wrapper in enumerate(nest):
+        makers.append(partial(PARAMETERIZATIONS[wrapper["class"]], **wrapper["init_args"]))
+        if position + 1 == len(nest) or nest[position + 1]["name"] != wrapper["name"]:
+            yield wrapper["name"], makers
+            makers = []
+
+
+def _carries(model: nn.Module, path: str, nest: list[dict[str, Any]], name: str) -> bool:
+    layer = model.get_submodule(path)
+    return isinstance(layer, Parameterization) and any(w.name == name for w in layer.nest)
+
+
+def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> None:
+    modules = dict(model.named_modules())
+    for entry in description["adapters"]:
+        for wrapper in entry["nest"]:
+            if wrapper["class"] not in PARAMETERIZATIONS:
+                raise ValueError(
+                    f"{file} needs the parameterization {wrapper['class']!r}, which is not defined here; import the module "
+                    f"that defines it first. Known: {', '.join(PARAMETERIZATIONS)}."
+                )
+        for path, shape in entry["layers"].items():
+            layer = modules.get(path)
+            if layer is None:
+                raise ValueError(
+                    f"{file} adapts {path!r}, which this model does not have; was it made for another base?"
+                )
+            if isinstance(layer, Parameterization):
+                have = [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in layer.nest]
+                if json.loads(json.dumps(have)) != entry["nest"]:
+                    raise ValueError(
+                        f"{path} already carries {_spell(have)}, and {file} holds {_spell(entry['nest'])}; load it into a "
+                        f"model without adapters, or configure the same ones."
+                    )
+            else:
+                weight = getattr(layer, "weight", None)
+                if isinstance(weight, Tensor) and sorted(weight.shape) != sorted(shape):
+                    raise ValueError(
+                        f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {tuple(weight.shape)}."
+                    )
+
+
+def _spell(nest: list[dict[str, Any]]) -> str:
+    return " on ".join(
+        f"{w['class']}({', '.join(f'{k}={v!r}' for k, v in w['init_args'].items())})" for w in reversed(nest)
+    )
+
+
+def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
+    trained = set(description["trained_modules"])
+    names = {_unwrapped(model, name): p for name, p in model.named_parameters()}
+    own = {id(p) for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()}
+    found = fingerprint({name: p for name, p in names.items() if id(p) not in own and name not in trained})
+    base = description["base"]
+    if found != base["fingerprint"]:
+        log.warning(
+            "The base differs from the one this adapter was trained on (%s; fingerprint %s, here %s): results will differ.",
+            base.get("source") or base.get("name") or "unnamed",
+            base["fingerprint"],
+            found,
+        )

@@ -1,0 +1,56 @@
+"""The command line: picks the verb, and imports what it needs only then, so that help is there at once."""
+
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "fit": "train adapters from a YAML file, evaluate before and after, leave a run folder",
+    "validate": "evaluate on the validation set",
+    "test": "evaluate on the test set",
+    "predict": "predict, or complete prompts",
+    "methods": "list parameterizations and allocators: formula, source, axes, cost, which pairs work",
+    "generate": "complete prompts with an adapter, or with a merged model",
+    "merge": "fold an adapter into its base and write a plain transformers model",
+}
+
+HELP = """usage: python -m adaptrank VERB [...]
+
+Adaptive-rank, parameter-efficient fine-tuning on PyTorch Lightning.
+
+verbs:
+{verbs}
+
+start here:
+  python -m adaptrank fit --config configs/smoke.yaml             seconds
+  python -m adaptrank fit --config configs/hyperadapt_llama.yaml  minutes, on a real Llama
+  python -m adaptrank VERB --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb; argv is that of the process by default. Exits with 2 for a mistake in what was typed."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())), end="")
+        return
+    if args[0] == "--version":
+        from adaptrank import __version__
+
+        print(f"adaptrank {__version__}")
+        return
+    verb, rest = args[0], args[1:]
+    if verb in ("fit", "validate", "test", "predict"):
+        from adaptrank.cli.train import run
+
+        run(verb, rest)
+    elif verb in VERBS:
+        from adaptrank.cli import verbs
+
+        getattr(verbs, verb)(rest)
+    else:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"adaptrank: {verb!r} is no verb.{hint} There are: {', '.join(VERBS)}.", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,7 @@
+"""One LightningModule per task: build the backbone, adapt it, step, log."""
+
+from adaptrank.modules.base import AdaptedModule, Adapter
+from adaptrank.modules.causal_lm import CausalLM
+from adaptrank.modules.sequence_classification import SequenceClassification
+
+__all__ = ["AdaptedModule", "Adapter", "CausalLM", "SequenceClassification"]

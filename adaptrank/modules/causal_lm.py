@@ -1,0 +1,105 @@
+"""Fine-tune a causal language model on completions, and evaluate it by loss, perplexity, exact match and choices."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from adaptrank.metrics import ExactMatch, MultipleChoice
+from adaptrank.modules.base import AdaptedModule
+
+
+class CausalLM(AdaptedModule):
+    """A causal language model, trained on the tokens whose label is not -100.
+
+    Evaluation: `loss` per completion token (weighted by tokens) and `perplexity`, its exponent; where rows have an
+    `answer`, `exact_match` of greedy generations; where they have `choices`, `accuracy` by summed log-probability and
+    `accuracy_norm` by log-probability per character. Logits are computed for completion tokens only.
+
+    Args:
+        max_new_tokens: longest generation, in tokens.
+        generate: whether to generate for exact match.
+        kwargs: as in `AdaptedModule`.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+    metrics_shown: ClassVar = ("loss", "perplexity", "exact_match", "accuracy", "accuracy_norm")
+
+    def __init__(self, *args: Any, max_new_tokens: int = 24, generate: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_new_tokens, self.generate_answers = max_new_tokens, generate
+        self.mean_loss = MeanMetric()
+        self.exact_match = ExactMatch()
+        self.choice = MultipleChoice()
+        self.choice_norm = MultipleChoice(normalize=True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs
+        if "logits_to_keep" in self._forward_arguments:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns).logits
+        else:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, columns]
+        wanted, targets = wanted[:, columns], targets[:, columns]
+        losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
+        return losses, wanted.nonzero()[:, 0]
+
+    @property
+    def _forward_arguments(self) -> Mapping[str, Any]:
+        return inspect.signature(self.model.forward).parameters
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses, _ = self(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        loss: Tensor = losses.mean()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        size = len(batch["input_ids"])
+        losses, _ = self(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        self.mean_loss.update(losses)
+        self.log("loss", self.mean_loss, prog_bar=True, batch_size=size)
+        if self.generate_answers and "answers" in batch:
+            self.exact_match.update(self.complete(batch["prompt_ids"], batch["prompt_mask"]), batch["answers"])
+            self.log("exact_match", self.exact_match, prog_bar=True, batch_size=size)
+        if "choices" in batch:
+            rows = batch["choices"]
+            losses, row = self(rows["input_ids"], rows["attention_mask"], rows["labels"])
+            scores = torch.zeros(len(rows["input_ids"]), device=losses.device).index_add(0, row, -losses)
+            for metric, name in ((self.choice, "accuracy"), (self.choice_norm, "accuracy_norm")):
+                metric.update(scores, rows["characters"], rows["group"], rows["target"])
+                self.log(name, metric, batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.mean_loss.update_called:
+            self.log("perplexity", self.mean_loss.compute().exp())
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        texts = self.complete(batch["prompt_ids"], batch["prompt_mask"])
+        return [{"prompt": p, "completion": t} for p, t in zip(batch["prompts"], texts, strict=True)]
+
+    @torch.no_grad()
+    def complete(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+        """Greedy continuations of left-padded prompts (B, T), as B texts."""
+        output = self.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        texts: list[str] = self.tokenizer.batch_decode(output[:, prompt_ids.shape[1] :], skip_special_tokens=True)
+        return texts

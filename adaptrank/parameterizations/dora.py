@@ -1,0 +1,86 @@
+"""DoRA: LoRA on the direction of every row, and a trained magnitude for each."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptrank.parameterizations.base import Parameterization
+
+
+class DoRA(Parameterization):
+    """W' = diag(m / ||V||) V with V = W + s B A and one norm a row; s = alpha / rank fixed at construction.
+
+    Row norms come without an (m, n) product: ||V_j||^2 = ||W_j||^2 + 2 s (W A^T)_j B_j + s^2 B_j (A A^T) B_j. As the paper
+    proposes, the norm is a constant for the gradient; with `detach_norm=False` autograd sees it too.
+
+    Source: arXiv:2402.09353.
+    Shapes: W (m, n), A (r, n), B (m, r), magnitude m (m,). Parameters: r (m + n) + m.
+    Args:
+        rank: number r of rank-one units.
+        alpha: numerator of the scale s.
+        dropout: probability of dropping an input element, in [0, 1); above 0 the scaled part of W x is computed from the
+            dropped input as well, a second product with W, as in HF PEFT.
+        detach_norm: treat the row norms as constants in the backward pass.
+    Raises:
+        ValueError: if rank < 1.
+    """
+
+    source = "arXiv:2402.09353"
+    axes = {"rank": {"A": 0, "B": 1}}
+    squares: Tensor | None
+    no_decay = ("m",)  # decay would shrink the layer itself
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        detach_norm: bool = True,
+    ) -> None:
+        super().__init__(base)
+        m, n = self.shape
+        if rank < 1:
+            raise ValueError(f"rank={rank}: a DoRA has at least one unit; use rank >= 1.")
+        self.scale = alpha / rank
+        self.detach_norm = detach_norm
+        self.dropout = nn.Dropout(dropout)
+        self.A = self.zeros(rank, n)
+        self.B = self.zeros(m, rank)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.m = self.zeros(m)
+        self.register_buffer("squares", None, persistent=False)  # ||W_j||^2, (m,), once computed
+        with torch.no_grad():
+            self.m.copy_(self._norm())  # the same arithmetic as in training, so that m / ||V|| starts at 1 exactly
+
+    @property
+    def weight(self) -> Tensor:
+        V = self.base_weight + self.scale * self.B @ self.A
+        norm = V.norm(dim=1).clamp_min(math.sqrt(torch.finfo(V.dtype).tiny))  # as in _norm: a row of zeros stays one
+        return (self.m / (norm.detach() if self.detach_norm else norm))[:, None] * V
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        k = self.m / self._norm()
+        dropped = self.dropout(x)
+        if self.dropout.p and self.training:
+            y = self.base(dropped.to(y.dtype))
+        z = y if self.bias is None else y - self.bias
+        return (k - 1) * z + k * self.scale * F.linear(F.linear(dropped, self.A), self.B)
+
+    def refresh(self) -> None:
+        self.squares = None  # the base may have been loaded anew
+
+    def _norm(self) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            W, s = self.base_weight, self.scale
+            squares = self.squares
+            if squares is None:
+                squares = W.square().sum(1)
+                if not isinstance(self.base, Parameterization):  # a wrapper inside trains, and its norms change
+                    self.squares = squares
+            squares = squares + 2 * s * ((W @ self.A.T) * self.B).sum(1)
+            squares = squares + s * s * ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
+            return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()

@@ -1,0 +1,65 @@
+"""LoRA: a low-rank product beside a frozen weight."""
+
+import math
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptrank.parameterizations.base import Parameterization
+
+
+class LoRA(Parameterization):
+    """W' = W + s B A, with s = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+
+    s is fixed at construction: when an allocator changes the rank, surviving units keep their scale.
+
+    Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+    Shapes: W (m, n), A (r, n), B (m, r). Parameters: r (m + n).
+    Args:
+        rank: number r of rank-one units.
+        alpha: numerator of the scale s.
+        dropout: probability of dropping an input element on the way to A, in [0, 1).
+        rslora: divide alpha by sqrt(rank) rather than by rank.
+        init: of A; "kaiming" is U(-1/sqrt(n), 1/sqrt(n)) as in the authors' code, "gaussian" is N(0, 1/r^2),
+            "orthogonal" has orthonormal rows. B starts at zero, so training starts at W.
+    Raises:
+        ValueError: if rank < 1, dropout is outside [0, 1), or an orthogonal A would need more rows than columns.
+    """
+
+    source = "arXiv:2106.09685"
+    axes = {"rank": {"A": 0, "B": 1}}
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming",
+    ) -> None:
+        super().__init__(base)
+        m, n = self.shape
+        if rank < 1:
+            raise ValueError(f"rank={rank}: a LoRA has at least one unit; use rank >= 1.")
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.dropout = nn.Dropout(dropout)
+        self.A = self.zeros(rank, n)
+        self.B = self.zeros(m, rank)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        elif init == "gaussian":
+            nn.init.normal_(self.A, std=1 / rank)
+        elif rank <= n:
+            nn.init.orthogonal_(self.A)
+        else:
+            raise ValueError(f"init='orthogonal' needs rank <= {n}, the layer's inputs; got rank={rank}.")
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight + self.scale * self.B @ self.A
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)

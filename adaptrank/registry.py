@@ -1,0 +1,51 @@
+"""Registries that are no lists: what a folder defines, and whatever a user subclasses, by class name."""
+
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, type[T]], Generic[T]):
+    """Class name -> class, of every concrete subclass that is defined by now; read-only to the outside."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._classes: dict[str, type[T]] = {}
+
+    def add(self, cls: type[T]) -> None:
+        """Called by the base class for every subclass.
+
+        Raises:
+            TypeError: if another class has that name already.
+        """
+        known = self._classes.get(cls.__name__)
+        if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"Two {self._kind}s are called {cls.__name__!r}: {known.__module__}.{known.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}. The class name is the method's name everywhere; rename one."
+            )
+        self._classes[cls.__name__] = cls
+
+    def import_folder(self, package: str, path: Iterable[str]) -> None:
+        """Import every file of a package, so that the folder is the only list."""
+        for module in pkgutil.iter_modules(path):
+            import_module(f"{package}.{module.name}")
+
+    def __getitem__(self, name: str) -> type[T]:
+        cls = self._classes[name]
+        if inspect.isabstract(cls):
+            raise KeyError(name)
+        return cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(name for name, cls in self._classes.items() if not inspect.isabstract(cls)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{self._kind}s: {', '.join(self)}"
