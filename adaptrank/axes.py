@@ -118,7 +118,7 @@ class RankAxis:
         Raises:
             RuntimeError: if there is no gradient yet.
         """
-        closing = set(slot.label for slot in self.closing() if slot.tensor.grad is not None)
+        closing = {slot.label for slot in self.closing() if slot.tensor.grad is not None}
         if not closing:
             names = ", ".join(slot.name for slot in self.closing())
             raise RuntimeError(f"{self.key}: {names} has no gradient; call gate_grad() after backward().")

@@ -24,7 +24,7 @@ from adaptrank.axes import (
     rank_axes,
     rank_cost,
 )
-from adaptrank.parameterizations.base import PARAMETERIZATIONS, wrapped_layers
+from adaptrank.parameterizations.base import PARAMETERIZATIONS, adapted_part, wrapped_layers
 from adaptrank.registry import Registry
 from adaptrank.regularize import add_penalty_gradients
 
@@ -199,7 +199,7 @@ class Allocator(Callback):
         return {key: len(axis) - len(self.closed.get(key, ())) for key, axis in self._axes.items()}
 
     def _cost(self, model: LightningModule) -> CostModel:
-        return rank_cost(self._axes) if self.unit == "ranks" else cost_model(model)
+        return rank_cost(self._axes) if self.unit == "ranks" else cost_model(adapted_part(model))
 
     # ---- the shell
 
@@ -223,7 +223,7 @@ class Allocator(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._axes = {key: axis for key, axis in rank_axes(pl_module).items() if axis.trainable()}
+        self._axes = {key: axis for key, axis in rank_axes(adapted_part(pl_module)).items() if axis.trainable()}
         self._check_axes(pl_module)
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)

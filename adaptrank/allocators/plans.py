@@ -99,7 +99,8 @@ def exchange(
 
     Every axis offers its `pool` lowest units. Of those it may lose (never below `floor`) the `swaps` lowest scores are
     pruned; the `swaps` highest scores win a fresh unit each for their axis (never above its cap). One prune and what its
-    cost pays for at a time, so that the total never exceeds the budget; with costs of one it stays the same.
+    cost pays for at a time, so that the total never exceeds the budget; with costs of one it stays the same, with
+    others what is left over buys no further unit of a winner.
     A unit that is chosen for both is left alone.
 
     `reference=True` is the released rule: one pool for both, from which an axis at the floor is absent, so that it can
@@ -134,6 +135,7 @@ def exchange(
     both = {*prune[:swaps]} & {*grow[:swaps]}
     prune = [entry for entry in prune[:swaps] if entry not in both]
     grow = [entry for entry in grow if entry not in both and entry not in prune]
+    winners = list(dict.fromkeys(axis for axis, _ in grow)) if prune else []
 
     total = cost.total(sizes)
     pruned: dict[str, set[int]] = {axis: set() for axis in scores}
@@ -147,12 +149,15 @@ def exchange(
             total += cost.marginal(entry[0], sizes)
             sizes[entry[0]] += 1
             grown[entry[0]] += 1
-    winners = list(dict.fromkeys(axis for axis, _ in winners_of))
-    while prune and (fits := [axis for axis in winners if has_room(axis)]):  # unequal costs may leave more than a unit
-        for axis in filter(has_room, fits):
-            total += cost.marginal(axis, sizes)
-            sizes[axis] += 1
-            grown[axis] += 1
+    # Cheap winners may not spend what dear units freed: go round once more, until not one more unit fits.
+    while fitting := [
+        a for a in winners if sizes[a] < (caps.get(a) or budget) and total + cost.marginal(a, sizes) <= budget
+    ]:
+        for axis in fitting:
+            if total + cost.marginal(axis, sizes) <= budget:
+                total += cost.marginal(axis, sizes)
+                sizes[axis] += 1
+                grown[axis] += 1
     return {
         axis: Resize(tuple(unit for unit in range(len(values)) if unit not in pruned[axis]), grown[axis])
         for axis, values in scores.items()

@@ -82,44 +82,51 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     description = read_adapter(folder)
     _check_fits(model, description, file)
     _check_fingerprint(model, description)
-    for entry in description["adapters"]:
-        for name, makers in _runs(entry["nest"]):
-            pattern = "|".join(re.escape(path) for path in entry["layers"])
-            missing = [p for p in entry["layers"] if not _carries(model, p, entry["nest"], name)]
-            if missing:
-                adapt(model, pattern, makers, name=name)
+    bare = {p: model.get_submodule(p) for entry in description["adapters"] for p in entry["layers"]}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for entry in description["adapters"]:
+            for name, makers in _runs(entry["nest"]):
+                missing = [path for path in entry["layers"] if not _carries(model, path, name)]
+                if missing:
+                    adapt(model, "|".join(re.escape(path) for path in missing), makers, name=name)
+        _load_tensors(model, file, description["tied"])
+    except BaseException:
+        for path, layer in bare.items():
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        raise
+    return model
+
+
+def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None:
+    """Give every axis its stored size, and every tensor its stored value; each of both, and no other."""
     with safe_open(file, framework="pt") as stored:
         keys = set(stored.keys())
-        tied: dict[str, str] = description["tied"]
         targets = dict(_adapter_tensors(model))
-        extra = {key for key in keys if key not in targets}
-        parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-        unknown = sorted(extra - set(parameters))
+        others = dict(model.named_parameters()) | dict(model.named_buffers())
+        extra = sorted(keys - set(targets))
+        unknown = [key for key in extra if key not in others]
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
-        if unknown or absent:
-            said = [
-                f"{what} {names[0]} and {len(names) - 1} more"
-                for what, names in (("an unexpected tensor", unknown), ("no tensor", absent))
-                if names
-            ]
-            raise ValueError(f"{file} does not fit this model: it has {'; it has '.join(said)}.")
-        state = {_state_key(model, key): stored.get_tensor(tied.get(key, key)) for key in targets}
-        fit_ranks(model, state)
-        targets = dict(_adapter_tensors(model))
-        with torch.no_grad():
-            for key, tensor in [*targets.items(), *((name, parameters[name]) for name in sorted(extra))]:
-                value = stored.get_tensor(tied.get(key, key))
-                if value.shape != tensor.shape:
-                    raise ValueError(
-                        f"{file}: {key} is {tuple(value.shape)}, and this model's is {tuple(tensor.shape)}."
-                    )
-                tensor.copy_(value)
-    for name in sorted(extra):
-        parameters[name].requires_grad_(parameters[name].is_floating_point())
+        for what, names in (("an unexpected tensor", unknown), ("no tensor", absent)):
+            if names:
+                raise ValueError(f"{file} does not fit this model: it has {what} {names[0]} ({len(names)} such).")
+        fit_ranks(model, {_state_key(model, key): stored.get_tensor(tied.get(key, key)) for key in targets})
+        values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
+    targets = {**dict(_adapter_tensors(model)), **{key: others[key] for key in extra}}
+    for key, value in values.items():
+        if value.shape != targets[key].shape:
+            raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(targets[key].shape)}.")
+    with torch.no_grad():
+        for key, value in values.items():
+            targets[key].copy_(value)
+    for key in extra:
+        others[key].requires_grad_(others[key].is_floating_point() and key in dict(model.named_parameters()))
     for layer in wrapped_layers(model).values():
         for wrapper in layer.nest:
             wrapper.refresh()
-    return model
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -249,7 +256,7 @@ def _runs(nest: list[dict[str, Any]]) -> Iterator[tuple[str, list[Parameterizati
             makers = []
 
 
-def _carries(model: nn.Module, path: str, nest: list[dict[str, Any]], name: str) -> bool:
+def _carries(model: nn.Module, path: str, name: str) -> bool:
     layer = model.get_submodule(path)
     return isinstance(layer, Parameterization) and any(w.name == name for w in layer.nest)
 

@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from adaptrank.artifacts.adapter import save_adapter
 from adaptrank.axes import rank_axes
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations.base import adapted_part, wrapped_layers
 
 
 def new_run_folder(parent: Path) -> Path:
@@ -32,6 +32,19 @@ def new_run_folder(parent: Path) -> Path:
             number += 1
         else:
             return parent / str(number)
+
+
+def discard_unbegun(folder: Path | None) -> None:
+    """Remove the folder of a run that failed before its first step, and parents that it leaves empty; files of others stay."""
+    if folder is None or not folder.is_dir():
+        return
+    for name in ("config.yaml", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for empty in (folder / "checkpoints", folder, folder.parent, folder.parent.parent):
+        try:
+            empty.rmdir()
+        except OSError:  # not empty, or never made
+            continue
 
 
 class JsonlLogger(Logger):
@@ -99,16 +112,15 @@ class RunFiles(Callback):
         if not trainer.is_global_zero:
             return
         model = adapted_part(pl_module)
-        base = pl_module.describe_base() if hasattr(pl_module, "describe_base") else {}
-        save_adapter(model, self.folder / "adapter", base)
+        save_adapter(model, self.folder / "adapter", base_of(pl_module))
         if axes := rank_axes(model):
             write_json(self.folder / "ranks.json", {key: len(axis) for key, axis in axes.items()})
 
 
-def adapted_part(module: LightningModule) -> nn.Module:
-    """The transformer inside a module of ours; a module of another kind is itself what holds the wrappers."""
-    backbone = getattr(module, "backbone", None)
-    return backbone if isinstance(backbone, nn.Module) else module
+def base_of(module: LightningModule) -> dict[str, Any]:
+    """What a module says of its frozen model; nothing, for a module of another kind than ours."""
+    describe: Callable[[], dict[str, Any]] | None = getattr(module, "describe_base", None)  # type: ignore[assignment]
+    return {} if describe is None else describe()
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -160,7 +172,7 @@ def summarize(
     model = adapted_part(module)
     table = parameter_table(model)
     return {
-        "base": module.describe_base() if hasattr(module, "describe_base") else {},
+        "base": base_of(module),
         "layers": [{"kind": k, "count": c, "method": n, "trainable": t} for k, c, n, t in table],
         "trainable": sum(row[3] for row in table),
         "parameters": sum(p.numel() for p in model.parameters()),

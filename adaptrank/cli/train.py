@@ -1,23 +1,33 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI with a typed allocator and a folder for each run."""
 
+import json
 import logging
+import os
 import shlex
+import signal
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
 import adaptrank.data  # noqa: F401: so that YAML can name its classes
 import adaptrank.modules  # noqa: F401
 from adaptrank.allocators import Allocator
-from adaptrank.artifacts.run import JsonlLogger, RunFiles, new_run_folder, render, summarize, write_json
+from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder, render, summarize, write_json
+from adaptrank.cli import errors
+from adaptrank.cli.progress import StepProgress
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -25,13 +35,47 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "use_distributed_sampler": False,  # our loaders share the data out by themselves, and resume in mid-epoch
 }
+INTERRUPTED = "interrupted.ckpt"
+
+
+class Parser(LightningArgumentParser):
+    """Raises what is wrong, rather than to print all that would be right; no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.exit_on_error:
+            raise errors.ConfigError(errors.condense(message)) from ex
+        super().error(message, ex)
 
 
 class AdaptrankCLI(LightningCLI):
     """LightningCLI, a key `allocator`, and a run folder."""
 
     run_folder: Path | None = None
+    began = False
+    trainer: Trainer
     before: dict[str, float]
+
+    def __init__(self, verb: str, args: Sequence[str], run: bool = True) -> None:
+        self.verb, self.args = verb, list(args)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,  # the module's own argument `optimizer` does that
+            load_from_checkpoint_support=False,
+            args=[verb, *args],
+        )
+
+    # ---- parsing
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(
@@ -43,59 +87,173 @@ class AdaptrankCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the run folders.")
         parser.add_argument("--evaluate", type=bool, default=True, help="Whether `fit` evaluates before and after.")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--out", type=str | None, default=None, help="File for the predictions.")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except errors.ConfigError as error:
+            own = parser._subcommands_action.choices[self.verb] if parser._subcommands_action else parser
+            diagnose(self.args, schema(own))
+            raise error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing is read from a checkpoint before the run: its file is only checked."""
+        path = self.config[self.verb].get("ckpt_path")
+        if path in (None, "best", "last", "hpc") or "://" in str(path):
+            return
+        if not Path(path).is_file():
+            raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
+        if not zipfile.is_zipfile(path):
+            raise errors.ConfigError(f"ckpt_path: {path} is no Lightning checkpoint, or is damaged.")
+
+    # ---- building
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         allocator = self._get(self.config_init, "allocator")
-        extra: list[Callback] = [allocator] if allocator is not None else []
-        if self.subcommand == "fit":
+        extra: list[Callback] = [allocator] if allocator is not None else []  # before any ModelCheckpoint
+        configured = self._get(self.config_init, "trainer.callbacks") or []
+        own_logger = self._get(self.config_init, "trainer.logger") in (None, True)
+        if self.verb == "fit":
             folder = self._new_folder()
             self.run_folder = folder
-            extra += [RunFiles(folder)]
-            configured = self._get(self.config_init, "trainer.callbacks") or []
-            if not any(isinstance(callback, ModelCheckpoint) for callback in configured):
+            extra += [RunFiles(folder), Interrupt(folder), Begins(self)]
+            if self._get(self.config_init, "trainer.enable_checkpointing") is not False and not any(
+                isinstance(callback, ModelCheckpoint) for callback in configured
+            ):
                 extra.append(ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=50))
-            if not any(isinstance(callback, ProgressBar) for callback in configured):
-                extra.append(TQDMProgressBar())
-            kwargs.setdefault("default_root_dir", str(folder))
-            if self._get(self.config_init, "trainer.logger") in (None, True):
+            if self._get(self.config_init, "trainer.default_root_dir") is None:
+                kwargs["default_root_dir"] = str(folder)
+            if own_logger:
                 kwargs["logger"] = JsonlLogger(folder)
-        elif self._get(self.config_init, "trainer.logger") in (None, True):
+        elif own_logger:
             kwargs["logger"] = False
+        bar = self._get(self.config_init, "trainer.enable_progress_bar")
+        if bar is not False and not any(isinstance(callback, ProgressBar) for callback in configured):
+            extra.append(StepProgress())
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return self._instantiate_trainer(config, extra)
 
     def _new_folder(self) -> Path:
         configs = self._get(self.config, "config") or []
-        name = Path(str(configs[-1])).stem if configs else "run"
-        return new_run_folder(Path(self._get(self.config, "runs")) / name)
+        return new_run_folder(Path(self._get(self.config, "runs")) / run_name(configs[-1] if configs else None))
 
-    # ---- around a fit
+    # ---- the verbs
 
-    def before_fit(self) -> None:
+    def fit(self, **kwargs: Any) -> None:
         self.before = {}
-        say(f"Backbone {self.model.source.describe()}" if hasattr(self.model, "source") else "")
+        self._say_backbone()
         if self._get(self.config, "evaluate") and not self._get(self.config, "ckpt_path"):
             self.before = self._evaluate()
-        self._began = time.perf_counter()
+        self.trainer.fit(**kwargs)
+        if not self.trainer.interrupted:
+            self._finish()
 
-    def after_fit(self) -> None:
+    def _finish(self) -> None:
         folder = self.run_folder
         assert folder is not None
         after = self._evaluate() if self._get(self.config, "evaluate") else numbers(self.trainer.callback_metrics)
-        files = next(c for c in self.trainer.callbacks if isinstance(c, RunFiles))  # type: ignore[attr-defined]
+        files = next(c for c in self._callbacks() if isinstance(c, RunFiles))
         summary = summarize(self.model, self.before, after, self.trainer.global_step, files.seconds)
+        if self.trainer.is_global_zero:
+            write_json(folder / "summary.json", summary)
+            say("\n" + render(summary, self._names(after)))
+            say("\n" + next_commands(folder, self._get(self.config, "config") or [], self.model))
+
+    def validate(self, verbose: bool = True, **kwargs: Any) -> None:
+        self._say_backbone()
+        self._report(self.trainer.validate(**kwargs, verbose=False), verbose)
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        self._say_backbone()
+        self._report(self.trainer.test(**kwargs, verbose=False), verbose)
+
+    def predict(self, **kwargs: Any) -> None:
+        batches = self.trainer.predict(**kwargs) or []
+        names = getattr(self.datamodule, "class_names", None)
+        lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
+        out = self._get(self.config, "out")
         if not self.trainer.is_global_zero:
             return
-        write_json(folder / "summary.json", summary)
-        names = (
-            *getattr(self.model, "metrics_shown", ()),
-            *(n for n in after if n not in getattr(self.model, "metrics_shown", ())),
-        )
-        say("\n" + render(summary, names))
-        say("\n" + next_commands(folder, self._get(self.config, "config") or [], self.model))
+        if out is None:
+            say("\n".join(lines))
+        else:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            say(f"{len(lines)} predictions in {out}")
+
+    def _report(self, results: Sequence[Any], verbose: bool) -> None:
+        values = {name: float(value) for result in results for name, value in result.items()}
+        if verbose and self.trainer.is_global_zero:
+            say(table(values, self._names(values)))
 
     def _evaluate(self) -> dict[str, float]:
         results = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}
+
+    def _say_backbone(self) -> None:
+        if hasattr(self.model, "source"):
+            say(f"Backbone {self.model.source.describe()}")
+
+    def _names(self, values: Iterable[str]) -> tuple[str, ...]:
+        first = tuple(getattr(self.model, "metrics_shown", ()))
+        return (*first, *(name for name in values if name not in first))
+
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+class Begins(Callback):
+    """Notes that training began: what fails later is no mistake in the configuration."""
+
+    def __init__(self, cli: AdaptrankCLI) -> None:
+        self._cli = cli
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._cli.began = True
+
+
+class Interrupt(Callback):
+    """Ctrl-C ends the run after the step that is being made, and keeps a checkpoint that resumes from there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._asked = False
+        self._step = 0
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        stepped = trainer.global_step != self._step  # not amid accumulated gradients, which no checkpoint holds
+        self._step = trainer.global_step
+        if self._asked and stepped:
+            trainer.save_checkpoint(self._folder / "checkpoints" / INTERRUPTED)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, *_: Any) -> None:
+        self._restore()
+
+    def on_exception(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -107,16 +265,47 @@ class SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
+# ---- what a user reads
+
+
 @rank_zero_only
 def say(text: str) -> None:
     """Print from the first process only."""
-    if text:
-        print(text, flush=True)
+    print(text, flush=True)
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Logged metrics as plain numbers."""
     return {name: float(value) for name, value in metrics.items()}
+
+
+def table(values: dict[str, float], names: Sequence[str]) -> str:
+    """Metrics, one a line."""
+    shown = [name for name in names if name in values]
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"  {name:{width}} {values[name]:10.4f}" for name in shown)
+
+
+def predictions(batches: Sequence[Any], names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """One JSON-able mapping an example, from the batches that `predict_step` returned."""
+    for batch in batches:
+        for value in batch if isinstance(batch, list | tuple) else [batch]:
+            value = value.tolist() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, dict):
+                yield value
+            elif names and isinstance(value, int):
+                yield {"label": value, "name": names[value]}
+            else:
+                yield {"prediction": value}
+
+
+def run_name(config: Any) -> str:
+    """What a configuration's runs are called: its file's name, or that of the run whose config.yaml it is."""
+    if config is None:
+        return "run"
+    path = Path(str(config))
+    name, folder = path.stem, path.absolute().parent
+    return folder.parent.name if name == "config" and folder.name.isdigit() else name
 
 
 def next_commands(folder: Path, configs: Sequence[Any], module: LightningModule) -> str:
@@ -132,27 +321,123 @@ def next_commands(folder: Path, configs: Sequence[Any], module: LightningModule)
     return "\n".join(lines)
 
 
-def quiet() -> None:
-    """Leave out Lightning's tips and other libraries' deprecations; ours and real warnings stay."""
+def resume_command(folder: Path, step: int) -> str:
+    """How an interrupted run is taken up again, as far as there is a checkpoint."""
+    lines = [f"\nInterrupted at step {step}."]
+    if (folder / "adapter").is_dir():
+        lines[0] += f" Adapter saved: {shlex.quote(str(folder / 'adapter'))}"
+    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if checkpoints:
+        config, checkpoint = shlex.quote(str(folder / "config.yaml")), shlex.quote(str(checkpoints[-1]))
+        lines.append(f"  resume:   python -m adaptrank fit --config {config} --ckpt_path {checkpoint}")
+    return "\n".join(lines)
+
+
+# ---- mistakes
+
+
+def schema(parser: Any) -> dict[str, Any]:
+    """Top-level key -> type, of a verb's parser."""
+    keys = {key.split(".")[0]: Any for key in vars(parser.get_defaults())} | {"config": Any, "model": Any, "data": Any}
+    classes = {"model": LightningModule, "data": LightningDataModule, "allocator": Allocator | None}
+    scalars = {"runs": str, "evaluate": bool, "ckpt_path": str | None, "seed_everything": bool | int}
+    return {**keys, **classes, **scalars, "trainer": errors.Arguments(Trainer)}
+
+
+def diagnose(args: Sequence[str], known: dict[str, Any]) -> None:
+    """Find what is wrong with a command line that did not parse.
+
+    Raises:
+        ConfigError: with the file and the line, where that can be told; nothing is raised if nothing is found.
+    """
+    tree, files, options = errors.collect([arg for arg in args if not arg.startswith("--print_config")])
+    try:
+        errors.check(tree, known)
+        for key in ("model", "data"):
+            if key not in tree:
+                raise errors.ConfigError(
+                    f"There is no {key!r} in {' and '.join(files) or 'the command line'}; give --config FILE, such as one of "
+                    f"configs/, or --{key} CLASS."
+                )
+    except errors.ConfigError as error:
+        where = place(error.key, files, options)
+        raise errors.ConfigError(f"{where}{error}") from None
+
+
+def place(key: errors.Key, files: Sequence[str], options: dict[errors.Key, str]) -> str:
+    """`file, line n: ` or `--option: ` in front of a message; nothing where that cannot be told."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in options:
+            return f"{options[key[:length]]}: "
+        for file in reversed(files):
+            line = errors.line_of(file, key[:length])
+            if line is not None:
+                return f"{file}, line {line}: "
+    return ""
+
+
+# ---- the run
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out Lightning's tips and other libraries' deprecations; what we warn of is shown in plain sentences."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
-        warnings.simplefilter("ignore", category)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*")
+        logging.getLogger(name).setLevel(logging.ERROR)
+    log = logging.getLogger("adaptrank")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    try:
+        with warnings.catch_warnings():
+            warnings.formatwarning = lambda message, *_: f"{message}\n"  # type: ignore[assignment]
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*")
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
 
 
 def run(verb: str, args: Sequence[str]) -> None:
-    """One of LightningCLI's verbs."""
-    quiet()
+    """One of LightningCLI's verbs; a mistake prints its sentence and exits with 2, a bug keeps its traceback."""
+    debug = errors.debugging(args)
+    args = ["--help" if arg == "--help_all" else arg for arg in args if arg != "--debug"]
+    cli = object.__new__(AdaptrankCLI)
     torch.set_float32_matmul_precision("high")
-    AdaptrankCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults=TRAINER_DEFAULTS,
-        seed_everything_default=0,
-        args=[verb, *args],
+    with quiet():
+        try:
+            cli.__init__(verb, args)  # type: ignore[misc]  # two steps: what failed is asked about afterwards
+        except (KeyboardInterrupt, SystemExit) as error:
+            if not interrupted(cli, error):
+                raise
+            leave(cli)
+        except Exception as error:
+            if not cli.began:
+                discard_unbegun(cli.run_folder)
+            text = None if cli.began else errors.explain(error)
+            if text is None or debug:
+                raise
+            errors.fail(text)
+
+
+def interrupted(cli: AdaptrankCLI, error: BaseException) -> bool:
+    """Whether this is Ctrl-C, which Lightning turns into an exit."""
+    trainer = getattr(cli, "trainer", None)
+    return isinstance(error, KeyboardInterrupt) or (
+        trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
     )
+
+
+def leave(cli: AdaptrankCLI) -> NoReturn:
+    """Say what an interrupted run leaves, and exit with 1."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from its own handler on
+    if cli.began and cli.run_folder is not None:
+        say(resume_command(cli.run_folder, cli.trainer.global_step))
+    else:
+        discard_unbegun(cli.run_folder)
+        print("\nInterrupted.", file=sys.stderr)
+    raise SystemExit(1)

@@ -187,8 +187,9 @@ class ResumableLoader:
             epoch = order.epoch
             start = state["position"] if state is not None and state["epoch"] == epoch else 0
         else:
-            counted, start = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1
-            if state is not None:
+            counted, start = self.trainer.current_epoch, 0
+            if state is not None:  # only then: others may read another loader of the same Trainer at any time
+                start = self.trainer.fit_loop.batch_idx + 1
                 self.behind = counted - state["epoch"] - (not start and state["position"] > 0)
             epoch = counted - self.behind
         if state is not None and start:

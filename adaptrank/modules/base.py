@@ -1,7 +1,7 @@
 """What the tasks share: build the backbone, adapt it, optimize, and a checkpoint that leaves the backbone out."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,7 @@ class AdaptedModule(LightningModule):
 
     # ---- building
 
-    def load_backbone(self) -> nn.Module:
+    def load_backbone(self) -> Any:
         """The pretrained model of the task."""
         import transformers
 
@@ -166,7 +166,7 @@ class AdaptedModule(LightningModule):
         from transformers import get_scheduler
 
         groups = parameter_groups(self.model, self.lora_plus_ratio)
-        optimizer = self.optimizer(groups)  # type: ignore[arg-type]
+        optimizer = self.optimizer(groups)
         for group in optimizer.param_groups:
             if group.pop("closing"):
                 group["lr"] = group["lr"] * self.lora_plus_ratio
@@ -295,8 +295,3 @@ def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
         raise FileNotFoundError(f"rank_pattern={pattern!r}: no such file; give a mapping, or the ranks.json of a run.")
     read: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return read
-
-
-def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
-    """Parameters that an optimizer moves."""
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)

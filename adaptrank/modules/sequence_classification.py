@@ -49,7 +49,7 @@ class SequenceClassification(AdaptedModule):
             names = self.metric_names or (["pearson", "spearman"] if labels == 1 else ["accuracy"])
             self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
 
-    def load_backbone(self) -> nn.Module:
+    def load_backbone(self) -> Any:
         import transformers
 
         return backbones.load_model(

@@ -44,6 +44,8 @@ class Parameterization(nn.Module, ABC):
     """What its axes allow beside pruning; an allocator that requires more is refused with a reason."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates, magnitudes."""
+    exact_gradient: ClassVar[Mapping[str, Any]] = {}
+    """Arguments under which the backward pass is the derivative of the forward, where by default it is not by design."""
     name: str = "default"
     """The adapter this wrapper belongs to."""
     enabled: bool = True
@@ -78,7 +80,7 @@ class Parameterization(nn.Module, ABC):
         if not isinstance(base, Parameterization):
             base.requires_grad_(False)
         self.base = base
-        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
 
     @classmethod
     def example(cls) -> nn.Module:
@@ -243,3 +245,10 @@ def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
 
     walk(model, "")
     return found
+
+
+def adapted_part(module: nn.Module) -> nn.Module:
+    """The module that axis keys and adapter files count paths from: `.backbone`, where all wrappers are in it, else itself."""
+    backbone = getattr(module, "backbone", None)
+    inside = isinstance(backbone, nn.Module) and len(wrapped_layers(backbone)) == len(wrapped_layers(module))
+    return cast(nn.Module, backbone) if inside else module

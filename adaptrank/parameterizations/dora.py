@@ -31,6 +31,7 @@ class DoRA(Parameterization):
     axes = {"rank": {"A": 0, "B": 1}}
     squares: Tensor | None
     no_decay = ("m",)  # decay would shrink the layer itself
+    exact_gradient = {"detach_norm": False}
 
     def __init__(
         self,
@@ -60,7 +61,8 @@ class DoRA(Parameterization):
     def weight(self) -> Tensor:
         V = self.base_weight + self.scale * self.B @ self.A
         norm = V.norm(dim=1).clamp_min(math.sqrt(torch.finfo(V.dtype).tiny))  # as in _norm: a row of zeros stays one
-        return (self.m / (norm.detach() if self.detach_norm else norm))[:, None] * V
+        scale: Tensor = self.m / (norm.detach() if self.detach_norm else norm)
+        return scale[:, None] * V
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         k = self.m / self._norm()

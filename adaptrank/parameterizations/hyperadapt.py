@@ -49,10 +49,12 @@ class HyperAdapt(Parameterization):
         if not self.enabled:
             return self.base(x)  # type: ignore[no-any-return]
         if self.dc is not None:
-            x = _ScaleInput.apply(x, self.dc)
+            x = _ScaleInput.apply(x, self.dc)  # type: ignore[no-untyped-call]
         y: Tensor = self.base(x)
         # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
-        return y if self.da is None else _ScaleOutput.apply(y, self.da, self.bias)  # type: ignore[no-any-return]
+        if self.da is not None:
+            y = _ScaleOutput.apply(y, self.da, self.bias)  # type: ignore[no-untyped-call]
+        return y
 
 
 class _ScaleInput(torch.autograd.Function):

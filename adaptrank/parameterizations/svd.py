@@ -70,8 +70,8 @@ class SVD(Parameterization):
         if not self.orth:
             return None
         eye = torch.eye(len(self.l), device=self.l.device, dtype=self.l.dtype)
-        off = (self.P.T @ self.P - eye).norm() + (self.Q @ self.Q.T - eye).norm()
-        return self.orth * off / 2
+        off: Tensor = (self.P.T @ self.P - eye).norm() + (self.Q @ self.Q.T - eye).norm()
+        return off * (self.orth / 2)
 
 
 def _beside(living: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -81,4 +81,5 @@ def _beside(living: Tensor, n: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(len(columns), n, generator=generator, dtype=torch.float64)
     # Orthonormalizing the living columns first makes this a projection; A - Q Q^T A with a raw Q would not be one.
     basis = torch.linalg.qr(torch.cat([columns, drawn], 1)).Q
-    return length * basis[:, columns.shape[1] :]
+    directions: Tensor = basis[:, columns.shape[1] :]
+    return directions * length

@@ -1,0 +1,372 @@
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from adaptrank.allocators.adalora import AdaLoRA
+from adaptrank.allocators.elalora import ElaLoRA
+from adaptrank.artifacts import save_adapter
+from adaptrank.axes import rank_axes
+from adaptrank.data import ArithmeticProblems, CausalLMData, ClassificationData
+from adaptrank.modules import Adapter, CausalLM, SequenceClassification
+from adaptrank.modules.base import parameter_groups
+from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations.dora import DoRA
+from adaptrank.parameterizations.hyperadapt import HyperAdapt
+from adaptrank.parameterizations.lora import LoRA
+from adaptrank.parameterizations.svd import SVD
+
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
+
+
+def causal(folder, *nest, **arguments):
+    nest = nest or (partial(LoRA, rank=4, dropout=0.1),)
+    return CausalLM(
+        folder, [Adapter(list(nest))], dtype="fp32", optimizer=partial(torch.optim.AdamW, lr=5e-3), **arguments
+    )
+
+
+def problems(**arguments):
+    return ArithmeticProblems(**{"batch_size": 4, "train_size": 40, "val_size": 6, **arguments})
+
+
+def fit(module, data, callbacks=(), ckpt_path=None, **arguments):
+    trainer = Trainer(**{**QUIET, "enable_checkpointing": False, **arguments}, callbacks=list(callbacks))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+# ---- loss and evaluation
+
+
+def test_the_loss_is_that_of_the_labelled_tokens(tiny_llama):
+    module = causal(tiny_llama)
+    module.configure_model()
+    module.eval()
+    ids = torch.randint(3, 30, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[0, 6:] = -100
+    losses, rows = module(ids, mask, labels)
+    full = module.model(input_ids=ids, attention_mask=mask).logits
+    expected = F.cross_entropy(full[:, :-1].reshape(-1, full.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
+    torch.testing.assert_close(losses.mean(), expected)
+    assert torch.bincount(rows).tolist() == [2, 5, 5]
+
+
+def test_logits_are_computed_for_completions_only(tiny_llama):
+    module = causal(tiny_llama)
+    module.configure_model()
+    seen = []
+    module.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    ids = torch.randint(3, 30, (2, 12))
+    labels = ids.clone()
+    labels[:, :9] = -100
+    module(ids, torch.ones_like(ids), labels)
+    assert seen == [3]
+
+
+def test_validation_weighs_tokens_not_batches(tiny_llama):
+    data = problems(eval_batch_size=4, val_size=6)  # batches of 4 and 2, with completions of uneven length
+    module = causal(tiny_llama, generate=False)
+    trainer = Trainer(**QUIET)
+    (result,) = trainer.validate(module, datamodule=data, verbose=False)
+    losses = torch.cat([module(b["input_ids"], b["attention_mask"], b["labels"])[0] for b in data.val_dataloader()])
+    assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]), rel=1e-5)
+
+
+class Parrot(CausalLM):
+    """Completes every prompt with the same text."""
+
+    said = " 1 + 1 = 2"
+
+    def complete(self, prompt_ids, prompt_mask):
+        assert prompt_mask[:, -1].all(), "prompts are padded on the left"
+        return [self.said] * len(prompt_ids)
+
+
+def test_exact_match_reads_the_final_answer(tiny_llama, tmp_path):
+    rows = [
+        {"prompt": "Question: 1 ?\nAnswer:", "completion": " 1 + 1 = 2", "answer": a} for a in ("2", "2.0", "3", "$2")
+    ]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = CausalLMData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=3)
+    module = Parrot(tiny_llama, [Adapter([LoRA])], dtype="fp32")
+    (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    assert result["exact_match"] == 0.75
+
+
+def test_choices_are_scored_by_sum_and_by_character(tiny_llama, tmp_path):
+    rows = [
+        {"prompt": "Question: how many ?\nAnswer:", "completion": " 1", "choices": ["1", "2 3 4", "7"], "label": 0},
+        {"prompt": "Question: now ?\nAnswer:", "completion": " 4", "choices": ["3 3", "4"], "label": 1},
+    ]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = CausalLMData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=2)
+    module = causal(tiny_llama)
+    (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    right = {"accuracy": 0, "accuracy_norm": 0}
+    for row in rows:
+        start = module.tokenizer(row["prompt"])["input_ids"]
+        sums = []
+        for choice in row["choices"]:
+            rest = module.tokenizer(" " + choice)["input_ids"]
+            ids = torch.tensor([start + rest])
+            log_p = module.model(input_ids=ids).logits.log_softmax(-1)[0, len(start) - 1 : -1]
+            sums.append(float(log_p.gather(1, torch.tensor(rest)[:, None]).sum()))
+        by_character = [s / len(c) for s, c in zip(sums, row["choices"], strict=True)]
+        right["accuracy"] += sums.index(max(sums)) == row["label"]
+        right["accuracy_norm"] += by_character.index(max(by_character)) == row["label"]
+    assert {name: result[name] * 2 for name in right} == right
+
+
+# ---- what trains
+
+
+def test_only_adapters_train_and_training_helps(tiny_llama):
+    module, data = causal(tiny_llama), problems()
+    before, losses = {}, []
+
+    class Remember(Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    fit(module, data, [Remember()], max_steps=30)
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert all(n.endswith((".A", ".B")) for n in moved)
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+
+
+def test_a_half_precision_backbone_trains_float32_adapters_with_checkpointing_and_generates(tiny_llama):
+    module = CausalLM(
+        tiny_llama, [Adapter([HyperAdapt, LoRA])], dtype="bf16", gradient_checkpointing=True, max_new_tokens=3
+    )
+    fit(module, problems(), max_steps=2)
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    ids = torch.randint(3, 20, (2, 5))
+    assert len(module.complete(ids, torch.ones_like(ids))) == 2
+
+
+def test_dropout_of_adapters_is_on_while_training(tiny_llama):
+    module = causal(tiny_llama)
+    on = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            on.append(all(layer.dropout.training for layer in wrapped_layers(pl_module).values()))
+
+    fit(module, problems(), [Look()], max_steps=1)
+    assert on == [True]
+
+
+def test_parameter_groups(tiny_llama):
+    module = causal(tiny_llama, DoRA, train_modules=["norm"])
+    module.configure_model()
+    decay, exempt = parameter_groups(module.model)
+    assert "weight_decay" not in decay
+    assert exempt["weight_decay"] == 0.0
+    named = {id(p): n for n, p in module.named_parameters()}
+    assert {named[id(p)].rsplit(".", 1)[1] for p in decay["params"]} == {"A", "B"}
+    assert {named[id(p)].rsplit(".", 1)[1] for p in exempt["params"]} == {"m", "weight"}  # magnitudes, and the norm
+    total = sum(len(g["params"]) for g in (decay, exempt))
+    assert total == sum(p.requires_grad for p in module.parameters())
+
+
+def test_lora_plus_trains_closing_factors_faster(tiny_llama):
+    module = causal(tiny_llama, LoRA, lora_plus_ratio=16.0, schedule="constant", warmup=0)
+    trainer = fit(module, problems(), max_steps=1)
+    rates = {}
+    for group in trainer.optimizers[0].param_groups:
+        for p in group["params"]:
+            rates[next(n for n, q in module.named_parameters() if q is p).rsplit(".", 1)[1]] = group["lr"]
+    assert rates == {"A": 5e-3, "B": 8e-2}
+    with pytest.raises(ValueError, match="lora_plus_ratio needs a method with a rank axis"):
+        fit(causal(tiny_llama, HyperAdapt, lora_plus_ratio=16.0), problems(), max_steps=1)
+
+
+def test_configure_model_twice_changes_nothing(tiny_llama):
+    module = causal(tiny_llama)
+    module.configure_model()
+    names = [n for n, _ in module.named_parameters()]
+    module.configure_model()
+    assert [n for n, _ in module.named_parameters()] == names
+
+
+def test_a_warm_start_continues_where_the_adapter_ended(tiny_llama, tmp_path):
+    first = causal(tiny_llama)
+    fit(first, problems(), max_steps=3)
+    save_adapter(first.model, tmp_path / "a")
+    for second in (
+        causal(tiny_llama, adapter=str(tmp_path / "a")),
+        CausalLM(tiny_llama, adapter=str(tmp_path / "a"), dtype="fp32"),
+    ):
+        second.configure_model()
+        mine = second.model.state_dict()
+        assert all(torch.equal(v, mine[k]) for k, v in first.model.state_dict().items())
+    with pytest.raises(ValueError, match="Nothing to train"):
+        CausalLM(tiny_llama)
+
+
+def test_a_rank_pattern_file_replays_the_ranks(tiny_llama, tmp_path):
+    sizes = {"model.layers.0.self_attn.q_proj:rank": 2, "model.layers.1.mlp.up_proj:rank": 7}
+    (tmp_path / "ranks.json").write_text(json.dumps(sizes))
+    module = causal(tiny_llama, rank_pattern=str(tmp_path / "ranks.json"))
+    module.configure_model()
+    have = {key: len(axis) for key, axis in rank_axes(module.model).items()}
+    assert {key: have.pop(key) for key in sizes} == sizes
+    assert set(have.values()) == {4}
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        causal(tiny_llama, rank_pattern="nowhere.json").configure_model()
+
+
+# ---- classification
+
+
+def labelled(tmp_path, labels=("few", "some", "more")):
+    rows = [
+        {"text": f"how many {w} {i}", "text_pair": "and now", "label": labels.index(w)}
+        for i in range(8)
+        for w in labels
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ClassificationData(str(tmp_path / "t.jsonl"), val_fraction=0.25, batch_size=4)
+
+
+def test_classification_trains_its_head_and_reports(tiny_bert, tmp_path):
+    module = SequenceClassification(
+        tiny_bert, [Adapter([LoRA])], dtype="fp32", metrics=["accuracy", "f1", "matthews"],
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+    )  # fmt: skip
+    trainer = fit(module, labelled(tmp_path), max_epochs=2)
+    names = {
+        n.split(".")[1] for n, p in module.named_parameters() if p.requires_grad and ".A" not in n and ".B" not in n
+    }
+    assert names == {"classifier"}
+    assert set(trainer.callback_metrics) >= {"loss", "accuracy", "f1", "matthews"}
+    assert module.model.config.num_labels == 3
+
+
+def test_a_head_on_a_half_precision_encoder_trains_in_float32(tiny_bert, tmp_path):
+    module = SequenceClassification(tiny_bert, [Adapter([HyperAdapt])], num_labels=3, dtype="bf16")
+    fit(module, labelled(tmp_path), max_steps=2)
+    assert module.model.classifier.weight.dtype == torch.float32
+    assert module.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+def test_a_decoder_classifies(tiny_llama, tmp_path):
+    module = SequenceClassification(tiny_llama, [Adapter([LoRA])], num_labels=3, dtype="fp32")
+    fit(module, labelled(tmp_path), max_steps=2)
+    assert {n for n, p in module.named_parameters() if p.requires_grad and "score" in n}
+
+
+def test_metrics_that_do_not_fit_are_refused(tiny_bert):
+    module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=3, metrics=["pearson"])
+    with pytest.raises(ValueError, match=r"'pearson' does not fit 3 label\(s\); use accuracy, f1, matthews"):
+        module.configure_model()
+
+
+# ---- resume, bit by bit
+
+
+ALLOCATORS = {
+    "ElaLoRA": lambda: ElaLoRA(swaps=3, every=2, warmup=3, final=3),
+    "AdaLoRA": lambda: AdaLoRA(budget=40, every=2, warmup=3, final=3),
+}
+STEPS = 12  # warm-up to 3, events at 5, 7, 9, final from 9
+
+
+class Stop(Callback):
+    """Ends the run after a step, as a kill would, once the checkpoint is written."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def whole_state(trainer, module):
+    optimizer = trainer.optimizers[0]
+    return (
+        {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
+        [{k: v.clone() for k, v in optimizer.state[p].items()} for g in optimizer.param_groups for p in g["params"]],
+        [g["lr"] for g in optimizer.param_groups],
+        torch.get_rng_state(),
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("stop", [2, 6, 7, 10], ids=["warm-up", "between", "event", "final"])
+def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate):
+    """12 steps equal `stop` steps, a kill, and the rest: parameters, moments, ranks, learning rate, random state."""
+
+    def run(folder, *callbacks, ckpt_path=None):
+        torch.manual_seed(1 if ckpt_path is None else 2)
+        module = causal(tiny_llama, partial(SVD, rank=4, dropout=0.1), generate=False)
+        trainer = Trainer(
+            **QUIET,
+            max_steps=STEPS,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=1.0,
+            callbacks=[ALLOCATORS[allocator](), ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"), *callbacks],
+        )  # fmt: skip
+        try:
+            trainer.fit(
+                module, datamodule=problems(train_size=28, batch_size=4), ckpt_path=ckpt_path, weights_only=True
+            )
+        except (KeyboardInterrupt, SystemExit):
+            return None
+        return whole_state(trainer, module), trainer.callbacks[0].events
+
+    whole, events = run(tmp_path / "whole")
+    assert run(tmp_path / "part", Stop(stop)) is None
+    resumed, resumed_events = run(tmp_path / "rest", ckpt_path=str(tmp_path / "part" / f"step={stop}.ckpt"))
+    assert events == resumed_events
+    assert len(events) == 3
+    assert whole[0].keys() == resumed[0].keys()
+    assert all(torch.equal(v, resumed[0][k]) for k, v in whole[0].items())
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(whole[1], resumed[1], strict=True) for k in a)
+    assert whole[2] == resumed[2]
+    assert torch.equal(whole[3], resumed[3])
+
+
+def test_a_checkpoint_holds_no_backbone_and_loads_without_pickle(tiny_llama, tmp_path):
+    module = causal(tiny_llama)
+    fit(module, problems(), [ModelCheckpoint(tmp_path, every_n_train_steps=2)], max_steps=2, enable_checkpointing=True)
+    (file,) = tmp_path.glob("*.ckpt")
+    stored = torch.load(file, weights_only=True)
+    assert stored["state_dict"].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tiny_llama, tmp_path):
+    fit(
+        causal(tiny_llama),
+        problems(),
+        [ModelCheckpoint(tmp_path, every_n_train_steps=2)],
+        max_steps=2,
+        enable_checkpointing=True,
+    )
+    (file,) = tmp_path.glob("*.ckpt")
+    with pytest.raises(ValueError, match=r"The checkpoint has no .*da .*saved under other adapters"):
+        fit(causal(tiny_llama, HyperAdapt), problems(), ckpt_path=file, max_steps=4)
