@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptrank.adapt import adapt, describe, set_enabled
+    from adaptrank.inject import adapt, describe, set_enabled
     from adaptrank.allocators import ALLOCATORS, Allocator
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
@@ -22,14 +22,14 @@ _HOMES = {
     "Allocator": "allocators",
     "PARAMETERIZATIONS": "parameterizations",
     "Parameterization": "parameterizations",
-    "adapt": "adapt",
-    "describe": "adapt",
+    "adapt": "inject",
+    "describe": "inject",
     "fit_ranks": "axes",
     "load_adapter": "artifacts",
     "merge": "artifacts",
     "rank_axes": "axes",
     "save_adapter": "artifacts",
-    "set_enabled": "adapt",
+    "set_enabled": "inject",
     "unmerge": "artifacts",
 }
 __all__ = [

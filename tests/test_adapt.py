@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from adaptrank.adapt import adapt, apply_rank_pattern, describe, set_enabled
 from adaptrank.axes import rank_axes
+from adaptrank.inject import adapt, apply_rank_pattern, describe, set_enabled
 from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
 from adaptrank.parameterizations.base import wrapped_layers
 from adaptrank.testing import perturb
@@ -332,9 +332,10 @@ def case(request):
 
 def test_any_model_starts_at_itself_and_trains(case, method):
     _, model, batch = case
-    want = model(**batch).logits
-    adapt(model, "all-linear", method)
-    assert torch.equal(model(**batch).logits, want)
+    with torch.no_grad():  # a product of another kind may be chosen where gradients are needed
+        want = model(**batch).logits
+        adapt(model, "all-linear", method, exclude=["classifier"] if hasattr(model, "classifier") else ())
+        assert torch.equal(model(**batch).logits, want)
     out = model(**batch)
     out.loss.backward()
     names = trainable(model)
@@ -409,7 +410,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, method):
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable()
         model.zero_grad()
         model(**batch).loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank.adapt import adapt, set_enabled
+from adaptrank.inject import adapt, set_enabled
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
 from adaptrank.axes import generator, rank_axes
 from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization

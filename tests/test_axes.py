@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaptrank.adapt import adapt
 from adaptrank.axes import check_optimizer, cost_model, fit_ranks, generator, natural, rank_axes
+from adaptrank.inject import adapt
 from adaptrank.parameterizations import SVD, HyperAdapt, LoRA, Parameterization
 from adaptrank.testing import check_parameterization, normal_input, perturb
 
@@ -68,10 +68,9 @@ class ToyTrain(Parameterization):
 
     source = "toy"
 
-    def __init__(self, base, *, bonds=(3, 4)):
+    def __init__(self, base, *, r=3, s=4):
         super().__init__(base)
         m, n = self.shape
-        r, s = self.bonds = tuple(bonds)
         self.G1, self.G2, self.G3 = self.zeros(m, r), self.zeros(r, s), self.zeros(s, n)
         nn.init.normal_(self.G1), nn.init.normal_(self.G2)
 
@@ -407,7 +406,7 @@ def test_fit_ranks_of_a_tied_model():
 
 
 def test_costs_do_not_add_up_where_two_axes_share_a_tensor():
-    layer = ToyTrain(nn.Linear(48, 24).double(), bonds=(3, 4))
+    layer = ToyTrain(nn.Linear(48, 24).double())
     cost, sizes = cost_model(layer), {":bond_1": 3, ":bond_2": 4}
     assert cost.total(sizes) == 24 * 3 + 3 * 4 + 4 * 48
     assert cost.marginal(":bond_1", sizes) == 24 + 4
@@ -488,7 +487,7 @@ def test_a_missing_tensor_is_left_to_the_strict_load():
     layer, state = svd(), svd(rank=4).state_dict()
     del state["Q"]
     fit_ranks(layer, state)
-    with pytest.raises(RuntimeError, match='Missing key.*"Q"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"Q"'):
         layer.load_state_dict(state)
 
 
@@ -508,6 +507,6 @@ def test_draws_depend_on_seed_axis_and_step_and_on_nothing_else():
 def test_an_axis_declared_in_the_wrong_order_says_so():
     wrong = type("Wrong", (LoRA,), {"axes": {"rank": {"B": 1, "A": 0}}})(nn.Linear(8, 6))
     with pytest.raises(
-        ValueError, match="names 'B' before the tensor that closes the axis, .* name the zero-initialized"
+        ValueError, match=r"names 'B' before the tensor that closes the axis, .* name the zero-initialized"
     ):
         rank_axes(wrong)[":rank"].resize(grow=1, generator=generator(0, "a", 1))

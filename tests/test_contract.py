@@ -157,7 +157,10 @@ def broken(**overrides):
         ({"axes": {"rank": {"B": 1}}}, "cannot be multiplied"),
         ({"fresh": lambda self, axis, n, g: {"A": torch.zeros(n, 48)}}, "dead"),
         ({"fresh": lambda self, axis, n, g: {"A": torch.ones(48, n)}}, "fresh"),
-        ({"zeros": lambda self, *s: nn.Parameter(torch.zeros(*s, dtype=self.innermost.weight.dtype))}, r"A is torch\.bfloat16"),
+        (
+            {"zeros": lambda self, *s: nn.Parameter(torch.zeros(*s, dtype=self.innermost.weight.dtype))},
+            r"A is torch\.bfloat16",
+        ),
         ({"penalty": lambda self: self.A.sum(1)}, "must be one number"),
     ],
 )
@@ -207,7 +210,7 @@ def test_imports_point_one_way():
         "registry": set(),
         "parameterizations": {"registry", "parameterizations"},
         "axes": {"parameterizations"},
-        "adapt": {"parameterizations", "axes"},
+        "inject": {"parameterizations", "axes"},
         "regularize": {"parameterizations"},
         "allocators": {"parameterizations", "registry", "axes", "regularize", "allocators"},
         "testing": {"parameterizations", "axes"},

@@ -6,7 +6,7 @@ from test_hyperadapt import meta
 from test_lora import LLAMA_7B, total
 from torch import nn
 
-from adaptrank.adapt import adapt
+from adaptrank.inject import adapt
 from adaptrank.parameterizations import DoRA, LoRA
 from adaptrank.testing import check_parameterization, perturb
 

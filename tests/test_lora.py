@@ -7,8 +7,8 @@ import torch
 from test_hyperadapt import meta
 from torch import nn
 
-from adaptrank.adapt import adapt
 from adaptrank.axes import cost_model, generator, rank_axes
+from adaptrank.inject import adapt
 from adaptrank.parameterizations import LoRA
 from adaptrank.testing import check_parameterization, perturb
 

@@ -272,6 +272,19 @@ def test_a_head_on_a_half_precision_encoder_trains_in_float32(tiny_bert, tmp_pat
     assert module.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
 
 
+def test_a_norm_that_trains_inside_a_half_precision_backbone_is_float32_and_casts_back(tiny_llama, tmp_path):
+    module = CausalLM(tiny_llama, [Adapter([LoRA])], dtype="bf16", train_modules=["norm", "input_layernorm"])
+    fit(module, problems(), max_steps=2)
+    assert module.model.model.norm.weight.dtype == torch.float32
+    assert (
+        module.model.model.layers[0].input_layernorm(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    )
+    save_adapter(module.model, tmp_path / "a")
+    warm = CausalLM(tiny_llama, adapter=str(tmp_path / "a"), dtype="bf16")
+    warm.configure_model()
+    assert torch.equal(warm.model.model.norm.weight, module.model.model.norm.weight), "no bit is lost on the way"
+
+
 def test_a_decoder_classifies(tiny_llama, tmp_path):
     module = SequenceClassification(tiny_llama, [Adapter([LoRA])], num_labels=3, dtype="fp32")
     fit(module, labelled(tmp_path), max_steps=2)

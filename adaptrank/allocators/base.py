@@ -267,7 +267,7 @@ class Allocator(Callback):
                 fits = [m for m, cls in PARAMETERIZATIONS.items() if cls.axes and self.requires <= cls.capabilities]
                 raise ValueError(
                     f"{name} needs axes that can {', '.join(sorted(missing))}, and {method} at {key} cannot; "
-                    f"use one of {', '.join(fits)}."
+                    f"{'use one of ' + ', '.join(fits) if fits else 'no parameterization here can'}."
                 )
 
     def _check_resume(self, phases: Phases) -> None:

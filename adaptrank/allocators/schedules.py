@@ -57,4 +57,4 @@ def late_drop(swaps: int, progress: float) -> int:
 
     Flat first, fast drop last: for 4 it is 4, 4, 4, 3, 3, 2, 1, 1, 0 at 0, .25, .5, .6, .7, .8, .9, .95, 1.
     """
-    return math.floor(swaps * (1 - progress**3) + 0.5)
+    return math.floor(swaps * (1 - progress**3) + 0.5 + 1e-9)

@@ -1,5 +1,6 @@
 """The command line: picks the verb, and imports what it needs only then, so that help is there at once."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,7 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"adaptrank {__version__}")
         return
     verb, rest = args[0], args[1:]
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own classes beside their YAML, from the console script too
     if verb in ("fit", "validate", "test", "predict"):
+        if any(arg in ("-h", "--help") for arg in rest):
+            from adaptrank.cli.help import usage
+
+            print(usage(verb), end="")
+            return
         from adaptrank.cli.train import run
 
         run(verb, rest)

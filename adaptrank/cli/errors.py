@@ -7,6 +7,7 @@ user's mistake. Names are compared with those of the real classes, so no list is
 import collections.abc
 import dataclasses
 import difflib
+import enum
 import importlib
 import inspect
 import linecache
@@ -62,11 +63,22 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, ConfigError):
         return str(error)
+    error = _root(error)
     if type(error).__name__ == "MisconfigurationException" or _is_file_error(error):
         return _sentence(error)
     if isinstance(error, ValueError | TypeError | ImportError | NotImplementedError) and _raised_on_purpose(error):
         return _sentence(error)
     return None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a constructor raised, out of the report that jsonargparse makes of it."""
+    while str(error).lstrip().startswith(("Does not validate", "Problem with given class_path", "Parser key")):
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return error
 
 
 def _is_file_error(error: BaseException) -> bool:
@@ -292,7 +304,11 @@ class Arguments:
 def arguments(cls: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
     """({argument: (type, whether it is required)}, whether others are taken too), through **kwargs to the base classes."""
     found: dict[str, tuple[Any, bool]] = {}
-    owners = [c.__dict__["__init__"] for c in cls.__mro__ if "__init__" in c.__dict__] if _is_class(cls) else [cls]
+    owners = (
+        [c.__dict__["__init__"] for c in inspect.getmro(cls) if "__init__" in c.__dict__]
+        if isinstance(cls, type)
+        else [cls]
+    )
     for position, function in enumerate(owners):
         if function is object.__init__:
             return found, position == 0 and not _is_class(cls)
@@ -321,7 +337,8 @@ def subclasses(base: type) -> dict[str, type]:
 
     def visit(cls: type) -> Iterator[type]:
         yield cls
-        for child in type.__subclasses__(cls):
+        children: list[type] = type.__subclasses__(cls)
+        for child in children:
             yield from visit(child)
 
     for cls in visit(base):
@@ -329,6 +346,11 @@ def subclasses(base: type) -> dict[str, type]:
         if not hidden and not inspect.isabstract(cls) and "<locals>" not in cls.__qualname__:
             found.setdefault(cls.__name__, cls)
     return found
+
+
+def _leaves(base: type) -> str:
+    """Names of the classes under a base that nothing else derives from: what one would choose."""
+    return some(sorted(name for name, cls in subclasses(base).items() if cls is not base and not cls.__subclasses__()))
 
 
 def _walk(value: Any, kind: Any, key: Key) -> None:
@@ -357,11 +379,12 @@ def _walk(value: Any, kind: Any, key: Key) -> None:
             raise _misfit(value, "a mapping", key)
     elif origin is collections.abc.Callable and len(args) == 2 and _is_class(args[1]):
         _walk_class(value, args[1], key, skip=len(args[0]) if isinstance(args[0], list) else 0)
-    elif _is_class(kind) and dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        made: Callable[..., Any] = kind
         if not isinstance(value, dict):
-            raise _misfit(value, f"a mapping with the keys {some(arguments(kind)[0])}", key)
+            raise _misfit(value, f"a mapping with the keys {some(arguments(made)[0])}", key)
         inner = "init_args" in value or "class_path" in value
-        _walk_arguments(value.get("init_args") or {} if inner else value, kind, (*key, "init_args") if inner else key)
+        _walk_arguments(value.get("init_args") or {} if inner else value, made, (*key, "init_args") if inner else key)
     elif _is_class(kind) and kind.__module__ != "builtins" and issubclass(kind, _configurable()):
         _walk_class(value, kind, key, skip=0)
 
@@ -378,22 +401,42 @@ def _walk_union(value: Any, members: Sequence[Any], key: Key) -> None:
     for member in members:
         try:
             _walk(value, member, key)
+            if _no_instance(value, member):
+                raise _misfit(value, _describe(member), key)
         except ConfigError as error:
             errors.append((member, error))
         else:
             return
-    structural = [error for member, error in errors if _same_shape(value, member)]
+    literals = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if literals and isinstance(value, str):
+        names = list(dict.fromkeys(map(str, literals)))
+        raise _misfit(value, f"one of {some(names, 20)}", key, hint(value, names))
+    structural = [error for member, error in errors if _same_shape(value, member) and not _no_instance(value, member)]
     if len(structural) == 1 or (structural and len(structural[0].key) > len(key)):
         raise structural[0]
-    fits = " or ".join(dict.fromkeys(_describe(member) for member, _ in errors))
+    plain = [member for member, _ in errors if not _no_instance(value, member)]
+    fits = " or ".join(dict.fromkeys(_describe(m) for m in plain if m is not int or float not in plain))
     raise _misfit(value, fits, key)
+
+
+def _no_instance(value: Any, kind: Any) -> bool:
+    """Whether a single word stands where an object of some class would have to (`x` for a Tensor)."""
+    thing = _is_class(kind) and kind.__module__ != "builtins" and not issubclass(kind, (os.PathLike, enum.Enum))
+    return (
+        thing
+        and not issubclass(kind, _configurable())
+        and isinstance(value, str | int | float)
+        and "." not in str(value)
+    )
 
 
 def _same_shape(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
     if isinstance(value, list):
         return origin in _LISTS
-    compound = origin is collections.abc.Callable or (_is_class(kind) and kind not in _SCALARS and kind is not type(None))
+    compound = origin is collections.abc.Callable or (
+        _is_class(kind) and kind not in _SCALARS and kind is not type(None)
+    )
     return compound if isinstance(value, dict) else origin is Literal or (isinstance(value, str) and compound)
 
 
@@ -418,8 +461,7 @@ def _walk_class(value: Any, base: type, key: Key, skip: int) -> None:
     if not isinstance(value, dict):
         raise _misfit(value, f"the name of a {base.__name__}, or a mapping with class_path and init_args", key)
     if "class_path" not in value:
-        known = some(subclasses(base)) or base.__name__
-        raise ConfigError(f"{spell(key)} has no class_path; name a class, of {known}.", key)
+        raise ConfigError(f"{spell(key)} has no class_path; name a class, one of {_leaves(base)}.", key)
     cls = find_class(value["class_path"], base, (*key, "class_path"))
     unknown = next((k for k in value if k not in ("class_path", "init_args", "dict_kwargs")), None)
     if unknown is not None:
@@ -444,7 +486,7 @@ def find_class(name: Any, base: type, key: Key = ()) -> Callable[..., Any]:
     if name in known:
         return known[name]
     if "." not in name:
-        raise ConfigError(f"{spell(key)}: there is no {kind} {name!r}{hint(name, known)} Known: {some(known)}.", key)
+        raise ConfigError(f"{spell(key)}: there is no {kind} {name!r}{hint(name, known)} Known: {_leaves(base)}.", key)
     module, _, last = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), last, None)
@@ -465,7 +507,7 @@ def find_class(name: Any, base: type, key: Key = ()) -> Callable[..., Any]:
             f"{spell(key)}: the module {module!r} has no {last!r}{hint(name, sorted(there) or known)}", key
         )
     if _is_class(found) and not issubclass(found, base):
-        raise ConfigError(f"{spell(key)}: {name} is no {kind}; use one of {some(subclasses(base))}.", key)
+        raise ConfigError(f"{spell(key)}: {name} is no {kind}; use one of {_leaves(base)}.", key)
     return typing.cast("Callable[..., Any]", found)
 
 
@@ -481,8 +523,8 @@ def _walk_arguments(value: Any, cls: Callable[..., Any], key: Key, skip: int = 0
         if name in known:
             _walk(item, known[name][0], (*key, name))
         elif not more:
-            accepts = f"{cls.__name__} accepts {some(known)}" if len(known) <= 20 else f"{cls.__name__} has no such argument"
-            raise ConfigError(f"Unknown key {spell((*key, name))}{hint(str(name), known)}\n{accepts}.", (*key, name))
+            accepts = f"\n{cls.__name__} accepts {some(known, 20)}." if len(known) <= 20 else ""
+            raise ConfigError(f"Unknown key {spell((*key, name))}{hint(str(name), known)}{accepts}", (*key, name))
     for name, (_, needed) in known.items() if required else ():
         if needed and name not in value:
             raise ConfigError(f"{spell((*key, name))} is missing: {cls.__name__} cannot do without it.", key)
@@ -521,8 +563,15 @@ _LISTS = (list, tuple, Sequence, Iterable, collections.abc.Sequence, collections
 def condense(message: str) -> str:
     """The heart of one of jsonargparse's messages, for what `check` does not understand: the innermost key, the first reason."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    keys = [line.split('"')[1] for line in lines if line.startswith('Parser key "') or line.startswith('MSG: Parser key "')]
-    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Parser key")
+    keys = [line.split('"')[1] for line in lines if line.startswith('Parser key "')]
+    skipped = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "Parser key",
+    )
     reasons = [line for line in lines if line and not line.startswith(skipped)]
     reason = reasons[0] if reasons else message.splitlines()[0]
     text = f"{keys[-1]}: {reason}" if keys else reason

@@ -65,7 +65,10 @@ def usage(verb: str) -> str:
     lines += ["", "the run"]
     run = [("seed_everything = 0", "seed of the run"), ("ckpt_path", "resume from, or evaluate, this checkpoint")]
     if verb == "fit":
-        run += [("runs = runs", "folder of the run folders"), ("evaluate = true", "whether to evaluate before and after")]
+        run += [
+            ("runs = runs", "folder of the run folders"),
+            ("evaluate = true", "whether to evaluate before and after"),
+        ]
     if verb == "predict":
         run += [("out", "file for the predictions, one line of JSON each")]
     lines += _rows([*run, ("debug", "show the traceback of a mistake, too")])
@@ -75,7 +78,10 @@ def usage(verb: str) -> str:
         *_rows(
             [
                 (f"{verb} --help_all", "every key, by LightningCLI"),
-                (f"{verb} --model.help CausalLM", "one class; so with --data.help, --allocator.help, and any class_path"),
+                (
+                    f"{verb} --model.help CausalLM",
+                    "one class; so with --data.help, --allocator.help, and any class_path",
+                ),
                 (f"{verb} --config FILE --print_config", "the whole configuration, defaults filled in, and stop"),
                 ("methods", "formulas, sources, costs, and which allocator works with which parameterization"),
             ]
@@ -99,7 +105,9 @@ def _rows(rows: list[tuple[str, str]], indent: int = 2, column: int = 36) -> lis
 
 def _members(folder: str, bases: set[str]) -> list[tuple[str, str]]:
     return [
-        (node.name, _summary(node)) for file in sorted((PACKAGE / folder).glob("*.py")) for node in _classes(file, bases)
+        (node.name, _summary(node))
+        for file in sorted((PACKAGE / folder).glob("*.py"))
+        for node in _classes(file, bases)
     ]
 
 
@@ -109,10 +117,15 @@ def _names(folder: str, bases: set[str]) -> str:
 
 def _classes(file: Path, bases: set[str]) -> Iterator[ast.ClassDef]:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        named = {base.id for base in node.bases if isinstance(base, ast.Name)} if isinstance(node, ast.ClassDef) else set()
-        if isinstance(node, ast.ClassDef) and named & bases and not node.name.startswith("_"):
-            if node.name not in ("CompletionTask", "LabelTask"):
-                yield node
+        named = (
+            {base.id for base in node.bases if isinstance(base, ast.Name)} if isinstance(node, ast.ClassDef) else set()
+        )
+        if (
+            isinstance(node, ast.ClassDef)
+            and named & bases
+            and not node.name.startswith(("_", "CompletionTask", "LabelTask"))
+        ):
+            yield node
 
 
 def _class(file: Path, name: str) -> ast.ClassDef:
@@ -130,7 +143,9 @@ def _arguments(node: ast.ClassDef) -> list[tuple[str, str, str]]:
     init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     pairs: list[tuple[str, ast.expr | None]] = []
     if init is None:
-        pairs = [(f.target.id, f.value) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        pairs = [
+            (f.target.id, f.value) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+        ]
     else:
         positional, defaults = init.args.args[1:], init.args.defaults
         padded = [None] * (len(positional) - len(defaults)) + list(defaults)

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 LINES = 10  # of a run whose output is no terminal
 
@@ -53,7 +53,7 @@ class StepProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._shown and self._bar is not None or not self._enabled:
+        if not self._enabled or (self._bar is not None and step == self._shown):
             return
         metrics = _short(self.get_metrics(trainer, pl_module))
         if self._bar is not None:

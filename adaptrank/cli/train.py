@@ -1,17 +1,12 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI with a typed allocator and a folder for each run."""
 
 import json
-import logging
-import os
 import shlex
 import signal
 import sys
 import threading
-import time
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,12 +17,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
-import adaptrank.data  # noqa: F401: so that YAML can name its classes
+import adaptrank.data
 import adaptrank.modules  # noqa: F401
 from adaptrank.allocators import Allocator
-from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder, render, summarize, write_json
+from adaptrank.artifacts.run import (
+    JsonlLogger,
+    RunFiles,
+    discard_unbegun,
+    new_run_folder,
+    render,
+    summarize,
+    write_json,
+)
 from adaptrank.cli import errors
 from adaptrank.cli.progress import StepProgress
+from adaptrank.cli.quiet import quiet
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -58,7 +62,7 @@ class AdaptrankCLI(LightningCLI):
     trainer: Trainer
     before: dict[str, float]
 
-    def __init__(self, verb: str, args: Sequence[str], run: bool = True) -> None:
+    def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb, self.args = verb, list(args)
         super().__init__(
             LightningModule,
@@ -95,7 +99,7 @@ class AdaptrankCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args([self.verb, *self.args])
         except errors.ConfigError as error:
             own = parser._subcommands_action.choices[self.verb] if parser._subcommands_action else parser
             diagnose(self.args, schema(own))
@@ -117,6 +121,12 @@ class AdaptrankCLI(LightningCLI):
         allocator = self._get(self.config_init, "allocator")
         extra: list[Callback] = [allocator] if allocator is not None else []  # before any ModelCheckpoint
         configured = self._get(self.config_init, "trainer.callbacks") or []
+        listed = next((callback for callback in configured if isinstance(callback, Allocator)), None)
+        if allocator is not None and listed is not None:
+            raise errors.ConfigError(
+                f"`allocator` is {type(allocator).__name__}, and trainer.callbacks lists {type(listed).__name__}: two would move "
+                f"the same ranks; keep one."
+            )
         own_logger = self._get(self.config_init, "trainer.logger") in (None, True)
         if self.verb == "fit":
             folder = self._new_folder()
@@ -196,8 +206,9 @@ class AdaptrankCLI(LightningCLI):
         return {name: float(value) for result in results for name, value in result.items()}
 
     def _say_backbone(self) -> None:
-        if hasattr(self.model, "source"):
-            say(f"Backbone {self.model.source.describe()}")
+        source: Any = getattr(self.model, "source", None)
+        if source is not None:
+            say(f"Backbone {source.describe()}")
 
     def _names(self, values: Iterable[str]) -> tuple[str, ...]:
         first = tuple(getattr(self.model, "metrics_shown", ()))
@@ -367,8 +378,9 @@ def diagnose(args: Sequence[str], known: dict[str, Any]) -> None:
 def place(key: errors.Key, files: Sequence[str], options: dict[errors.Key, str]) -> str:
     """`file, line n: ` or `--option: ` in front of a message; nothing where that cannot be told."""
     for length in range(len(key), 0, -1):
-        if key[:length] in options:
-            return f"{options[key[:length]]}: "
+        for given, option in options.items():
+            if given[:length] == key[:length] and (length == len(key) or given == key[:length]):
+                return f"{option}: "
         for file in reversed(files):
             line = errors.line_of(file, key[:length])
             if line is not None:
@@ -377,29 +389,6 @@ def place(key: errors.Key, files: Sequence[str], options: dict[errors.Key, str])
 
 
 # ---- the run
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out Lightning's tips and other libraries' deprecations; what we warn of is shown in plain sentences."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    log = logging.getLogger("adaptrank")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    propagate, log.propagate = log.propagate, False
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    try:
-        with warnings.catch_warnings():
-            warnings.formatwarning = lambda message, *_: f"{message}\n"  # type: ignore[assignment]
-            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
-                warnings.simplefilter("ignore", category)
-            warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*")
-            yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
 
 
 def run(verb: str, args: Sequence[str]) -> None:

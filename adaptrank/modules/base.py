@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from adaptrank import backbones
-from adaptrank.adapt import adapt, apply_rank_pattern
 from adaptrank.allocators.schedules import steps
-from adaptrank.artifacts.adapter import load_adapter, trained_modules
+from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
+from adaptrank.inject import adapt, apply_rank_pattern, find_modules
 from adaptrank.parameterizations.base import Parameterization, wrapped_layers
 from adaptrank.regularize import add_penalty_gradients
 
@@ -122,9 +122,9 @@ class AdaptedModule(LightningModule):
 
         return backbones.load_model(self.source, getattr(transformers, self.auto_class), self.frozen_dtype)
 
-    def extra_modules(self, backbone: nn.Module) -> list[str]:
-        """Modules that the task trains whole."""
-        return list(self.train_modules)
+    def heads(self, backbone: nn.Module) -> list[str]:
+        """Paths of the modules that the task itself trains whole: a fresh classifier."""
+        return []
 
     def configure_model(self) -> None:
         """Build and adapt the backbone; a second call does nothing."""
@@ -132,7 +132,12 @@ class AdaptedModule(LightningModule):
             return
         backbone = self.load_backbone()
         backbone.config.use_cache = False
-        extra = self.extra_modules(backbone)
+        heads = self.heads(backbone)
+        extra = find_modules(backbone, [*heads, *self.train_modules])
+        if self.adapter is not None:
+            extra |= {path: backbone.get_submodule(path) for path in _trained_in(self.adapter)}
+        for path, module in extra.items():
+            train_in_float32(module, cast_back=path not in heads)
         for entry in self.adapters:
             adapt(
                 backbone,
@@ -140,16 +145,13 @@ class AdaptedModule(LightningModule):
                 entry.parameterization,
                 exclude=entry.exclude or (),
                 name=entry.name,
-                train_modules=extra,
+                train_modules=list(extra),
                 seed=self.seed,
             )
         if self.adapter is not None:
             load_adapter(backbone, self.adapter)
         if self.rank_pattern:
             apply_rank_pattern(backbone, read_rank_pattern(self.rank_pattern), self.seed)
-        for name, parameter in backbone.named_parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                raise_to_float32(backbone, name)
         if self.gradient_checkpointing:
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         backbone.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes as they are
@@ -238,18 +240,33 @@ def _is_own(key: str, prefix: str) -> bool:
     return not key[len(prefix) :].startswith("base.")
 
 
-def raise_to_float32(model: nn.Module, name: str) -> None:
-    """Cast a module's directly held parameters to float32, and its inputs and outputs with them."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    dtype = next(parent.parameters()).dtype
-    if dtype == torch.float32:
+def train_in_float32(module: nn.Module, cast_back: bool) -> None:
+    """Hold a half-precision module in float32, where small steps do not vanish; its inputs are cast on the way in.
+
+    Args:
+        module: trained whole.
+        cast_back: give its output the dtype of its input again, for what comes after it.
+    """
+    dtype = next((parameter.dtype for parameter in module.parameters()), None)
+    if dtype not in (torch.bfloat16, torch.float16):
         return
-    parent.to(torch.float32)
-    parent.register_forward_pre_hook(_cast_inputs)
+    module.to(torch.float32)
+    module.register_forward_pre_hook(_cast_inputs)
+    if cast_back:
+        module.register_forward_hook(partial(_cast_output, dtype))
 
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
+
+
+def _trained_in(folder: str) -> list[str]:
+    """Paths of the modules that an adapter's file trains whole."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in read_adapter(folder)["trained_modules"]))
 
 
 def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:

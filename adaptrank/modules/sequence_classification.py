@@ -52,20 +52,18 @@ class SequenceClassification(AdaptedModule):
     def load_backbone(self) -> Any:
         import transformers
 
-        return backbones.load_model(
-            self.source,
-            getattr(transformers, self.auto_class),
-            self.frozen_dtype,
-            num_labels=self._labels(),
-        )
+        auto_class = getattr(transformers, self.auto_class)
+        backbone = backbones.load_model(self.source, auto_class, self.frozen_dtype, num_labels=self._labels())
+        if backbone.config.pad_token_id is None:  # a decoder finds the last token of a text by its padding
+            backbone.config.pad_token_id = self.tokenizer.pad_token_id
+        return backbone
 
-    def extra_modules(self, backbone: nn.Module) -> list[str]:
-        """The head: every child of the model beside the pretrained part that has parameters."""
+    def heads(self, backbone: nn.Module) -> list[str]:
+        """Every child of the model beside the pretrained part that has parameters."""
         base = getattr(backbone, "base_model_prefix", "")
-        heads = [
+        return [
             name for name, child in backbone.named_children() if name != base and any(True for _ in child.parameters())
         ]
-        return list(dict.fromkeys([*heads, *self.train_modules]))
 
     def describe_base(self) -> dict[str, Any]:
         return {**super().describe_base(), "num_labels": self._labels()}

@@ -80,7 +80,8 @@ class _ScaleOutput(torch.autograd.Function):
     """y + d (y - b), keeping only its own output where y can be had back from it.
 
     With z = y - b, the gradient of d is sum(g z), and without a bias z = out / (1 + d). The next operation usually keeps
-    `out` already. A bias would leave the rounding of `out` in z, and a scale near 0 magnifies it: both keep y instead.
+    `out` already. A bias would leave the rounding of `out` in z, and a scale near 0 may be
+    0 in half precision: both keep y instead.
     """
 
     @staticmethod

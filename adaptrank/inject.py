@@ -52,7 +52,7 @@ def adapt(
     if not makers:
         raise ValueError("adapt() needs a parameterization, such as parameterization=partial(LoRA, rank=8).")
     modules = _named_layers(model)
-    extra = _find_extra(model, train_modules)
+    extra = find_modules(model, train_modules)
     carried = wrapped_layers(model)
 
     # An earlier entry's adapters and modules go on training; all else is frozen.
@@ -258,7 +258,12 @@ def _no_match(modules: Mapping[str, nn.Module], targets: str | Sequence[str], ex
     )
 
 
-def _find_extra(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Path -> module, of the modules that the names mean: whole paths, or last components of paths.
+
+    Raises:
+        ValueError: for a name that no module has.
+    """
     modules = dict(model.named_modules())
     extra = {}
     for name in names:

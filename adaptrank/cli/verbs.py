@@ -1,0 +1,448 @@
+"""The verbs beside LightningCLI's: `methods`, `generate`, `merge`. Plain argparse; what is heavy is imported when needed."""
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from adaptrank.cli import errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptrank.backbones import Source
+
+Verb = Callable[[argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line or two, the nearest option included."""
+
+    def options(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse, and look for misspelt options first: argparse would report what is missing for want of them."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for arg in args:
+            name = arg.split("=")[0]
+            if arg.startswith("--") and name not in known:
+                errors.fail(f"unknown option {name}{errors.hint(name, known)} `{self.prog} --help` lists them.")
+        return self.parse_args(args)
+
+    def error(self, message: str) -> NoReturn:
+        errors.fail(f"{message}. `{self.prog} --help` shows how.")
+
+
+def _parser(verb: str, description: str) -> _Parser:
+    parser = _Parser(
+        prog=f"python -m adaptrank {verb}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your own module first, so that its classes are known (repeatable)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
+    return parser
+
+
+def _run(body: Verb, options: argparse.Namespace) -> None:
+    from adaptrank.cli.quiet import quiet
+
+    try:
+        with quiet():
+            _import(options.modules)
+            body(options)
+    except BrokenPipeError:  # `| head` closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        text = errors.explain(error)
+        if text is None or errors.debugging() or options.debug:
+            raise
+        errors.fail(text)
+
+
+def _import(modules: Iterable[str]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports something that is not
+            here = [file.stem for file in Path().glob("*.py")]
+            raise errors.ConfigError(
+                f"--import: there is no module {module!r}{errors.hint(module, here)} It is looked for in the folder you start "
+                f"from, and on PYTHONPATH."
+            ) from None
+
+
+# ---- methods
+
+
+def methods(args: Sequence[str]) -> None:
+    """Show what there is: parameterizations, allocators, and which pairs work."""
+    parser = _parser(
+        "methods", "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work."
+    )
+    parser.add_argument("--pairs", action="store_true", help="which allocator works on which parameterization")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    _run(_methods, parser.options(args))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    made = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
+    moves = [describe_allocator(cls) for cls in ALLOCATORS.values() if cls.__module__ != "adaptrank.allocators.base"]
+    pairs = {a["name"]: {p["name"]: ALLOCATORS[a["name"]].works_with(p["name"]) for p in made} for a in moves}
+    if options.json:
+        print(json.dumps({"parameterizations": made, "allocators": moves, "works": pairs}, indent=2))
+    elif options.pairs:
+        print(_matrix(pairs, [p["name"] for p in made]))
+    else:
+        print("Parameterizations; parameters are those of a layer with 48 inputs and 24 outputs at default arguments\n")
+        print(
+            _columns(
+                [("", "parameters", "rank axes", "source"), *(_made_row(p) for p in made)], [p["formula"] for p in made]
+            )
+        )
+        print("\nAllocators: what moves ranks, on anything that has a rank axis (--pairs shows which)\n")
+        print(_columns([("", "score", "needs", "source"), *(_moves_row(a) for a in moves)], [a["does"] for a in moves]))
+        print(
+            "\nArguments: python -m adaptrank fit --allocator.help ElaLoRA; in YAML a class is named class_path: ElaLoRA."
+        )
+
+
+def describe_parameterization(cls: type[Any]) -> dict[str, Any]:
+    """Name, formula, source, axes and cost of a parameterization, from the class and one small layer in it."""
+    import torch
+
+    from adaptrank.axes import cost_model, rank_axes
+
+    holder = torch.nn.Module()
+    with torch.random.fork_rng(devices=[]):
+        holder.layer = cls(cls.example())
+    axes = {key.rpartition(":")[2]: len(axis) for key, axis in rank_axes(holder).items()}
+    sizes = {key: len(axis) for key, axis in rank_axes(holder).items()}
+    return {
+        "name": cls.__name__,
+        "formula": _first_sentence(cls),
+        "source": cls.source,
+        "axes": axes,
+        "parameters": cost_model(holder).total(sizes),
+        "arguments": _arguments(cls, skip=1),
+        "mergeable": cls.mergeable,
+        "module": cls.__module__,
+    }
+
+
+def describe_allocator(cls: type[Any]) -> dict[str, Any]:
+    """Name, what it does, score, needs and source of an allocator."""
+    arguments = _arguments(cls)
+    return {
+        "name": cls.__name__,
+        "does": _first_sentence(cls),
+        "source": cls.source,
+        "score": arguments.get("importance", cls.importance) if _default_score(cls) else "its own",
+        "needs": sorted(cls.requires),
+        "arguments": arguments,
+        "module": cls.__module__,
+    }
+
+
+def _default_score(cls: type[Any]) -> bool:
+    from adaptrank.allocators import Allocator
+
+    return cls.score is Allocator.score
+
+
+def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:
+    parameters = list(inspect.signature(cls).parameters.values())[skip:]
+    found = {p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return {
+        name: value if isinstance(value, str | int | float | None) else repr(value) for name, value in found.items()
+    }
+
+
+def _first_sentence(cls: type[Any]) -> str:
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+
+
+def _made_row(method: dict[str, Any]) -> tuple[str, ...]:
+    axes = ", ".join(f"{axis} {size}" for axis, size in method["axes"].items()) or "none: a fixed cost"
+    return method["name"], f"{method['parameters']:,}", axes, _arxiv(method["source"])
+
+
+def _moves_row(allocator: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        allocator["name"],
+        allocator["score"],
+        ", ".join(allocator["needs"]) or "any axis",
+        _arxiv(allocator["source"]),
+    )
+
+
+def _arxiv(source: str) -> str:
+    return source or "-"
+
+
+def _columns(rows: list[tuple[str, ...]], notes: list[str]) -> str:
+    """Aligned columns under a head; below each row its note, indented."""
+    import textwrap
+
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for position, row in enumerate(rows):
+        lines.append("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        if position:
+            lines += textwrap.wrap(notes[position - 1], 108, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _matrix(pairs: dict[str, dict[str, bool]], names: list[str]) -> str:
+    width = max(map(len, [*names, "parameterization"]))
+    lines = [f"  {'':{width}}  {'  '.join(pairs)}"]
+    for name in names:
+        cells = [f"{'works' if works[name] else '-':{len(allocator)}}" for allocator, works in pairs.items()]
+        lines.append(f"  {name:{width}}  {'  '.join(cells)}".rstrip())
+    lines.append(
+        "\n  -  has no rank axis, or one that cannot do what the allocator needs; a run says which when it starts"
+    )
+    return "\n".join(lines)
+
+
+# ---- what generate and merge load
+
+
+@dataclass
+class _Found:
+    """An adapter on its base, or a plain model: where each is, and what the adapter's file says."""
+
+    source: "Source"
+    adapter: Path | None
+    auto_class: str
+    num_labels: int | None = None
+
+    def load(self, dtype: "torch.dtype") -> Any:
+        """The model, adapted where there is an adapter."""
+        import transformers
+
+        from adaptrank.artifacts import load_adapter
+        from adaptrank.backbones import load_model
+
+        labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        model = load_model(self.source, getattr(transformers, self.auto_class), dtype, **labels)
+        return (model if self.adapter is None else load_adapter(model, self.adapter)).train(False)
+
+
+def _find(name: str, base: str | None, must_be_adapter: bool = False) -> _Found:
+    from adaptrank import backbones
+    from adaptrank.artifacts import read_adapter
+    from adaptrank.artifacts.adapter import WEIGHTS
+
+    folder = Path(name).expanduser()
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter" / WEIGHTS).is_file():
+        folder = folder / "adapter"  # a run folder
+    if not must_be_adapter and not (folder / WEIGHTS).is_file():
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise errors.ConfigError(f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json).")
+        return _Found(backbones.resolve(name), None, "AutoModelForCausalLM")
+    if not folder.exists():
+        raise errors.ConfigError(errors.missing_file(name, "adapter folder"))
+    described = read_adapter(folder)["base"]
+    named = base or described.get("name")
+    if named is None:
+        raise errors.ConfigError(f"{folder} does not say what base it was trained on; name it with --base.")
+    try:
+        source = backbones.resolve(named)
+    except FileNotFoundError as error:
+        raise errors.ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
+    return _Found(source, folder, described.get("auto_class", "AutoModelForCausalLM"), described.get("num_labels"))
+
+
+# ---- generate
+
+
+def generate(args: Sequence[str]) -> None:
+    """Complete prompts, greedily."""
+    parser = _parser(
+        "generate",
+        "Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal language) model.\n"
+        "Without --prompt, every line of standard input is a prompt. \\n in a prompt is a line break.",
+    )
+    parser.add_argument(
+        "model", metavar="ADAPTER_OR_MODEL", help="a run's adapter folder, a model's folder, or a model id"
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (64)")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt: prompt, completion")
+    parser.add_argument("--base", metavar="NAME", help="the adapter's base; by default what its file names")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto (bf16 where it is fast), fp32, bf16")
+    _run(_generate, parser.options(args))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from adaptrank import backbones
+
+    if options.max_new_tokens < 1:
+        raise errors.ConfigError(f"--max_new_tokens {options.max_new_tokens}: give 1 or more.")
+    dtype = backbones.auto_dtype(options.dtype)
+    found = _find(options.model, options.base)
+    if found.auto_class != "AutoModelForCausalLM":
+        raise errors.ConfigError(
+            f"{found.adapter} was trained for {found.auto_class.removeprefix('AutoModelFor')}, which completes no text; use "
+            f"`python -m adaptrank predict --model.adapter {found.adapter} ...`."
+        )
+    prompts = options.prompt if options.prompt is not None else _lines()
+    tokenizer, model = backbones.load_tokenizer(found.source), found.load(dtype)
+    for given in prompts:
+        prompt = given.replace("\\n", "\n")
+        text = complete(model, tokenizer, prompt, options.max_new_tokens, options.chat)
+        if options.json:
+            print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), flush=True)
+        else:
+            print(text if options.chat else prompt + text, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    if sys.stdin.isatty():
+        print("One prompt a line; Ctrl-D ends.", file=sys.stderr)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool = False) -> str:
+    """The greedy continuation of one prompt, special tokens left out."""
+    import torch
+
+    from adaptrank.data.base import render, tokens
+
+    text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True) if chat else prompt
+    ids = torch.tensor(tokens(tokenizer, [text], special=not chat), device=model.device)
+    if not ids.shape[1]:
+        raise errors.ConfigError("An empty prompt has nothing to complete.")
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    completion: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return completion
+
+
+# ---- merge
+
+
+def merge(args: Sequence[str]) -> None:
+    """Fold an adapter into its base."""
+    parser = _parser(
+        "merge",
+        "Fold an adapter into its base and write a plain transformers model with its tokenizer, which `from_pretrained`\n"
+        "loads without adaptrank. The sum is taken in float32.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
+    parser.add_argument("--base", metavar="NAME", help="the base; by default what the adapter's file names")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="to save in; auto is that of the base's files",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
+    _run(_merge, parser.options(args))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    import torch
+
+    from adaptrank import backbones
+    from adaptrank.artifacts import merge as fold
+    from adaptrank.parameterizations.base import wrapped_layers
+
+    out = Path(options.out)
+    if out.is_file():
+        raise errors.ConfigError(f"--out {out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not options.force:
+        raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
+    found = _find(options.adapter, options.base, must_be_adapter=True)
+    assert found.adapter is not None
+    for given, what in ((found.adapter, "adapter"), (Path(found.source.path), "base")):
+        if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
+            raise errors.ConfigError(f"--out {out} holds the {what} that is to be merged; name another folder.")
+    dtype = stored_dtype(found.source) if options.dtype == "auto" else backbones.auto_dtype(options.dtype)
+    # The base as it is stored: half precision is merged in float32 anyway, and float32 must not be rounded before the sum.
+    model = found.load(dtype if dtype == stored_dtype(found.source) else torch.float32)
+    layers = len(wrapped_layers(model))
+    model = fold(model).to(dtype)
+    tokenizer = backbones.load_tokenizer(found.source)
+    write_folder(out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(
+        f"Merged {layers} layers of {found.adapter} into {found.source.name}: {out} ({_short(dtype)}, {size:,.0f} MB)"
+    )
+    if found.auto_class == "AutoModelForCausalLM":
+        print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")
+    print(f"  load:     transformers.{found.auto_class}.from_pretrained({str(out)!r})")
+
+
+def stored_dtype(source: "Source") -> "torch.dtype":
+    """The dtype of a base's own files, as its configuration states it; float32 where it states none."""
+    import torch
+    from transformers import AutoConfig
+
+    dtype = getattr(AutoConfig.from_pretrained(source.path), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def write_folder(out: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder whole or not at all: into a sibling first, which then takes the place of what was there."""
+    import transformers.utils
+
+    logging: Any = transformers.utils.logging
+    out.parent.mkdir(parents=True, exist_ok=True)
+    growing = out.with_name(f".{out.name}.{os.getpid()}.new")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        growing.mkdir()
+        write(growing)
+        if out.exists():
+            os.replace(out, aside)
+        try:
+            os.replace(growing, out)
+        except BaseException:
+            if aside.exists():
+                os.replace(aside, out)
+            raise
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        for left in (growing, aside):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _short(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,298 @@
+"""What the documentation takes from the code: a page for every registered class, and tables of arguments.
+
+Nothing here names a method. A page holds what the class itself says: its docstring, its signature and its attributes, and
+figures that are measured on a 24 x 48 layer when the page is written.
+"""
+
+import inspect
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+FOLDER = "methods"
+SECTION = re.compile(r"^([A-Z][a-z]+):(?: +(.*))?$")
+
+
+# ---- docstrings
+
+
+@dataclass
+class Doc:
+    """A docstring in parts: the first paragraph, the others, and what stands under `Source:`, `Args:` and so on."""
+
+    summary: str = ""
+    body: list[str] = field(default_factory=list)
+    sections: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, str]:
+        """Argument -> what `Args:` says of it; an entry may name several arguments."""
+        found = {}
+        for entry in re.split(r"\n(?= {4}\w)", "\n" + self.sections.get("Args", "")):
+            names, colon, text = entry.strip().partition(": ")
+            if colon:
+                found.update({name.strip().lstrip("*"): " ".join(text.split()) for name in names.split(",")})
+        return found
+
+
+def read(docstring: str) -> Doc:
+    """Take a docstring apart."""
+    doc, paragraph, section = Doc(), [], None
+    for line in [*inspect.cleandoc(docstring).splitlines(), ""]:
+        header = SECTION.match(line)
+        if header:
+            section = header[1]
+            doc.sections[section] = header[2] or ""
+        elif section and (line or section == "Args"):
+            doc.sections[section] += f"\n{line}"
+        elif line:
+            section = None
+            paragraph.append(line)
+            continue
+        else:
+            section = None
+        if paragraph:
+            doc.body.append("\n".join(paragraph))
+            paragraph = []
+    doc.summary = doc.body.pop(0) if doc.body else ""
+    return doc
+
+
+def arguments(cls: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of the arguments that a class adds to those it hands on."""
+    bases = [read(base.__dict__.get("__doc__") or "").arguments() for base in getattr(cls, "__mro__", [cls])]
+    meanings = {
+        name: next((text for said in bases if (text := said.get(name, "as in")) and not text.startswith("as in")), "")
+        for said in bases
+        for name in said
+    }
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.name != "base" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            default = "" if parameter.default is parameter.empty else spell(parameter.default)
+            yield parameter.name, spell_type(parameter.annotation), default, meanings.get(parameter.name, "")
+
+
+def spell(value: Any) -> str:
+    """A default as one writes it in YAML."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return value.__name__ if inspect.isclass(value) else str(value)
+
+
+def spell_type(annotation: Any) -> str:
+    """A type without the modules it comes from."""
+    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).replace("NoneType", "None")
+
+
+# ---- Markdown
+
+
+def plain(text: str) -> str:
+    """Markdown that shows a text as it is; `code` stays code, and arXiv ids become links."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    shown = [part if part.startswith("`") else re.sub(r"([\\*_<>|$\[\]{}#~^])", r"\\\1", part) for part in parts]
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(shown))
+
+
+def code(text: str) -> str:
+    """A code span that may stand in a table."""
+    return "`" + text.replace("|", r"\|") + "`" if text else ""
+
+
+def table(rows: list[tuple[str, ...]], *header: str) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def argument_table(cls: Callable[..., Any]) -> str:
+    """The arguments of a class as a table."""
+    rows = [(code(n), code(kind), code(default), plain(what)) for n, kind, default, what in arguments(cls)]
+    return table(rows, "argument", "type", "default", "meaning")
+
+
+# ---- pages
+
+
+def own(registry: Any) -> dict[str, type]:
+    """What the package itself registers."""
+    return {name: cls for name, cls in registry.items() if cls.__module__.startswith("adaptrank.")}
+
+
+def links(names: list[str]) -> str:
+    """Links to method pages."""
+    return ", ".join(f"[{name}]({name}.md)" for name in names) or "none"
+
+
+def parameterization_page(name: str, cls: Any) -> str:
+    """The page of a parameterization."""
+    import torch
+    from torch import nn
+
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.axes import cost_model, rank_axes
+
+    doc = read(cls.__doc__)
+    torch.manual_seed(0)
+    layer = cls(nn.Linear(48, 24))
+    sizes = {key: len(axis) for key, axis in rank_axes(layer).items()}
+    cost = cost_model(layer)
+    axes = []
+    for axis, tensors in layer.axes.items():
+        *opening, (closing, dim) = tensors.items()
+        factors = [f"`{tensor}` (dimension {d})" for tensor, d in opening]
+        axes.append(f"`{axis}`: {', '.join(factors)} and `{closing}` (dimension {dim}), which closes")
+    units = []
+    for key, axis in rank_axes(layer).items():
+        most = axis.limits()[1]
+        ceiling = f"at most {most} units" if most else "no ceiling"
+        units.append(f"{cost.marginal(key, sizes):,} parameters a unit, {sizes[key]} units by default, {ceiling}")
+    allocators = [a for a, allocator in own(ALLOCATORS).items() if allocator.works_with(name)]
+    facts = {
+        "Source": plain(doc.sections.get("Source", cls.source)),
+        "Shapes": plain(doc.sections.get("Shapes", "")),
+        "Rank axes": "; ".join(axes) or "none: its cost is fixed",
+        "On a 24 x 48 layer": "; ".join([f"{cost.total(sizes):,} parameters with default arguments", *units]),
+        "Merges into the weight": "yes" if cls.mergeable else "no",
+        "Wraps": ", ".join(f"`{kind.__name__}`" for kind in cls.accepts),
+        "Tied across layers": ", ".join(f"`{t}`" for t in cls.shared),
+        "Exempt from weight decay": ", ".join(f"`{t}`" for t in cls.no_decay),
+        "Axes can": ", ".join(["shrink", *sorted(cls.capabilities)]) if layer.axes else "",
+        "Allocators that work": links(allocators),
+        **{k: plain(v) for k, v in doc.sections.items() if k not in ("Source", "Shapes", "Args", "Raises")},
+        "Errors": plain(doc.sections.get("Raises", "")),
+        "File": f"`{cls.__module__.replace('.', '/')}.py`",
+    }
+    init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
+    return "\n\n".join(
+        [
+            f"# {name}",
+            f"```text\n{doc.summary}\n```",
+            *map(plain, doc.body),
+            table([(k, v) for k, v in facts.items() if v], "", ""),
+            "## Arguments",
+            argument_table(cls),
+            "In YAML, with every argument at its default:",
+            f"```yaml\nparameterization:\n- class_path: {name}\n  init_args:\n{init_args}```",
+        ]
+    )
+
+
+def allocator_page(name: str, cls: Any) -> str:
+    """The page of an allocator."""
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    doc = read(cls.__doc__)
+    methods = own(PARAMETERIZATIONS)
+    refused = [m for m in methods if not cls.works_with(m)]
+    facts = {
+        "Source": plain(doc.sections.get("Source", cls.source)),
+        "Works with": links([m for m in methods if cls.works_with(m)]),
+        "Does not work with": f"{links(refused)}, unless nested with one that does" if refused else "",
+        "Needs axes that": ", ".join(["shrink", *sorted(cls.requires)]),
+        "Errors": plain(doc.sections.get("Raises", "")),
+        "File": f"`{cls.__module__.replace('.', '/')}.py`",
+    }
+    init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
+    return "\n\n".join(
+        [
+            f"# {name}",
+            plain(doc.summary),
+            *map(plain, doc.body),
+            table([(k, v) for k, v in facts.items() if v], "", ""),
+            "## Arguments",
+            argument_table(cls),
+            "What `Allocator` gives every allocator is in [Configuration](../configuration.md#allocator).",
+            "In YAML, with every argument at its default:",
+            f"```yaml\nallocator:\n  class_path: {name}\n  init_args:\n{init_args}```",
+        ]
+    )
+
+
+def index_page() -> str:
+    """Both registries in two tables, and which pairs work."""
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
+    rows = [(links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source)) for n, c in methods.items()]
+    movers = [(links([n]), plain(read(c.__doc__).summary), plain(c.source)) for n, c in allocators.items()]
+    pairs = [
+        (links([name]), *("yes" if cls.works_with(method) else "no" for method in methods))
+        for name, cls in allocators.items()
+    ]
+    toctree = "\n".join([*methods, *allocators])
+    return "\n\n".join(
+        [
+            "# Methods",
+            "These pages are written from the code at every build. `python -m adaptrank methods` prints the same table.",
+            "## Parameterizations",
+            table(rows, "name", "what changes in a weight", "source"),
+            "## Allocators",
+            table(movers, "name", "what moves", "source"),
+            "## Which pairs work",
+            "A method without a rank axis has nothing to move by itself. Nested with one that has an axis, it is a fixed cost.",
+            table(pairs, "", *methods),
+            f"```{{toctree}}\n:hidden:\n\n{toctree}\n```",
+        ]
+    )
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """Write every page; what stood in the folder before is gone."""
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    pages = {"index": index_page()}
+    pages |= {name: parameterization_page(name, cls) for name, cls in own(PARAMETERIZATIONS).items()}
+    pages |= {name: allocator_page(name, cls) for name, cls in own(ALLOCATORS).items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, text in pages.items():
+        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    return sorted(folder.iterdir())
+
+
+# ---- Sphinx
+
+
+class Keys(SphinxDirective):
+    """```{keys} package.Class``` is the table of the class's arguments."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        module, _, name = self.arguments[0].rpartition(".")
+        return self.parse_text_to_nodes(argument_table(getattr(import_module(module), name)))
+
+
+def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Our docstrings are plain text with `code`: make reStructuredText of them, which gives |x| and x* a meaning."""
+    text = "\n".join(lines)
+    text = re.sub(
+        r"^( *)```(\w+)\n(.*?)\n\1```",
+        lambda m: f"{m[1]}.. code-block:: {m[2]}\n\n" + re.sub(r"^", "    ", m[3], flags=re.MULTILINE) + "\n",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
+    shown = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|]|_(?!\w))", r"\\\1", p) for p in parts]
+    text = re.sub(r"^(?=(?:Source|Shapes|Penalty|Args|Raises|Returns):)", "\n", "".join(shown), flags=re.MULTILINE)
+    lines[:] = text.splitlines()
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register all of it."""
+    app.add_directive("keys", Keys)
+    app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / FOLDER))
+    app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon
+    return {"parallel_read_safe": True}

@@ -1,0 +1,446 @@
+"""The command line from end to end, in this process, on a random tiny Llama: runs, resumes, verbs, help."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from adaptrank.cli import VERBS, main
+from adaptrank.cli.train import AdaptrankCLI, run_name
+
+CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+
+
+def write(folder, tiny, name="tiny.yaml", **changes):
+    config = {
+        "model": {
+            "class_path": "CausalLM",
+            "init_args": {
+                "backbone": tiny,
+                "adapters": [{"targets": ["q_proj", "v_proj"], "parameterization": [{"class_path": "LoRA"}]}],
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
+                "max_new_tokens": 2,
+                "dtype": "fp32",
+            },
+        },
+        "allocator": {"class_path": "ElaLoRA", "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2}},
+        "data": {"class_path": "ArithmeticProblems", "init_args": {"batch_size": 4, "train_size": 24, "val_size": 8}},
+        "trainer": {"max_steps": 8, "accelerator": "cpu", "check_val_every_n_epoch": 1000},
+    }
+    config.update(changes)
+    (folder / name).write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_llama):
+    """A folder to work in, with a configuration tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ADAPTRANK_DEBUG", raising=False)
+    write(tmp_path, tiny_llama)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command, and return (exit code, stdout, stderr)."""
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            main(list(map(str, args)))
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama):
+    """The adapter folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    write(folder, tiny_llama)
+    main(["fit", "--config", str(folder / "tiny.yaml"), "--runs", str(folder / "runs"), "--evaluate", "false"])
+    return folder / "runs" / "tiny" / "0" / "adapter"
+
+
+# ---- fit
+
+
+def test_a_run_leaves_a_folder_and_says_what_next(here, cli):
+    code, out, err = cli("fit", "--config", "tiny.yaml")
+    assert code == 0, err
+    folder = here / "runs" / "tiny" / "0"
+    names = {"adapter", "config.yaml", "metrics.jsonl", "ranks.jsonl", "ranks.json", "summary.json"}
+    assert names <= {p.name for p in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 8 and {"loss", "perplexity", "exact_match"} <= summary["after"].keys()
+    assert out.startswith("Backbone ") and "before      after" in out
+    for verb in ("generate", "merge", "fit"):
+        assert f"python -m adaptrank {verb} " in out
+    assert out.count("runs/tiny/0/adapter") == 4
+
+    # Quiet: ten lines of progress in a file, and no tip, warning or deprecation of another library.
+    assert len(re.findall(r"^step \d+/8 ", err, re.MULTILINE)) == 8
+    assert "Epoch" not in err + out and "v_num" not in err
+    left = [line for line in err.splitlines() if not re.match(r"step \d+/8 ", line)]
+    assert all("rows exceed max_length" in line for line in left), left
+
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    code, _, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
+    assert code == 0, err
+    assert (here / "runs" / "tiny" / "1" / "summary.json").is_file()
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}, "a second run touched the first"
+
+
+def test_the_saved_config_starts_the_same_run_again(here, cli):
+    assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false", "--model.optimizer.lr", "0.02")[0] == 0
+    first, second = here / "runs" / "tiny" / "0", here / "runs" / "tiny" / "1"
+    code, _, err = cli("fit", "--config", first / "config.yaml")
+    assert code == 0, err
+    saved = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (first, second)]
+    assert saved[0] == saved[1]
+    assert saved[0]["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.02
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def test_an_allocator_as_a_key_or_among_the_callbacks(here, cli, tiny_llama):
+    allocator = yaml.safe_load((here / "tiny.yaml").read_text())["allocator"]
+    trainer = {"max_steps": 8, "accelerator": "cpu", "callbacks": [allocator]}
+    write(here, tiny_llama, "listed.yaml", allocator=None, trainer=trainer)
+    for config in ("tiny", "listed"):
+        code, _, err = cli("fit", "--config", f"{config}.yaml", "--evaluate", "false")
+        assert code == 0, err
+    events = [(here / "runs" / config / "0" / "ranks.jsonl").read_text() for config in ("tiny", "listed")]
+    assert events[0] == events[1] and events[0].count('"step"') >= 2
+
+
+def test_the_allocator_comes_before_the_checkpoint(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        AdaptrankCLI, "fit", lambda cli, **_: seen.extend(type(c).__name__ for c in cli.trainer.callbacks)
+    )
+    main(["fit", "--config", "tiny.yaml"])
+    assert seen.index("ElaLoRA") < seen.index("RunFiles") < seen.index("ModelCheckpoint")
+    assert seen.index("ElaLoRA") < seen.index("Interrupt")
+
+
+def test_an_allocator_from_the_users_own_file(here, cli, tiny_llama, monkeypatch):
+    (here / "my_own_allocator.py").write_text(
+        "from adaptrank.allocators import Allocator\n"
+        "class BiggestFirst(Allocator):\n"
+        '    """Keep the units whose factors are largest."""\n'
+        "    def score(self, axis):\n"
+        "        return sum(v.abs().sum(tuple(d for d in range(v.dim()) if d)) for v in self.sizes_of(axis))\n"
+        "    def sizes_of(self, axis):\n"
+        "        return [slot.tensor.movedim(slot.dim, 0) for slot in axis.slots()]\n"
+    )
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(here))])  # as a console script starts
+    own = {
+        "class_path": "my_own_allocator.BiggestFirst",
+        "init_args": {"budget": 24, "every": 2, "warmup": 2, "final": 2},
+    }
+    write(here, tiny_llama, "own.yaml", allocator=own)
+    code, _, err = cli("fit", "--config", "own.yaml", "--evaluate", "false")
+    assert code == 0, err
+    assert sum(json.loads((here / "runs" / "own" / "0" / "ranks.json").read_text()).values()) == 24
+    code, out, _ = cli("methods", "--import", "my_own_allocator")
+    assert code == 0 and "BiggestFirst" in out and "Keep the units whose factors are largest." in out
+
+
+def test_ctrl_c_keeps_all_and_says_how_to_resume(here, cli, tiny_llama, monkeypatch):
+    (here / "pressing.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch import Callback\n"
+        "class Press(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 3 and 'PRESS' in os.environ:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+    trainer = {"max_steps": 8, "accelerator": "cpu", "callbacks": [{"class_path": "pressing.Press"}]}
+    write(here, tiny_llama, trainer=trainer)
+    assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false")[0] == 0
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setenv("PRESS", "1")
+    code, out, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
+    monkeypatch.delenv("PRESS")
+    assert code == 1 and "Traceback" not in err
+    assert "Interrupted at step 4" in out and "Stopping after this step" in err
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert (here / "runs" / "tiny" / "1" / "adapter" / "adapter_model.safetensors").is_file()
+
+    command = re.search(r"resume: +python -m adaptrank (.*)", out)[1].split()
+    assert "interrupted.ckpt" in command[-1]
+    code, _, err = cli(*command)
+    assert code == 0, err
+    whole, stopped, resumed = ((here / "runs" / "tiny" / n) for n in "012")
+    weights = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (whole, stopped, resumed)]
+    assert weights[0] == weights[2] != weights[1], "a resumed run must end where the whole one ended"
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(here, cli, tiny_llama):
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "every_n_train_steps": 4}}
+    trainer = {"max_steps": 4, "accelerator": "cpu", "callbacks": [callback]}
+    write(here, tiny_llama, allocator=None, trainer=trainer)
+    assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false")[0] == 0
+    (checkpoint,) = (here / "kept").glob("*.ckpt")
+    code, _, err = cli(
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--ckpt_path",
+        checkpoint,
+        "--model.adapters",
+        "[{parameterization: [HyperAdapt]}]",
+    )
+    assert code == 2 and len(err.split("adaptrank: ")[1].splitlines()) <= 3
+    assert "saved under other adapters" in err
+    assert [p.name for p in (here / "runs" / "tiny").iterdir()] == ["0"]
+
+
+def test_our_own_warnings_are_shown_plainly(here, cli, monkeypatch):
+    def fit(cli, **_):
+        import warnings
+
+        warnings.warn("a sentence of ours", stacklevel=1)
+        logging.getLogger("adaptrank.data").warning("another sentence")
+        logging.getLogger("lightning.pytorch").warning("a tip of theirs")
+
+    monkeypatch.setattr(AdaptrankCLI, "fit", fit)
+    with pytest.warns(UserWarning, match="a sentence of ours"):
+        _, _, err = cli("fit", "--config", "tiny.yaml")
+    assert "another sentence\n" in err and "theirs" not in err
+    assert not logging.getLogger("adaptrank").handlers
+
+
+def test_names_of_runs(tmp_path):
+    assert run_name(None) == "run"
+    assert run_name("configs/smoke.yaml") == "smoke"
+    assert run_name(tmp_path / "runs" / "smoke" / "3" / "config.yaml") == "smoke"
+    assert run_name(tmp_path / "config.yaml") == "config"
+
+
+# ---- validate, test, predict
+
+
+def test_evaluating_an_adapter(here, cli, trained):
+    config = ["--config", "tiny.yaml", "--model.adapters", "null", "--model.adapter", trained]
+    code, out, err = cli("validate", *config)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()] == ["Backbone", "loss", "perplexity", "exact_match"]
+    code, tested, _ = cli("test", *config)
+    assert code == 0 and "perplexity" in tested
+    code, untrained, _ = cli("validate", "--config", "tiny.yaml")
+    assert code == 0 and untrained.splitlines()[1] != out.splitlines()[1]
+    assert not (here / "runs").exists()
+
+
+def test_predictions_are_lines_of_json(here, cli, trained):
+    config = ["--config", "tiny.yaml", "--model.adapters", "null", "--model.adapter", trained]
+    code, out, err = cli("predict", *config)
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 8 and lines[0].keys() == {"prompt", "completion"}
+    code, said, _ = cli("predict", *config, "--out", "new/answers.jsonl")
+    assert code == 0 and "8 predictions in new/answers.jsonl" in said
+    assert (here / "new" / "answers.jsonl").read_text() == out
+
+
+# ---- generate, merge, methods
+
+
+def test_an_adapter_and_its_merged_model_say_the_same(here, cli, trained):
+    ask = ["--prompt", "Question: How many 1 2 3?\\nAnswer:", "--prompt", "7 + 8 =", "--max_new_tokens", "12"]
+    ask += ["--dtype", "fp32", "--json"]
+    code, adapted, err = cli("generate", trained, *ask)
+    assert code == 0, err
+    first = json.loads(adapted.splitlines()[0])
+    assert first["prompt"].count("\n") == 1 and first["completion"]
+    code, out, err = cli("merge", trained, "--out", "merged")
+    assert code == 0, err
+    assert "Merged 4 layers" in out and "float32" in out and err == ""
+    assert cli("generate", "merged", *ask)[1] == adapted
+    assert cli("generate", trained.parent, *ask)[1] == adapted, "a run folder stands for its adapter"
+    base = json.loads((trained / "adapter_config.json").read_text())["base"]["name"]
+    assert cli("generate", base, *ask)[1] != adapted, "the adapter changes nothing, so the test shows nothing"
+
+
+def test_a_merged_folder_needs_no_adaptrank(here, cli, trained):
+    assert cli("merge", trained, "--out", "merged", "--dtype", "bf16")[0] == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any("adaptrank" in type(m).__module__ for m in model.modules())
+    assert AutoTokenizer.from_pretrained("merged")("1 2")["input_ids"]
+
+
+def test_merge_keeps_what_is_there(here, cli, trained):
+    (here / "merged").mkdir()
+    (here / "merged" / "mine.txt").write_text("mine")
+    code, _, err = cli("merge", trained, "--out", "merged")
+    assert code == 2 and "--force" in err and (here / "merged" / "mine.txt").is_file()
+    assert cli("merge", trained, "--out", "merged", "--force")[0] == 0
+    assert (here / "merged" / "config.json").is_file() and not (here / "merged" / "mine.txt").exists()
+    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
+    code, _, err = cli("merge", trained, "--out", trained.parent, "--force")
+    assert code == 2 and "holds the adapter" in err and (trained / "adapter_model.safetensors").is_file()
+
+
+def test_a_merge_that_fails_changes_nothing(here, cli, trained, monkeypatch):
+    (here / "merged").mkdir()
+    (here / "merged" / "mine.txt").write_text("mine")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["merge", str(trained), "--out", "merged", "--force"])
+    assert [p.name for p in here.iterdir() if p.name.endswith("merged") or p.name.startswith(".")] == ["merged"]
+    assert (here / "merged" / "mine.txt").read_text() == "mine"
+
+
+def test_a_classifier_merges_with_its_head(here, cli, tiny_bert):
+    model = {
+        "class_path": "SequenceClassification",
+        "init_args": {"backbone": tiny_bert, "adapters": [{"parameterization": ["HyperAdapt"]}], "dtype": "fp32"},
+    }
+    data = {"class_path": "GeneratedQuestions", "init_args": {"batch_size": 8, "train_size": 24, "val_size": 12}}
+    write(here, tiny_bert, "bert.yaml", model=model, data=data, allocator=None)
+    code, _, err = cli("fit", "--config", "bert.yaml", "--evaluate", "false", "--trainer.max_steps", "3")
+    assert code == 0, err
+    adapter = here / "runs" / "bert" / "0" / "adapter"
+    code, out, err = cli("merge", adapter, "--out", "merged")
+    assert code == 0, err
+    assert "AutoModelForSequenceClassification.from_pretrained('merged')" in out
+    code, out, err = cli("predict", "--config", "bert.yaml", "--model.adapters", "null", "--model.adapter", adapter)
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 12 and lines[0].keys() == {"label", "name"}
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    merged = AutoModelForSequenceClassification.from_pretrained("merged")
+    head = load_file(adapter / "adapter_model.safetensors")["classifier.weight"]
+    torch.testing.assert_close(merged.classifier.weight.data, head, rtol=0, atol=0)
+    code, _, err = cli("generate", adapter, "--prompt", "1")
+    assert code == 2 and "completes no text" in err
+
+
+def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1 =\n\n2 + 2 =\n"))
+    code, out, _ = cli("generate", trained, "--max_new_tokens", "2", "--json")
+    assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["1 + 1 =", "2 + 2 ="]
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        (["merge", "ADAPTER"], "--out"),
+        (["merge", "ADAPTER", "--outt", "x"], "did you mean '--out'"),
+        (["merge", "./adaptr", "--out", "x"], "There is no adapter folder"),
+        (["merge", "ADAPTER", "--out", "tiny.yaml"], "is a file"),
+        (["generate", "."], "neither an adapter"),
+        (["generate", "ADAPTER", "--prompt", ""], "empty prompt"),
+        (["generate", "ADAPTER", "--dtype", "bf17"], "'bf17' is unknown"),
+        (["generate", "ADAPTER", "--base", "./nowhere"], "Name the base with --base"),
+        (["generate", "ADAPTER", "--prompt", "1", "--chat"], "no chat template"),
+        (["methods", "--import", "no_such_module"], "no module 'no_such_module'"),
+    ],
+)
+def test_mistakes_with_the_other_verbs(here, cli, trained, args, wanted):
+    code, _, err = cli(*[trained if arg == "ADAPTER" else arg for arg in args])
+    assert code == 2 and wanted in err and len(err.strip().splitlines()) <= 3 and "Traceback" not in err, err
+
+
+def test_methods_lists_the_registries(cli):
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    code, out, _ = cli("methods")
+    assert code == 0
+    for name, cls in PARAMETERIZATIONS.items():
+        if cls.__module__.startswith("adaptrank."):
+            assert re.search(rf"^  {name} .*{re.escape(cls.source)}$", out, re.MULTILINE), name
+    found = json.loads(cli("methods", "--json")[1])
+    lora = next(p for p in found["parameterizations"] if p["name"] == "LoRA")
+    assert lora["parameters"] == 8 * (24 + 48) and lora["axes"] == {"rank": 8} and lora["arguments"]["alpha"] == 16.0
+    assert found["works"]["ElaLoRA"] == {m: ALLOCATORS["ElaLoRA"].works_with(m) for m in found["works"]["ElaLoRA"]}
+    assert found["works"]["ElaLoRA"]["HyperAdapt"] is False
+    code, out, _ = cli("methods", "--pairs")
+    assert re.search(r"^  HyperAdapt +-", out, re.MULTILINE) and re.search(r"^  LoRA +works", out, re.MULTILINE)
+
+
+# ---- help
+
+
+def test_help_imports_nothing_heavy():
+    """Of the program, and of fit: what makes them quick is that torch stays out."""
+    code = (
+        "import sys\nfrom adaptrank.cli import main\n"
+        "main([]); main(['--help']); main(['fit', '--help'])\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers', 'jsonargparse')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: python -m adaptrank VERB") == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, cli):
+    code, out, err = cli(verb, "--help")
+    assert code == 0 and out.startswith(f"usage: python -m adaptrank {verb}") and err == ""
+    assert 5 < len(out.splitlines()) < 120
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_the_help_of_fit_is_true(cli):
+    """Every key it names exists: it is read from the sources, and from a table for the trainer."""
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.cli.errors import arguments
+    from adaptrank.cli.help import TRAINER
+    from adaptrank.modules import CausalLM
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    out = cli("fit", "--help")[1]
+    assert TRAINER.keys() <= inspect.signature(Trainer).parameters.keys()
+    named = set(re.findall(r"^  model\.(\w+)", out, re.MULTILINE))
+    assert {"backbone", "adapters", "optimizer"} <= named <= arguments(CausalLM)[0].keys()
+    for registry in (ALLOCATORS, PARAMETERIZATIONS):
+        for name, cls in registry.items():
+            if cls.__module__.startswith("adaptrank.") and not cls.__module__.endswith(".base"):
+                assert re.search(rf"\b{name}\b", out), name
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [(["--help_all"], "--trainer.max_steps"), (["--allocator.help", "ElaLoRA"], "--allocator.swaps")],
+)
+def test_lightnings_own_help_is_there(cli, args, wanted):
+    code, out, _ = cli("fit", *args)
+    assert code == 0 and wanted in out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config, cli):
+    code, out, err = cli("fit", "--config", config, "--print_config")
+    assert code == 0, err
+    printed = yaml.safe_load(out)
+    assert printed["model"]["class_path"].startswith("adaptrank.modules")
+    assert "optimizer" not in printed and "lr_scheduler" not in printed
