@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 FOLDER = "methods"
+KEPT: dict[str, list[str]] = {}
 SECTION = re.compile(r"^([A-Z][a-z]+):(?: +(.*))?$")
 
 
@@ -288,6 +289,13 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
     shown = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|]|_(?!\w))", r"\\\1", p) for p in parts]
     text = re.sub(r"^(?=(?:Source|Shapes|Penalty|Args|Raises|Returns):)", "\n", "".join(shown), flags=re.MULTILINE)
     lines[:] = text.splitlines()
+    if what in ("attribute", "property"):  # napoleon would take what stands before a colon for the type
+        KEPT[name] = list(lines)
+
+
+def keep_attributes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Undo what napoleon did to an attribute."""
+    lines[:] = KEPT.pop(name, lines)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -295,4 +303,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("keys", Keys)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / FOLDER))
     app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", keep_attributes, priority=900)  # after it
     return {"parallel_read_safe": True}

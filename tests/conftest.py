@@ -1,6 +1,5 @@
 """What several test files share."""
 
-import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +16,6 @@ METHODS = [PARAMETERIZATIONS[name] for name in PARAMETERIZATIONS]
 """The registry at collection: what the folder defines, before any test adds a toy of its own."""
 
 torch.set_num_threads(1)  # several workers share two cores, and summation order must not depend on their number
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 __all__ = ["METHODS", "perturb"]
 

@@ -1,5 +1,6 @@
 """Allocators through a real Trainer, on LightningModules that only hold wrappers."""
 
+import logging
 import math
 import statistics
 import warnings
@@ -20,6 +21,7 @@ from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
 from adaptrank.regularize import Regularize
 from adaptrank.testing import trainable
 
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 TOTAL, PHASES = 24, {"every": 4, "warmup": 6, "final": 6}  # events at 10, 14, 18
 
 
@@ -387,7 +389,7 @@ def test_an_axis_that_cannot_do_what_is_required():
 
     with pytest.raises(
         ValueError,
-        match="Needs needs axes that can duplicate, and SVD at maps.0:rank cannot; no parameterization here can",
+        match=r"Needs needs axes that can duplicate, and SVD at maps\.0:rank cannot; no parameterization here can",
     ):
         fit(Toy(), Needs(budget=6, **PHASES))
 
@@ -490,13 +492,12 @@ def test_a_score_that_is_no_number_defers_the_event():
 
 @pytest.mark.parametrize("callbacks", [lambda: [Regularize()], lambda: [Regularize(), ALL["AdaLoRA"](), Regularize()]])
 def test_a_penalty_is_added_once_a_step_and_logged(callbacks):
-    grads, logged = [], []
+    grads = []
 
     class Watch(Toy):
         def on_before_optimizer_step(self, optimizer):  # Lightning calls the module after the callbacks
             if not grads:
                 grads.append([layer.P.grad.clone() for layer in self.maps])
-                logged.append(float(torch.stack([layer.penalty() for layer in self.maps]).mean()))
 
     model, twin = Watch(), Toy()
     trainer = fit(model, *callbacks(), accumulate_grad_batches=2)
@@ -618,10 +619,16 @@ def test_elalora_finds_the_planted_ranks():
     assert distance(ela("sensitivity"), 0, 3)[0] <= 3
 
 
-def test_the_released_single_pool_collapses():
-    off, found = distance(ela("sensitivity_uncertainty", two_pools=False), 0, 3)
-    assert off >= 6
-    assert found[3] == 1 or found[2] == 1
+def test_in_the_released_single_pool_an_axis_that_fell_to_one_unit_stays_there():
+    """The control; the map with planted rank 2 falls, and is never seen again."""
+    allocator = ela("sensitivity_uncertainty", two_pools=False)
+    _, found = distance(allocator, 0, 3)
+    fallen: set[str] = set()
+    for event in allocator.events:
+        assert not fallen & set(event["grown"])
+        fallen |= {key for key, size in event["sizes"].items() if size == 1}
+    assert "maps.2:rank" in fallen
+    assert found[2] == 1
 
 
 @pytest.mark.tables
@@ -654,7 +661,8 @@ def test_planted_ranks_over_five_seeds():
             late.append(f"{name}: mean D {statistics.mean(offs)} < 6")
     text = Path(__file__).parent.parent / "docs" / "results" / "planted_ranks.md"
     text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text(PAGE.format(table="\n".join(lines)))
+    short = "Short of it: " + "; ".join(late) + "." if late else "All are met."
+    text.write_text(PAGE.format(table="\n".join(lines), short=short))
     assert not late, late
 
 
@@ -667,4 +675,6 @@ event every 50 steps; ElaLoRA exchanges from 3 a map, an event every 25. D is th
 pattern it is 10. Written by `make tables`.
 
 {table}
+
+Asked of the median: AdaLoRA 2, and 0 with magnitude; ElaLoRA 3; of shuffled scores a mean of at least 6. {short}
 """

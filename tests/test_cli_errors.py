@@ -1,6 +1,7 @@
 """What mistakes say. Pure functions first; then the command line, in this process, on a random tiny Llama."""
 
 import copy
+import os
 import sys
 
 import pytest
@@ -75,7 +76,9 @@ def mistake(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
         text = said[said.index("adaptrank: ") :]
         assert leaving.value.code == 2, said
-        assert "Traceback" not in said and "usage:" not in said and "Subtypes" not in said
+        assert "Traceback" not in said
+        assert "usage:" not in said
+        assert "Subtypes" not in said
         assert len(text.strip().splitlines()) <= 3, text
         assert max(map(len, text.splitlines())) < 400, text
         assert not (tmp_path / "runs").exists(), "a run that never began left its folder"
@@ -164,7 +167,8 @@ def test_a_mistake_in_the_file(name, config, mistake):
 
 def test_a_missing_key_is_named(config, mistake):
     text = mistake(drop(config, ("model", "init_args", "backbone")))
-    assert "model.init_args.backbone is missing" in text and "c.yaml, line 3" in text
+    assert "model.init_args.backbone is missing" in text
+    assert "c.yaml, line 3" in text
     assert "no 'data'" in mistake(drop(config, ("data",)))
     assert "no 'model'" in mistake(None)
 
@@ -199,7 +203,9 @@ def test_a_mistake_on_the_command_line(args, wanted, config, mistake):
 def test_broken_yaml_shows_file_line_and_column(tmp_path, mistake):
     (tmp_path / "broken.yaml").write_text("model:\n  init_args: {backbone: tiny\ntrainer:\n  max_steps: 3\n")
     text = mistake(None, "--config", "broken.yaml")
-    assert "broken.yaml, line 3, column 8" in text and "not YAML" in text and text.rstrip().endswith("trainer:")
+    assert "broken.yaml, line 3, column 8" in text
+    assert "not YAML" in text
+    assert text.rstrip().endswith("trainer:")
     (tmp_path / "list.yaml").write_text("- a\n")
     assert "list.yaml holds a list" in mistake(None, "--config", "list.yaml")
 
@@ -259,7 +265,7 @@ def test_on_purpose_or_not():
         int("seven")
 
     def missing():
-        open("/no/such/file")
+        os.stat("/no/such/file")
 
     texts = {}
     for function in (purpose, accident, missing):
@@ -287,7 +293,8 @@ def test_collect_steps_into_classes_as_jsonargparse_does(tmp_path):
     file.write_text("model:\n  class_path: CausalLM\n  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n")
     tree, files, options = collect(["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"])
     assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"lr": 2}
-    assert tree["trainer"] == {"max_steps": 5} and files == [str(file)]
+    assert tree["trainer"] == {"max_steps": 5}
+    assert files == [str(file)]
     key = ("model", "init_args", "optimizer", "init_args", "lr")
     assert options[key] == "--model.optimizer.lr"
     assert line_of(str(file), key) == 3
