@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(RUN) adaptrank fit --config configs/hyperadapt_llama.yaml
 
 test: lint
-	$(RUN) pytest
+	$(RUN) pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -26,7 +26,7 @@ docs: $(VENV)/.installed-dev
 	$(RUN) sphinx -W --keep-going -b html docs docs/_build/html
 
 tables: $(VENV)/.installed-dev
-	$(RUN) pytest -m tables --override-ini addopts=-q
+	$(RUN) pytest -m tables --override-ini addopts=-q -n 2
 
 install: $(VENV)/.installed-dev
 

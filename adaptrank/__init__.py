@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptrank.inject import adapt, describe, set_enabled
     from adaptrank.allocators import ALLOCATORS, Allocator
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
+    from adaptrank.inject import adapt, describe, set_enabled
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 

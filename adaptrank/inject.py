@@ -38,7 +38,7 @@ def adapt(
         targets: "all-linear" (every layer the method accepts by default, output embeddings left out); a regular
             expression that matches whole paths; or a list of last components of paths, such as ["q_proj", "v_proj"].
         parameterization: what to wrap with; of a sequence the first is innermost.
-        exclude: in the same forms, layers to leave alone.
+        exclude: layers or whole parts of the model to leave alone: regular expressions, or last components of paths.
         name: of the adapter; several adapters on one layer need several names.
         train_modules: paths, or last components of paths, of modules to train whole: a new classifier, say.
         rank_pattern: sizes to start from, axis key, path, last component or regular expression -> units, or {axis: units}.
@@ -67,8 +67,8 @@ def adapt(
         if not any(path == p or path.startswith(f"{p}.") for p in extra)
     ]
     if exclude:
-        left_out = set(_match(modules, exclude, makers[0], frozenset(), strict=False))
-        paths = [path for path in paths if path not in left_out]
+        left_out = _excluded(modules, exclude)
+        paths = [path for path in paths if not any(path == p or path.startswith(f"{p}.") for p in left_out)]
     if not paths:
         raise ValueError(_no_match(modules, targets, exclude))
 
@@ -220,7 +220,6 @@ def _match(
     targets: str | Sequence[str],
     maker: ParameterizationCallable,
     left_out: frozenset[int],
-    strict: bool = True,
 ) -> list[str]:
     """Paths that the targets name, in the order of the model."""
     if targets == "all-linear":
@@ -234,10 +233,29 @@ def _match(
     found: list[str] = []
     for target in targets:
         ends = [path for path in modules if path == target or path.endswith(f".{target}")]
-        if strict and not ends:
+        if not ends:
             raise ValueError(_no_match(modules, [target], ()))
         found += ends
     return [path for path in modules if path in set(found)]
+
+
+def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str]) -> list[str]:
+    """Paths that `exclude` names, of layers or of whole parts of the model; every entry must name something."""
+    found: list[str] = []
+    for entry in [exclude] if isinstance(exclude, str) else exclude:
+        try:
+            here = [
+                path
+                for path in modules
+                if path and (path == entry or path.endswith(f".{entry}") or re.fullmatch(entry, path))
+            ]
+        except re.error as error:
+            raise ValueError(f"exclude={entry!r} is not a regular expression: {error}.") from None
+        if not here:
+            endings = {path.rsplit(".", 1)[-1] for path in modules if path}
+            raise ValueError(f"exclude={entry!r} names nothing in this model{_nearest(entry, endings)}.")
+        found += here
+    return found
 
 
 def _no_match(modules: Mapping[str, nn.Module], targets: str | Sequence[str], exclude: str | Sequence[str]) -> str:

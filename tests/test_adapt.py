@@ -425,3 +425,11 @@ def test_a_half_precision_backbone_trains_float32_adapters(method):
     assert torch.equal(model(**batch).logits, want)
     model(**batch).loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_exclude_takes_parts_of_the_model_and_names_what_it_does_not_find():
+    model = llama()
+    adapt(model, "all-linear", [LoRA], exclude=["mlp", r"model\.layers\.0\..*"])
+    assert set(wrapped_layers(model)) == {f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"}
+    with pytest.raises(ValueError, match=r"exclude='q_pro' names nothing in this model; did you mean 'q_proj'\?"):
+        adapt(llama(), "all-linear", [LoRA], exclude="q_pro")

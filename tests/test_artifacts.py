@@ -9,9 +9,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank.inject import adapt, set_enabled
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
 from adaptrank.axes import generator, rank_axes
+from adaptrank.inject import adapt, set_enabled
 from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 from adaptrank.parameterizations.base import wrapped_layers
 from adaptrank.parameterizations.hyperadapt import HyperAdapt

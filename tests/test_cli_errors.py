@@ -304,6 +304,8 @@ def test_another_class_forgets_the_old_arguments():
     tree = {"allocator": {"class_path": "ElaLoRA", "init_args": {"swaps": 4}}}
     errors.merge(tree, {"allocator": {"class_path": "AdaLoRA", "init_args": {"budget": 8}}})
     assert tree == {"allocator": {"class_path": "AdaLoRA", "init_args": {"budget": 8}}}
+    errors.merge(tree, {"allocator": {"init_args": {"every": 3}}})
+    assert tree["allocator"]["init_args"] == {"budget": 8, "every": 3}
 
 
 def test_check_passes_what_is_right(config):

@@ -222,3 +222,9 @@ def test_imports_point_one_way():
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adaptrank."):
                     assert node.module.split(".")[1] in allowed, f"{file.name} imports {node.module}"
+
+
+def test_a_model_cast_after_it_was_adapted_still_runs(method):
+    """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no crash."""
+    layer = method(method.example()).to(torch.bfloat16)
+    layer(torch.randn(2, 48, dtype=torch.bfloat16)).float().sum().backward()

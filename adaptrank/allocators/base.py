@@ -75,8 +75,6 @@ class Allocator(Callback):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities an axis must have beside pruning: "grow", ..."""
-    exclusive: ClassVar[bool] = False
-    """Tolerates no second allocator."""
     source: ClassVar[str] = ""
     """arXiv id of the method."""
     importance: str = "gate"
@@ -124,6 +122,7 @@ class Allocator(Callback):
         self._phases: Phases | None = None
         self._last_step = -1
         self._bad_steps = 0
+        self._owed = False  # the last event was put off
 
     # ---- what a method writes
 
@@ -316,7 +315,7 @@ class Allocator(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         add_penalty_gradients(trainer, pl_module)
-        if trainer.global_step >= self.phases.end:
+        if trainer.global_step >= self.phases.end and not self._owed:
             return
         grads = [s.tensor.grad for axis in self._axes.values() for s in axis.slots() if s.tensor.grad is not None]
         if grads and not torch.isfinite(torch.stack([g.sum() for g in grads]).sum()):
@@ -342,9 +341,9 @@ class Allocator(Callback):
                 check_optimizer(optimizer)  # now it has state to judge by
         with torch.no_grad():
             self.after_step(self._axes)
-        if self.phases.is_event(step):
+        if self.phases.is_event(step) or (self._owed and step > self.phases.end):
             self._event(trainer, pl_module, step)
-        if step == self.phases.end:
+        if step >= self.phases.end and not self._owed:
             self._tracked.clear()  # nothing moves any more
 
     @torch.no_grad()
@@ -354,7 +353,8 @@ class Allocator(Callback):
         cost, budget = self._cost(pl_module), self.budget_at(step)
         event: Event = {"step": step, "budget": budget, "unit": self.unit}
         flat = torch.cat(list(scores.values()))
-        if flat.isnan().any():
+        self._owed = bool(flat.isnan().any())
+        if self._owed:  # ranks stay; the next event makes up for it, and after the last one every step tries again
             event["skipped"] = "a score is not a number"
         else:
             plan: Plan = self.plan(scores, cost, budget, step) if trainer.is_global_zero else {}
@@ -432,6 +432,7 @@ class Allocator(Callback):
             "phases": None if phases is None else [phases.total, phases.warmup, phases.final, phases.every],
             "last_step": self._last_step,
             "bad_steps": self._bad_steps,
+            "owed": self._owed,
             "closed": {key: list(units) for key, units in self.closed.items()},
             "events": self.events,
             "tracked": {
@@ -445,6 +446,7 @@ class Allocator(Callback):
         self._start, self._start_total = state_dict["start"], state_dict["start_total"]
         self._phases = Phases(*state_dict["phases"]) if state_dict["phases"] else None
         self._last_step, self._bad_steps = state_dict["last_step"], state_dict["bad_steps"]
+        self._owed = state_dict["owed"]
         self.closed = {key: tuple(units) for key, units in state_dict["closed"].items()}
         self.events = list(state_dict["events"])
         self._tracked = {

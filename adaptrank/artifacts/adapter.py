@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adaptrank.inject import ParameterizationCallable, adapt
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
+from adaptrank.inject import ParameterizationCallable, adapt
 from adaptrank.parameterizations.base import PARAMETERIZATIONS, Parameterization, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)

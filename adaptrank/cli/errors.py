@@ -7,13 +7,12 @@ user's mistake. Names are compared with those of the real classes, so no list is
 import collections.abc
 import dataclasses
 import difflib
+import dis
 import enum
 import importlib
 import inspect
-import linecache
 import os
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,11 +92,12 @@ def _sentence(error: BaseException) -> str:
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
+    last = error.__traceback__
+    if last is None:
         return True  # built, not raised
-    frame, line = frames[-1]
-    return linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+    while last.tb_next is not None:
+        last = last.tb_next
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 # ---- names

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out Lightning's tips and other libraries' deprecations; what we warn of is shown in plain sentences."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    theirs = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    for logger, _ in theirs:
+        logger.setLevel(logging.ERROR)
     log = logging.getLogger("adaptrank")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -26,5 +28,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*")
             yield
     finally:
+        for logger, level in theirs:
+            logger.setLevel(level)
         log.removeHandler(handler)
         log.propagate = propagate

@@ -235,12 +235,11 @@ class Interrupt(Callback):
         self._folder = folder
         self._asked = False
         self._step = 0
-        self._handler: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._ask)
+            signal.signal(signal.SIGINT, self._ask)  # Lightning's teardown puts the old handler back
 
     def _ask(self, *_: Any) -> None:
         if self._asked:
@@ -254,17 +253,6 @@ class Interrupt(Callback):
         if self._asked and stepped:
             trainer.save_checkpoint(self._folder / "checkpoints" / INTERRUPTED)
             raise KeyboardInterrupt
-
-    def on_train_end(self, *_: Any) -> None:
-        self._restore()
-
-    def on_exception(self, *_: Any) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -423,7 +411,6 @@ def interrupted(cli: AdaptrankCLI, error: BaseException) -> bool:
 
 def leave(cli: AdaptrankCLI) -> NoReturn:
     """Say what an interrupted run leaves, and exit with 1."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from its own handler on
     if cli.began and cli.run_folder is not None:
         say(resume_command(cli.run_folder, cli.trainer.global_step))
     else:

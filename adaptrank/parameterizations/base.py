@@ -204,7 +204,12 @@ class Parameterization(nn.Module, ABC):
         y = cast(Tensor, self.base(x))
         if not self.enabled:
             return y
-        return y + self.delta(x.to(self.adapter_dtype), y).to(y.dtype)
+        return y + self.delta(x.to(self._own_dtype()), y).to(y.dtype)
+
+    def _own_dtype(self) -> torch.dtype:
+        """What the adapter's tensors really are: `adapter_dtype`, unless someone cast the whole model afterwards."""
+        own = (parameter.dtype for parameter in self._parameters.values() if parameter is not None)
+        return next(own, self.adapter_dtype)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable tensors of this wrapper alone, not those of a wrapper inside it."""

@@ -78,11 +78,12 @@ class DoRA(Parameterization):
     def _norm(self) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             W, s = self.base_weight, self.scale
+            A, B = self.A.to(W.dtype), self.B.to(W.dtype)
             squares = self.squares
             if squares is None:
                 squares = W.square().sum(1)
                 if not isinstance(self.base, Parameterization):  # a wrapper inside trains, and its norms change
                     self.squares = squares
-            squares = squares + 2 * s * ((W @ self.A.T) * self.B).sum(1)
-            squares = squares + s * s * ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
+            squares = squares + 2 * s * ((W @ A.T) * B).sum(1)
+            squares = squares + s * s * ((B @ (A @ A.T)) * B).sum(1)
             return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()

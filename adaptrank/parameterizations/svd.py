@@ -12,7 +12,7 @@ class SVD(Parameterization):
 
     Training starts at W because l = 0. A fresh unit has directions orthogonal to the living ones, and l = 0.
 
-    Source: the parameterization of AdaLoRA, arXiv:2303.10512, and ElaLoRA, arXiv:2504.00254; start from their code.
+    Source: the parameterization of AdaLoRA, arXiv:2303.10512, and of ElaLoRA, arXiv:2504.00254; P and Q start as in their released codes.
     Shapes: W (m, n), P (m, r), l (r,), Q (r, n). Parameters: r (m + n + 1).
     Penalty: orth * (||P^T P - I||_F + ||Q Q^T - I||_F) / 2 (norms not squared, as both released codes have it;
     the library averages it over the layers, which is the mean over all P and Q).
