@@ -110,7 +110,7 @@ def set_enabled(model: nn.Module, enabled: bool | Iterable[str] = True) -> None:
         known = {wrapper.name for wrapper in wrappers}
         for wanted in enabled:
             if wanted not in known:
-                raise ValueError(f"No adapter is called {wanted!r}{_nearest(wanted, known)}; there are {_some(known)}.")
+                raise ValueError(f"No adapter is called {wanted!r}; there are {_some(known)}.{_nearest(wanted, known)}")
     for wrapper in wrappers:
         wrapper.enabled = enabled if isinstance(enabled, bool) else wrapper.name in enabled
 
@@ -145,7 +145,7 @@ def _resize_by_pattern(
             layers = [paths[id(axis.members[0][0])] for axis in axes.values()]
             known = {*axes, *layers, *map(_last, layers)}
             raise ValueError(
-                f"rank_pattern names {key!r}, which is no axis of this model{_nearest(key, known)}; axes here: {_some(axes)}."
+                f"rank_pattern names {key!r}, which is no axis of this model; axes here: {_some(axes)}.{_nearest(key, known)}"
             )
 
 
@@ -253,27 +253,30 @@ def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str]) ->
             raise ValueError(f"exclude={entry!r} is not a regular expression: {error}.") from None
         if not here:
             endings = {path.rsplit(".", 1)[-1] for path in modules if path}
-            raise ValueError(f"exclude={entry!r} names nothing in this model{_nearest(entry, endings)}.")
+            raise ValueError(f"exclude={entry!r} names nothing in this model.{_nearest(entry, endings)}")
         found += here
     return found
 
 
 def _no_match(modules: Mapping[str, nn.Module], targets: str | Sequence[str], exclude: str | Sequence[str]) -> str:
-    fitting = [p for p, m in modules.items() if isinstance(_innermost(m), Parameterization.accepts)]
+    left_out = _left_out(modules[""])
+    fitting = [
+        path
+        for path, module in modules.items()
+        if isinstance(_innermost(module), Parameterization.accepts) and id(module) not in left_out
+    ]
     endings = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in fitting))
     wanted = targets if isinstance(targets, str) else ", ".join(targets)
     if not endings:
         return f"No layer matches targets={wanted!r}: this model has no linear layer at all."
+    here = f"linear layers here end in {_some(endings)}"
     if exclude:
-        return (
-            f"targets={wanted!r} less exclude={exclude!r} leaves no layer; linear layers here end in {_some(endings)}."
-        )
-    hint = _nearest(wanted.rsplit(".", 1)[-1], endings)
+        return f"targets={wanted!r} less exclude={exclude!r} leaves no layer; {here}."
     if isinstance(targets, str) and targets in endings:
-        hint = f": a string is a regular expression over whole paths; for the last component write [{targets}]"
-    return (
-        f"No layer matches targets={wanted!r}{hint}; linear layers here end in {_some(endings)}, or say 'all-linear'."
-    )
+        hint = f" A string is a regular expression over whole paths; for the last component write [{targets}]."
+    else:
+        hint = _nearest(wanted.rsplit(".", 1)[-1], endings)
+    return f"No layer matches targets={wanted!r}; {here}, or say 'all-linear'.{hint}"
 
 
 def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -288,14 +291,14 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
         found = {path: m for path, m in modules.items() if path == name or path.endswith(f".{name}")}
         if not found:
             known = {path.rsplit(".", 1)[-1] for path in modules if path}
-            raise ValueError(f"train_modules names {name!r}, which this model does not have{_nearest(name, known)}.")
+            raise ValueError(f"train_modules names {name!r}, which this model does not have.{_nearest(name, known)}")
         extra.update(found)
     return extra
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

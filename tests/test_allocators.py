@@ -487,6 +487,19 @@ def test_a_score_that_is_no_number_defers_the_event():
     assert sum(sizes(model).values()) == 6
 
 
+def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
+    class Late(Chosen):
+        def score(self, axis):
+            return super().score(axis) * (float("nan") if self._last_step in (18, 19) else 1)
+
+    model, allocator = Toy(), Late(budget=6, **PHASES)
+    fit(model, allocator)
+    end = allocator.phases.end
+    assert end == 18
+    assert [(e["step"], "skipped" in e) for e in allocator.events][-3:] == [(18, True), (19, True), (20, False)]
+    assert sum(sizes(model).values()) == 6
+
+
 # ---- regularizers
 
 

@@ -244,7 +244,7 @@ def test_files_that_are_no_adapter(tmp_path):
         load_adapter(llama(), tmp_path)
     run = tmp_path / "run"
     save_adapter(adapt(llama(), "all-linear", [LoRA]), run / "adapter")
-    with pytest.raises(FileNotFoundError, match=r"did you mean .*run/adapter"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean .*run/adapter"):
         load_adapter(llama(), run)
 
 
@@ -253,7 +253,7 @@ def edit(folder, change):
     file = folder / "adapter_model.safetensors"
     tensors, description = load_file(file), read_adapter(folder)
     change(tensors, description)
-    save_file(tensors, file, metadata={"format": "pt", "adaptrank": json.dumps(description)})
+    save_file(tensors, file, metadata={"adaptrank": json.dumps(description)})
 
 
 def test_missing_unexpected_and_uneven_tensors_are_named(tmp_path):

@@ -139,7 +139,7 @@ BROKEN = {
     "learning rate out of range": (("model", "init_args", "optimizer", "init_args", "lr"), -1.0, ["learning rate: -1"]),
     "no such device": (("trainer", "accelerator"), "cpuu", ["cpuu"]),
     "nothing to train": (ENTRY[:-1], None, ["Nothing to train"]),
-    "no layer": ((*ENTRY, "targets"), ["q_porj"], ["q_porj", "did you mean 'q_proj'"]),
+    "no layer": ((*ENTRY, "targets"), ["q_porj"], ["q_porj", "Did you mean 'q_proj'"]),
     "impossible schedule": (("trainer", "max_steps"), 3, ["would never act", "raise max_steps"]),
     "nothing to allocate": (METHODS, ["HyperAdapt"], ["nothing to allocate", "[HyperAdapt, LoRA]"]),
     "two allocators": (

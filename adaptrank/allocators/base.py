@@ -226,15 +226,34 @@ class Allocator(Callback):
         self._check_axes(pl_module)
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
-        total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError(f"{type(self).__name__} needs to know where training ends; set max_steps or max_epochs.")
-        phases = Phases(int(total), steps(self.warmup, int(total)), steps(self.final, int(total)), self.every)
+        phases = self.phases_of(trainer.estimated_stepping_batches)
         resumed, self._restored = self._restored, False
         if resumed:
             self._check_resume(phases)
         else:
             self._forget()
+        self.check_schedule(phases)
+        if not resumed:
+            self._begin(trainer, pl_module)
+        for tracked in self._tracked.values():
+            tracked.update({name: (tensor.to(pl_module.device), dim) for name, (tensor, dim) in tracked.items()})
+
+    def phases_of(self, total: float) -> Phases:
+        """The phases of a run of `total` optimizer steps.
+
+        Raises:
+            ValueError: if the run has no end.
+        """
+        if not math.isfinite(total):
+            raise ValueError(f"{type(self).__name__} needs to know where training ends; set max_steps or max_epochs.")
+        return Phases(int(total), steps(self.warmup, int(total)), steps(self.final, int(total)), self.every)
+
+    def check_schedule(self, phases: Phases) -> None:
+        """Take these phases, if an event in them can move anything.
+
+        Raises:
+            ValueError: if it would never act.
+        """
         self._phases = phases
         if phases.end <= phases.warmup:
             raise ValueError(
@@ -246,10 +265,6 @@ class Allocator(Callback):
                 f"{type(self).__name__} would never act: with an event every {phases.every} steps between {phases.warmup} and "
                 f"{phases.end}, none moves a unit; lower `every`, or raise max_steps."
             )
-        if not resumed:
-            self._begin(trainer, pl_module)
-        for tracked in self._tracked.values():
-            tracked.update({name: (tensor.to(pl_module.device), dim) for name, (tensor, dim) in tracked.items()})
 
     def _check_axes(self, pl_module: LightningModule) -> None:
         name = type(self).__name__

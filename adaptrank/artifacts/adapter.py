@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping
     text = json.dumps(description, indent=2)
     partial_file = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
-        save_file(tensors, partial_file, metadata={"format": "pt", "adaptrank": text})
+        save_file(tensors, partial_file, metadata={"adaptrank": text})  # one key: of several the order would be random
         os.replace(partial_file, folder / WEIGHTS)
     finally:
         partial_file.unlink(missing_ok=True)
@@ -240,9 +240,9 @@ def _weights_file(folder: str | os.PathLike[str]) -> Path:
             p.name for p in (folder.iterdir() if folder.is_dir() else ()) if p.suffix in (".bin", ".pt", ".ckpt")
         ]
         nested = folder / "adapter" / WEIGHTS
-        hint = f"; {pickled[0]} is a pickle, which is never loaded as an adapter" if pickled else ""
-        hint = f"; did you mean {folder / 'adapter'}?" if nested.is_file() else hint
-        raise FileNotFoundError(f"No adapter at {str(folder)!r}: it has no {WEIGHTS}{hint}.")
+        hint = f" {pickled[0]} is a pickle, which is never loaded as an adapter." if pickled else ""
+        hint = f" Did you mean {folder / 'adapter'}?" if nested.is_file() else hint
+        raise FileNotFoundError(f"No adapter at {str(folder)!r}: it has no {WEIGHTS}.{hint}")
     return file
 
 

@@ -119,7 +119,7 @@ class RunFiles(Callback):
 
 def base_of(module: LightningModule) -> dict[str, Any]:
     """What a module says of its frozen model; nothing, for a module of another kind than ours."""
-    describe: Callable[[], dict[str, Any]] | None = getattr(module, "describe_base", None)  # type: ignore[assignment]
+    describe: Callable[[], dict[str, Any]] | None = getattr(module, "describe_base", None)
     return {} if describe is None else describe()
 
 

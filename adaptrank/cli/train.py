@@ -156,6 +156,9 @@ class AdaptrankCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         self.before = {}
+        for allocator in self._callbacks():  # before minutes of evaluation, not after them
+            if isinstance(allocator, Allocator) and self.trainer.max_steps > 0:
+                allocator.check_schedule(allocator.phases_of(self.trainer.max_steps))
         self._say_backbone()
         if self._get(self.config, "evaluate") and not self._get(self.config, "ckpt_path"):
             self.before = self._evaluate()
