@@ -166,6 +166,12 @@ def test_a_half_precision_backbone_trains_float32_adapters_with_checkpointing_an
     assert len(module.complete(ids, torch.ones_like(ids))) == 2
 
 
+def test_training_adapters_in_half_precision_is_warned_of_and_runs(tiny_llama, caplog):
+    with caplog.at_level("WARNING", "adaptrank"):
+        fit(causal(tiny_llama), problems(), max_steps=1, precision="bf16-true")
+    assert "use precision=32-true and model.dtype=bf16" in caplog.text
+
+
 def test_dropout_of_adapters_is_on_while_training(tiny_llama):
     module = causal(tiny_llama)
     on = []

@@ -93,6 +93,7 @@ class AdaptrankCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})  # a checkpoint of ours needs no pickle
         if subcommand == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="File for the predictions.")
         return parser

@@ -1,6 +1,7 @@
 """What the tasks share: build the backbone, adapt it, optimize, and a checkpoint that leaves the backbone out."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from adaptrank import backbones
@@ -20,6 +20,8 @@ from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.inject import adapt, apply_rank_pattern, find_modules
 from adaptrank.parameterizations.base import Parameterization, wrapped_layers
 from adaptrank.regularize import add_penalty_gradients
+
+log = logging.getLogger("adaptrank")
 
 
 @dataclass
@@ -185,9 +187,10 @@ class AdaptedModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("bf16-true", "16-true"):
-            rank_zero_warn(
-                f"precision={self.trainer.precision!r} trains the adapters in half precision, where small steps vanish; "
-                f"use precision=32-true and model.dtype=bf16: the frozen weights stay in half precision."
+            log.warning(
+                "precision=%s trains the adapters in half precision, where small steps vanish; use precision=32-true and "
+                "model.dtype=bf16: the frozen weights stay in half precision.",
+                self.trainer.precision,
             )
 
     # ---- checkpoints: what trains, the ranks by its shapes, and the random state; never the backbone
