@@ -71,13 +71,15 @@ def adapt(
         paths = [path for path in paths if not any(path == p or path.startswith(f"{p}.") for p in left_out)]
     if not paths:
         raise ValueError(_no_match(modules, targets, exclude))
+    if "" in paths:
+        raise ValueError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
 
     built = {path: _wrap(path, modules[path], makers, name) for path in paths}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     wraps = {path: layer for path, layer in built.items() if layer is not None}
     for path, layer in wraps.items():
-        _put(model, path, layer)
+        model.set_submodule(path, layer)
     _tie(wraps)
     for module in extra.values():
         module.requires_grad_(True)
@@ -338,13 +340,6 @@ def _wrap(
             f"{path} already carries adapter {name!r} ({have}); nest methods in one entry's list, or give this one another name."
         )
     return wrapper.train(was_training)
-
-
-def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
-    if not path:
-        raise ValueError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent).__setattr__(name, layer)
 
 
 def _tie(layers: Mapping[str, Parameterization]) -> None:

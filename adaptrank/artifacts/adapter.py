@@ -93,8 +93,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         _load_tensors(model, file, description["tied"])
     except BaseException:
         for path, layer in bare.items():
-            parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, layer)
+            model.set_submodule(path, layer)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         raise

@@ -58,7 +58,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
                 weight = weight.T.contiguous() if isinstance(plain, Conv1D) else weight.contiguous()
             merged.layers[path] = (layer, original.data)
             original.data = weight
-            _put(model, path, plain)
+            model.set_submodule(path, plain)
     except BaseException:
         _restore(model, merged)
         raise
@@ -89,7 +89,7 @@ def unmerge(model: Model) -> Model:
 def _restore(model: nn.Module, merged: _Merged) -> None:
     for path, (layer, weight) in merged.layers.items():
         cast(Tensor, layer.innermost.weight).data = weight
-        _put(model, path, layer)
+        model.set_submodule(path, layer)
 
 
 def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> None:
@@ -105,8 +105,3 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
         shared = users.get(id(layer.innermost.weight), [])
         if len(shared) > 1:
             raise ValueError(f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it.")
-
-
-def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer)
