@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import METHODS
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -12,12 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
 from adaptrank.axes import generator, rank_axes
 from adaptrank.inject import adapt, set_enabled
-from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+from adaptrank.parameterizations import Parameterization
 from adaptrank.parameterizations.base import wrapped_layers
 from adaptrank.parameterizations.hyperadapt import HyperAdapt
 from adaptrank.parameterizations.lora import LoRA
 
-METHODS = list(PARAMETERIZATIONS.values())
 NESTS = [[cls] for cls in METHODS] + [[HyperAdapt, partial(LoRA, rank=2)], [partial(LoRA, rank=2), HyperAdapt]]
 
 
