@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from adaptrank.axes import RankAxis, generator, rank_axes
-from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,6 +51,8 @@ def adapt(
     makers = [parameterization] if callable(parameterization) else list(parameterization)
     if not makers:
         raise ValueError("adapt() needs a parameterization, such as parameterization=partial(LoRA, rank=8).")
+    if getattr(model, "_adaptrank_merged", None) is not None:
+        raise ValueError("This model is merged, with its originals kept; unmerge() it before it gets further adapters.")
     modules = _named_layers(model)
     extra = find_modules(model, train_modules)
     carried = wrapped_layers(model)
@@ -79,7 +81,7 @@ def adapt(
         parameter.requires_grad_(id(parameter) in trained)
     wraps = {path: layer for path, layer in built.items() if layer is not None}
     for path, layer in wraps.items():
-        model.set_submodule(path, layer)
+        replace_layer(model, modules[path], layer)
     _tie(wraps)
     for module in extra.values():
         module.requires_grad_(True)
@@ -157,11 +159,16 @@ def _pattern_size(key: str, path: str, pattern: Mapping[str, int | Mapping[str, 
     matches += [entry for entry in pattern if entry not in matches and _fullmatch(entry, path)]
     used.update(matches)
     for entry in matches:
-        size = pattern[entry]
-        if isinstance(size, int):
+        given = pattern[entry]
+        sizes = given if isinstance(given, Mapping) else {axis: given}
+        if axis in sizes:
+            size = sizes[axis]
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ValueError(f"rank_pattern gives {entry!r} the size {size!r}; a size is a whole number of units.")
             return size
-        if axis in size:
-            return size[axis]
+        raise ValueError(
+            f"rank_pattern gives {entry!r} sizes of {_some(sizes)}, and {key} is the axis there: {axis!r}."
+        )
     return None
 
 
@@ -180,17 +187,9 @@ def _last(path: str) -> str:
 
 
 def _named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, of everything that can be named; of a wrapped layer only its outermost wrapper."""
-    found: dict[str, nn.Module] = {}
-
-    def walk(module: nn.Module, path: str) -> None:
-        found[path] = module
-        if not isinstance(module, Parameterization):
-            for name, child in module.named_children():
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return found
+    """Path -> module, of everything that can be named, once; of a wrapped layer only its outermost wrapper."""
+    inside = {id(inner) for layer in wrapped_layers(model).values() for inner in list(layer.modules())[1:]}
+    return {path: module for path, module in model.named_modules() if id(module) not in inside}
 
 
 def _innermost(module: nn.Module) -> nn.Module:

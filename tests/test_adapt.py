@@ -433,3 +433,17 @@ def test_exclude_takes_parts_of_the_model_and_names_what_it_does_not_find():
     assert set(wrapped_layers(model)) == {f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"}
     with pytest.raises(ValueError, match=r"exclude='q_pro' names nothing in this model. Did you mean 'q_proj'\?"):
         adapt(llama(), "all-linear", [LoRA], exclude="q_pro")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ({"q_proj": "2"}, r"gives 'q_proj' the size '2'; a size is a whole number"),
+        ({"q_proj": True}, r"gives 'q_proj' the size True"),
+        ({"q_proj": None}, r"gives 'q_proj' the size None"),
+        ({"q_proj": {"rnk": 2}}, r"gives 'q_proj' sizes of rnk, and .* is the axis there: 'rank'"),
+    ],
+)
+def test_sizes_of_a_rank_pattern_are_checked(pattern, words):
+    with pytest.raises(ValueError, match=words):
+        adapt(llama(), "all-linear", [LoRA], rank_pattern=pattern)

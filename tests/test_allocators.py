@@ -500,6 +500,25 @@ def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
     assert sum(sizes(model).values()) == 6
 
 
+def test_what_adalora_closed_is_removed_by_a_last_event_that_was_put_off():
+    class LateAda(AdaLoRA):
+        def score(self, axis):
+            return super().score(axis) * (float("nan") if self._last_step == 18 else 1)
+
+    model, allocator = Toy(), LateAda(budget=6, **PHASES)
+    fit(model, allocator)
+    assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] == 6
+    assert sum(sizes(model).values()) == 6
+
+
+def test_elalora_at_its_floor_is_refused():
+    model = Toy()
+    for axis in rank_axes(model).values():
+        axis.resize([0])
+    with pytest.raises(ValueError, match="would never act: every axis starts at its floor of 1"):
+        fit(model, ElaLoRA(every=2, warmup=2, final=2))
+
+
 # ---- regularizers
 
 

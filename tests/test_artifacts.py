@@ -135,6 +135,45 @@ def test_a_tied_weight_is_not_merged_into():
         merge(model)
 
 
+class Twice(nn.Module):
+    """One block under two parents, and one layer used twice in a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        layer = nn.Linear(6, 6)
+        self.left, self.right = nn.Sequential(block), nn.Sequential(block)
+        self.tail = nn.Sequential(layer, nn.Tanh(), layer)
+
+    def forward(self, x):
+        return self.tail(self.right(self.left(x)))
+
+
+def test_a_layer_used_at_several_places_is_one_layer(tmp_path):
+    x = torch.randn(3, 6)
+    model = adapt(Twice(), "all-linear", [LoRA])
+    assert list(wrapped_layers(model)) == ["left.0.0", "tail.0"]
+    assert model.tail[0] is model.tail[2]
+    for layer in wrapped_layers(model).values():
+        layer.B.data.normal_()
+    before = model(x)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(Twice(), tmp_path)(x), before)
+    merge(model, keep_originals=True)
+    assert isinstance(model.tail[2], nn.Linear)
+    torch.testing.assert_close(model(x), before)
+    assert torch.equal(unmerge(model)(x), before)
+
+
+def test_a_merged_model_is_not_adapted_or_merged_again():
+    model = merge(adapt(llama(), "all-linear", [LoRA]), keep_originals=True)
+    with pytest.raises(ValueError, match=r"is merged.*unmerge\(\) it"):
+        adapt(model, "all-linear", [LoRA])
+    with pytest.raises(ValueError, match=r"is merged already.*unmerge\(\) it"):
+        merge(model)
+
+
 def test_nothing_to_merge_or_unmerge_or_save(tmp_path):
     with pytest.raises(ValueError, match="no adapter to merge"):
         merge(llama())

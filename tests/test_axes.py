@@ -510,3 +510,16 @@ def test_an_axis_declared_in_the_wrong_order_says_so():
         ValueError, match=r"names 'B' before the tensor that closes the axis, .* name the zero-initialized"
     ):
         rank_axes(wrong)[":rank"].resize(grow=1, generator=generator(0, "a", 1))
+
+
+def test_closing_drops_the_momentum_of_sgd():
+    layer = LoRA(nn.Linear(6, 5), rank=3)
+    layer.B.data.normal_()
+    optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.1, momentum=0.9)
+    layer(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    (axis,) = rank_axes(nn.ModuleDict({"q": layer})).values()
+    axis.close([1], [optimizer])
+    momentum = optimizer.state[layer.B]["momentum_buffer"]
+    assert not momentum[:, 1].any()
+    assert momentum[:, 0].all()

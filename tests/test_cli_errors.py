@@ -104,7 +104,7 @@ BROKEN = {
     "argument beside class_path": (("allocator", "every"), 3, ["allocator.every", "init_args, one level deeper"]),
     "unknown model": (("model", "class_path"), "CausalML", ["'CausalML'", "'CausalLM'", "SequenceClassification"]),
     "unknown data": (("data", "class_path"), "ArithmeticProblem", ["'ArithmeticProblems'"]),
-    "unknown allocator": (("allocator", "class_path"), "ElaLora", ["'ElaLora'", "'ElaLoRA'", "AdaLoRA"]),
+    "unknown allocator": (("allocator", "class_path"), "ElaLora", ["'ElaLora'", "did you mean 'ElaLoRA'"]),
     "unknown method": ((*METHODS, 0), "HyperAdpat", ["'HyperAdpat'", "'HyperAdapt'", "SVD"]),
     "unknown optimizer": (
         ("model", "init_args", "optimizer", "class_path"),

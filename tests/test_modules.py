@@ -134,6 +134,42 @@ def test_choices_are_scored_by_sum_and_by_character(tiny_llama, tmp_path):
     assert {name: result[name] * 2 for name in right} == right
 
 
+def test_fit_validates_after_a_validation_before_it(tiny_llama):
+    module, data = causal(tiny_llama), problems()
+    trainer = Trainer(**QUIET, enable_checkpointing=False, max_epochs=1)
+    (before,) = trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    assert set(before) == {"loss", "perplexity", "exact_match"}
+    assert float(trainer.callback_metrics["loss"]) != before["loss"]
+    (after,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert after["loss"] == pytest.approx(float(trainer.callback_metrics["loss"])), (
+        "no batch of the first one is left in it"
+    )
+
+
+def test_the_training_loss_is_the_mean_over_labelled_tokens(tiny_llama):
+    module, data = causal(tiny_llama, partial(LoRA, rank=2)), problems()
+    seen = []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(outputs["loss"]))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            logits = pl_module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+                :, :-1
+            ]
+            seen.append(float(F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())))
+
+    fit(module, data, [Compare()], max_steps=1)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+def test_batches_of_the_other_task_are_refused(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match=r"needs a label for each token.*shape \(4,\); use .* SequenceClassification"):
+        fit(causal(tiny_llama), labelled(tmp_path), max_steps=1)
+
+
 # ---- what trains
 
 
@@ -209,6 +245,11 @@ def test_lora_plus_trains_closing_factors_faster(tiny_llama):
         fit(causal(tiny_llama, HyperAdapt, lora_plus_ratio=16.0), problems(), max_steps=1)
 
 
+def test_a_warm_up_that_never_ends_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="A warm-up of 500 steps never ends in a run of 2"):
+        fit(causal(tiny_llama, warmup=500), problems(), max_steps=2)
+
+
 def test_configure_model_twice_changes_nothing(tiny_llama):
     module = causal(tiny_llama)
     module.configure_model()
@@ -242,6 +283,10 @@ def test_a_rank_pattern_file_replays_the_ranks(tiny_llama, tmp_path):
     assert set(have.values()) == {4}
     with pytest.raises(FileNotFoundError, match="no such file"):
         causal(tiny_llama, rank_pattern="nowhere.json").configure_model()
+    for text in ("[1, 2]", "{", '{"a": 1}\n{"b": 2}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no JSON mapping"):
+            causal(tiny_llama, rank_pattern=str(tmp_path / "bad.json")).configure_model()
 
 
 # ---- classification
@@ -295,6 +340,25 @@ def test_a_decoder_classifies(tiny_llama, tmp_path):
     module = SequenceClassification(tiny_llama, [Adapter([LoRA])], num_labels=3, dtype="fp32")
     fit(module, labelled(tmp_path), max_steps=2)
     assert {n for n, p in module.named_parameters() if p.requires_grad and "score" in n}
+
+
+def test_the_loss_of_a_validation_weighs_rows_not_batches(tiny_bert, tmp_path):
+    rows = [{"text": f"how many {i}", "label": i % 3} for i in range(5)]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ClassificationData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=4)
+    module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=3, dtype="fp32")
+    (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    module.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(module(b), b["labels"], reduction="none") for b in data.val_dataloader()]
+    assert [len(x) for x in losses] == [4, 1]
+    assert result["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_a_regression_reports_correlations(tiny_bert, tmp_path):
+    module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=1, dtype="fp32")
+    trainer = fit(module, labelled(tmp_path), max_epochs=1)  # whole labels are numbers too
+    assert set(trainer.callback_metrics) >= {"loss", "pearson", "spearman"}
 
 
 def test_metrics_that_do_not_fit_are_refused(tiny_bert):

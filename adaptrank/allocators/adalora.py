@@ -54,7 +54,7 @@ class AdaLoRA(Allocator):
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
-        if not self.soft or step == self.phases.end:
+        if not self.soft or step >= self.phases.end:
             return plan
         soft: Plan = {}
         for axis, change in plan.items():

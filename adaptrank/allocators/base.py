@@ -130,6 +130,9 @@ class Allocator(Callback):
         """Sizes to begin the run with, {axis: units}, or None to take the model as it is."""
         return None
 
+    def begin(self, sizes: Mapping[str, int]) -> None:
+        """Called once, with the sizes that a new run starts from; the place to refuse those that make no sense."""
+
     def before_forward(self, axes: Axes) -> None:
         """Called before each training batch."""
 
@@ -306,6 +309,7 @@ class Allocator(Callback):
             axis.resize(range(kept), size - kept, generator(self.seed, key, 0), trainer.optimizers)
         cost = self._cost(pl_module)
         self._start = self.sizes()
+        self.begin(self._start)
         self._start_total = cost.total(self._start)
         floors = cost.total({key: min(self.floor, size) for key, size in self._start.items()})
         target = self.budget_at(self.phases.end)

@@ -1,5 +1,6 @@
 """ElaLoRA: ranks move from layers whose weakest units do not matter to layers whose weakest still do."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from adaptrank.allocators.base import Allocator
@@ -65,6 +66,13 @@ class ElaLoRA(Allocator):
         if self.cap is not None:
             return caps
         return {key: min(4 * self._start[key], bound or 4 * self._start[key]) for key, bound in caps.items()}
+
+    def begin(self, sizes: Mapping[str, int]) -> None:
+        if all(size <= self.floor for size in sizes.values()):
+            raise ValueError(
+                f"ElaLoRA would never act: every axis starts at its floor of {self.floor} unit(s), and none can be pruned; start "
+                f"with a higher rank."
+            )
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         swaps = late_drop(self.swaps, self.phases.progress(step))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
 from adaptrank.inject import ParameterizationCallable, adapt
-from adaptrank.parameterizations.base import PARAMETERIZATIONS, Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import PARAMETERIZATIONS, Parameterization, replace_layer, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +93,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         _load_tensors(model, file, description["tied"])
     except BaseException:
         for path, layer in bare.items():
-            model.set_submodule(path, layer)
+            replace_layer(model, model.get_submodule(path), layer)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         raise

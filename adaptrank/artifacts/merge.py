@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,6 +36,8 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
             weight is not finite; the model is unchanged then.
     """
     layers = wrapped_layers(model)
+    if getattr(model, "_adaptrank_merged", None) is not None:
+        raise ValueError("This model is merged already, with its originals kept; unmerge() it first.")
     if not layers:
         raise ValueError("This model holds no adapter to merge.")
     _check_mergeable(model, layers)
@@ -58,7 +60,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
                 weight = weight.T.contiguous() if isinstance(plain, Conv1D) else weight.contiguous()
             merged.layers[path] = (layer, original.data)
             original.data = weight
-            model.set_submodule(path, plain)
+            replace_layer(model, layer, plain)
     except BaseException:
         _restore(model, merged)
         raise
@@ -87,9 +89,9 @@ def unmerge(model: Model) -> Model:
 
 
 def _restore(model: nn.Module, merged: _Merged) -> None:
-    for path, (layer, weight) in merged.layers.items():
+    for layer, weight in merged.layers.values():
         cast(Tensor, layer.innermost.weight).data = weight
-        model.set_submodule(path, layer)
+        replace_layer(model, layer.innermost, layer)
 
 
 def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from adaptrank import backbones
 from adaptrank.allocators.schedules import steps
@@ -175,7 +176,12 @@ class AdaptedModule(LightningModule):
             if group.pop("closing"):
                 group["lr"] = group["lr"] * self.lora_plus_ratio
         total = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.schedule_name(), optimizer, steps(self.warmup, total), total)
+        warmup = steps(self.warmup, total)
+        if warmup >= total > 0:
+            raise ValueError(
+                f"A warm-up of {warmup} steps never ends in a run of {total}; shorten `warmup`, or train longer."
+            )
+        scheduler = get_scheduler(self.schedule_name(), optimizer, warmup, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def schedule_name(self) -> str:
@@ -192,6 +198,15 @@ class AdaptedModule(LightningModule):
                 "model.dtype=bf16: the frozen weights stay in half precision.",
                 self.trainer.precision,
             )
+
+    def on_validation_start(self) -> None:
+        # A metric that Trainer.validate() used holds inference tensors, which the validation inside of fit cannot update.
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
+
+    def on_test_start(self) -> None:
+        self.on_validation_start()
 
     # ---- checkpoints: what trains, the ranks by its shapes, and the random state; never the backbone
 
@@ -307,11 +322,17 @@ def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON mapping.
     """
     if not isinstance(pattern, str):
         return pattern
     file = Path(pattern)
     if not file.is_file():
         raise FileNotFoundError(f"rank_pattern={pattern!r}: no such file; give a mapping, or the ranks.json of a run.")
-    read: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        read = None
+    if not isinstance(read, dict):
+        raise ValueError(f"rank_pattern={pattern!r} holds no JSON mapping; give the ranks.json that a run leaves.")
     return read

@@ -39,6 +39,11 @@ class CausalLM(AdaptedModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
+        if labels.dim() != 2:
+            raise ValueError(
+                f"CausalLM needs a label for each token, (rows, tokens), and got labels of shape {tuple(labels.shape)}; use a "
+                f"data module of completions, such as CausalLMData, or the module SequenceClassification."
+            )
         targets = labels[:, 1:]
         wanted = targets != -100
         columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs

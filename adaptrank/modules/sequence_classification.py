@@ -93,6 +93,7 @@ class SequenceClassification(AdaptedModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None
         output, labels = self(batch), batch["labels"]
+        labels = labels.float() if self._labels() == 1 else labels
         self.mean_loss.update(self._loss(output, labels), weight=len(labels))
         self.scores.update(output if self._labels() == 1 else output.argmax(-1), labels)
         self.log("loss", self.mean_loss, batch_size=len(labels))

@@ -238,10 +238,17 @@ def _refresh_after_load(layer: nn.Module, _: object) -> None:
 
 
 def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
-    """Path of each layer before it was wrapped -> its outermost wrapper, in the order of the model."""
+    """Path of each layer before it was wrapped -> its outermost wrapper, in the order of the model.
+
+    A layer that is used at several places is listed once, at the first.
+    """
     found: dict[str, Parameterization] = {}
+    seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
         if isinstance(module, Parameterization):
             found[path] = module
             return
@@ -250,6 +257,14 @@ def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
 
     walk(model, "")
     return found
+
+
+def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model uses `old`: a layer may be shared."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                setattr(parent, name, new)
 
 
 def adapted_part(module: nn.Module) -> nn.Module:
