@@ -199,6 +199,7 @@ def test_the_file_says_all_and_holds_no_frozen_weight(tmp_path):
     assert entry["layers"][path] == [32, 32]
     assert description["ranks"] == {key: len(axis) for key, axis in rank_axes(model).items()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1, "whoever can read one can read both"
 
 
 def test_extra_trained_modules_travel_with_the_adapter(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from adaptrank.data.base import TaskData
 from adaptrank.data.collate import causal_batch, choice_batch, class_batch, mask, pad, prompt_batch, validation_batch
 from adaptrank.data.loader import BatchOrder, ResumableLoader, rounds
 
@@ -149,12 +151,42 @@ class Recorder(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def fit(path, module=None, ckpt=None, callbacks=(), **options):
+class Scheduled(Recorder):
+    """Asks for the number of steps, as one does for a schedule; Lightning then builds the loader before it restores."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)]
+
+
+class Tensors(TaskData):
+    """A data module of the same examples."""
+
+    def __init__(self, **options):
+        super().__init__(batch_size=2, **options)
+        self.tokenizer = SimpleNamespace(model_max_length=512)
+
+    def rows(self, split):
+        return [{"input_ids": [0] * (1 + i % 4), "x": x} for i, x in enumerate(EXAMPLES)]
+
+    def encode(self, rows, split):
+        return rows
+
+    def collate(self, split):
+        return stacked
+
+
+def stacked(rows):
+    return torch.stack([row["x"] for row in rows])
+
+
+def fit(path, module=None, ckpt=None, callbacks=(), data=None, **options):
     torch.manual_seed(0)
     module = module or Recorder()
     settings = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     trainer = Trainer(default_root_dir=path, callbacks=list(callbacks), **settings, **options)
-    trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True if ckpt else None)
     return module, trainer
 
 
@@ -195,6 +227,148 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(situation, tmp_path):
         assert resumed.seen == whole.seen[done:], ckpt.name
         for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+DATA = {
+    **{situation: {} for situation in SITUATIONS},
+    "workers": {"num_workers": 1},
+    "grouped by length": {"group_by_length": True},
+    "loaders made anew": {},
+}
+MORE = {
+    "workers": ({"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 0}, {"every_n_train_steps": 1}),
+    "grouped by length": ({"max_epochs": 3}, {"every_n_train_steps": 1}),
+    "loaders made anew": ({"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}, {"every_n_train_steps": 1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("module", [Recorder, Scheduled])
+@pytest.mark.parametrize("situation", DATA)
+def test_a_data_module_resumes_whenever_its_loader_is_built(situation, module, tmp_path):
+    options, when = {**SITUATIONS, **MORE}[situation]
+    keep = keep_all(tmp_path / "all", **when)
+    whole, _ = fit(tmp_path, module(), data=Tensors(**DATA[situation]), callbacks=[keep], **options)
+    saved = sorted((tmp_path / "all").glob("*.ckpt"))
+    assert len(saved) >= 3
+    for ckpt in saved:
+        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        resumed, _ = fit(tmp_path, module(), data=Tensors(**DATA[situation]), ckpt=ckpt, **options)
+        assert resumed.seen == whole.seen[done:], ckpt.name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("module", [Recorder, Scheduled])
+@pytest.mark.parametrize("every", [0, 1])
+def test_parts_of_a_run_on_a_data_module_are_the_run(every, module, tmp_path):
+    """As above, where Lightning's own numbers of the epochs drift, also with loaders made anew in every epoch."""
+    options = {"limit_train_batches": 5, "reload_dataloaders_every_n_epochs": every}
+    whole, _ = fit(tmp_path, module(), data=Tensors(), max_steps=27, **options)
+    parts, ckpt = [], None
+    for steps in (8, 15, 19, 27):
+        part, trainer = fit(tmp_path, module(), data=Tensors(), ckpt=ckpt, max_steps=steps, **options)
+        ckpt = tmp_path / f"{steps}.ckpt"
+        trainer.save_checkpoint(ckpt)
+        parts += part.seen
+    assert [seen[1:] for seen in parts] == [seen[1:] for seen in whole.seen]
+
+
+class SaveBefore(Callback):
+    """Saves before a batch is used, which Lightning then counts as not done."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02}.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_from_before_a_batch_repeats_that_batch(tmp_path):
+    whole, _ = fit(tmp_path, Scheduled(), data=Tensors(), callbacks=[SaveBefore(tmp_path)], max_epochs=3)
+    for ckpt in sorted(tmp_path.glob("*.ckpt")):
+        resumed, _ = fit(tmp_path, Scheduled(), data=Tensors(), ckpt=ckpt, max_epochs=3)
+        assert resumed.seen == whole.seen[int(ckpt.stem) :], ckpt.name
+
+
+class SaveAtStart(Callback):
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self.file)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_from_before_the_first_batch_of_a_resume_goes_on_there(tmp_path):
+    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=3)
+    again = tmp_path / "again.ckpt"
+    ckpt = next(tmp_path.glob("*step=8.ckpt"))
+    fit(tmp_path, Scheduled(), data=Tensors(), ckpt=ckpt, callbacks=[SaveAtStart(again)], max_epochs=3)
+    for module in (Scheduled(), Recorder()):  # in the second, Lightning delivers the state of a loader that never began
+        resumed, _ = fit(tmp_path, module, data=Tensors(), ckpt=again, max_epochs=3)
+        assert resumed.seen == whole.seen[8:]
+
+
+class ReadsAlong(Callback):
+    """Reads a loader of its own, when the training begins and amid an epoch."""
+
+    sizes = ()
+
+    def read(self, trainer):
+        self.sizes = (*self.sizes, len(list(trainer.datamodule.train_dataloader())))
+
+    def on_fit_start(self, trainer, pl_module):
+        self.read(trainer)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.read(trainer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("module", [Recorder, Scheduled])
+def test_only_the_trainers_own_loader_goes_on_from_a_checkpoint(module, tmp_path):
+    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=3)
+    ckpt = next(tmp_path.glob("*step=8.ckpt"))
+    reads = ReadsAlong()
+    resumed, _ = fit(tmp_path, module(), data=Tensors(), ckpt=ckpt, callbacks=[reads], max_epochs=3)
+    assert resumed.seen == whole.seen[8:]
+    assert set(reads.sizes) == {6}
+
+
+class Refuses(Scheduled):
+    def on_fit_start(self):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_fit_without_a_checkpoint_starts_fresh_whatever_was_restored_before(tmp_path):
+    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=2)
+    ckpt = next(tmp_path.glob("*step=8.ckpt"))
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    data = Tensors()
+    for use in ("resumed", "resumed in vain", "validated", "nothing left to train"):
+        if use == "resumed":
+            fit(tmp_path, Scheduled(), data=data, ckpt=ckpt, max_epochs=2)
+        elif use == "resumed in vain":
+            with pytest.raises(RuntimeError, match="not today"):
+                fit(tmp_path, Refuses(), data=data, ckpt=ckpt, max_epochs=2)
+        elif use == "validated":
+            Trainer(**quiet).validate(Recorder(), data, ckpt_path=ckpt, verbose=False)
+        else:
+            fit(tmp_path, Scheduled(), data=data, ckpt=ckpt, max_steps=8)
+        fresh, _ = fit(tmp_path, Scheduled(), data=data, max_epochs=2)
+        assert fresh.seen == whole.seen, use
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_state_of_a_data_module_is_that_of_the_training():
+    data = Tensors()
+    assert data.state_dict() == {}
+    data.load_state_dict({})
+    assert data.state_dict() == {}
+    data.load_state_dict({"train": {"epoch": 1, "position": 3, "order": {}}})
+    assert data.state_dict() == {"train": {"epoch": 1, "position": 3, "order": {}}}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -2,15 +2,19 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from adaptrank.data import CausalLMData, ClassificationData, Source, TaskData
+from adaptrank.cli import main
+from adaptrank.cli.train import AdaptrankCLI
+from adaptrank.data import CausalLMData, ClassificationData, LabelTask, Source, TaskData
 from adaptrank.data.base import cut, encode_segments
 
 CHAT = (
@@ -313,11 +317,243 @@ data:
     for text, rows in ((short, 10), (long, 30)):
         config = parser.parse_string(text)
         again = parser.parse_string(parser.dump(config))
-        assert again == config
+        assert parser.dump(again) == parser.dump(config)
         data = parser.instantiate(again).data
         assert len(data.rows("train")) == rows
     assert data.rows("train")[0]["prompt"] == "Question: 1\nAnswer:"
     assert len(data.rows("val")) == 2
+
+
+def tabulate(path, rows):
+    """Write rows as what the ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_list(rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        write(path, rows)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+
+
+KINDS = {
+    "csv": ("c.csv", "c.csv"),
+    "one column": ("c.csv", "c.csv"),
+    "tsv": ("c.tsv", "c.tsv"),
+    "json": ("c.json", "c.json"),
+    "jsonl": ("c.jsonl", "c.jsonl"),
+    "parquet": ("c.parquet", "c.parquet"),
+    "folder": ("some/train.jsonl", "some"),
+    "glob": ("some/a.json", "some/*.json"),
+    "glob of letters": ("some/a.csv", "some/[ab].csv"),
+}
+
+
+MODEL = {
+    "class_path": "CausalLM",
+    "init_args": {"backbone": "no-such-model", "adapters": [{"parameterization": ["LoRA"]}]},
+}
+
+
+class Parsed(Exception):
+    """Stops the command once it is parsed, and carries the data module."""
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """What the command's own parser makes of arguments: (the data module, the printed configuration)."""
+
+    def stop(cli):
+        raise Parsed(cli.parser.instantiate(cli.config).fit.data)
+
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(AdaptrankCLI, "instantiate_classes", stop)
+            with pytest.raises(Parsed) as parsed:
+                AdaptrankCLI("fit", args)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main(["fit", *args, "--print_config"])
+        said = capsys.readouterr()
+        assert not leaving.value.code, said.err
+        return parsed.value.args[0], said.out
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", [CausalLMData, ClassificationData])
+def test_the_command_takes_a_path_of_every_kind(kind, data, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    file, path = KINDS[kind]
+    rows = sums(4) if data is CausalLMData else [{"text": f"film {i}", "label": i % 2} for i in range(4)]
+    if kind == "one column":  # a CSV whose text is one plain word after the other
+        rows = [{"prompt": f"word{i}"} if data is CausalLMData else {"text": f"word{i}"} for i in range(4)]
+    tabulate(tmp_path / file, rows)
+    keys = ("sources", "validation", "test", "predict")
+    given = {"class_path": data.__name__, "init_args": dict.fromkeys(keys, path)}
+    Path("run.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": given}))
+    Path("bare.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": {"class_path": data.__name__}}))
+    typed = [f"--data.{key}={path}" for key in keys[:2]] + [a for k in keys[2:] for a in (f"--data.{k}", path)]
+    for args in (["--config", "run.yaml"], ["--config", "bare.yaml", *typed]):
+        made, printed = command(*args)
+        assert {k: yaml.safe_load(printed)["data"]["init_args"][k] for k in keys} == dict.fromkeys(keys, path)
+        assert {k: [s.path for s in v] for k, v in made._sources.by_split.items()} == {
+            k: [path] for k in ("train", "val", "test", "predict")
+        }
+        Path("printed.yaml").write_text(printed)
+        again, reprinted = command("--config", "printed.yaml")
+        assert reprinted == printed
+        if kind != "one column":
+            assert len(again.rows("train")) == 4
+        else:
+            assert len(again.rows("predict")) == 4 if data is CausalLMData else True
+
+
+def test_the_command_takes_lists_of_sources(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tabulate(tmp_path / "c.csv", sums(4)), tabulate(tmp_path / "a.json", sums(4, 10))
+    sources = [{"path": "c.csv", "weight": 2, "prompt": "Q {prompt}"}, {"path": "a.json"}]
+    data = {"class_path": "CausalLMData", "init_args": {"sources": sources}}
+    Path("run.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": data}))
+    for args in ([], ["--data.sources", json.dumps(sources)], ["--data.validation", '[{"path": "a.json"}]']):
+        made, printed = command("--config", "run.yaml", *args)
+        assert [type(source) for source in made._sources.by_split["train"]] == [Source, Source]
+        rows = made.rows("train")
+        assert sum(row["prompt"].startswith("Q Q") for row in rows) in (6, 8)
+        Path("printed.yaml").write_text(printed)
+        assert command("--config", "printed.yaml")[1] == printed
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one data set, which has a configuration and two splits; what was asked of it is kept."""
+    from datasets import ClassLabel, Features, Value
+
+    names = ClassLabel(names=["bad", "good"])
+    features = Features({"text": Value("string"), "label": names})
+    splits = {
+        "train": Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0, 1, 1, 0]}, features=features),
+        "validation": Dataset.from_dict({"text": ["v", "w"], "label": [1, 0]}, features=features),
+    }
+    asked = []
+
+    def load_dataset(path, name=None, *, split):
+        asked.append((path, name, split))
+        if path != "some/films":
+            raise FileNotFoundError(f"no {path}")
+        whole, _, rest = split.partition("[")
+        return splits[whole].select(range(int(rest[1:-1]))) if rest else splits[whole]
+
+    def get_dataset_split_names(path, name=None):
+        asked.append((path, name, None))
+        return list(splits)
+
+    monkeypatch.setattr("datasets.load.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.inspect.get_dataset_split_names", get_dataset_split_names)
+    return asked
+
+
+def test_the_hub_is_asked_for_name_configuration_and_split(hub):
+    data = ready(ClassificationData([Source("some/films", name="short")]))
+    assert data.class_names == ["bad", "good"]
+    assert [row["text"] for row in data.rows("train")] == ["a", "b", "c", "d"], "its own validation split validates"
+    assert [(row["text"], row["label"]) for row in data.rows("val")] == [("v", 1), ("w", 0)]
+    assert data.rows("test") is None
+    assert set(hub) == {("some/films", "short", split) for split in (None, "train", "validation")}
+    hub.clear()
+    part = ClassificationData([Source("some/films", split="train[:3]")], [Source("some/films", split="validation")])
+    assert [len(part.rows(split)) for split in ("train", "val")] == [3, 2]
+    assert set(hub) == {("some/films", None, "train[:3]"), ("some/films", None, "validation")}
+    held = ClassificationData([Source("some/films", split="train")], val_fraction=0.25)
+    assert [len(held.rows(split)) for split in ("train", "val")] == [3, 1], "who names a split takes no other"
+    assert len(ClassificationData("some/films", test="some/films").rows("test")) == 2, "it has no test split"
+
+
+def test_what_the_hub_has_not_is_said(hub, monkeypatch):
+    assert "There is no file or folder 'some/flims' here" in problem(
+        ClassificationData([Source("some/flims", split="train")])
+    )
+    monkeypatch.setattr("datasets.inspect.get_dataset_split_names", lambda *_: ["dev"])
+    assert "has no train split; set `split` to one of ['dev']" in problem(ClassificationData("some/films"))
+
+
+def scores(labels):
+    return [{"text": f"pair {i}", "label": label} for i, label in enumerate(labels)]
+
+
+def test_regression_keeps_numbers(tmp_path):
+    table = Dataset.from_list(scores([0.5, 3.0, 4.8, 1.25]))
+    table.to_csv(str(tmp_path / "a.csv"), index=False)
+    whole = write(tmp_path / "v.jsonl", scores([1, 2, 3]))
+    (tmp_path / "labels.json").write_text('["these", "name", "nothing"]')
+    data = ready(ClassificationData(str(tmp_path / "a.csv"), whole, regression=True))
+    assert data.class_names is None
+    assert data.num_classes == 1
+    batch = next(iter(data.train_dataloader()))["labels"]
+    assert batch.dtype == torch.float32
+    assert sorted(batch.tolist()) == pytest.approx([0.5, 1.25, 3.0, 4.8])
+    batch = next(iter(data.val_dataloader()))["labels"]
+    assert (batch.dtype, batch.tolist()) == (torch.float32, [1.0, 2.0, 3.0])
+    asked = ready(ClassificationData(whole, predict=str(tmp_path / "a.csv"), regression=True), stage="predict")
+    assert "labels" not in next(iter(asked.predict_dataloader()))
+    assert [row["label"] for row in ClassificationData(whole, whole, regression=True).rows("val")] == [1.0, 2.0, 3.0]
+    spelled = write(tmp_path / "s.jsonl", scores(["3.5", "-1e-1"]))
+    assert [r["label"] for r in ClassificationData(spelled, spelled, regression=True).rows("train")] == [3.5, -0.1]
+
+
+@pytest.mark.parametrize("label", ["good", "nan", [1.0]])
+def test_regression_refuses_what_is_no_number(label, tmp_path):
+    path = write(tmp_path / "a.jsonl", scores([label]))
+    assert f"Row 0 of {path!r}: label {label!r} is no number" in problem(
+        ClassificationData(path, path, regression=True)
+    )
+
+
+def test_classes_and_regression_exclude_each_other(tmp_path):
+    path = write(tmp_path / "a.jsonl", scores([0.5, 1.0]))
+    assert "label 0.5 is no class" in problem(ClassificationData(path, path))
+    assert "`regression: true`" in problem(ClassificationData(path, path))
+    with pytest.raises(ValueError, match="remove one of the two"):
+        ClassificationData(path, regression=True, classes=["a"])
+
+
+def test_pairs_and_single_texts_are_not_mixed_unasked(tmp_path):
+    pairs = write(tmp_path / "p.jsonl", [{"text": "one", "text_pair": "two", "label": k} for k in (0, 1)])
+    other = write(tmp_path / "o.jsonl", [{"text": "three", "second": "four", "label": k} for k in (0, 1)])
+    for sources in ([Source(pairs), Source(other)], [Source(other), Source(pairs)]):
+        said = problem(ClassificationData(sources, pairs))
+        assert said.startswith(f"{pairs!r} has pairs of texts, and {other!r} has no column for `text_pair`")
+    tokenizer = tiny_tokenizer(pairs=True)
+
+    def texts(*sources):
+        data = ready(ClassificationData(list(sources), pairs), tokenizer, "fit")
+        return [tokenizer.decode(example["input_ids"]) for example in data.examples("train")]
+
+    both = texts(Source(pairs), Source(other, text_pair="second"))
+    assert both == ["<s>one<end>two<end>"] * 2 + ["<s>three<end>four<end>"] * 2
+    alone = texts(Source(pairs), Source(other, text_pair=""))
+    assert alone == ["<s>one<end>two<end>"] * 2 + ["<s>three<end>"] * 2
+
+
+def test_a_row_whose_pair_is_null_is_a_single_text(tmp_path):
+    rows = [{"text": "one", "text_pair": pair, "label": k} for k, pair in enumerate(["two", None, ""])]
+    path = write(tmp_path / "a.jsonl", rows)
+    data = ready(ClassificationData(path, path, batch_size=3), tiny_tokenizer(pairs=True), "fit")
+    decoded = [data.tokenizer.decode(example["input_ids"]) for example in data.examples("train")]
+    assert decoded == ["<s>one<end>two<end>", "<s>one<end>", "<s>one<end>"]
+    assert next(iter(data.val_dataloader()))["labels"].tolist() == [0, 1, 2]
+
+
+class Mixed(LabelTask):
+    def rows(self, split):
+        return [{"text": "one", "text_pair": "two", "label": 0}, {"text": "three", "label": 1}]
+
+
+def test_a_task_of_ones_own_gives_every_row_a_pair_or_none():
+    assert "1 of 2 train rows have no `text_pair`, the first of them 'three'" in problem(Mixed())
 
 
 def problem(data, stage="fit"):

@@ -398,10 +398,14 @@ def whole_state(trainer, module):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("accumulate", "size", "length"),
+    [(1, 28, {"max_steps": STEPS}), (4, 28, {"max_steps": STEPS}), (1, 16, {"max_epochs": 3})],
+    ids=["accumulate-1", "accumulate-4", "epochs"],
+)
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("stop", [2, 6, 7, 10], ids=["warm-up", "between", "event", "final"])
-def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate):
+def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, size, length):
     """12 steps equal `stop` steps, a kill, and the rest: parameters, moments, ranks, learning rate, random state."""
 
     def run(folder, *callbacks, ckpt_path=None):
@@ -409,14 +413,14 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate):
         module = causal(tiny_llama, partial(SVD, rank=4, dropout=0.1), generate=False)
         trainer = Trainer(
             **QUIET,
-            max_steps=STEPS,
+            **length,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,
             callbacks=[ALLOCATORS[allocator](), ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"), *callbacks],
         )  # fmt: skip
         try:
             trainer.fit(
-                module, datamodule=problems(train_size=28, batch_size=4), ckpt_path=ckpt_path, weights_only=True
+                module, datamodule=problems(train_size=size, batch_size=4), ckpt_path=ckpt_path, weights_only=True
             )
         except (KeyboardInterrupt, SystemExit):
             return None

@@ -56,15 +56,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2)
-    partial_file = folder / f".{WEIGHTS}.{os.getpid()}"
+    weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
     try:
-        save_file(tensors, partial_file, metadata={"adaptrank": text})  # one key: of several the order would be random
-        os.replace(partial_file, folder / WEIGHTS)
+        config.write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, weights, metadata={"adaptrank": text})  # one key: of several the order would be random
+        weights.chmod(config.stat().st_mode)  # readable as other files are; safetensors writes for the owner alone
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(config, folder / CONFIG)
     finally:
-        partial_file.unlink(missing_ok=True)
-    partial_file = folder / f".{CONFIG}.{os.getpid()}"
-    partial_file.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial_file, folder / CONFIG)
+        weights.unlink(missing_ok=True)
+        config.unlink(missing_ok=True)
     return folder
 
 

@@ -88,6 +88,7 @@ class TaskData(LightningDataModule, ABC):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.truncated: dict[str, int] = {}  # split -> number of rows that were cut
         self._examples: dict[Split, list[Row]] = {}
+        self._restored: dict[str, Any] | None = None  # where the run that is resumed was
 
     @abstractmethod
     def rows(self, split: Split) -> list[Row] | None:
@@ -128,6 +129,7 @@ class TaskData(LightningDataModule, ABC):
         return self._examples[split]
 
     def setup(self, stage: str | None = None) -> None:
+        self._restored = None  # a Trainer restores after this, so what is left here is another run's
         if self.tokenizer is None:
             self.tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if self.tokenizer is None:
@@ -141,11 +143,28 @@ class TaskData(LightningDataModule, ABC):
         for split in STAGES[stage]:
             self.examples(split)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is in its epoch: the state of the loader that the Trainer trains on; {} before there is one."""
+        loader = getattr(self.trainer, "train_dataloader", None)
+        state = self._restored or (loader.state_dict() if isinstance(loader, ResumableLoader) else None)
+        return {} if state is None else {"train": dict(state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the training of this run go on where that state was; see `adaptrank.data.loader` for why both keep it."""
+        self._restored = state_dict.get("train")
+
+    def _take_restored(self) -> dict[str, Any] | None:
+        state, self._restored = self._restored, None
+        return state
+
     def train_dataloader(self) -> ResumableLoader:
         # Lightning asks for the same batches in every epoch where it overfits some.
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         loader = self._loader("train", self.batch_size, shuffle=shuffle, grouped=self.group_by_length)
-        loader.trainer = self.trainer
+        loader.trainer, loader.restored = self.trainer, self._take_restored
+        before = getattr(self.trainer, "train_dataloader", None)
+        if isinstance(before, ResumableLoader):  # Lightning reloads: what it counts is as far off as it was
+            loader.behind = before.behind
         return loader
 
     def val_dataloader(self) -> ResumableLoader:
@@ -409,22 +428,38 @@ class CompletionTask(TaskData):
 
 
 class LabelTask(TaskData):
-    """Texts to classify: rows have `text`, perhaps `text_pair`, and `label`, the index of the class. Batches: `class_batch`."""
+    """Texts to classify: rows have `text`, perhaps `text_pair`, and `label`, the index of the class. Batches: `class_batch`.
+
+    Either every row of a split has `text_pair` or none has: where a text has no second one, its pair is "", and it is
+    encoded as a single text. A label that is a float is a number to predict, and stays one.
+    """
 
     def collate(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         return partial(class_batch, pad_id=self.pad_id, pad_type_id=getattr(self.tokenizer, "pad_token_type_id", 0))
 
     def encode(self, rows: list[Row], split: Split) -> list[Row]:
         assert self.tokenizer is not None
-        pairs = [r["text_pair"] for r in rows] if all("text_pair" in r for r in rows) else None
+        bare = [k for k, r in enumerate(rows) if "text_pair" not in r]
+        if 0 < len(bare) < len(rows):
+            raise ValueError(
+                f"{len(bare)} of {len(rows)} {split} rows have no `text_pair`, the first of them "
+                f'{rows[bare[0]]["text"][:60]!r}; give every row one, "" where there is no second text.'
+            )
         limits: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "verbose": False}
-        encoded = self.tokenizer([r["text"] for r in rows], pairs, **limits)
-        fields = [f for f in ("input_ids", "token_type_ids") if f in encoded]
-        examples: list[Row] = [{f: small(encoded[f][i]) for f in fields} for i in range(len(rows))]
-        for example, row in zip(examples, rows, strict=True):
-            if "label" in row:
-                example["label"] = row["label"]
-        long = sum(bool(e.overflowing) for e in encoded.encodings or [])
+        examples: list[Row] = [{} for _ in rows]
+        long = 0
+        for paired in (False, True):
+            where = [i for i, r in enumerate(rows) if bool(r.get("text_pair")) is paired]
+            if not where:
+                continue
+            pairs = [rows[i]["text_pair"] for i in where] if paired else None
+            encoded = self.tokenizer([rows[i]["text"] for i in where], pairs, **limits)
+            fields = [f for f in ("input_ids", "token_type_ids") if f in encoded]
+            for k, i in enumerate(where):
+                examples[i] = {f: small(encoded[f][k]) for f in fields}
+                if "label" in rows[i]:
+                    examples[i]["label"] = rows[i]["label"]
+            long += sum(bool(e.overflowing) for e in encoded.encodings or [])
         self.report_cuts(split, len(rows), texts_cut=long)
         return examples
 

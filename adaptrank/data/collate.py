@@ -76,7 +76,10 @@ def validation_batch(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def class_batch(examples: Sequence[Example], pad_id: int, *, pad_type_id: int = 0, multiple_of: int = 1) -> Batch:
-    """Batch for classification: input_ids, attention_mask and, where examples have them, token_type_ids (B, L) and labels (B,)."""
+    """Batch for classification: input_ids, attention_mask and, where examples have them, token_type_ids (B, L) and labels (B,).
+
+    Labels are int64, or float32 where the examples' are floats.
+    """
     ids = [e["input_ids"] for e in examples]
     batch: Batch = {
         "input_ids": pad(ids, pad_id, multiple_of=multiple_of),
@@ -86,5 +89,7 @@ def class_batch(examples: Sequence[Example], pad_id: int, *, pad_type_id: int = 
         types = [e["token_type_ids"] for e in examples]
         batch["token_type_ids"] = pad(types, pad_type_id, multiple_of=multiple_of)
     if all("label" in e for e in examples):
-        batch["labels"] = torch.tensor([e["label"] for e in examples], dtype=torch.long)
+        labels = [e["label"] for e in examples]
+        numbers = any(isinstance(label, float) for label in labels)
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if numbers else torch.long)
     return batch

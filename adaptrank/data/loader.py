@@ -3,12 +3,16 @@
 How a resume works. Lightning stores `state_dict()` of every train loader that has one in `fit_loop.state_dict`, and hands it
 to `load_state_dict()` before it calls `iter()`. It skips no batch itself: it goes on counting (`fit_loop.batch_idx`) from where
 it was, and the loader has to begin there. That is done on indices, so a skipped batch is never collated. The traps:
+- Whoever reads `trainer.estimated_stepping_batches` early (an optimizer's schedule, an allocator) has Lightning build the loader
+  before it restores its loops, and then it delivers no state. So `TaskData` keeps the state, too, which is restored before all
+  that, and the loader asks for it (`restored`) at the first `next()`. Where both arrive, that one counts.
 - Lightning calls `iter()` before epoch and batch counter are settled, so nothing may be decided before the first `next()`.
 - At an epoch border it may load the state of the epoch that is over; its own batch counter, then 0, tells the difference.
 - With `max_steps`, its number of the epoch drifts from what it would have been: a run that ends in mid-epoch counts that epoch as
   done, and a resume at a border may count an empty one. So after a resume the stored epoch is what counts, and `behind`
   keeps the difference; what Lightning announces by `set_epoch` is no use.
-- A resume at a border with `max_epochs` alone loads no state; there the Trainer's number is right.
+- A resume at a border with `max_epochs` alone gets no state from Lightning; there the Trainer's number is right.
+- What is stored while the first batch of an epoch is used has one batch handed out, which Lightning will count as not done.
 """
 
 import random
@@ -156,6 +160,7 @@ class ResumableLoader:
         order: which examples make which batch.
         num_workers: processes that collate ahead; 0 collates in this one.
         trainer: the Trainer that trains on these batches, which is asked for the epoch and for where in it a resume begins.
+        restored: gives the state to go on from, and None from then on; asked once an epoch, by the Trainer's own loader only.
     """
 
     def __init__(
@@ -166,9 +171,10 @@ class ResumableLoader:
         *,
         num_workers: int = 0,
         trainer: "Trainer | None" = None,
+        restored: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self.examples, self.collate, self.num_workers = examples, collate, num_workers
-        self.trainer = trainer
+        self.trainer, self.restored = trainer, restored
         self.batch_sampler = order
         self.epoch, self.position, self.behind = order.epoch, 0, 0
         self._resume: dict[str, Any] | None = None
@@ -188,9 +194,12 @@ class ResumableLoader:
             start = state["position"] if state is not None and state["epoch"] == epoch else 0
         else:
             counted, start = self.trainer.current_epoch, 0
+            if self.trainer.train_dataloader is self:
+                state = self.restored() or state
             if state is not None:  # only then: others may read another loader of the same Trainer at any time
                 start = self.trainer.fit_loop.batch_idx + 1
-                self.behind = counted - state["epoch"] - (not start and state["position"] > 0)
+                over = not start and state["position"] >= min(2, self.trainer.num_training_batches)
+                self.behind = counted - state["epoch"] - over
             epoch = counted - self.behind
         if state is not None and start:
             self._check(state["order"])

@@ -3,8 +3,9 @@
 import difflib
 import glob
 import json
+import math
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ class Source:
     """A data set, and which of its columns are what.
 
     A field is the name of a column, or a format string over columns ("Question: {question}\\nAnswer:"; "{options[text]}" reaches
-    inside one). Left out, it is the module's own setting, and then the column of the same name.
+    inside one; "" is the empty text). Left out, it is the module's own setting, and then the column of the same name.
 
     Args:
         path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .parquet, also .gz), a folder with such files named
@@ -49,6 +50,14 @@ class Source:
     messages: str | None = None
     text: str | None = None
     text_pair: str | None = None
+
+
+if TYPE_CHECKING:
+    Sources = str | Sequence[Source]
+else:
+    # jsonargparse takes a string for the path of a configuration wherever a list of classes may stand, reads the file and puts
+    # its contents in place of the path: a CSV would be gone before we saw it. In place of a tuple it does not.
+    Sources = str | tuple[Source, ...]
 
 
 def closest(word: str, options: Iterable[str]) -> str:
@@ -183,6 +192,8 @@ def reader(field: str, template: str, columns: list[str], path: str) -> Callable
     Raises:
         ValueError: if a column does not exist; the message lists those that do.
     """
+    if template == "":
+        return lambda row: ""
     form = string.Formatter()
     try:
         parts = list(form.parse(template))
@@ -214,7 +225,7 @@ def mapped(data: "Dataset", source: Source, wanted: tuple[str, ...], required: t
     for field in wanted:
         template = getattr(source, field)
         if template is not None or field in columns:
-            readers[field] = reader(field, template or field, columns, source.path)
+            readers[field] = reader(field, field if template is None else template, columns, source.path)
     for field in required:
         if field not in readers:
             raise ValueError(
@@ -243,10 +254,10 @@ class _Sources:
 
     def __init__(
         self,
-        sources: str | list[Source],
-        validation: str | list[Source] | None,
-        test: str | list[Source] | None,
-        predict: str | list[Source] | None,
+        sources: Sources,
+        validation: Sources | None,
+        test: Sources | None,
+        predict: Sources | None,
         val_fraction: float,
         seed: int,
         settings: dict[str, str | None],
@@ -255,7 +266,7 @@ class _Sources:
             raise ValueError(f"val_fraction={val_fraction} is not a share; use a number between 0 and 1, such as 0.1.")
         if not sources:
             raise ValueError("`sources` is empty; name a data set, for example sources: [{path: data/train.jsonl}].")
-        given: dict[str, str | list[Source] | None] = {
+        given: dict[str, Sources | None] = {
             "train": sources,
             "val": validation,
             "test": test,
@@ -265,7 +276,7 @@ class _Sources:
         self.val_fraction, self.seed = val_fraction, seed
 
     @staticmethod
-    def _complete(given: str | list[Source], settings: dict[str, str | None]) -> list[Source]:
+    def _complete(given: Sources, settings: dict[str, str | None]) -> list[Source]:
         listed = [Source(given)] if isinstance(given, str) else given
         unset: list[dict[str, Any]] = [
             {k: v for k, v in settings.items() if getattr(source, k) is None} for source in listed
@@ -342,10 +353,10 @@ class CausalLMData(CompletionTask):
 
     def __init__(
         self,
-        sources: str | list[Source],
-        validation: str | list[Source] | None = None,
-        test: str | list[Source] | None = None,
-        predict: str | list[Source] | None = None,
+        sources: Sources,
+        validation: Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
         val_fraction: float = 0.1,
         prompt: str | None = None,
         completion: str | None = None,
@@ -417,7 +428,7 @@ def choice_index(label: Any, choices: list[str], where: str) -> int:
 
 
 class ClassificationData(LabelTask):
-    """Texts, or pairs of texts, and their classes, from files or the Hub.
+    """Texts, or pairs of texts, and their classes or scores, from files or the Hub.
 
     ```yaml
     data:
@@ -428,32 +439,43 @@ class ClassificationData(LabelTask):
     classes are `classes`; or those in the `labels.json` (a list) beside the file; or those that the data set declares; or else the
     sorted different labels of the training rows.
 
+    Sources with pairs and sources without are not mixed unasked, because a column of another name looks just the same: a source
+    of single texts among pairs says so by `text_pair: ""`. A pair that is null or empty in a row makes a single text of it.
+
     Args:
         sources: what to train on: a path, or a list of `Source`, mixed by weight.
         validation, test, predict, val_fraction: as in `CausalLMData`; prediction needs no label.
         classes: names of the classes in the order of their indices.
+        regression: labels are numbers to predict, such as 3.8, and not classes.
         text, text_pair, label: fields for every source that does not set its own.
         kwargs: those of `TaskData`.
 
     Raises:
         FileNotFoundError: in `setup`, if there is no such file, folder or data set.
-        ValueError: in `setup`, if a column is missing, sources name different classes, or a label is none of them.
+        ValueError: in `setup`, if a column is missing, some sources have pairs and some have not, sources name different classes,
+            or a label is none of them, or, for a regression, no number; at once, if a regression has `classes`.
     """
 
     def __init__(
         self,
-        sources: str | list[Source],
-        validation: str | list[Source] | None = None,
-        test: str | list[Source] | None = None,
-        predict: str | list[Source] | None = None,
+        sources: Sources,
+        validation: Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
         val_fraction: float = 0.1,
         classes: list[str] | None = None,
+        regression: bool = False,
         text: str | None = None,
         text_pair: str | None = None,
         label: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if regression and classes is not None:
+            raise ValueError(
+                f"`regression` predicts a number, so there are no `classes` {classes}; remove one of the two."
+            )
+        self.regression = regression
         settings = {"text": text, "text_pair": text_pair, "label": label}
         self._sources = _Sources(sources, validation, test, predict, val_fraction, self.seed, settings)
         self._classes = classes
@@ -463,22 +485,30 @@ class ClassificationData(LabelTask):
     def class_names(self) -> list[str] | None:
         return self._classes
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, known after `setup`; 1 for a regression."""
+        return 1 if self.regression else super().num_classes
+
     def setup(self, stage: str | None = None) -> None:
-        if self._classes is None:
-            self._find_classes()
+        self._find_classes()
         super().setup(stage)
 
     def rows(self, split: Split) -> list[Row] | None:
-        if self._classes is None:
-            self._find_classes()
+        self._find_classes()
+        paired: dict[bool, str] = {}  # whether rows have pairs -> a source where it is so
 
         def read(data: "Dataset", source: Source) -> list[Row]:
-            rows = label_rows(data, source, labelled=split != "predict")
+            rows = label_rows(data, source, labelled=split != "predict", regression=self.regression)
             for k, row in enumerate(rows):
-                if split == "predict":
-                    row.pop("label", None)
-                else:
+                paired.setdefault("text_pair" in row, source.path)
+                if split != "predict" and not self.regression:
                     row["label"] = self._index(row["label"], f"Row {k} of {source.path!r}")
+            if len(paired) > 1:
+                raise ValueError(
+                    f"{paired[True]!r} has pairs of texts, and {paired[False]!r} has no column for `text_pair`: name its column, "
+                    f'or set `text_pair: ""` for that source if its texts stand alone.'
+                )
             return rows
 
         parts = self._sources.parts(split, read)
@@ -499,6 +529,8 @@ class ClassificationData(LabelTask):
         raise ValueError(f"{where}: label {label!r} is none of the {len(names)} classes {shown}{hint}")
 
     def _find_classes(self) -> None:
+        if self.regression or self._classes is not None:
+            return
         sources = self._sources.by_split["train"]
         assert sources is not None
         declared = {s.path: names for s in sources if (names := declared_classes(s)) is not None}
@@ -535,19 +567,42 @@ def declared_classes(source: Source) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def label_rows(data: "Dataset", source: Source, *, labelled: bool) -> list[Row]:
-    """Rows with text, text_pair where there is one, and the label as it stands in the data.
+def label_rows(data: "Dataset", source: Source, *, labelled: bool, regression: bool = False) -> list[Row]:
+    """Rows with text, text_pair ("" where it is null) if the source has one, and, if `labelled`, the label as it stands in the data.
 
     Raises:
-        ValueError: if a field is missing, or a label is neither a name nor a whole number.
+        ValueError: if a field is missing, or a label is neither a name nor a whole number; for a regression: if it is no number.
     """
-    rows = mapped(data, source, LABEL_FIELDS, ("text", "label") if labelled else ("text",))
+    pairs = source.text_pair is not None or "text_pair" in data.column_names
+    fields = LABEL_FIELDS if labelled else tuple(f for f in LABEL_FIELDS if f != "label")
+    rows = mapped(data, source, fields, ("text", "label") if labelled else ("text",))
     for k, row in enumerate(rows):
         row |= {field: str(row[field]) for field in ("text", "text_pair") if field in row}
-        if isinstance(label := row.get("label"), bool | float):
-            if label != int(label):
+        if pairs:
+            row.setdefault("text_pair", "")
+        where = f"Row {k} of {source.path!r}"
+        if regression and labelled:
+            row["label"] = number(row["label"], where)
+        elif isinstance(label := row.get("label"), bool | float):
+            if not math.isfinite(label) or label != int(label):
                 raise ValueError(
-                    f"Row {k} of {source.path!r}: label {label!r} is no class; use whole numbers or names."
+                    f"{where}: label {label!r} is no class; use whole numbers or names, or `regression: true` to predict numbers."
                 )
             row["label"] = int(label)
     return rows
+
+
+def number(label: Any, where: str) -> float:
+    """Read a label of a regression; a text that spells a number is one, as a file may hold nothing but texts.
+
+    Raises:
+        ValueError: if it is no finite number.
+    """
+    try:
+        if not isinstance(label, bool) and math.isfinite(value := float(label)):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"{where}: label {label!r} is no number, and `regression` predicts one; leave `regression` out for classes."
+    )
