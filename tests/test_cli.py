@@ -143,7 +143,7 @@ def test_the_allocator_comes_before_the_checkpoint(here, monkeypatch):
         AdaptrankCLI, "fit", lambda cli, **_: seen.extend(type(c).__name__ for c in cli.trainer.callbacks)
     )
     main(["fit", "--config", "tiny.yaml"])
-    assert seen.index("ElaLoRA") < seen.index("RunFiles") < seen.index("ModelCheckpoint")
+    assert seen.index("ElaLoRA") < seen.index("RunFiles") < seen.index("StepCheckpoint")
     assert seen.index("ElaLoRA") < seen.index("Interrupt")
 
 
@@ -245,6 +245,195 @@ def test_our_own_warnings_are_shown_plainly(here, cli, monkeypatch):
     assert not logging.getLogger("adaptrank").handlers
 
 
+OWN = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from adaptrank import adapt
+from adaptrank.parameterizations import LoRA
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(48, 24)
+        self.source = "a name of theirs"
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+class Adapted(Plain):
+    def __init__(self):
+        super().__init__()
+        adapt(self, parameterization=LoRA)
+    def validation_step(self, batch, batch_idx):
+        self.log("accuracy_norm", self.layer(batch).square().mean())
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(24, 48), batch_size=4)
+
+class Both(Data):
+    def val_dataloader(self):
+        return self.train_dataloader()
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "wanted", "saved"),
+    [
+        ("Plain", "Both", "Plain has no validation_step", False),
+        ("Adapted", "Data", "Data has no val_dataloader", True),
+        ("Adapted", "Both", "accuracy_norm", True),
+    ],
+)
+def test_a_module_of_another_kind(here, cli, tiny_llama, monkeypatch, model, data, wanted, saved):
+    (here / "own_modules.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(here))
+    classes = {"model": {"class_path": f"own_modules.{model}"}, "data": {"class_path": f"own_modules.{data}"}}
+    write(here, tiny_llama, "own.yaml", allocator=None, **classes)
+    code, out, err = cli("fit", "--config", "own.yaml")
+    assert code == 0, err
+    assert wanted in out
+    assert out.count("No evaluation before and after") == (wanted != "accuracy_norm")
+    assert "python -m adaptrank" not in out, "its commands cannot build this module"
+    folder = here / "runs" / "own" / "0"
+    assert (folder / "summary.json").is_file()
+    assert (folder / "adapter").is_dir() == saved
+    assert ("adaptrank.load_adapter" in out) == saved
+    assert ("No adapter saved: Plain holds no adapted layer" in out) != saved
+
+
+def test_go_on_is_a_whole_command(here, cli):
+    (here / "less.yaml").write_text("trainer: {max_steps: 7}\n")
+    configs = ["--config", "tiny.yaml", "--config", "less.yaml"]
+    code, out, err = cli("fit", *configs, "--evaluate", "false", "--model.optimizer.lr", "0.02")
+    assert code == 0, err
+    command = re.search(r"go on: +python -m adaptrank (.*)", out)[1].split()
+    assert command == ["fit", "--config", "runs/less/0/config.yaml", "--model.adapter", "runs/less/0/adapter"]
+    code, out, err = cli(*command)
+    assert code == 0, err
+    saved = yaml.safe_load((here / "runs" / "less" / "1" / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 7
+    assert saved["model"]["init_args"]["adapter"] == "runs/less/0/adapter"
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert not same(here / "runs" / "less" / "0", here / "runs" / "less" / "1")
+
+
+def test_a_run_keeps_its_last_step_and_resumes_from_it(here, cli):
+    fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false", "--allocator", "null"]
+    fit += ["--model.schedule", "constant", "--model.warmup", "0"]
+    assert cli(*fit)[0] == 0
+    assert cli(*fit, "--trainer.max_steps", "4")[0] == 0  # amid the first epoch, of six batches
+    whole, short, resumed = (here / "runs" / "tiny" / n for n in "012")
+    assert [p.name for p in (whole / "checkpoints").iterdir()] == ["step=8.ckpt"]
+    (checkpoint,) = (short / "checkpoints").iterdir()
+    code, _, err = cli(*fit, "--ckpt_path", checkpoint)
+    assert code == 0, err
+    assert same(whole, resumed)
+    assert not same(short, resumed)
+    assert checkpoint.is_file(), "a resumed run removed the checkpoint of another one"
+    assert yaml.safe_load((resumed / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_run_of_whole_epochs_goes_on_after_them(here, cli):
+    fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false", "--allocator", "null", "--trainer.max_steps", "-1"]
+    fit += ["--model.schedule", "constant", "--model.warmup", "0", "--trainer.max_epochs"]
+    assert cli(*fit, "2")[0] == 0
+    assert cli(*fit, "1")[0] == 0
+    code, _, err = cli(*fit, "2", "--ckpt_path", "runs/tiny/1/checkpoints/step=6.ckpt")
+    assert code == 0, err
+    whole, resumed = (here / "runs" / "tiny" / n for n in "02")
+    assert json.loads((resumed / "summary.json").read_text())["steps"] == 12
+    assert same(whole, resumed)
+
+
+def test_a_run_that_is_stopped_amid_an_epoch_resumes_there(here, cli, tiny_llama, monkeypatch):
+    (here / "stopping.py").write_text(
+        "import os\n"
+        "from lightning.pytorch import Callback\n"
+        "class Stop(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        trainer.should_stop = trainer.global_step == 3 and 'STOP' in os.environ\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+    trainer = {"max_steps": 8, "accelerator": "cpu", "callbacks": {"class_path": "stopping.Stop"}}
+    write(here, tiny_llama, trainer=trainer)
+    fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false"]
+    assert cli(*fit)[0] == 0
+    monkeypatch.setenv("STOP", "1")
+    assert cli(*fit)[0] == 0
+    monkeypatch.delenv("STOP")
+    code, _, err = cli(*fit, "--ckpt_path", "runs/tiny/1/checkpoints/step=3.ckpt")
+    assert code == 0, err
+    whole, stopped, resumed = (here / "runs" / "tiny" / n for n in "012")
+    assert json.loads((stopped / "summary.json").read_text())["steps"] == 3
+    assert same(whole, resumed)
+
+
+def test_the_last_step_is_kept_once(here, cli, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    saved, save = [], Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda t, *a, **k: (saved.append(t.global_step), save(t, *a, **k)))
+    fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false", "--allocator", "null"]
+    assert cli(*fit, "--trainer.max_steps", "50")[0] == 0
+    assert cli(*fit, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")[0] == 0
+    assert saved == [50, 6]
+
+
+def test_a_checkpoint_callback_without_a_folder(here, cli, tiny_llama):
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 4}}
+    write(here, tiny_llama, allocator=None, trainer={"max_steps": 4, "accelerator": "cpu", "callbacks": callback})
+    code, _, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
+    assert code == 0, err
+    assert [str(p.parent.relative_to(here)) for p in here.rglob("*.ckpt")] == ["runs/tiny/0/checkpoints"]
+
+
+def test_a_single_callback_needs_no_list(here, cli, tiny_llama):
+    allocator = yaml.safe_load((here / "tiny.yaml").read_text())["allocator"]
+    write(here, tiny_llama, allocator=None, trainer={"max_steps": 8, "accelerator": "cpu", "callbacks": allocator})
+    code, out, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
+    assert code == 0, err
+    assert (here / "runs" / "tiny" / "0" / "ranks.jsonl").is_file()
+    assert "loss" in out
+    assert "ranks/" not in out
+
+
+def test_the_summary_stands_in_columns():
+    from adaptrank.artifacts.run import render
+
+    summary = {
+        "layers": [
+            {"kind": "q_proj", "count": 4, "method": "LoRA on HyperAdapt on another one", "trainable": 1234567},
+            {"kind": "a_rather_long_name", "count": 12, "method": "LoRA", "trainable": 8},
+        ],
+        "trainable": 1234575, "parameters": 9999999, "ranks": 8,
+        "before": {"accuracy_norm": 0.25, "perplexity": 123456789.5},
+        "after": {"accuracy_norm": 0.5, "perplexity": 12.0, "f1": 1.0, "ranks/allocated": 8.0},
+        "steps": 8, "seconds": 61.0, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    text = render(summary, tuple(summary["after"]))
+    assert "ranks/" not in text
+    assert "  0.2500" in text
+    assert "1.0000" in text
+    layers, (_, *metrics) = text.splitlines()[:2], text.split("\n\n")[1].splitlines()
+    ends = [len(line) for line in layers]
+    assert ends[0] == ends[1], text
+    assert len({len(line) for line in metrics}) == 1, text
+    column = {line.index(" x ") for line in layers}
+    assert len(column) == 1, text
+    assert "of 0 parameters, 8 ranks" in render(
+        {**summary, "trainable": 0, "parameters": 0, "layers": [], "after": {}}, ()
+    )
+
+
+def test_a_quick_look_offers_no_configuration(here, cli):
+    code, out, err = cli("fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true", "--allocator", "null")
+    assert code == 0, err
+    assert "generate:" in out
+    assert "go on:" not in out, "Lightning saves no config.yaml in a fast_dev_run"
+
+
 def test_names_of_runs(tmp_path):
     assert run_name(None) == "run"
     assert run_name("configs/smoke.yaml") == "smoke"
@@ -312,6 +501,23 @@ def test_a_merged_folder_needs_no_adaptrank(here, cli, trained):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any("adaptrank" in type(m).__module__ for m in model.modules())
     assert AutoTokenizer.from_pretrained("merged")("1 2")["input_ids"]
+
+
+def test_merge_tells_what_rounding_loses(here, cli, trained):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    faint = here / "faint"
+    faint.mkdir()
+    name = "adapter_model.safetensors"
+    with safe_open(trained / name, "pt") as stored:
+        metadata = stored.metadata()
+    save_file({k: v * 1e-3 for k, v in load_file(trained / name).items()}, faint / name, metadata=metadata)
+    for dtype, warned in (("bf16", True), ("fp32", False)):
+        code, _, err = cli("merge", faint, "--out", f"merged-{dtype}", "--dtype", dtype)
+        assert code == 0, err
+        assert ("Rounding to bfloat16 is an error of" in err) == warned
+    assert "Rounding" not in cli("merge", trained, "--out", "merged", "--dtype", "bf16")[2], "a strong adapter survives"
 
 
 def test_merge_keeps_what_is_there(here, cli, trained):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from adaptrank.cli import errors, main
-from adaptrank.cli.errors import ConfigError, check, collect, condense, explain, line_of, nearest, read_yaml
+from adaptrank.cli.errors import ConfigError, check, collect, condense, explain, line_of, nearest, read_yaml, shorten
 
 ENTRY = ("model", "init_args", "adapters", 0)
 METHODS = (*ENTRY, "parameterization")
@@ -133,6 +133,13 @@ BROKEN = {
     "text for a number": (("model", "init_args", "warmup"), "long", ["warmup is 'long'", "a number"]),
     "text for a list": (METHODS, "LoRA", ["'LoRA'", "must be a list", "write [LoRA]"]),
     "mapping for a list": (ENTRY[:-1], {"targets": "all-linear"}, ["adapters is {'targets'", "a list"]),
+    "a number for a name": ((*ENTRY, "name"), 3, ["name is 3", "must be a string", 'quote it, as in "3"', "line "]),
+    "a boolean for a name": (
+        (*ENTRY, "targets"),
+        [False, "q_proj"],
+        ["targets[0] is False", "must be a string", "YAML reads", "line "],
+    ),
+    "none for null": (("allocator",), "none", ["no Allocator 'none'", "write null"]),
     "rank out of range": ((*METHODS, 1, "init_args", "rank"), 0, ["rank=0", "use rank >= 1"]),
     "every out of range": (("allocator", "init_args", "every"), 0, ["every=0", "at least 1"]),
     "size out of range": (("data", "init_args", "batch_size"), 0, ["batch_size=0", "use 1 or more"]),
@@ -177,6 +184,9 @@ def test_the_line_of_a_mistake(config, mistake):
     changed = put(config, ("allocator", "class_path"), "ElaLoRAA")
     line = yaml.safe_dump(changed, sort_keys=False).splitlines().index("  class_path: ElaLoRAA") + 1
     assert mistake(changed).startswith(f"adaptrank: c.yaml, line {line}: allocator.class_path")
+    broken = put(config, ("allocator", "init_args", "swpas"), 4)
+    text = mistake(broken, "--allocator", "ElaLoRA")
+    assert text.startswith("adaptrank: c.yaml, line "), "the option names the class; its arguments are the file's"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,19 @@ def test_the_line_of_a_mistake(config, mistake):
         (["--allocator.swaps", "z"], ["--allocator.swaps", "'z'", "a whole number"]),
         (["--trainer.max_steps"], ["--trainer.max_steps", "a whole number"]),
         (["foo"], ["'foo' is no option"]),
+        (["c.yaml"], ["'c.yaml' is no option", "write --config c.yaml"]),
+        (["--config"], ["--config needs a file"]),
+        (["--config", "--trainer.max_steps", "3"], ["--config needs a file"]),
+        (["--model.adapter", "c.yaml"], ["'c.yaml' is a file", "name the folder"]),
+        (["--trainer.fast_dev_run", "true"], ["fast_dev_run", "leave the allocator out", "--allocator null"]),
+        (["--allocator", "none"], ["adaptrank: --allocator: ", "no Allocator 'none'"]),
+        (["--model", "CausalML"], ["adaptrank: --model: ", "'CausalLM'"]),
+        (
+            ["--model.adapters", "[{parameterization: [LoRA, LoRAA]}]"],
+            ["adaptrank: --model.adapters: ", "parameterization[1]", "'LoRA'"],
+        ),
+        (["--model.adapters", "[{parameterization: [LoRA], name: 3}]"], ["--model.adapters: ", 'quote it, as in "3"']),
+        (["--model.adapters", "null", "--config", "c.yaml", "--model.backbon", "x"], ["--model.backbon: "]),
         (["--config", "cc.yaml"], ["'cc.yaml'", "did you mean 'c.yaml'"]),
         (["--ckpt_path", "last.ckpt"], ["ckpt_path", "no checkpoint 'last.ckpt'"]),
         (["--ckpt_path", "c.yaml"], ["c.yaml is no Lightning checkpoint"]),
@@ -292,8 +315,9 @@ def test_collect_steps_into_classes_as_jsonargparse_does(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("model:\n  class_path: CausalLM\n  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n")
     tree, files, options = collect(["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"])
-    assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"lr": 2}
-    assert tree["trainer"] == {"max_steps": 5}
+    assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"lr": "2"}
+    assert tree["trainer"] == {"max_steps": "5"}
+    assert tree["trainer"]["max_steps"].value == 5, "an option may be a text or a number: its type decides"
     assert files == [str(file)]
     key = ("model", "init_args", "optimizer", "init_args", "lr")
     assert options[key] == "--model.optimizer.lr"
@@ -328,6 +352,43 @@ def test_condense_keeps_the_innermost_reason():
         "    - Parser key \"odd\":\n        Expected a <class 'int'>. Got value: x\n    - Expected a <class 'NoneType'>\n"
     )
     assert condense(message) == "odd: Expected a <class 'int'>. Got value: x"
+
+
+def test_condense_tells_to_quote_a_string():
+    message = (
+        'Parser key "data":\n  - Problem with given class_path \'a.Data\':\n      Parser key "classes":\n'
+        "        - Expected a <class 'str'>. Got value: False\n"
+    )
+    assert condense(message) == "classes: it must be a string (quote it). Got value: False"
+    assert condense("Problem with given class_path 'a.Data':\n") == "Problem with given class_path 'a.Data':"
+
+
+def test_long_lines_keep_their_ends():
+    assert shorten("short") == "short"
+    cut = shorten("At the beginning " + "of many words " * 40 + "comes the hint.")
+    assert len(cut) <= 300
+    assert cut.startswith("At the beginning of")
+    assert cut.endswith("words comes the hint.")
+    assert all(
+        word in ("At", "the", "beginning", "of", "many", "words", "...", "comes", "hint.") for word in cut.split()
+    )
+
+
+def test_an_option_before_a_file_counts_no_more(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("trainer: {max_steps: 3}\n")
+    options = collect(["--trainer.max_steps", "5", "--trainer.devices", "1", "--config", str(file)])[2]
+    assert list(options) == [("trainer", "devices")]
+
+
+def test_an_option_may_be_a_text_of_digits():
+    from pathlib import Path
+
+    tree = collect(["--runs", "3", "--steps", "3", "--on", "true", "--rate", "0.5", "--either", "4", "--word", "no"])[0]
+    kinds = {"runs": str, "steps": int, "on": bool, "rate": float, "either": int | None, "word": Path | str}
+    check(tree, kinds)
+    with pytest.raises(ConfigError, match="must be true or false"):
+        check(tree, {**kinds, "steps": bool})
 
 
 def test_read_yaml_names_the_nearest_file(tmp_path):

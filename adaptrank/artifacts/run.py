@@ -56,17 +56,17 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The folder's parent, which is called like the configuration."""
-        return self._folder.parent.name
+        """Empty: Lightning appends name and version to `save_dir`, which has both already."""
+        return ""
 
     @property
     def version(self) -> str:
-        """The number of the run."""
-        return self._folder.name
+        """Empty, as `name` is."""
+        return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
+        """The run folder: a ModelCheckpoint without a `dirpath` writes to its `checkpoints`."""
         return str(self._folder)
 
     @rank_zero_only
@@ -80,7 +80,10 @@ class JsonlLogger(Logger):
 
 
 class RunFiles(Callback):
-    """Writes `ranks.jsonl` as events happen, and `ranks.json` and the adapter when training ends, however it ends."""
+    """Writes `ranks.jsonl` as events happen, and `ranks.json` and the adapter when training ends, however it ends.
+
+    A model without wrappers has no adapter, and none is saved.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,6 +115,8 @@ class RunFiles(Callback):
         if not trainer.is_global_zero:
             return
         model = adapted_part(pl_module)
+        if not wrapped_layers(model):
+            return
         save_adapter(model, self.folder / "adapter", base_of(pl_module))
         if axes := rank_axes(model):
             write_json(self.folder / "ranks.json", {key: len(axis) for key, axis in axes.items()})
@@ -186,28 +191,37 @@ def summarize(
 
 
 def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """A summary as text, one screen at most: layers, metrics before and after, time and memory."""
-    lines = []
-    kinds = summary["layers"][:12]
-    width = max([len(row["kind"]) for row in kinds] + [10])
-    for row in kinds:
-        lines.append(f"  {row['kind']:{width}} {row['count']:4} x {row['method']:24} {row['trainable']:>12,}")
-    if len(summary["layers"]) > len(kinds):
-        rest = summary["layers"][len(kinds) :]
-        lines.append(f"  and {len(rest)} more kinds {sum(r['trainable'] for r in rest):>{width + 32},}")
-    share = summary["trainable"] / summary["parameters"]
+    """A summary as text, one screen at most: layers, metrics before and after, time and memory.
+
+    `ranks/*`, which an allocator logs at its events, are no metrics of the evaluation and are left out.
+    """
+    kinds, rest = summary["layers"][:12], summary["layers"][12:]
+    layers = [[row["kind"], f"{row['count']} x", row["method"], f"{row['trainable']:,}"] for row in kinds]
+    if rest:
+        layers.append([f"and {len(rest)} more kinds", "", "", f"{sum(row['trainable'] for row in rest):,}"])
+    shown = [name for name in names if name in summary["after"] and not name.startswith("ranks/")]
+    metrics = [["", "before", "after"]]
+    for name in shown:
+        pair = (summary["before"].get(name), summary["after"][name])
+        metrics.append([name, *("" if value is None else f"{value:.4f}" for value in pair)])
+    width = max(len(row[0]) for row in [*layers, *metrics])
+    lines = _aligned(layers, "<><>", [width, 6, 24, 12])
+    share = f" ({summary['trainable'] / summary['parameters']:.2%})" if summary["parameters"] else ""
     ranks = f", {summary['ranks']} ranks" if summary["ranks"] else ""
-    lines.append(f"  trainable {summary['trainable']:,} of {summary['parameters']:,} parameters ({share:.2%}){ranks}")
-    shown = [name for name in names if name in summary["after"]]
+    lines.append(f"  trainable {summary['trainable']:,} of {summary['parameters']:,} parameters{share}{ranks}")
     if shown:
-        lines.append("")
-        lines.append(f"  {'':{width}} {'before':>10} {'after':>10}")
-        for name in shown:
-            first = summary["before"].get(name)
-            first_text = f"{first:10.4f}" if first is not None else f"{'':10}"
-            lines.append(f"  {name:{width}} {first_text} {summary['after'][name]:10.4f}")
+        lines += ["", *_aligned(metrics, "<>>", [width, 10, 10])]
     minutes, rest_seconds = divmod(round(summary["seconds"]), 60)
     memory = summary["peak_memory_bytes"] / 2**30
     lines.append("")
     lines.append(f"  {summary['steps']} steps in {minutes}:{rest_seconds:02} min, peak memory {memory:.2f} GiB")
     return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]], sides: str, least: list[int]) -> list[str]:
+    """Lines of columns, each as wide as its widest cell and at least so wide; a side is `<` for text, `>` for figures."""
+    widths = [max(minimum, *(len(row[i]) for row in rows)) for i, minimum in enumerate(least)] if rows else least
+    return [
+        "  " + " ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]

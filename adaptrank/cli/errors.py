@@ -87,8 +87,19 @@ def _is_file_error(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and len(error.args) > 1:
         return f"{error.filename}: {error.strerror}."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [shorten(line.strip()) for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[:3]) or type(error).__name__
+
+
+def shorten(line: str, most: int = 300) -> str:
+    """A line of somebody else's, cut between words: its beginning says what is wrong, and its end what to do."""
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    head, tail = line[:half], line[-half:]
+    head = head.rpartition(" ")[0] or head
+    tail = tail.partition(" ")[2] or tail
+    return f"{head} ... {tail}"
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
@@ -217,13 +228,20 @@ def collect(args: Sequence[str]) -> tuple[dict[str, Any], list[str], dict[Key, s
     while rest:
         option = rest.pop(0)
         if not option.startswith("-"):
+            if Path(option).suffix in (".yaml", ".yml"):
+                raise ConfigError(f"{option!r} is no option; write --config {option}")
             raise ConfigError(f"{option!r} is no option; write --key value, such as --trainer.max_steps 100.")
         name, equals, value = option.lstrip("-").partition("=")
+        bare = not equals and not (rest and not rest[0].startswith("--"))
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            value = "true" if bare else rest.pop(0)
         if name in ("config", "c"):
+            if bare or not value:
+                raise ConfigError(f"--{name} needs a file: --{name} FILE.yaml")
             files.append(value)
-            merge(tree, read_yaml(value))
+            content = read_yaml(value)
+            merge(tree, content)
+            options = {key: given for key, given in options.items() if not _holds(content, key)}
         else:
             options[_assign(tree, name.removesuffix("+"), _value(value))] = f"--{name}"
     return tree, files, options
@@ -239,6 +257,14 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             merge(old, value)
         else:
             into[key] = value
+
+
+def _holds(tree: Any, key: Key) -> bool:
+    for part in key:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> Key:
@@ -261,16 +287,28 @@ def _assign(tree: dict[str, Any], name: str, value: Any) -> Key:
     old = node.get(last)
     if isinstance(value, str) and isinstance(old, dict) and "class_path" in old:
         merge(old, {"class_path": value})  # --model CausalLM beside arguments that a file gave
+        key.append("class_path")
     else:
         node[last] = value
     return tuple(key)
 
 
+class Typed(str):
+    """The text of an option that YAML would read as a number or a boolean: it is both, as `--model.adapter 3` may be."""
+
+    value: Any
+
+
 def _value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if not isinstance(value, bool | int | float):
+        return value
+    typed = Typed(text)
+    typed.value = value
+    return typed
 
 
 # ---- the walk
@@ -356,6 +394,8 @@ def _leaves(base: type) -> str:
 def _walk(value: Any, kind: Any, key: Key) -> None:
     """Raise ConfigError where a value cannot be of a kind; whatever is not understood passes."""
     origin, args = get_origin(kind), get_args(kind)
+    if isinstance(value, Typed) and not (kind is str or origin in (Union, types.UnionType) or str(value) in args):
+        value = value.value
     if isinstance(kind, Arguments):
         _walk_arguments(value, kind.of, key, skip=0, required=False)
     elif origin in (Union, types.UnionType):
@@ -368,7 +408,8 @@ def _walk(value: Any, kind: Any, key: Key) -> None:
             raise _misfit(value, "nothing (null)", key)
     elif kind in _SCALARS:
         if not _SCALARS[kind](value):
-            raise _misfit(value, _NAMES[kind], key)
+            unquoted = kind is str and isinstance(value, bool | int | float)
+            raise _misfit(value, _NAMES[kind], key, _quote(value) if unquoted else ".")
     elif origin in _LISTS:
         if not isinstance(value, list | tuple):
             raise _misfit(value, "a list", key, f"; write [{value}]." if isinstance(value, str) else ".")
@@ -486,7 +527,8 @@ def find_class(name: Any, base: type, key: Key = ()) -> Callable[..., Any]:
     if name in known:
         return known[name]
     if "." not in name:
-        raise ConfigError(f"{spell(key)}: there is no {kind} {name!r}{hint(name, known)} Known: {_leaves(base)}.", key)
+        hinted = "; for none, write null." if name.lower() in ("none", "no", "off") else hint(name, known)
+        raise ConfigError(f"{spell(key)}: there is no {kind} {name!r}{hinted} Known: {_leaves(base)}.", key)
     module, _, last = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), last, None)
@@ -536,6 +578,13 @@ def _misfit(value: Any, fits: str, key: Key, end: str = ".") -> ConfigError:
     return ConfigError(f"{spell(key)} is {arrived}; it must be {fits}{end}", key)
 
 
+def _quote(value: bool | int | float) -> str:
+    """What to do with a number or a boolean that should have been a string."""
+    if isinstance(value, bool):
+        return f': quote it, as in "{"yes" if value else "no"}"; unquoted, YAML reads yes, no, on and off as true and false.'
+    return f': quote it, as in "{value}".'
+
+
 def _kind(value: Any) -> str:
     kinds = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
     return kinds.get(type(value), f"a {type(value).__name__}")
@@ -553,16 +602,16 @@ _SCALARS: dict[Any, Callable[[Any], bool]] = {
     int: lambda value: isinstance(value, int) and not isinstance(value, bool),
     float: _is_number,  # 1e-3 is a text in YAML 1.1
     bool: lambda value: isinstance(value, bool),
-    str: lambda value: not isinstance(value, dict | list) and value is not None,
+    str: lambda value: value is not None and not isinstance(value, dict | list | bool | int | float),
     Path: lambda value: isinstance(value, str),
 }
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
 _LISTS = (list, tuple, Sequence, Iterable, collections.abc.Sequence, collections.abc.Iterable)
 
 
 def condense(message: str) -> str:
     """The heart of one of jsonargparse's messages, for what `check` does not understand: the innermost key, the first reason."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     keys = [line.split('"')[1] for line in lines if line.startswith('Parser key "')]
     skipped = (
         "Does not validate",
@@ -571,8 +620,11 @@ def condense(message: str) -> str:
         "Given value",
         "Expected a <class 'NoneType'>",
         "Parser key",
+        "Problem with given class_path",
+        "Expected a path but",
     )
-    reasons = [line for line in lines if line and not line.startswith(skipped)]
-    reason = reasons[0] if reasons else message.splitlines()[0]
-    text = f"{keys[-1]}: {reason}" if keys else reason
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    reasons = [line for line in lines if not line.startswith(skipped)]
+    reason = next(iter(reasons or lines), message)
+    if reason.startswith("Expected a <class 'str'>"):
+        reason = reason.replace("Expected a <class 'str'>", "it must be a string (quote it)")
+    return shorten(f"{keys[-1]}: {reason}" if keys else reason)

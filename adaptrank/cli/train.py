@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
 from adaptrank.allocators import Allocator
+from adaptrank.artifacts.adapter import WEIGHTS
 from adaptrank.artifacts.run import (
     JsonlLogger,
     RunFiles,
@@ -32,6 +34,8 @@ from adaptrank.artifacts.run import (
 from adaptrank.cli import errors
 from adaptrank.cli.progress import StepProgress
 from adaptrank.cli.quiet import quiet
+from adaptrank.modules.base import AdaptedModule
+from adaptrank.parameterizations.base import wrapped_layers
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -61,6 +65,7 @@ class AdaptrankCLI(LightningCLI):
     began = False
     trainer: Trainer
     before: dict[str, float]
+    evaluates = True
 
     def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb, self.args = verb, list(args)
@@ -118,10 +123,22 @@ class AdaptrankCLI(LightningCLI):
 
     # ---- building
 
+    def before_instantiate_classes(self) -> None:
+        """Look at the adapter's folder before minutes of building, for the mistake that is easily made."""
+        adapter = self._get(self.config, "model.init_args.adapter")
+        if isinstance(adapter, str) and Path(adapter).is_file():
+            model = errors.find_class(self._get(self.config, "model.class_path"), LightningModule)
+            if isinstance(model, type) and issubclass(model, AdaptedModule):
+                inside = f", {str(Path(adapter).parent)!r}" if Path(adapter).name == WEIGHTS else ""
+                raise errors.ConfigError(
+                    f"model.adapter: {adapter!r} is a file; name the folder of an adapter{inside or ', such as runs/NAME/0/adapter'}."
+                )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         allocator = self._get(self.config_init, "allocator")
         extra: list[Callback] = [allocator] if allocator is not None else []  # before any ModelCheckpoint
         configured = self._get(self.config_init, "trainer.callbacks") or []
+        configured = configured if isinstance(configured, list) else [configured]
         listed = next((callback for callback in configured if isinstance(callback, Allocator)), None)
         if allocator is not None and listed is not None:
             raise errors.ConfigError(
@@ -136,7 +153,7 @@ class AdaptrankCLI(LightningCLI):
             if self._get(self.config_init, "trainer.enable_checkpointing") is not False and not any(
                 isinstance(callback, ModelCheckpoint) for callback in configured
             ):
-                extra.append(ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=50))
+                extra.append(StepCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=50))
             if self._get(self.config_init, "trainer.default_root_dir") is None:
                 kwargs["default_root_dir"] = str(folder)
             if own_logger:
@@ -157,26 +174,51 @@ class AdaptrankCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         self.before = {}
-        for allocator in self._callbacks():  # before minutes of evaluation, not after them
-            if isinstance(allocator, Allocator) and self.trainer.max_steps > 0:
-                allocator.check_schedule(allocator.phases_of(self.trainer.max_steps))
+        self._check_schedules()  # before minutes of evaluation, not after them
         self._say_backbone()
-        if self._get(self.config, "evaluate") and not self._get(self.config, "ckpt_path"):
+        self.evaluates = bool(self._get(self.config, "evaluate"))
+        if self.evaluates and (missing := self._missing_for_evaluation()):
+            self.evaluates = False
+            say(f"No evaluation before and after: {missing}.")
+        if self.evaluates and not self._get(self.config, "ckpt_path"):
             self.before = self._evaluate()
         self.trainer.fit(**kwargs)
         if not self.trainer.interrupted:
             self._finish()
 
+    def _check_schedules(self) -> None:
+        for allocator in self._callbacks():
+            if not isinstance(allocator, Allocator) or self.trainer.max_steps <= 0:
+                continue
+            try:
+                allocator.check_schedule(allocator.phases_of(self.trainer.max_steps))
+            except ValueError as error:
+                fast: int = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+                if not fast:
+                    raise
+                raise errors.ConfigError(
+                    f"trainer.fast_dev_run makes {int(fast)} step(s), in which {type(allocator).__name__} would never act: leave "
+                    f"the allocator out, or add --allocator null."
+                ) from error
+
+    def _missing_for_evaluation(self) -> str | None:
+        """What a module or data of another kind than ours lack for `Trainer.validate`."""
+        if not is_overridden("validation_step", self.model):
+            return f"{type(self.model).__name__} has no validation_step"
+        if not is_overridden("val_dataloader", self.datamodule):
+            return f"{type(self.datamodule).__name__} has no val_dataloader"
+        return None
+
     def _finish(self) -> None:
         folder = self.run_folder
         assert folder is not None
-        after = self._evaluate() if self._get(self.config, "evaluate") else numbers(self.trainer.callback_metrics)
+        after = self._evaluate() if self.evaluates else numbers(self.trainer.callback_metrics)
         files = next(c for c in self._callbacks() if isinstance(c, RunFiles))
         summary = summarize(self.model, self.before, after, self.trainer.global_step, files.seconds)
         if self.trainer.is_global_zero:
             write_json(folder / "summary.json", summary)
             say("\n" + render(summary, self._names(after)))
-            say("\n" + next_commands(folder, self._get(self.config, "config") or [], self.model))
+            say("\n" + next_commands(folder, self.model))
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         self._say_backbone()
@@ -210,9 +252,8 @@ class AdaptrankCLI(LightningCLI):
         return {name: float(value) for result in results for name, value in result.items()}
 
     def _say_backbone(self) -> None:
-        source: Any = getattr(self.model, "source", None)
-        if source is not None:
-            say(f"Backbone {source.describe()}")
+        if isinstance(self.model, AdaptedModule):
+            say(f"Backbone {self.model.source.describe()}")
 
     def _names(self, values: Iterable[str]) -> tuple[str, ...]:
         first = tuple(getattr(self.model, "metrics_shown", ()))
@@ -259,13 +300,27 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
+class StepCheckpoint(ModelCheckpoint):
+    """Keeps the latest of every so many steps, and the last step, wherever that falls."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
 class SaveConfig(SaveConfigCallback):
-    """Writes the complete configuration into the run folder, where it starts the same run again."""
+    """Writes the complete configuration into the run folder, where it starts the same run again.
+
+    From its beginning, for a run that was resumed: its `ckpt_path` is left out.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = next((c.folder for c in trainer.callbacks if isinstance(c, RunFiles)), None)  # type: ignore[attr-defined]
         if folder is not None:
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config["ckpt_path"] = None
+            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 # ---- what a user reads
@@ -311,16 +366,30 @@ def run_name(config: Any) -> str:
     return folder.parent.name if name == "config" and folder.name.isdigit() else name
 
 
-def next_commands(folder: Path, configs: Sequence[Any], module: LightningModule) -> str:
-    """What one does next with a run, ready to paste."""
+def next_commands(folder: Path, module: LightningModule) -> str:
+    """What one does next with a run, ready to paste, as far as it applies.
+
+    The commands build a module of ours again; one of another kind gets its adapter, if it has one, by `load_adapter`.
+    """
+    layers = wrapped_layers(module)
+    if not layers:
+        return (
+            f"No adapter saved: {type(module).__name__} holds no adapted layer. Run folder: {shlex.quote(str(folder))}"
+        )
     adapter = shlex.quote(str(folder / "adapter"))
-    config = shlex.quote(str(configs[-1])) if configs else "CONFIG"
     lines = [f"Adapter saved: {adapter}"]
+    if not isinstance(module, AdaptedModule):
+        return f"{lines[0]}\n  load:     adaptrank.load_adapter(model, {str(folder / 'adapter')!r})"
     if hasattr(module, "complete"):
         prompt = r'"Question: Ann has 12 pears and buys 7 more. How many pears does Ann have now?\nAnswer:"'
         lines.append(f"  generate: python -m adaptrank generate {adapter} --prompt {prompt}")
-    lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {shlex.quote(str(folder / 'merged'))}")
-    lines.append(f"  go on:    python -m adaptrank fit --config {config} --model.adapter {adapter}")
+    if all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest):
+        lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {shlex.quote(str(folder / 'merged'))}")
+    config = shlex.quote(str(folder / "config.yaml"))
+    # A pattern would be applied to what is loaded, and undo what an allocator has moved.
+    pattern = " --model.rank_pattern null" if module.rank_pattern else ""
+    if (folder / "config.yaml").is_file():  # fast_dev_run leaves none
+        lines.append(f"  go on:    python -m adaptrank fit --config {config} --model.adapter {adapter}{pattern}")
     return "\n".join(lines)
 
 
@@ -368,15 +437,24 @@ def diagnose(args: Sequence[str], known: dict[str, Any]) -> None:
 
 
 def place(key: errors.Key, files: Sequence[str], options: dict[errors.Key, str]) -> str:
-    """`file, line n: ` or `--option: ` in front of a message; nothing where that cannot be told."""
-    for length in range(len(key), 0, -1):
-        for given, option in options.items():
-            if given[:length] == key[:length] and (length == len(key) or given == key[:length]):
-                return f"{option}: "
+    """`file, line n: ` or `--option: ` in front of a message; nothing where that cannot be told.
+
+    An option that set the key, or something around it, comes first: what a file says there does not count any more. An
+    option further in comes after a file that has the key itself.
+    """
+    prefixes = [key[:length] for length in range(len(key), 0, -1)]
+    for prefix in prefixes:
+        if prefix in options:
+            return f"{options[prefix]}: "
+    for prefix in prefixes:
         for file in reversed(files):
-            line = errors.line_of(file, key[:length])
+            line = errors.line_of(file, prefix)
             if line is not None:
                 return f"{file}, line {line}: "
+        if prefix == key:
+            for given, option in options.items():
+                if given[: len(key)] == key:
+                    return f"{option}: "
     return ""
 
 

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -17,8 +18,11 @@ from adaptrank.cli import errors
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from adaptrank.backbones import Source
+
+log = logging.getLogger("adaptrank")
 
 Verb = Callable[[argparse.Namespace], None]
 
@@ -186,7 +190,7 @@ def _first_sentence(cls: type[Any]) -> str:
 
 def _made_row(method: dict[str, Any]) -> tuple[str, ...]:
     axes = ", ".join(f"{axis} {size}" for axis, size in method["axes"].items()) or "none: a fixed cost"
-    return method["name"], f"{method['parameters']:,}", axes, _arxiv(method["source"])
+    return method["name"], f"{method['parameters']:,}", axes, _or_dash(method["source"])
 
 
 def _moves_row(allocator: dict[str, Any]) -> tuple[str, ...]:
@@ -194,11 +198,11 @@ def _moves_row(allocator: dict[str, Any]) -> tuple[str, ...]:
         allocator["name"],
         allocator["score"],
         ", ".join(allocator["needs"]) or "any axis",
-        _arxiv(allocator["source"]),
+        _or_dash(allocator["source"]),
     )
 
 
-def _arxiv(source: str) -> str:
+def _or_dash(source: str) -> str:
     return source or "-"
 
 
@@ -395,6 +399,15 @@ def _merge(options: argparse.Namespace) -> None:
     # The base as it is stored: half precision is merged in float32 anyway, and float32 must not be rounded before the sum.
     model = found.load(dtype if dtype == stored_dtype(found.source) else torch.float32)
     layers = len(wrapped_layers(model))
+    if dtype not in (torch.float32, stored_dtype(found.source)):
+        # The cast comes after the sum, where `fold` cannot see what it loses.
+        error = rounding_error(model, dtype)
+        if error > 0.2:
+            log.warning(
+                "Rounding to %s is an error of %.0f %% of the adapter's change; merge with --dtype fp32 to keep it.",
+                _short(dtype),
+                100 * error,
+            )
     model = fold(model).to(dtype)
     tokenizer = backbones.load_tokenizer(found.source)
     write_folder(out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
@@ -405,6 +418,21 @@ def _merge(options: argparse.Namespace) -> None:
     if found.auto_class == "AutoModelForCausalLM":
         print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")
     print(f"  load:     transformers.{found.auto_class}.from_pretrained({str(out)!r})")
+
+
+def rounding_error(model: "nn.Module", dtype: "torch.dtype") -> float:
+    """|round(W') - W'| / |W' - W| over all adapted layers, for rounding the merged weights W' to a dtype."""
+    import torch
+
+    from adaptrank.parameterizations.base import wrapped_layers
+
+    lost = changed = 0.0
+    with torch.no_grad():
+        for layer in wrapped_layers(model).values():
+            exact = layer.dense()
+            lost += float((exact.to(dtype).to(exact.dtype) - exact).square().sum())
+            changed += float((exact - layer.nest[0].base_weight).square().sum())
+    return (lost / changed) ** 0.5 if changed else 0.0
 
 
 def stored_dtype(source: "Source") -> "torch.dtype":
