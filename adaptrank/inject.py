@@ -55,13 +55,9 @@ def adapt(
         raise ValueError("This model is merged, with its originals kept; unmerge() it before it gets further adapters.")
     modules = _named_layers(model)
     extra = find_modules(model, train_modules)
-    carried = wrapped_layers(model)
 
     # An earlier entry's adapters and modules go on training; all else is frozen.
-    trained = {
-        id(p) for layer in carried.values() for w in layer.nest for _, p in w.own_parameters() if p.requires_grad
-    }
-    trained |= {id(p) for p in model.parameters() if p.requires_grad} if carried else set()
+    trained = {id(p) for p in model.parameters() if p.requires_grad} if wrapped_layers(model) else set()
 
     paths = [
         path

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
 from adaptrank.inject import ParameterizationCallable, adapt
-from adaptrank.parameterizations.base import PARAMETERIZATIONS, Parameterization, replace_layer, wrapped_layers
+from adaptrank.parameterizations.base import (
+    PARAMETERIZATIONS,
+    Parameterization,
+    adapter_parameters,
+    replace_layer,
+    wrapped_layers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -178,7 +184,7 @@ def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) ->
 
 def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's frozen parameters by their names before wrapping."""
-    own = {id(p) for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()}
+    own = {id(p) for p in adapter_parameters(model)}
     return {
         _unwrapped(model, name): p for name, p in model.named_parameters() if id(p) not in own and not p.requires_grad
     }
@@ -186,8 +192,7 @@ def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def trained_modules(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that train outside of any wrapper (a classifier), by name, with the buffers of their modules."""
-    layers = wrapped_layers(model)
-    own = {id(p) for layer in layers.values() for w in layer.nest for _, p in w.own_parameters()}
+    own = {id(p) for p in adapter_parameters(model)}
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         direct = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and id(p) not in own}
@@ -300,7 +305,7 @@ def _spell(nest: list[dict[str, Any]]) -> str:
 def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
     trained = set(description["trained_modules"])
     names = {_unwrapped(model, name): p for name, p in model.named_parameters()}
-    own = {id(p) for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()}
+    own = {id(p) for p in adapter_parameters(model)}
     found = fingerprint({name: p for name, p in names.items() if id(p) not in own and name not in trained})
     base = description["base"]
     if found != base["fingerprint"]:

@@ -19,7 +19,7 @@ from adaptrank.allocators.schedules import steps
 from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.inject import adapt, apply_rank_pattern, find_modules
-from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrapped_layers
 from adaptrank.regularize import add_penalty_gradients
 
 log = logging.getLogger("adaptrank")
@@ -221,7 +221,8 @@ class AdaptedModule(LightningModule):
         return {
             key: value
             for key, value in state.items()
-            if key in names or any(_is_own(key, prefix) for prefix in prefixes if key.startswith(prefix))
+            if key in names
+            or any(key.startswith(prefix) and not key.startswith(f"{prefix}base.") for prefix in prefixes)
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,10 +253,6 @@ class AdaptedModule(LightningModule):
             if self._random_state["cuda"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(self._random_state["cuda"])
             self._random_state = None
-
-
-def _is_own(key: str, prefix: str) -> bool:
-    return not key[len(prefix) :].startswith("base.")
 
 
 def train_in_float32(module: nn.Module, cast_back: bool) -> None:
@@ -304,7 +301,7 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
         for wrapper in layer.nest
         for name in wrapper.no_decay
     }
-    own = {id(p) for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()}
+    own = {id(p) for p in adapter_parameters(model)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -259,6 +259,12 @@ def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
     return found
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of every wrapper of the model; a tied one once."""
+    found = [p for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()]
+    return list({id(p): p for p in found}.values())
+
+
 def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever the model uses `old`: a layer may be shared."""
     for parent in list(model.modules()):
