@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from adaptrank.allocators import ALLOCATORS, Allocator
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
-    from adaptrank.inject import adapt, describe, set_enabled
+    from adaptrank.inject import adapt, delete_adapter, describe, disabled, select_rows, set_enabled
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
@@ -23,12 +23,15 @@ _HOMES = {
     "PARAMETERIZATIONS": "parameterizations",
     "Parameterization": "parameterizations",
     "adapt": "inject",
+    "delete_adapter": "inject",
     "describe": "inject",
+    "disabled": "inject",
     "fit_ranks": "axes",
     "load_adapter": "artifacts",
     "merge": "artifacts",
     "rank_axes": "axes",
     "save_adapter": "artifacts",
+    "select_rows": "inject",
     "set_enabled": "inject",
     "unmerge": "artifacts",
 }
@@ -39,12 +42,15 @@ __all__ = [
     "Allocator",
     "Parameterization",
     "adapt",
+    "delete_adapter",
     "describe",
+    "disabled",
     "fit_ranks",
     "load_adapter",
     "merge",
     "rank_axes",
     "save_adapter",
+    "select_rows",
     "set_enabled",
     "unmerge",
 ]

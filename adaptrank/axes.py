@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, wrapped_layers, wrappers
 
 Optimizers = Iterable[torch.optim.Optimizer]
 
@@ -26,7 +26,7 @@ class Slot:
 
     layer: Parameterization
     name: str
-    label: str  # the name; for tied layers, where a tensor is not shared, the name with the layer's number
+    label: str  # the name; ".1" for a further dimension of the same tensor; "@2" for a layer's own tensor where others are tied
     dim: int
     closes: bool
 
@@ -68,15 +68,16 @@ class RankAxis:
     def slots(self) -> list[Slot]:
         """Every tensor of the axis, a tied one once, the closing factors last."""
         slots: list[Slot] = []
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         for number, (layer, axis) in enumerate(self.members):
-            tensors = layer.axes[axis]
-            for name, dim in tensors.items():
+            factors = layer.factors(axis)
+            for position, (name, dim) in enumerate(factors):
                 tensor = getattr(layer, name)
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    label = name if number == 0 else f"{name}@{number}"
-                    slots.append(Slot(layer, name, label, dim, closes=name == list(tensors)[-1]))
+                if (id(tensor), dim) not in seen:
+                    again = any(name == other for other, _ in factors[:position])
+                    label = (f"{name}.{dim}" if again else name) + (f"@{number}" if number else "")
+                    seen.add((id(tensor), dim))
+                    slots.append(Slot(layer, name, label, dim, closes=name == factors[-1][0]))
         return sorted(slots, key=lambda slot: slot.closes)
 
     def closing(self) -> list[Slot]:
@@ -210,8 +211,12 @@ class RankAxis:
             for name, value in layer.fresh(axis, n, generator).items():
                 drawn[name if number == 0 else f"{name}@{number}"] = value
         result = {}
+        grown: dict[
+            int, list[int]
+        ] = {}  # of a tensor with several dimensions on the axis, the later ones see the earlier grown
         for slot in self.slots():
-            shape = list(slot.tensor.shape)
+            shape = list(grown.setdefault(id(slot.tensor), list(slot.tensor.shape)))
+            grown[id(slot.tensor)][slot.dim] += n
             shape[slot.dim] = n
             value = torch.zeros(shape) if slot.closes else drawn[slot.label]
             if list(value.shape) != shape:
@@ -278,7 +283,7 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
     groups: dict[str, list[tuple[Parameterization, str]]] = {}
     owner: dict[tuple[int, int], str] = {}  # (tensor, dimension) -> key of the axis that has it
     for key, wrapper, axis in members:
-        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.axes[axis].items()]
+        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.factors(axis)]
         first = next((owner[tensor] for tensor in tensors if tensor in owner), key)
         groups.setdefault(first, []).append((wrapper, axis))
         owner.update(dict.fromkeys(tensors, first))
@@ -294,7 +299,8 @@ def natural(key: str) -> list[tuple[int, str]]:
 class CostModel:
     """What sizes cost: `fixed` plus, for each term, its factor times the product of the sizes of its axes.
 
-    Two axes may share a tensor (neighbouring bonds of a tensor train), so costs do not add up unit by unit.
+    Two axes may share a tensor (neighbouring bonds of a tensor train), and one axis may be two dimensions of a square one, so
+    costs do not add up unit by unit.
     """
 
     fixed: int
@@ -306,15 +312,21 @@ class CostModel:
 
     def marginal(self, axis: str, sizes: Mapping[str, int]) -> int:
         """Cost of one more unit of `axis` at these sizes."""
-        return sum(factor * math.prod(sizes[a] for a in rest) for factor, rest in self._by_axis.get(axis, ()))
+        return sum(
+            factor
+            * math.prod(sizes[other] for other in rest)
+            * (1 if power == 1 else (sizes[axis] + 1) ** power - sizes[axis] ** power)
+            for factor, power, rest in self._by_axis.get(axis, ())
+        )
 
     @cached_property
-    def _by_axis(self) -> dict[str, list[tuple[int, list[str]]]]:
-        """Axis -> its terms, each with the other axes it depends on."""
-        index: dict[str, list[tuple[int, list[str]]]] = {}
+    def _by_axis(self) -> dict[str, list[tuple[int, int, list[str]]]]:
+        """Axis -> its terms: factor, how often the axis stands in it, the other axes."""
+        index: dict[str, list[tuple[int, int, list[str]]]] = {}
         for factor, axes in self.terms:
-            for axis in axes:
-                index.setdefault(axis, []).append((factor, [other for other in axes if other != axis]))
+            for axis in dict.fromkeys(axes):
+                others = [other for other in axes if other != axis]
+                index.setdefault(axis, []).append((factor, len(axes) - len(others), others))
         return index
 
 
@@ -325,18 +337,17 @@ def cost_model(model: nn.Module) -> CostModel:
         for slot in axis.slots():
             on_axis.setdefault(id(slot.tensor), []).append((slot.dim % slot.tensor.dim(), key))
     fixed, terms, seen = 0, [], set()
-    for layer in wrapped_layers(model).values():
-        for wrapper in layer.nest:
-            for _, parameter in wrapper.own_parameters():
-                if id(parameter) in seen or not parameter.requires_grad:
-                    continue
-                seen.add(id(parameter))
-                dims = on_axis.get(id(parameter), [])
-                if dims:
-                    rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in [dim for dim, _ in dims])
-                    terms.append((rest, tuple(axis for _, axis in dims)))
-                else:
-                    fixed += parameter.numel()
+    for wrapper in wrappers(model):
+        for _, parameter in wrapper.own_parameters():
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            dims = on_axis.get(id(parameter), [])
+            if dims:
+                rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in [dim for dim, _ in dims])
+                terms.append((rest, tuple(axis for _, axis in dims)))
+            else:
+                fixed += parameter.numel()
     return CostModel(fixed, tuple(terms))
 
 
@@ -355,7 +366,7 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for key, axis in rank_axes(model).items():
         stored = {}
         for layer, name in axis.members:
-            for tensor, dim in layer.axes[name].items():
+            for tensor, dim in layer.factors(name):
                 full = f"{paths[layer]}.{tensor}".removeprefix(".")
                 if full in state_dict:
                     shape, have = state_dict[full].shape, getattr(layer, tensor).shape
@@ -364,7 +375,7 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                             f"{full} was stored with shape {tuple(shape)}, and has {len(have)} dimension(s) here; "
                             f"the file is damaged, or of another model."
                         )
-                    stored[full] = shape[dim]
+                    stored[f"{full}.{dim}" if full in stored else full] = shape[dim]
         if len(set(stored.values())) > 1:
             sizes = ", ".join(f"{name}: {size}" for name, size in stored.items())
             raise ValueError(f"The tensors of {key} were stored with different ranks ({sizes}); the file is damaged.")
@@ -376,9 +387,8 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                     f"the file is damaged, or of another model."
                 )
             axis.resize_to(size)
-    for layer in wrapped_layers(model).values():
-        for wrapper in layer.nest:
-            wrapper.refresh()
+    for wrapper in wrappers(model):
+        wrapper.refresh()
 
 
 _FOLLOWS = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")

@@ -481,9 +481,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     import torch
 
+    from adaptrank import layers
+
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
+        flat = layers.dequantize(tensors[name].detach()).reshape(-1)
         # An odd step: a multiple of the row length would read one column only.
         sample = flat[:: math.ceil(flat.numel() / 1024) | 1].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())

@@ -2,15 +2,19 @@
 
 import difflib
 import functools
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
+from adaptrank import layers as kinds
 from adaptrank.axes import RankAxis, generator, rank_axes
-from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, named_layers, replace_layer, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +31,7 @@ def adapt(
     name: str = "default",
     train_modules: Sequence[str] = (),
     rank_pattern: Mapping[str, int | Mapping[str, int]] | None = None,
+    split_fused: bool | Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> Model:
     """Freeze `model` and wrap the layers that `targets` names; returns the same model.
@@ -35,14 +40,18 @@ def adapt(
 
     Args:
         model: any module; its own class need not be known.
-        targets: "all-linear" (every layer the method accepts by default, output embeddings left out); a regular
-            expression that matches whole paths; or a list of last components of paths, such as ["q_proj", "v_proj"].
+        targets: "all-linear" (linear layers, output embeddings left out); "all" (whatever the method wraps: norms, attention,
+            convolutions); a regular expression that matches whole paths; or a list of last components of paths, such as
+            ["q_proj", "v_proj"].
         parameterization: what to wrap with; of a sequence the first is innermost.
         exclude: layers or whole parts of the model to leave alone: regular expressions, or last components of paths.
         name: of the adapter; several adapters on one layer need several names.
         train_modules: paths, or last components of paths, of modules to train whole: a new classifier, say.
         rank_pattern: sizes to start from, axis key, path, last component or regular expression -> units, or {axis: units}.
             The scale of a method stays that of its `rank` argument.
+        split_fused: treat the parts of a fused projection as layers of their own: GPT-2's `c_attn` becomes `c_attn.q`, `.k`
+            and `.v`. None does so where the method reads the spectrum or the blocks of a weight. A mapping says which layers
+            have which equal parts: {"c_attn": ["q", "k", "v"]}.
         seed: of what growing to a size of `rank_pattern` draws.
     Raises:
         ValueError: if nothing matches, a name is unknown, or a layer already carries this adapter in another form.
@@ -53,8 +62,27 @@ def adapt(
         raise ValueError("adapt() needs a parameterization, such as parameterization=partial(LoRA, rank=8).")
     if getattr(model, "_adaptrank_merged", None) is not None:
         raise ValueError("This model is merged, with its originals kept; unmerge() it before it gets further adapters.")
-    modules = _named_layers(model)
     extra = find_modules(model, train_modules)
+    split = _split_fused(model, targets, makers, exclude, split_fused)
+    modules = named_layers(model)
+    try:
+        return _adapt(model, modules, extra, targets, makers, exclude, name, rank_pattern, seed)
+    except BaseException:
+        join_fused(model, split)
+        raise
+
+
+def _adapt(
+    model: Model,
+    modules: Mapping[str, nn.Module],
+    extra: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    makers: Sequence[ParameterizationCallable],
+    exclude: str | Sequence[str],
+    name: str,
+    rank_pattern: Mapping[str, int | Mapping[str, int]] | None,
+    seed: int,
+) -> Model:
 
     # An earlier entry's adapters and modules go on training; all else is frozen.
     trained = {id(p) for p in model.parameters() if p.requires_grad} if wrapped_layers(model) else set()
@@ -68,7 +96,7 @@ def adapt(
         left_out = _excluded(modules, exclude)
         paths = [path for path in paths if not any(path == p or path.startswith(f"{p}.") for p in left_out)]
     if not paths:
-        raise ValueError(_no_match(modules, targets, exclude))
+        raise ValueError(_no_match(modules, targets, exclude, makers[0]))
     if "" in paths:
         raise ValueError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
 
@@ -98,21 +126,77 @@ def describe(model: nn.Module) -> str:
     return "\n".join(f"{kind:{width}}  {count:3} x {nest}" for (kind, nest), count in kinds.items())
 
 
-def set_enabled(model: nn.Module, enabled: bool | Iterable[str] = True) -> None:
+def set_enabled(model: nn.Module, enabled: bool | str | Iterable[str] = True) -> None:
     """Switch adapters by flags: all on, all off, or exactly those of the given names.
 
     Raises:
         ValueError: for a name no wrapper has.
     """
-    wrappers = [wrapper for layer in wrapped_layers(model).values() for wrapper in layer.nest]
     if not isinstance(enabled, bool):
         enabled = [enabled] if isinstance(enabled, str) else list(enabled)
-        known = {wrapper.name for wrapper in wrappers}
-        for wanted in enabled:
-            if wanted not in known:
-                raise ValueError(f"No adapter is called {wanted!r}; there are {_some(known)}.{_nearest(wanted, known)}")
-    for wrapper in wrappers:
+        _check_names(model, enabled)
+    for wrapper in wrappers(model):
         wrapper.enabled = enabled if isinstance(enabled, bool) else wrapper.name in enabled
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """All adapters off for a moment: within, the model is its frozen base. What was on is on again afterwards."""
+    before = [(wrapper, wrapper.enabled) for wrapper in wrappers(model)]
+    try:
+        set_enabled(model, False)
+        yield
+    finally:
+        for wrapper, enabled in before:
+            wrapper.enabled = enabled
+
+
+@contextmanager
+def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """One adapter for each row of a batch: row i runs with the adapter `names[i]` alone, or with none where that is None.
+
+    Of those that are switched on. Works for whatever wraps a layer; a module that is wrapped whole (a prefix) refuses.
+
+    Raises:
+        ValueError: for a name no wrapper has; within, for a batch of another size.
+    """
+    _check_names(model, [name for name in names if name is not None])
+    changed = wrappers(model)
+    try:
+        for wrapper in changed:
+            rows = [row for row, name in enumerate(names) if name == wrapper.name]
+            device = next(wrapper.parameters()).device
+            wrapper.rows = (torch.tensor(rows, dtype=torch.long, device=device), len(names))
+        yield
+    finally:
+        for wrapper in changed:
+            wrapper.rows = None
+
+
+def delete_adapter(model: Model, name: str = "default") -> Model:
+    """Take every wrapper of that name off its layer; the others stay as they are. Returns the same model.
+
+    Raises:
+        ValueError: for a name no wrapper has.
+    """
+    _check_names(model, [name])
+    for layer in wrapped_layers(model).values():
+        outermost: nn.Module = layer.innermost
+        for wrapper in layer.nest:
+            if wrapper.name != name:
+                wrapper.base = outermost
+                outermost = wrapper
+        if outermost is not layer:
+            replace_layer(model, layer, outermost)
+    join_fused(model)
+    return model
+
+
+def _check_names(model: nn.Module, names: Iterable[str]) -> None:
+    known = list(dict.fromkeys(wrapper.name for wrapper in wrappers(model)))
+    for wanted in names:
+        if wanted not in known:
+            raise ValueError(f"No adapter is called {wanted!r}; there are {_some(known)}.{_nearest(wanted, known)}")
 
 
 def apply_rank_pattern(model: nn.Module, pattern: Mapping[str, int | Mapping[str, int]], seed: int = 0) -> None:
@@ -182,14 +266,12 @@ def _last(path: str) -> str:
 # ---- matching
 
 
-def _named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, of everything that can be named, once; of a wrapped layer only its outermost wrapper."""
-    inside = {id(inner) for layer in wrapped_layers(model).values() for inner in list(layer.modules())[1:]}
-    return {path: module for path, module in model.named_modules() if id(module) not in inside}
-
-
 def _innermost(module: nn.Module) -> nn.Module:
     return module.innermost if isinstance(module, Parameterization) else module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, kinds.LINEAR)
 
 
 def _left_out(model: nn.Module) -> frozenset[int]:
@@ -203,13 +285,12 @@ def _left_out(model: nn.Module) -> frozenset[int]:
     return frozenset(heads)
 
 
-def _accepted(maker: ParameterizationCallable) -> tuple[type[nn.Module], ...]:
+def _method(maker: ParameterizationCallable) -> type[Parameterization]:
+    """The class that a maker makes, as far as one can tell."""
     while isinstance(maker, functools.partial):
         maker = maker.func
     maker = getattr(maker, "parameterization", maker)
-    return (
-        maker.accepts if isinstance(maker, type) and issubclass(maker, Parameterization) else Parameterization.accepts
-    )
+    return maker if isinstance(maker, type) and issubclass(maker, Parameterization) else Parameterization
 
 
 def _match(
@@ -219,9 +300,10 @@ def _match(
     left_out: frozenset[int],
 ) -> list[str]:
     """Paths that the targets name, in the order of the model."""
-    if targets == "all-linear":
-        kinds = _accepted(maker)
-        return [p for p, m in modules.items() if isinstance(_innermost(m), kinds) and id(m) not in left_out]
+    if targets in ("all", "all-linear"):
+        wraps = _method(maker).wraps
+        fits = [path for path, module in modules.items() if wraps(_innermost(module)) and id(module) not in left_out]
+        return fits if targets == "all" else [p for p in fits if isinstance(_innermost(modules[p]), kinds.LINEAR)]
     if isinstance(targets, str):
         try:
             return [path for path in modules if path and re.fullmatch(targets, path)]
@@ -231,7 +313,7 @@ def _match(
     for target in targets:
         ends = [path for path in modules if path == target or path.endswith(f".{target}")]
         if not ends:
-            raise ValueError(_no_match(modules, [target], ()))
+            raise ValueError(_no_match(modules, [target], (), maker))
         found += ends
     return [path for path in modules if path in set(found)]
 
@@ -255,25 +337,30 @@ def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str]) ->
     return found
 
 
-def _no_match(modules: Mapping[str, nn.Module], targets: str | Sequence[str], exclude: str | Sequence[str]) -> str:
-    left_out = _left_out(modules[""])
-    fitting = [
-        path
-        for path, module in modules.items()
-        if isinstance(_innermost(module), Parameterization.accepts) and id(module) not in left_out
-    ]
+def _no_match(
+    modules: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    maker: ParameterizationCallable,
+) -> str:
+    method, left_out = _method(maker), _left_out(modules[""])
+    linear = bool(set(method.accepts) & set(kinds.LINEAR))
+    what = "linear layers" if linear else f"what {method.__name__} wraps ({method.wraps_what()})"
+    fits: Callable[[nn.Module], bool] = _is_linear if linear else method.wraps
+    all_of_them = "all-linear" if linear else "all"
+    fitting = [p for p, m in modules.items() if p and fits(_innermost(m)) and id(m) not in left_out]
     endings = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in fitting))
     wanted = targets if isinstance(targets, str) else ", ".join(targets)
     if not endings:
-        return f"No layer matches targets={wanted!r}: this model has no linear layer at all."
-    here = f"linear layers here end in {_some(endings)}"
+        return f"No layer matches targets={wanted!r}: this model has no {what.removesuffix('s')} at all."
+    here = f"{what} here end in {_some(endings)}"
     if exclude:
         return f"targets={wanted!r} less exclude={exclude!r} leaves no layer; {here}."
     if isinstance(targets, str) and targets in endings:
         hint = f" A string is a regular expression over whole paths; for the last component write [{targets}]."
     else:
         hint = _nearest(wanted.rsplit(".", 1)[-1], endings)
-    return f"No layer matches targets={wanted!r}; {here}, or say 'all-linear'.{hint}"
+    return f"No layer matches targets={wanted!r}; {here}, or say {all_of_them!r}.{hint}"
 
 
 def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -282,7 +369,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
     Raises:
         ValueError: for a name that no module has.
     """
-    modules = dict(model.named_modules())
+    modules = named_layers(model)
     extra = {}
     for name in names:
         found = {path: m for path, m in modules.items() if path == name or path.endswith(f".{name}")}
@@ -343,7 +430,92 @@ def _tie(layers: Mapping[str, Parameterization]) -> None:
     for path, layer in layers.items():
         for position, wrapper in enumerate(layer.nest):
             if wrapper.shared:
-                group = (path.rsplit(".", 1)[-1], wrapper.shape, position, type(wrapper), wrapper.name)
+                group = (
+                    _last(path),
+                    wrapper.shape,
+                    position,
+                    type(wrapper),
+                    wrapper.name,
+                    json.dumps(wrapper.init_args),
+                )
                 owner = first.setdefault(group, wrapper)
                 for name in wrapper.shared:
                     setattr(wrapper, name, getattr(owner, name))
+
+
+# ---- fused projections
+
+_PARTS: Mapping[str, Sequence[str]] = {
+    "c_attn": ("q", "k", "v"),
+    "qkv": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+}
+"""Last component of a path -> the equal parts that are stacked in its outputs, in their order."""
+
+
+def _split_fused(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    makers: Sequence[ParameterizationCallable],
+    exclude: str | Sequence[str],
+    split: bool | Mapping[str, Sequence[str]] | None,
+) -> list[kinds.Parts]:
+    """Replace the targeted fused layers by their parts; returns what it made."""
+    if split is None:
+        split = any(_method(maker).reads_blocks for maker in makers)
+    table = split if isinstance(split, Mapping) else _PARTS
+    if split is False:
+        return []
+    modules = named_layers(model)
+    if isinstance(split, Mapping):
+        for name in split:
+            if not any(_last(path) == name for path in modules):
+                raise ValueError(
+                    f"split_fused names {name!r}, which is no layer here.{_nearest(name, map(_last, modules))}"
+                )
+    left_out = set(_excluded(modules, exclude)) if exclude else set()
+    made = []
+    for path in _match(modules, targets, makers[0], _left_out(model)):
+        layer, parts = modules[path], table.get(_last(path))
+        if parts is None or path in left_out or not isinstance(layer, kinds.LINEAR):
+            continue
+        m, n = kinds.shape(layer)
+        if m % len(parts) or (not isinstance(split, Mapping) and _last(path) != "gate_up_proj" and m != len(parts) * n):
+            if isinstance(split, Mapping):
+                raise ValueError(f"split_fused: {path} has {m} outputs, which are not {len(parts)} equal parts.")
+            continue
+        made.append(kinds.Parts(layer, parts))
+        replace_layer(model, layer, made[-1])
+    return made
+
+
+def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> list[kinds.Parts]:
+    """Split the layers at these paths into parts of these names, unless they are split already; returns what it made.
+
+    Raises:
+        ValueError: if a path names no layer that can be split so.
+    """
+    made: list[kinds.Parts] = []
+    modules = named_layers(model)
+    for path, names in parts.items():
+        layer = modules.get(path)
+        if isinstance(layer, kinds.Parts):
+            continue
+        if not isinstance(layer, kinds.LINEAR) or kinds.shape(layer)[0] % len(names):
+            join_fused(model, made)
+            raise ValueError(f"{path} is no linear layer of {len(names)} equal parts in this model.")
+        made.append(kinds.Parts(layer, names))
+        replace_layer(model, layer, made[-1])
+    return made
+
+
+def join_fused(model: nn.Module, parts: Sequence[kinds.Parts] | None = None) -> dict[nn.Module, nn.Module]:
+    """Put split layers together again where no part carries a wrapper any more; {the fused layer: its parts}."""
+    found = [m for m in model.modules() if isinstance(m, kinds.Parts)] if parts is None else parts
+    joined: dict[nn.Module, nn.Module] = {}
+    for split in found:
+        if not wrapped_layers(split):
+            fused = split.join()
+            replace_layer(model, split, fused)
+            joined[fused] = split
+    return joined

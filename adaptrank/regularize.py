@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations.base import wrappers
 
 
 class Regularize(Callback):
@@ -34,12 +34,12 @@ def add_penalty_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
 def penalty_gradients(model: nn.Module) -> torch.Tensor | None:
     """Add the gradient of the mean penalty over the wrappers that have one; returns its value, or None without any."""
     with torch.enable_grad():
-        wrappers = [w for layer in wrapped_layers(model).values() for w in layer.nest if w.enabled]
-        penalties = [p for w in wrappers if (p := w.penalty()) is not None and p.requires_grad]
+        enabled = [wrapper for wrapper in wrappers(model) if wrapper.enabled]
+        penalties = [p for w in enabled if (p := w.penalty()) is not None and p.requires_grad]
         if not penalties:
             return None
         total = torch.stack(penalties).mean()
-    own = (p for w in wrappers for _, p in w.own_parameters() if p.requires_grad)
+    own = (p for w in enabled for _, p in w.own_parameters() if p.requires_grad)
     parameters = list({id(p): p for p in own}.values())  # a tied tensor once
     # Not backward(): under data parallel that would wake the reducer a second time.
     for parameter, grad in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):

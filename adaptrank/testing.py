@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank.axes import RankAxis, cost_model, fit_ranks, generator, rank_axes
+from adaptrank import layers
+from adaptrank.axes import RankAxis, Slot, cost_model, fit_ranks, generator, rank_axes
 from adaptrank.parameterizations.base import Parameterization
 
 Build = Callable[[], Parameterization]
@@ -37,17 +38,18 @@ def check_parameterization(
     sample: Sample | None = None,
     count: Callable[[int, int], int] | None = None,
 ) -> None:
-    """Run the whole contract on `cls.example()`, with its bias and without, and on its Conv1D twin where both are accepted.
+    """Run the whole contract on `cls.example()`, with its bias and without, and on a layer of every other kind it accepts.
 
     Args:
         cls: the method, with default arguments.
-        sample: draws inputs; the default is normal, (*leading, n).
+        sample: draws inputs; the default is the method's `example_input`.
         count: (m, n) -> number of trainable parameters with default arguments, the paper's closed formula.
     Raises:
         AssertionError: says which clause does not hold.
     """
     sample = sample or normal_input
-    for base in example_bases(cls):
+    bases = example_bases(cls)
+    for base in bases:
         build = builder(cls, base)
         check_identity(build, sample)
         check_definition(build, sample)
@@ -64,6 +66,8 @@ def check_parameterization(
         check_switch(build, sample)
         check_arguments(build)
         check_penalty(build)
+        if base is bases[0]:
+            check_cost(builder(cls, copy.deepcopy(base).float()), sample)
         check_low_precision(builder(cls, copy.deepcopy(base).to(torch.bfloat16)), sample)
     check_conv1d_twin(cls, sample)
     check_refusal(cls)
@@ -73,14 +77,16 @@ def check_parameterization(
 
 
 def example_bases(cls: type[Parameterization]) -> list[nn.Module]:
-    """`cls.example()` in float64; of a linear layer with a bias, the same without it as well."""
+    """`cls.example()` in float64; of a linear layer the same without its bias, and small embeddings and convolutions where accepted."""
     torch.manual_seed(0)
     base = cls.example().double()
     bases = [base]
-    if isinstance(base, nn.Linear) and base.bias is not None:
+    if isinstance(base, nn.Linear):
         bare = copy.deepcopy(base)
         bare.register_parameter("bias", None)
         bases.append(bare)
+        others = (nn.Embedding(48, 24), nn.Conv2d(12, 24, 2, stride=2, padding=1))
+        bases += [other.double() for other in others if cls.wraps(other)]
     return bases
 
 
@@ -114,11 +120,18 @@ def perturb(module: nn.Module, std: float = 0.1, seed: int = 0) -> None:
                 parameter.add_((std * torch.randn(parameter.shape, generator=random)).to(parameter))
 
 
+def whole_numbers(module: nn.Module, seed: int = 0) -> None:
+    """Set every tensor of a module to small whole numbers, whose sums are exact in whatever order a processor takes them."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randint(-3, 4, tensor.shape, generator=random).to(tensor))
+
+
 def normal_input(layer: Parameterization, leading: tuple[int, ...]) -> Tensor:
-    """A normal draw (*leading, n), the same at every call."""
-    random = torch.Generator().manual_seed(7)
-    x = torch.randn(*leading, layer.shape[1], generator=random, dtype=torch.float64)
-    return x.to(cast(Tensor, layer.innermost.weight).dtype)
+    """What the innermost wrapper calls an input: by default a normal draw (*leading, n), the same at every call."""
+    return layer.nest[0].example_input(leading, torch.Generator().manual_seed(7))
 
 
 def trainable(layer: Parameterization) -> dict[str, nn.Parameter]:
@@ -158,9 +171,24 @@ def _without(units: int, unit: int) -> list[int]:
     return [other for other in range(units) if other != unit]
 
 
+def _selected(axis: RankAxis, slot: Slot, keep: list[int]) -> Tensor:
+    """The tensor of a slot with only these units, along every dimension that the axis has in it."""
+    value = slot.tensor.detach()
+    for dim in [other.dim for other in axis.slots() if other.tensor is slot.tensor]:
+        value = value.index_select(dim, torch.tensor(keep))
+    return value
+
+
 def _room(axis: RankAxis, wanted: int) -> int:
     largest = axis.limits()[1]
     return wanted if largest is None else min(wanted, largest - len(axis))
+
+
+def _make_room(axis: RankAxis, wanted: int) -> int:
+    """Prune an axis at its ceiling, so that it can grow; returns by how much."""
+    if not _room(axis, wanted) and len(axis) > 1:
+        axis.resize(range(max(1, len(axis) - wanted)))
+    return _room(axis, wanted)
 
 
 # ---- the clauses
@@ -171,7 +199,11 @@ def check_identity(build: Build, sample: Sample = normal_input) -> None:
     layer = build()
     for leading in LEADING:
         x = sample(layer, leading)
-        assert torch.equal(layer(x), layer.base(x)), f"{_name(layer)} does not start at what its base computes."
+        same = torch.equal(layer(x), layer.base(x))
+        if layer.starts_at_base:
+            assert same, f"{_name(layer)} does not start at what its base computes."
+        else:
+            assert not same or not x.numel(), f"{_name(layer)} starts at its base; let it say starts_at_base = True."
 
 
 def check_definition(build: Build, sample: Sample = normal_input) -> None:
@@ -181,12 +213,22 @@ def check_definition(build: Build, sample: Sample = normal_input) -> None:
     for leading in LEADING:
         x = sample(layer, leading)
         y = layer(x)
-        if layer.mergeable:
+        if defined(layer):
             with torch.no_grad():
-                want = F.linear(x, layer.weight, layer.bias)
+                want = layer.definition(x)
             _close(y, want, f"{_name(layer)}: the fast path differs from `weight` for x of shape {tuple(x.shape)}.")
         with _saying(f"{_name(layer)}: no backward pass for x of shape {tuple(x.shape)}."):
             _backward(y)
+
+
+def merges(layer: Parameterization) -> bool:
+    """Whether every wrapper of the nest has a dense form."""
+    return all(wrapper.mergeable for wrapper in layer.nest)
+
+
+def defined(layer: Parameterization) -> bool:
+    """Whether `definition` says what the nest computes: all of it merges, or the outermost defines itself on anything."""
+    return merges(layer) or not layer.mergeable
 
 
 def check_gradients(build: Build, sample: Sample = normal_input) -> None:
@@ -198,7 +240,11 @@ def check_gradients(build: Build, sample: Sample = normal_input) -> None:
     def function(x: Tensor, *values: Tensor) -> Tensor:
         return cast(Tensor, torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,)))
 
-    inputs = [sample(layer, (2,)).requires_grad_(), *(p.detach().clone().requires_grad_() for p in parameters)]
+    x = sample(layer, (2,))
+    inputs = [
+        x.requires_grad_() if x.is_floating_point() else x,
+        *(p.detach().clone().requires_grad_() for p in parameters),
+    ]
     with _saying(f"{_name(layer)}: a gradient is not the derivative of the forward."):
         torch.autograd.gradcheck(function, inputs)
 
@@ -261,7 +307,7 @@ def check_pruning(build: Build, sample: Sample = normal_input) -> None:
             assert torch.equal(layer(x), full), f"{key}: closed() did not give every bit back."
             assert not torch.allclose(closed, full), f"{key}: closing unit {unit} changes nothing."
             keep = _without(len(own), unit)
-            before = {slot.label: slot.select(keep) for slot in own.slots()}
+            before = {slot.label: _selected(own, slot, keep) for slot in own.slots()}
             own.resize(keep)
             assert len(own) == len(keep), f"{key}: has {len(own)} units after keeping {len(keep)}."
             _close(layer(x), closed, f"{key}: removing unit {unit} is not what closing it leaves.")
@@ -275,7 +321,7 @@ def check_growth(build: Build, sample: Sample = normal_input) -> None:
         layer = build()
         perturb(layer)
         axis, x = rank_axes(layer)[key], sample(layer, (5,))
-        if "grow" not in axis.capabilities or not (n := _room(axis, 2)):
+        if "grow" not in axis.capabilities or not (n := _make_room(axis, 2)):
             continue
         size, before = len(axis), layer(x).detach()
         old = {slot.label: slot.tensor.detach().clone() for slot in axis.slots()}
@@ -283,12 +329,14 @@ def check_growth(build: Build, sample: Sample = normal_input) -> None:
         _close(layer(x), before, f"{key}: growing changed the output.", 1e-12)
         fresh = range(size, size + n)
         for slot in axis.slots():
-            assert torch.equal(slot.select(range(size)), old[slot.label]), f"{key}: old units of {slot.label} changed."
+            have = _selected(axis, slot, list(range(size)))
+            assert torch.equal(have, old[slot.label]), f"{key}: old units of {slot.label} changed."
             if slot.closes:
                 assert not slot.select(fresh).any(), f"{key}: {slot.label} of a fresh unit is not zero."
             else:
                 sizes = slot.select(fresh).double().movedim(slot.dim, 0).reshape(n, -1).abs().amax(1)
-                zero = slot.tensor.is_floating_point() and not sizes.all()
+                further = "." in slot.label  # of a square tensor the rows count; its fresh columns may be zero
+                zero = slot.tensor.is_floating_point() and not further and not sizes.all()
                 assert not zero, f"{key}: {slot.label} of a fresh unit is zero; with two zero factors it is dead."
         _backward(layer(x))
         grads = [
@@ -336,15 +384,17 @@ def check_gate_gradient(build: Build, sample: Sample = normal_input) -> None:
 
 
 def check_merged(build: Build, sample: Sample = normal_input) -> None:
-    """A plain layer that holds W' computes the same."""
+    """A plain layer with the merged parameters computes the same."""
     layer = build()
-    if not layer.mergeable:
+    if not merges(layer):
         return
     perturb(layer)
-    plain, weight = copy.deepcopy(layer.innermost), layer.weight
-    assert weight.shape == layer.shape, f"{_name(layer)}.weight has shape {tuple(weight.shape)}, not {layer.shape}."
+    plain = copy.deepcopy(layer.innermost)
+    if isinstance(plain, layers.MATRICES):
+        have = tuple(layer.weight.shape)
+        assert have == layer.shape, f"{_name(layer)}.weight has shape {have}, not {layer.shape}."
     with torch.no_grad():
-        cast(Tensor, plain.weight).copy_(weight.T if isinstance(plain, Conv1D) else weight)
+        layers.write(plain, layer.merged())
     x = sample(layer, (2, 3))
     _close(layer(x), plain(x), f"{_name(layer)}: the merged layer computes something else.")
 
@@ -388,7 +438,7 @@ def check_switch(build: Build, sample: Sample = normal_input) -> None:
     on = layer(x).detach()
     layer.enabled = False
     assert torch.equal(layer(x), layer.base(x)), f"{_name(layer)} is off and changes the output."
-    if layer.mergeable:
+    if isinstance(layer.innermost, layers.MATRICES) and merges(layer):
         assert torch.equal(layer.weight, layer.base_weight), f"{_name(layer)} is off and changes the weight."
     layer.enabled = True
     assert torch.equal(layer(x), on), f"{_name(layer)} is not what it was when it is on again."
@@ -418,24 +468,75 @@ def check_penalty(build: Build) -> None:
         assert penalty.requires_grad, f"{_name(layer)}.penalty() depends on nothing that trains."
 
 
+def check_cost(build: Build, sample: Sample = normal_input) -> None:
+    """`cost()` is what it costs over a layer like the example: products are counted, and what autograd keeps is weighed, at two numbers of tokens."""
+    layer = build()
+    assert not isinstance(layer.base, Parameterization), "A cost is counted over a plain layer."
+    perturb(layer)
+    want = layer.cost()
+    if want is None:
+        return
+    flops, once, kept = measure_cost(layer, sample)
+    for what, have, say in (
+        ("flops", flops, want.flops),
+        ("flops_once", once, want.flops_once),
+        ("kept", kept, want.kept),
+    ):
+        assert have == say, f"{_name(layer)}.cost().{what} is {say}, and {have} were measured."
+
+
+def measure_cost(layer: Parameterization, sample: Sample = normal_input) -> tuple[float, float, float]:
+    """(flops, flops_once, kept) of a wrapper over its frozen layer, as `Cost` means them, of a run with few and many tokens."""
+    found = []
+    for leading in ((16,), (80,)):
+        x = sample(layer, leading)
+        tokens = layers.channels_last(layer.innermost, layer.base(x)).shape[:-1].numel()
+        both = [_run_cost(module, x) for module in (layer, layer.base)]
+        found.append((tokens, *(a - b for a, b in zip(*both, strict=True))))
+    (few, flops, kept), (many, more_flops, more_kept) = found
+    slope = (more_flops - flops) / (many - few)
+    return slope, flops - slope * few, (more_kept - kept) / (many - few)
+
+
+def _run_cost(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """FLOPs of products, and numbers kept for the backward pass beside parameters, of one forward."""
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+            holding.append(tensor)
+        return tensor
+
+    holding: list[Tensor] = []  # or a freed storage's address would be another's
+    x = x.detach().requires_grad_() if x.is_floating_point() else x
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    return counter.get_total_flops(), sum(kept.values())
+
+
 def check_low_precision(build: Build, sample: Sample = normal_input) -> None:
     """Over a half-precision layer the adapter is float32, starts at the layer to the bit, and trains."""
     layer = build()
-    dtype = cast(Tensor, layer.innermost.weight).dtype
+    dtype = layers.dtype(layer.innermost)
     for name, parameter in trainable(layer).items():
         assert parameter.dtype == torch.float32, f"{_name(layer)}: {name} is {parameter.dtype} over {dtype}."
-    x = sample(layer, (2, 3)).requires_grad_()
+    x = sample(layer, (2, 3))
+    x = x.requires_grad_() if x.is_floating_point() else x
     y = layer(x)
     assert y.dtype == dtype, f"{_name(layer)} returns {y.dtype} over {dtype}."
-    assert torch.equal(y, layer.base(x)), f"{_name(layer)} does not start at its base in {dtype}."
+    if layer.starts_at_base:
+        assert torch.equal(y, layer.base(x)), f"{_name(layer)} does not start at its base in {dtype}."
     perturb(layer)
     _backward(layer(x))
-    leaves: dict[str, Tensor] = {"x": x, **trainable(layer)}
+    leaves: dict[str, Tensor] = {**({"x": x} if x.is_floating_point() else {}), **trainable(layer)}
     for name, leaf in leaves.items():
         grad = leaf.grad
         assert grad is not None, f"{_name(layer)}: no gradient reaches {name} over {dtype}."
         assert grad.isfinite().all(), f"{_name(layer)}: the gradient of {name} is not finite over {dtype}."
-    if layer.mergeable:
+    if isinstance(layer.innermost, layers.MATRICES):
         assert layer.weight.dtype == dtype, f"{_name(layer)}.weight is {layer.weight.dtype} over {dtype}."
 
 

@@ -103,7 +103,7 @@ def test_a_model_without_linear_layers_says_so():
 @pytest.mark.parametrize(("target", "kind"), [("norm", "LayerNorm"), ("conv", "Conv1d"), ("0", "Block")])
 def test_a_layer_of_another_kind_is_refused_by_name(target, kind):
     model = Net()
-    with pytest.raises(TypeError, match=rf"layers\.0.*LoRA wraps Linear or Conv1D, not {kind}"):
+    with pytest.raises(TypeError, match=rf"layers\.0.*LoRA wraps Linear, Conv1D, Embedding or Conv2d, not {kind}"):
         adapt(model, [target], LoRA)
     assert not paths(model)
 

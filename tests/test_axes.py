@@ -7,7 +7,7 @@ from torch import nn
 from adaptrank.axes import check_optimizer, cost_model, fit_ranks, generator, natural, rank_axes
 from adaptrank.inject import adapt
 from adaptrank.parameterizations import SVD, HyperAdapt, LoRA, Parameterization
-from adaptrank.testing import check_parameterization, normal_input, perturb
+from adaptrank.testing import check_parameterization, normal_input, perturb, whole_numbers
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
@@ -363,8 +363,8 @@ def test_tied_layers_are_one_axis_counted_and_resized_once():
     cost = cost_model(model)
     assert cost.total({"0.q:rank": 3, "0.v:rank": 3}) == 3 * (8 + 3 * 6) + 3 * (8 + 3 * 5)
     assert cost.marginal("0.q:rank", {}) == 8 + 3 * 6
-    perturb(model)
-    axis, x = axes["0.q:rank"], torch.randn(4, 8).double()
+    whole_numbers(model)
+    axis, x = axes["0.q:rank"], torch.randint(-3, 4, (4, 8)).double()
     assert [slot.label for slot in axis.slots()] == ["M", "B", "B@1", "B@2"]
     before = [model[f"{i}"]["q"](x) for i in range(3)]
     axis.resize(grow=2, generator=generator(0, axis.key, 1))

@@ -14,15 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adaptrank import layers as kinds
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
-from adaptrank.inject import ParameterizationCallable, adapt
+from adaptrank.inject import ParameterizationCallable, adapt, join_fused, split_at
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
     Parameterization,
     adapter_parameters,
+    named_layers,
     replace_layer,
     wrapped_layers,
+    wrappers,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,22 +90,30 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     file = _weights_file(folder)
     description = read_adapter(folder)
-    _check_fits(model, description, file)
-    _check_fingerprint(model, description)
-    bare = {p: model.get_submodule(p) for entry in description["adapters"] for p in entry["layers"]}
+    split = split_at(model, description.get("split", {}))
+    try:
+        _check_fits(model, description, file)
+        _check_fingerprint(model, description)
+    except BaseException:
+        join_fused(model, split)
+        raise
+    before = named_layers(model)
+    bare = {path: before[path] for entry in description["adapters"] for path in entry["layers"]}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for entry in description["adapters"]:
             for name, makers in _runs(entry["nest"]):
                 missing = [path for path in entry["layers"] if not _carries(model, path, name)]
                 if missing:
-                    adapt(model, "|".join(re.escape(path) for path in missing), makers, name=name)
+                    wanted = "|".join(re.escape(path) for path in missing)
+                    adapt(model, wanted, makers, name=name, split_fused=False)
         _load_tensors(model, file, description["tied"])
     except BaseException:
         for path, layer in bare.items():
-            replace_layer(model, model.get_submodule(path), layer)
+            replace_layer(model, named_layers(model)[path], layer)
+        join_fused(model, split)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+            parameter.requires_grad_(trained.get(name, False))
         raise
     return model
 
@@ -119,7 +130,8 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None
         for what, names in (("an unexpected tensor", unknown), ("no tensor", absent)):
             if names:
                 raise ValueError(f"{file} does not fit this model: it has {what} {names[0]} ({len(names)} such).")
-        fit_ranks(model, {_state_key(model, key): stored.get_tensor(tied.get(key, key)) for key in targets})
+        in_state = _state_keys(model)
+        fit_ranks(model, {in_state[key]: stored.get_tensor(tied.get(key, key)) for key in targets})
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
     targets = {**dict(_adapter_tensors(model)), **{key: others[key] for key in extra}}
     for key, value in values.items():
@@ -130,9 +142,8 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None
             targets[key].copy_(value)
     for key in extra:
         others[key].requires_grad_(others[key].is_floating_point() and key in dict(model.named_parameters()))
-    for layer in wrapped_layers(model).values():
-        for wrapper in layer.nest:
-            wrapper.refresh()
+    for wrapper in wrappers(model):
+        wrapper.refresh()
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -165,7 +176,8 @@ def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) ->
     for path, layer in wrapped_layers(model).items():
         nest = [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in layer.nest]
         entry = entries.setdefault(json.dumps(nest, sort_keys=True), {"nest": nest, "layers": {}})
-        entry["layers"][path] = list(layer.shape)
+        plain = layer.innermost
+        entry["layers"][path] = list(kinds.shape(plain)) if isinstance(plain, kinds.MATRICES) else []
     first: dict[int, str] = {}
     tied = {}
     for key, tensor in _adapter_tensors(model):
@@ -179,15 +191,23 @@ def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) ->
         "ranks": {key: len(axis) for key, axis in rank_axes(model).items()},
         "trained_modules": sorted(trained_modules(model)),
         "tied": tied,
+        "split": {path: list(m.names) for path, m in named_layers(model).items() if isinstance(m, kinds.Parts)},
     }
 
 
 def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's frozen parameters by their names before wrapping."""
     own = {id(p) for p in adapter_parameters(model)}
-    return {
-        _unwrapped(model, name): p for name, p in model.named_parameters() if id(p) not in own and not p.requires_grad
-    }
+    return {n: p for n, p in base_parameters(model).items() if id(p) not in own and not p.requires_grad}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of what is inside of every wrapper, by their names before anything was wrapped."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in named_layers(model).items():
+        plain = module.innermost if isinstance(module, Parameterization) else module
+        found.update({f"{path}.{n}".removeprefix("."): p for n, p in plain.named_parameters(recurse=False)})
+    return found
 
 
 def trained_modules(model: nn.Module) -> dict[str, Tensor]:
@@ -219,22 +239,17 @@ def _get(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _state_key(model: nn.Module, key: str) -> str:
-    """The name in `model.state_dict()` of an adapter file's key."""
-    layers = wrapped_layers(model)
-    path = next(p for p in sorted(layers, key=len, reverse=True) if not p or key.startswith(f"{p}."))
-    position, name = key[len(path) :].removeprefix(".").split(".", 1)
-    inward = ["base"] * (len(layers[path].nest) - 1 - int(position))
-    return ".".join([*([path] if path else []), *inward, name])
-
-
-def _unwrapped(model: nn.Module, name: str) -> str:
-    """The name of a parameter before its layer was wrapped."""
+def _state_keys(model: nn.Module) -> dict[str, str]:
+    """Key in an adapter's file -> key in `model.state_dict()`."""
+    where = {id(module): path for path, module in model.named_modules()}
+    keys = {}
     for path, layer in wrapped_layers(model).items():
-        prefix = f"{path}.{'base.' * len(layer.nest)}".removeprefix(".")
-        if name.startswith(prefix):
-            return f"{path}.{name[len(prefix) :]}".removeprefix(".")
-    return name
+        for position, wrapper in enumerate(layer.nest):
+            for name in wrapper.state_dict(keep_vars=True):
+                if not name.startswith("base."):
+                    key = f"{path}.{position}.{name}".removeprefix(".")
+                    keys[key] = f"{where[id(wrapper)]}.{name}".removeprefix(".")
+    return keys
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> Path:
@@ -262,12 +277,12 @@ def _runs(nest: list[dict[str, Any]]) -> Iterator[tuple[str, list[Parameterizati
 
 
 def _carries(model: nn.Module, path: str, name: str) -> bool:
-    layer = model.get_submodule(path)
+    layer = named_layers(model)[path]
     return isinstance(layer, Parameterization) and any(w.name == name for w in layer.nest)
 
 
 def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> None:
-    modules = dict(model.named_modules())
+    modules = named_layers(model)
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             if wrapper["class"] not in PARAMETERIZATIONS:
@@ -289,10 +304,10 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
                         f"model without adapters, or configure the same ones."
                     )
             else:
-                weight = getattr(layer, "weight", None)
-                if isinstance(weight, Tensor) and sorted(weight.shape) != sorted(shape):
+                have_shape = kinds.shape(layer) if isinstance(layer, kinds.MATRICES) else ()
+                if have_shape != tuple(shape):
                     raise ValueError(
-                        f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {tuple(weight.shape)}."
+                        f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {have_shape}."
                     )
 
 
@@ -304,7 +319,7 @@ def _spell(nest: list[dict[str, Any]]) -> str:
 
 def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
     trained = set(description["trained_modules"])
-    names = {_unwrapped(model, name): p for name, p in model.named_parameters()}
+    names = base_parameters(model)
     own = {id(p) for p in adapter_parameters(model)}
     found = fingerprint({name: p for name, p in names.items() if id(p) not in own and name not in trained})
     base = description["base"]

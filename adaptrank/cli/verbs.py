@@ -424,14 +424,15 @@ def rounding_error(model: "nn.Module", dtype: "torch.dtype") -> float:
     """|round(W') - W'| / |W' - W| over all adapted layers, for rounding the merged weights W' to a dtype."""
     import torch
 
+    from adaptrank.artifacts.merging import merged_parameters
     from adaptrank.parameterizations.base import wrapped_layers
 
     lost = changed = 0.0
     with torch.no_grad():
         for layer in wrapped_layers(model).values():
-            exact = layer.dense()
-            lost += float((exact.to(dtype).to(exact.dtype) - exact).square().sum())
-            changed += float((exact - layer.nest[0].base_weight).square().sum())
+            for _, exact, before, _ in merged_parameters(layer):
+                lost += float((exact.to(dtype).to(exact.dtype) - exact).square().sum())
+                changed += float((exact - before).square().sum())
     return (lost / changed) ** 0.5 if changed else 0.0
 
 

@@ -19,7 +19,7 @@ from adaptrank.allocators.schedules import steps
 from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.inject import adapt, apply_rank_pattern, find_modules
-from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrapped_layers
+from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrappers
 from adaptrank.regularize import add_penalty_gradients
 
 log = logging.getLogger("adaptrank")
@@ -34,12 +34,15 @@ class Adapter:
         targets: "all-linear", a list of last components of paths ([q_proj, v_proj]), or a regular expression over paths.
         exclude: layers to leave alone, as a list or a regular expression.
         name: of the adapter; several on one layer need several names.
+        split_fused: whether the parts of a fused projection (GPT-2's c_attn) are layers of their own; null where the method
+            reads their spectrum or blocks.
     """
 
     parameterization: list[Callable[[nn.Module], Parameterization]]
     targets: str | list[str] = "all-linear"
     exclude: str | list[str] | None = None
     name: str = "default"
+    split_fused: bool | dict[str, list[str]] | None = None
 
 
 class AdaptedModule(LightningModule):
@@ -149,6 +152,7 @@ class AdaptedModule(LightningModule):
                 exclude=entry.exclude or (),
                 name=entry.name,
                 train_modules=list(extra),
+                split_fused=entry.split_fused,
                 seed=self.seed,
             )
         if self.adapter is not None:
@@ -295,12 +299,7 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
     closing = {id(slot.tensor) for axis in rank_axes(model).values() for slot in axis.closing()}
     if lora_plus_ratio != 1.0 and not closing:
         raise ValueError("lora_plus_ratio needs a method with a rank axis, such as LoRA; leave it at 1.0 here.")
-    exempt = {
-        id(getattr(wrapper, name))
-        for layer in wrapped_layers(model).values()
-        for wrapper in layer.nest
-        for name in wrapper.no_decay
-    }
+    exempt = {id(getattr(wrapper, name)) for wrapper in wrappers(model) for name in wrapper.no_decay}
     own = {id(p) for p in adapter_parameters(model)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

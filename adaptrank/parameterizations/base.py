@@ -3,16 +3,32 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from adaptrank import layers
 from adaptrank.registry import Registry
 
 PARAMETERIZATIONS: Registry["Parameterization"] = Registry("parameterization")
 """Class name -> class."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method adds to a frozen layer of its usual kind: closed formulas, which `testing.check_cost` measures.
+
+    Args:
+        flops: of matrix products, for each token, forward only; a multiplication and an addition are two.
+        flops_once: of matrix products, once a call, however many tokens there are.
+        kept: numbers that each token keeps for the backward pass, inputs that others keep as well included.
+    """
+
+    flops: int = 0
+    flops_once: int = 0
+    kept: int = 0
 
 
 class Parameterization(nn.Module, ABC):
@@ -33,13 +49,20 @@ class Parameterization(nn.Module, ABC):
     """arXiv id of the method."""
     mergeable: ClassVar[bool] = True
     """Whether W' exists as a dense matrix that can take the layer's place."""
-    axes: Mapping[str, Mapping[str, int]] = {}
-    """Rank axis -> {tensor name: the dimension that is the rank}. The last tensor named closes: it is zero in a fresh
-    or closed unit. May be a property, or set in `__init__`, where it depends on the arguments."""
+    axes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {}
+    """Rank axis -> {tensor name: the dimension that is the rank, or several of one square tensor}. The last tensor named
+    closes: it is zero in a fresh or closed unit. May be a property where it depends on the arguments."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Tensors that `adapt` ties across the layers of one kind and shape."""
-    accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
-    """Layers that can be wrapped."""
+    accepts: ClassVar[tuple[type[nn.Module], ...]] = layers.LINEAR
+    """Layers that can be wrapped; where types cannot say it, override `wraps`."""
+    reads_weight: ClassVar[bool] = False
+    """Whether the formula takes the weight it changes, rather than adding to it: what it wraps must then have a dense one."""
+    reads_blocks: ClassVar[bool] = False
+    """Whether the formula reads the spectrum or the blocks of W, so that a fused projection (query, key and value in one
+    layer) is split by `adapt` unless it is told otherwise."""
+    starts_at_base: ClassVar[bool] = True
+    """Whether training starts at what the frozen layer computes, to the last bit."""
     capabilities: ClassVar[frozenset[str]] = frozenset({"grow"})
     """What its axes allow beside pruning; an allocator that requires more is refused with a reason."""
     no_decay: ClassVar[tuple[str, ...]] = ()
@@ -50,6 +73,8 @@ class Parameterization(nn.Module, ABC):
     """The adapter this wrapper belongs to."""
     enabled: bool = True
     """A wrapper that is off is transparent: it computes what its base computes."""
+    rows: tuple[Tensor, int] | None = None
+    """(indices, batch size): the rows of a batch that this wrapper is on for; None is all."""
     init_args: dict[str, Any]
     """The constructor's arguments but `base`, defaults filled in; all that is needed to build the wrapper again."""
     base: nn.Module
@@ -66,26 +91,63 @@ class Parameterization(nn.Module, ABC):
         super().__init_subclass__(**kwargs)
         PARAMETERIZATIONS.add(cls)
         formula = cls.__dict__.get("weight")
-        if isinstance(formula, property) and not getattr(formula, "__isabstractmethod__", False):
+        if formula is None and not cls.mergeable:
             # A property cannot be wrapped in the class body of a subclass; mypy has no word for doing it here.
+            type.__setattr__(cls, "weight", property(_weight, doc="The weight of what this wraps: it is not changed."))
+        elif isinstance(formula, property) and not getattr(formula, "__isabstractmethod__", False):
             type.__setattr__(cls, "_formula", formula.fget)
             type.__setattr__(cls, "weight", property(_weight, doc="W' (m, n), in the dtype of the frozen weight."))
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        name, inner = type(self).__name__, base.nest if isinstance(base, Parameterization) else []
         innermost = base.innermost if isinstance(base, Parameterization) else base
-        if not isinstance(innermost, self.accepts):
-            fits = " or ".join(kind.__name__ for kind in self.accepts)
-            raise TypeError(f"{type(self).__name__} wraps {fits}, not {type(innermost).__name__}.")
+        if not self.wraps(innermost):
+            raise TypeError(f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}.")
+        if reason := layers.unsupported(innermost):
+            raise TypeError(f"{name}: {reason}.")
+        formless = next((type(w).__name__ for w in inner if not w.mergeable), None)
+        if self.reads_weight and formless:
+            raise ValueError(
+                f"{name} takes the weight of what it wraps, and {formless} has none; put {formless} outermost, [{name}, {formless}]."
+            )
         if not isinstance(base, Parameterization):
-            base.requires_grad_(False)
+            training = {id(p) for p in adapter_parameters(base)}  # a module may hold layers that are wrapped already
+            for parameter in base.parameters():
+                if id(parameter) not in training:
+                    parameter.requires_grad_(False)
         self.base = base
         self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        """What a wrapper does not have, the innermost layer may: code that looks into a layer sees the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What the class itself defines got here because it raised: that error is the one to see.
+            if hasattr(type(self), name) or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.innermost, name)
+
+    @classmethod
+    def wraps(cls, layer: nn.Module) -> bool:
+        """Whether the method can wrap this plain layer."""
+        return isinstance(layer, cls.accepts)
+
+    @classmethod
+    def wraps_what(cls) -> str:
+        """In words, for errors and tables."""
+        *most, last = [kind.__name__ for kind in cls.accepts]
+        return f"{', '.join(most)} or {last}" if most else last
 
     @classmethod
     def example(cls) -> nn.Module:
         """A small base on which the contract tests build this method with its default arguments."""
         return nn.Linear(48, 24)
+
+    def example_input(self, leading: tuple[int, ...], random: torch.Generator) -> Tensor:
+        """An input of the example, drawn on the CPU: (*leading, n) unless the layer reads something else."""
+        return layers.example_input(self.innermost, leading, random)
 
     # ---- what a method writes
 
@@ -99,20 +161,29 @@ class Parameterization(nn.Module, ABC):
         """
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        """What to add to y = base(x).
+        """What to add to y = base(x), (..., m).
 
         Args:
-            x: (..., n), in the adapter's dtype.
-            y: (..., m), as the base returned it, bias included.
+            x: (..., n), in the adapter's dtype; of an embedding the tokens, of a convolution its input. `self.project(x, A)`
+                is A x for all of them.
+            y: (..., m), as the base returned it, bias included; channels last for a convolution too.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define delta(x, y) or forward(x).")
+        raise NotImplementedError(f"{type(self).__name__} must define delta(x, y) or adapted(x).")
+
+    def adapted(self, *args: Any, **kwargs: Any) -> Any:
+        """W' x + bias: (..., n) -> (..., m). Overridden by methods that do more than add to the output."""
+        (x,) = args
+        y = cast(Tensor, self.base(x))
+        own = x.to(self._own_dtype()) if x.is_floating_point() else x
+        change = self.delta(own, layers.channels_last(self.innermost, y))
+        return y + layers.channels_first(self.innermost, change).to(y.dtype)
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw n new slices for every tensor of the axis but the closing one, which is zero in a fresh unit.
 
         The default draws from a normal distribution at the root mean square of the living units.
         """
-        *opening, _ = self.axes[axis].items()
+        *opening, _ = self.factors(axis)
         slices = {}
         for name, dim in opening:
             living = cast(Tensor, getattr(self, name)).detach()
@@ -138,7 +209,20 @@ class Parameterization(nn.Module, ABC):
         """A regularizer of the method's own, already weighted; its gradient is added once a step, before scores."""
         return None
 
+    def cost(self) -> Cost | None:
+        """What it adds to the frozen layer's time and memory, as closed formulas of its sizes; None is not said."""
+        return None
+
     # ---- what the library provides
+
+    def factors(self, axis: str) -> list[tuple[str, int]]:
+        """(tensor, dimension) of an axis, the closing one last; a tensor with several dimensions on it stands there several times."""
+        named = self.axes[axis].items()
+        return [(name, dim) for name, dims in named for dim in (dims if isinstance(dims, tuple) else (dims,))]
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        """A x: what the innermost layer would compute with A (k, n) for its weight, without a bias; (..., k)."""
+        return layers.project(self.innermost, x, A)
 
     @property
     def innermost(self) -> nn.Module:
@@ -157,30 +241,25 @@ class Parameterization(nn.Module, ABC):
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) = (out, in), whatever kind of layer the innermost is."""
-        layer = self.innermost
-        if isinstance(layer, Conv1D):
-            return layer.nf, layer.nx
-        return cast(int, layer.out_features), cast(int, layer.in_features)
+        return layers.shape(self.innermost)
 
     @property
     def bias(self) -> Tensor | None:
-        """The innermost bias (m,), which every nest adds once."""
-        return cast(Tensor | None, self.innermost.bias)
+        """The bias (m,) of what this computes: the innermost's, which every nest adds once, unless a method trains it."""
+        base = self.base
+        return base.bias if isinstance(base, Parameterization) else cast(Tensor | None, getattr(base, "bias", None))
 
     @property
     def base_weight(self) -> Tensor:
         """The dense weight (m, n) of what this wraps, in float32 or better."""
         if isinstance(self.base, Parameterization):
             return self.base.dense()
-        weight = cast(Tensor, self.base.weight)
-        if isinstance(self.base, Conv1D):
-            weight = weight.T
-        return weight.to(self.adapter_dtype)
+        return layers.dense(self.base, self.adapter_dtype)
 
     @property
     def adapter_dtype(self) -> torch.dtype:
         """Float64 over a float64 layer, float32 over any other: small factors do not train in half precision."""
-        return torch.promote_types(torch.float32, cast(Tensor, self.innermost.weight).dtype)
+        return torch.promote_types(torch.float32, layers.dtype(self.innermost))
 
     def dense(self) -> Tensor:
         """W' (m, n) in the adapter's dtype; what merging casts down once. The base's where this wrapper is off."""
@@ -192,19 +271,49 @@ class Parameterization(nn.Module, ABC):
             raise RuntimeError(f"{type(self).__name__}.weight failed: {error}") from error
 
     def _formula(self) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines no weight.")
+        return self.base_weight  # of a method without a dense form, which leaves the weight alone
+
+    def merged(self) -> dict[str, Tensor]:
+        """Parameter of the innermost layer -> its value with this change, and those inside, folded in.
+
+        In the adapter's dtype, and in the layout of the layer. What merging writes, and what `definition` computes with.
+        """
+        inner = self.base.merged() if isinstance(self.base, Parameterization) else {}
+        if not self.enabled:
+            return inner
+        values = {**inner, "weight": layers.stored(self.innermost, self.dense())}
+        if self.bias is not None and self.bias is not getattr(self.innermost, "bias", None):
+            values["bias"] = self.bias
+        return values
+
+    def definition(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as `forward`, slow and exact: the innermost layer with its merged parameters.
+
+        A method without a dense form writes here what its paper says.
+        """
+        plain = self.innermost
+        values = {name: p.to(self.adapter_dtype) for name, p in plain.named_parameters()} | self.merged()
+        if "bias" in values and getattr(plain, "bias", None) is None:
+            y = torch.func.functional_call(plain, {k: v for k, v in values.items() if k != "bias"}, args, kwargs)
+            return layers.channels_first(plain, layers.channels_last(plain, y) + values["bias"])
+        return torch.func.functional_call(plain, values, args, kwargs)
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trainable tensor of zeros on the base's device, in the adapter's dtype."""
-        device = cast(Tensor, self.innermost.weight).device
-        return nn.Parameter(torch.zeros(*shape, device=device, dtype=self.adapter_dtype))
+        return nn.Parameter(torch.zeros(*shape, device=layers.device(self.innermost), dtype=self.adapter_dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """W' x + bias: (..., n) -> (..., m). Overridden only by methods that scale the input."""
-        y = cast(Tensor, self.base(x))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `adapted` computes, where this wrapper is on; elsewhere what the base does."""
         if not self.enabled:
-            return y
-        return y + self.delta(x.to(self._own_dtype()), y).to(y.dtype)
+            return self.base(*args, **kwargs)
+        if self.rows is None:
+            return self.adapted(*args, **kwargs)
+        (x,), (rows, batch) = args, self.rows
+        if kwargs or not isinstance(x, Tensor) or len(x) != batch:
+            got = f"{len(x)} rows" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}.")
+        y = cast(Tensor, self.base(x))
+        return y.index_copy(0, rows, self.adapted(x[rows]).to(y.dtype)) if len(rows) else y
 
     def _own_dtype(self) -> torch.dtype:
         """What the adapter's tensors really are: `adapter_dtype`, unless someone cast the whole model afterwards."""
@@ -219,49 +328,59 @@ class Parameterization(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """One line in a printed model: the adapter's name, the shape, what the axes hold."""
-        m, n = self.shape
         sizes = [
-            f"{axis}={getattr(self, next(iter(tensors))).shape[dim]}"
-            for axis, tensors in self.axes.items()
-            for dim in [next(iter(tensors.values()))]
+            f"{axis}={getattr(self, name).shape[dim]}" for axis in self.axes for name, dim in self.factors(axis)[:1]
         ]
-        return ", ".join([f"{n} -> {m}", f"name={self.name!r}", *sizes, *([] if self.enabled else ["off"])])
+        shape = [f"{self.shape[1]} -> {self.shape[0]}"] if isinstance(self.innermost, layers.MATRICES) else []
+        return ", ".join([*shape, f"name={self.name!r}", *sizes, *([] if self.enabled else ["off"])])
 
 
 def _weight(self: Parameterization) -> Tensor:
     # T5 reads `wo.weight.dtype` to decide how to cast its activations: outside, a wrapper's weight looks like its layer's.
-    return self.dense().to(cast(Tensor, self.innermost.weight).dtype)
+    if not hasattr(self.innermost, "weight"):
+        raise AttributeError(f"{type(self.innermost).__name__} has no weight.")
+    return self.dense().to(layers.dtype(self.innermost))
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     cast(Parameterization, layer).refresh()
 
 
-def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
-    """Path of each layer before it was wrapped -> its outermost wrapper, in the order of the model.
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path before anything was wrapped -> module, of everything in a model; of a wrapped one its outermost wrapper.
 
-    A layer that is used at several places is listed once, at the first.
+    In the order of the model. A module that is used at several places is listed once, at the first.
     """
-    found: dict[str, Parameterization] = {}
+    found: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        if isinstance(module, Parameterization):
-            found[path] = module
-            return
-        for name, child in module.named_children():
+        found[path] = module
+        plain = module.innermost if isinstance(module, Parameterization) else module
+        seen.add(id(plain))
+        for name, child in plain.named_children():
             walk(child, f"{path}.{name}" if path else name)
 
     walk(model, "")
     return found
 
 
+def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
+    """Path of each layer before it was wrapped -> its outermost wrapper, in the order of the model."""
+    return {path: layer for path, layer in named_layers(model).items() if isinstance(layer, Parameterization)}
+
+
+def wrappers(model: nn.Module) -> list[Parameterization]:
+    """Every wrapper of a model, in its order; of a nest the innermost first."""
+    return [wrapper for layer in wrapped_layers(model).values() for wrapper in layer.nest]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of every wrapper of the model; a tied one once."""
-    found = [p for layer in wrapped_layers(model).values() for w in layer.nest for _, p in w.own_parameters()]
+    found = [p for wrapper in wrappers(model) for _, p in wrapper.own_parameters()]
     return list({id(p): p for p in found}.values())
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank.parameterizations.base import Parameterization
+from adaptrank import layers
+from adaptrank.parameterizations.base import Cost, Parameterization
 
 
 class DoRA(Parameterization):
@@ -28,6 +29,8 @@ class DoRA(Parameterization):
     """
 
     source = "arXiv:2402.09353"
+    accepts = layers.MATRICES
+    reads_weight = True
     axes = {"rank": {"A": 0, "B": 1}}
     squares: Tensor | None
     no_decay = ("m",)  # decay would shrink the layer itself
@@ -66,11 +69,15 @@ class DoRA(Parameterization):
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         k = self.m / self._norm()
-        dropped = self.dropout(x)
-        if self.dropout.p and self.training:
-            y = self.base(dropped.to(y.dtype))
+        if x.is_floating_point() and self.dropout.p and self.training:
+            x = self.dropout(x)
+            y = layers.channels_last(self.innermost, self.base(x.to(y.dtype)))
         z = y if self.bias is None else y - self.bias
-        return (k - 1) * z + k * self.scale * F.linear(F.linear(dropped, self.A), self.B)
+        return (k - 1) * z + k * self.scale * F.linear(self.project(x, self.A), self.B)
+
+    def cost(self) -> Cost:
+        (m, n), r = self.shape, len(self.A)
+        return Cost(flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + 2 * m)
 
     def refresh(self) -> None:
         self.squares = None  # the base may have been loaded anew
@@ -84,6 +91,7 @@ class DoRA(Parameterization):
                 squares = W.square().sum(1)
                 if not isinstance(self.base, Parameterization):  # a wrapper inside trains, and its norms change
                     self.squares = squares
-            squares = squares + 2 * s * ((W @ A.T) * B).sum(1)
-            squares = squares + s * s * ((B @ (A @ A.T)) * B).sum(1)
-            return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+            # Summed in float64: the terms may cancel, and a fresh unit must not change the order of rounding.
+            exact = squares.double() + 2 * s * ((W @ A.T) * B).sum(1, dtype=torch.float64)
+            exact = exact + s * s * ((B @ (A @ A.T)) * B).sum(1, dtype=torch.float64)
+            return exact.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().to(squares.dtype)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptrank.parameterizations.base import Parameterization
+from adaptrank import layers
+from adaptrank.parameterizations.base import Cost, Parameterization
 
 
 class HyperAdapt(Parameterization):
@@ -17,7 +18,8 @@ class HyperAdapt(Parameterization):
 
     Source: arXiv:2509.18629 (formula, parameter count and rank bound from the abstract).
     Shapes: W (m, n), da (m,), dc (n,). Extra cost: N (m + n) multiplications for N tokens, and no second product.
-    Training keeps x and y only, no scaled copies.
+    Training keeps x and y only, no scaled copies. Of an embedding a column is a token; of a convolution it is an input channel:
+    its dc has one entry a channel, not one a tap.
     Args:
         rows: train the row scales da.
         cols: train the column scales dc.
@@ -26,6 +28,8 @@ class HyperAdapt(Parameterization):
     """
 
     source = "arXiv:2509.18629"
+    accepts = layers.MATRICES
+    reads_weight = True
     no_decay = ("da", "dc")
 
     def __init__(self, base: nn.Module, *, rows: bool = True, cols: bool = True) -> None:
@@ -33,8 +37,10 @@ class HyperAdapt(Parameterization):
         if not (rows or cols):
             raise ValueError("HyperAdapt(rows=False, cols=False) trains nothing; leave one of them on.")
         m, n = self.shape
+        plain = self.innermost
+        self.taps = n // plain.in_channels if isinstance(plain, nn.Conv2d) else 1  # columns that share a scale
         self.da = self.zeros(m) if rows else None
-        self.dc = self.zeros(n) if cols else None
+        self.dc = self.zeros(n // self.taps) if cols else None
 
     @property
     def weight(self) -> Tensor:
@@ -42,19 +48,27 @@ class HyperAdapt(Parameterization):
         if self.da is not None:
             weight = (1 + self.da)[:, None] * weight
         if self.dc is not None:
-            weight = weight * (1 + self.dc)
+            weight = weight * (1 + self.dc).repeat_interleave(self.taps)
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
-        if self.dc is not None:
-            x = _ScaleInput.apply(x, self.dc)  # type: ignore[no-untyped-call]
-        y: Tensor = self.base(x)
+    def adapted(self, x: Tensor) -> Tensor:
+        plain = self.innermost
+        if isinstance(plain, nn.Embedding):
+            y: Tensor = self.base(x)
+            if self.dc is not None:  # W (dc * onehot(x)) is the row of W, scaled by the token's own number
+                y = y + y * self.dc[x][..., None].to(y.dtype)
+        else:
+            if self.dc is not None:
+                x = layers.channels_first(plain, _ScaleInput.apply(layers.channels_last(plain, x), self.dc))  # type: ignore[no-untyped-call]
+            y = self.base(x)
         # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
         if self.da is not None:
-            y = _ScaleOutput.apply(y, self.da, self.bias)  # type: ignore[no-untyped-call]
+            y = layers.channels_first(plain, _ScaleOutput.apply(layers.channels_last(plain, y), self.da, self.bias))  # type: ignore[no-untyped-call]
         return y
+
+    def cost(self) -> Cost:
+        m, n = self.shape
+        return Cost(kept=(n if self.dc is not None else 0) + (m if self.da is not None else 0))
 
 
 class _ScaleInput(torch.autograd.Function):
@@ -102,7 +116,10 @@ class _ScaleOutput(torch.autograd.Function):
             grad_d = _sum_to(g * z, d)
             if ctx.invertible:
                 grad_d = grad_d / (1 + d.to(kept.dtype).to(d.dtype))  # the scale that was applied, rounding included
-        return grad_y, grad_d, None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:  # a method inside trains it
+            grad_bias = -d.to(bias.dtype) * _sum_to(g, bias)
+        return grad_y, grad_d, grad_bias
 
 
 def _sum_to(values: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank.parameterizations.base import Parameterization
+from adaptrank import layers
+from adaptrank.parameterizations.base import Cost, Parameterization
 
 
 class LoRA(Parameterization):
@@ -28,6 +29,7 @@ class LoRA(Parameterization):
     """
 
     source = "arXiv:2106.09685"
+    accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
 
     def __init__(
@@ -62,4 +64,10 @@ class LoRA(Parameterization):
         return self.base_weight + self.scale * self.B @ self.A
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+        # Dropout is for inputs that are numbers: an embedding's are tokens.
+        x = self.dropout(x) if x.is_floating_point() else x
+        return self.scale * F.linear(self.project(x, self.A), self.B)
+
+    def cost(self) -> Cost:
+        (m, n), r = self.shape, len(self.A)
+        return Cost(flops=2 * r * (m + n), kept=n + r)

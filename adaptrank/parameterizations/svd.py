@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank.parameterizations.base import Parameterization
+from adaptrank.parameterizations.base import Cost, Parameterization
 
 
 class SVD(Parameterization):
@@ -59,6 +59,10 @@ class SVD(Parameterization):
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         return F.linear(F.linear(self.dropout(x), self.Q) * (self.scale * self.l), self.P)
+
+    def cost(self) -> Cost:
+        (m, n), r = self.shape, len(self.l)
+        return Cost(flops=2 * r * (m + n), kept=n + 2 * r)
 
     def max_units(self, axis: str) -> int:
         return min(self.shape)  # beyond that no direction is orthogonal to the living ones

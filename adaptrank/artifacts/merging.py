@@ -1,13 +1,15 @@
 """Put plain layers back: fold every enabled adapter into the frozen weights, in float32, with one cast at the end."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from adaptrank import layers as kinds
+from adaptrank.inject import join_fused
 from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -17,9 +19,10 @@ log = logging.getLogger("adaptrank")
 
 @dataclass
 class _Merged:
-    """What `unmerge` needs: path -> the wrapper and the original weight."""
+    """What `unmerge` needs: path -> the wrapper, and the original parameters by name; the layers that were split."""
 
-    layers: dict[str, tuple[Parameterization, Tensor]] = field(default_factory=dict)
+    layers: dict[str, tuple[Parameterization, dict[str, Tensor | None]]] = field(default_factory=dict)
+    fused: dict[nn.Module, nn.Module] = field(default_factory=dict)
 
 
 def merge(model: Model, keep_originals: bool = False) -> Model:
@@ -44,23 +47,19 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     merged = _Merged()
     lost = changed = 0.0
     try:
-        for path, layer in layers.items():
+        # Layers before what holds them: a module that is wrapped whole folds its change into layers of its own.
+        for path, layer in sorted(layers.items(), key=lambda item: -item[0].count(".")):
             plain = layer.innermost
-            original = cast(Tensor, plain.weight)
             with torch.no_grad():
-                exact = layer.dense()
-                before = layer.nest[0].base_weight
-                weight = exact.to(original.dtype)
-                if not torch.isfinite(weight).all():
-                    raise ValueError(
-                        f"{path}: the merged weight is not finite in {original.dtype}; merge a float32 model."
-                    )
-                lost += float((weight.to(exact.dtype) - exact).square().sum())
-                changed += float((exact - before).square().sum())
-                weight = weight.T.contiguous() if isinstance(plain, Conv1D) else weight.contiguous()
-            merged.layers[path] = (layer, original.data)
-            original.data = weight
+                for name, value, before, dtype in merged_parameters(layer):
+                    rounded = value.to(dtype)
+                    if not torch.isfinite(rounded).all():
+                        raise ValueError(f"{path}: the merged {name} is not finite in {dtype}; merge a float32 model.")
+                    lost += float((rounded.to(value.dtype) - value).square().sum())
+                    changed += float((value - before).square().sum())
+                merged.layers[path] = (layer, kinds.write(plain, layer.merged()))
             replace_layer(model, layer, plain)
+        merged.fused = join_fused(model)
     except BaseException:
         _restore(model, merged)
         raise
@@ -88,9 +87,20 @@ def unmerge(model: Model) -> Model:
     return model
 
 
+def merged_parameters(layer: Parameterization) -> Iterator[tuple[str, Tensor, Tensor, torch.dtype]]:
+    """(name, merged value, frozen value, frozen dtype) of every parameter that merging writes; a missing one counts as zero."""
+    frozen = dict(layer.innermost.named_parameters())
+    for name, value in layer.merged().items():
+        have = frozen.get(name)
+        before = torch.zeros_like(value) if have is None else have.to(value.dtype)
+        yield name, value, before, kinds.dtype(layer.innermost) if have is None else have.dtype
+
+
 def _restore(model: nn.Module, merged: _Merged) -> None:
-    for layer, weight in merged.layers.values():
-        cast(Tensor, layer.innermost.weight).data = weight
+    for fused, split in merged.fused.items():
+        replace_layer(model, fused, split)
+    for layer, values in reversed(merged.layers.values()):
+        kinds.write(layer.innermost, values)
         replace_layer(model, layer.innermost, layer)
 
 
@@ -104,6 +114,10 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
         for wrapper in layer.nest:
             if wrapper.enabled and not wrapper.mergeable:
                 raise ValueError(f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged.")
-        shared = users.get(id(layer.innermost.weight), [])
+        if kinds.quantized(layer.innermost):
+            raise ValueError(
+                f"{path} is quantized, and rounding would eat the change; load the adapter onto the unquantized base and merge there."
+            )
+        shared = users.get(id(getattr(layer.innermost, "weight", None)), [])
         if len(shared) > 1:
             raise ValueError(f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it.")

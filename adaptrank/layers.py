@@ -1,0 +1,218 @@
+"""How a frozen layer looks as a matrix: W (m, n) = (out, in), whatever its kind and however its weight is stored.
+
+A convolution is the matrix from patches to channels, n = in_channels * kh * kw; an embedding is the one from one-hot tokens to
+vectors, n = num_embeddings. Everything a method computes is channels-last, (..., m); only a convolution stores it otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D)
+"""What "all-linear" means."""
+MATRICES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+"""Everything that has an (m, n) here."""
+
+
+def shape(layer: nn.Module) -> tuple[int, int]:
+    """(m, n) of a layer, without building anything.
+
+    Raises:
+        TypeError: if the layer is no matrix.
+    """
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    if isinstance(layer, nn.Conv2d):
+        kh, kw = layer.kernel_size
+        return layer.out_channels, layer.in_channels * kh * kw
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    raise TypeError(f"{type(layer).__name__} is no matrix.")
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Why a layer of an accepted kind cannot be wrapped all the same, or None where it can."""
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return f"a convolution in {layer.groups} groups is no single matrix; leave it out"
+    if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
+        return f"{type(layer).__name__} changes what an embedding computes; leave it out"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "an embedding with max_norm rewrites its weight in the forward pass; leave it out"
+    return None
+
+
+def quantized(layer: nn.Module) -> bool:
+    """Whether the layer's weight is stored in a quantized form (bitsandbytes, torchao)."""
+    return _quantized(getattr(layer, "weight", None))
+
+
+def _quantized(weight: object) -> bool:
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # bitsandbytes' Params4bit, Int8Params
+        return True
+    return isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao.")
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """A weight as an ordinary floating-point tensor of the layer's own layout."""
+    if not _quantized(weight):
+        return weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return cast(Tensor, dequantize_4bit(weight.data, state))
+    scale = getattr(weight, "SCB", None)
+    if scale is not None:
+        return weight.data.float() * cast(Tensor, scale)[:, None] / 127
+    return cast(Tensor, cast(Any, weight).dequantize())
+
+
+def dtype(layer: nn.Module) -> torch.dtype:
+    """The floating-point type of a layer's weight; of a quantized one, what it computes in."""
+    weight = layer.weight if isinstance(getattr(layer, "weight", None), Tensor) else next(layer.parameters())
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight.")
+    if weight.is_floating_point():
+        return weight.dtype
+    return cast(torch.dtype, getattr(getattr(weight, "quant_state", None), "dtype", torch.float32))
+
+
+def device(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next(layer.parameters()).device
+
+
+def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight as a matrix (m, n); a norm's gain as it is, (d,)."""
+    weight = dequantize(cast(Tensor, layer.weight)).to(dtype)
+    if isinstance(layer, (Conv1D, nn.Embedding)):
+        return weight.T
+    return weight.flatten(1) if isinstance(layer, nn.Conv2d) else weight
+
+
+def stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A matrix (m, n) in the layout that the layer stores its weight in: the inverse of `dense`."""
+    if isinstance(layer, (Conv1D, nn.Embedding)):
+        return weight.T
+    if isinstance(layer, nn.Conv2d):
+        return weight.view(-1, layer.in_channels, *layer.kernel_size)
+    return weight
+
+
+def project(layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+    """What the layer would compute from x with A (k, n) for its weight and no bias: (..., k), channels last."""
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, A.T)
+    if isinstance(layer, nn.Conv2d):
+        y: Tensor = layer._conv_forward(x, stored(layer, A), None)
+        return channels_last(layer, y)
+    return F.linear(x, A)
+
+
+def channels_last(layer: nn.Module, y: Tensor) -> Tensor:
+    """An output of the layer as (..., m)."""
+    return y.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else y
+
+
+def channels_first(layer: nn.Module, y: Tensor) -> Tensor:
+    """The inverse of `channels_last`: (..., m) as the layer would return it."""
+    return y.movedim(-1, -3) if isinstance(layer, nn.Conv2d) else y
+
+
+def example_input(layer: nn.Module, leading: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """An input of the layer with these leading dimensions, drawn on the CPU; a convolution's are flattened to one."""
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, leading, generator=random)
+    if isinstance(layer, nn.Conv2d):
+        batch = torch.Size(leading).numel()
+        size = (batch, layer.in_channels, *(side + 2 for side in layer.kernel_size))
+    else:
+        width = shape(layer)[1] if isinstance(layer, MATRICES) else cast(Tensor, layer.weight).shape[-1]
+        size = (*leading, width)
+    return torch.randn(size, generator=random, dtype=torch.float64).to(dtype(layer))
+
+
+def write(layer: nn.Module, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Set parameters of a layer to new values in their own dtype, and return what was there.
+
+    Args:
+        layer: whose parameters; one that it lacks (a bias) is made.
+        values: dotted name -> value in the layer's own layout. None takes the parameter away again.
+    """
+    before: dict[str, Tensor | None] = {}
+    for name, value in values.items():
+        path, _, last = name.rpartition(".")
+        owner = layer.get_submodule(path)
+        have = owner._parameters.get(last)
+        before[name] = None if have is None else have.data
+        if have is not None and value is not None:
+            have.data = value.to(have.dtype).contiguous()
+        elif value is not None:
+            like = dtype(owner)
+            owner.register_parameter(last, nn.Parameter(value.to(like).contiguous(), requires_grad=False))
+        else:
+            owner.register_parameter(last, None)
+    return before
+
+
+class Parts(nn.Module):
+    """A fused linear layer as a layer for each of its equal parts, of the same kind: y = [y_1, ..., y_k].
+
+    Args:
+        layer: nn.Linear or Conv1D, not quantized; its tensors are shared until someone writes to them.
+        names: of the parts, in the order of the outputs.
+    Raises:
+        TypeError: for a quantized layer.
+    """
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        if quantized(layer):
+            raise TypeError("a quantized layer cannot be split into its parts; say split_fused=False.")
+        self.names = tuple(names)
+        weights = cast(Tensor, layer.weight).detach().chunk(len(names), 1 if isinstance(layer, Conv1D) else 0)
+        bias = cast(Tensor | None, layer.bias)
+        biases = [None] * len(names) if bias is None else bias.detach().chunk(len(names))
+        trains = cast(Tensor, layer.weight).requires_grad
+        for name, weight, part in zip(names, weights, biases, strict=True):
+            self.add_module(name, _linear(layer, weight, part, trains))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        return torch.cat([getattr(self, name)(x) for name in self.names], -1)
+
+    def join(self) -> nn.Module:
+        """The fused layer again, with the parameters that the parts have now."""
+        parts = [cast(nn.Module, getattr(self, name)) for name in self.names]
+        weights = [cast(Tensor, part.weight) for part in parts]
+        weight = torch.cat([w.detach() for w in weights], 1 if isinstance(parts[0], Conv1D) else 0)
+        biases = [cast(Tensor | None, part.bias) for part in parts]
+        bias = (
+            None
+            if all(b is None for b in biases)
+            else torch.cat(
+                [
+                    w.new_zeros(shape(p)[0]) if b is None else b.detach()
+                    for b, w, p in zip(biases, weights, parts, strict=True)
+                ]
+            )
+        )
+        return _linear(parts[0], weight, bias, weights[0].requires_grad)
+
+
+def _linear(like: nn.Module, weight: Tensor, bias: Tensor | None, trains: bool) -> nn.Module:
+    """A layer of the kind of `like` around these tensors."""
+    if isinstance(like, Conv1D):
+        with torch.device("meta"):
+            layer: nn.Module = Conv1D(weight.shape[1], weight.shape[0])  # type: ignore[no-untyped-call]
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=trains)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=trains)  # type: ignore[assignment]
+    return layer.train(like.training)
