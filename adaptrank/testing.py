@@ -54,6 +54,7 @@ def check_parameterization(
         check_identity(build, sample)
         check_definition(build, sample)
         check_gradients(builder(cls, base, **cls.exact_gradient), sample)
+        check_exact_gradients(build, sample)
         check_training(build, sample)
         check_parameter_count(build, count)
         check_pruning(build, sample)
@@ -247,6 +248,23 @@ def check_gradients(build: Build, sample: Sample = normal_input) -> None:
     ]
     with _saying(f"{_name(layer)}: a gradient is not the derivative of the forward."):
         torch.autograd.gradcheck(function, inputs)
+
+
+def check_exact_gradients(build: Build, sample: Sample = normal_input) -> None:
+    """Gradients of the input and of every trainable tensor are those that autograd finds through the definition."""
+    layer = build()
+    if not defined(layer):
+        return
+    perturb(layer)
+    names, parameters = zip(*trainable(layer).items(), strict=True)
+    x = sample(layer, (3,))
+    leaves = (*parameters, x.requires_grad_()) if x.is_floating_point() else parameters
+    have = torch.autograd.grad(_loss(layer(x)), leaves, allow_unused=True)
+    want = torch.autograd.grad(_loss(layer.definition(x)), leaves, allow_unused=True)
+    for name, one, other in zip((*names, "x"), have, want, strict=False):
+        zero = torch.zeros(())
+        sentence = f"{_name(layer)}: the gradient of {name} is not that of the definition."
+        _close(*torch.broadcast_tensors(zero if one is None else one, zero if other is None else other), sentence)
 
 
 def check_training(build: Build, sample: Sample = normal_input) -> None:
