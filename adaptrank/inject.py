@@ -87,9 +87,10 @@ def _adapt(
     # An earlier entry's adapters and modules go on training; all else is frozen.
     trained = {id(p) for p in model.parameters() if p.requires_grad} if wrapped_layers(model) else set()
 
+    matched = _match(modules, targets, makers[0], _left_out(model))
     paths = [
         path
-        for path in _match(modules, targets, makers[0], _left_out(model))
+        for path in dict.fromkeys(path for match in matched for path in _parts(match, modules[match]))
         if not any(path == p or path.startswith(f"{p}.") for p in extra)
     ]
     if exclude:
@@ -487,6 +488,11 @@ def _split_fused(
         made.append(kinds.Parts(layer, parts))
         replace_layer(model, layer, made[-1])
     return made
+
+
+def _parts(path: str, module: nn.Module) -> list[str]:
+    """The path itself, or those of the parts where the layer there was split."""
+    return [f"{path}.{name}" for name in module.names] if isinstance(module, kinds.Parts) else [path]
 
 
 def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> list[kinds.Parts]:

@@ -75,7 +75,8 @@ class SBoRA(Parameterization):
             some = self.dropout(x.index_select(-1, self.index).to(self.B.dtype))
             return y + (self.scale * F.linear(some, self.B)).to(y.dtype)
         rows = self.scale * F.linear(self.dropout(x.to(self.A.dtype)), self.A)
-        return y.index_add(-1, self.index, rows.to(y.dtype))
+        # Not index_add, which would keep the rows for its backward pass.
+        return y.scatter_add(-1, self.index.expand_as(rows), rows.to(y.dtype))
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)
