@@ -17,9 +17,10 @@ class MiSS(Parameterization):
     adds unused ones, while p stays. A ragged last block (p does not divide n) is padded with zeros. D starts at zero and has a
     gradient at once, a sum over n / p blocks. For the backward pass a token keeps r numbers, the sums of its blocks.
 
-    - variant "mini": D has q columns only, tiled over the outputs; q = mini_rank.
-    - variant "bat": W'_jt = W_jt + s (W_jt D_j + D_j) for blocks W_jt (r, r) of W: it reads W, has no rank axis, and builds
-      the (m, n) change at every step, which costs about a second product with W.
+    In variant "mini" D has q columns only, q = mini_rank, tiled over the outputs.
+
+    In variant "bat" W'_jt = W_jt + s (W_jt D_j + D_j) for blocks W_jt (r, r) of W. It reads W, has no rank axis, and builds the
+    (m, n) change at every step, in float32 or better and kept for the backward pass: about a second product with W.
 
     Source: MiSS, formerly DiSHA and Bone, arXiv:2409.15371; formulas as in HF PEFT, where there is no scale (s = 1) and the
         default rank is 64. "Bone" has meant both "bat" and the linear form. The paper's own tables are unread.

@@ -13,7 +13,7 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 class SBoRA(Parameterization):
     """W'[:, I] = W[:, I] + s B for r columns I (variant "fa"), or W'[I, :] = W[I, :] + s A for r rows (variant "fb").
 
-    It is LoRA with one factor frozen to rows of the identity: A = E_I in "fa", B = E_I in "fb". s = alpha / rank is fixed at
+    It is LoRA with one factor frozen to rows of the identity: A = E_I in "fa", B = E_I^T in "fb". s = alpha / rank is fixed at
     construction. The other factor starts at zero, and has a gradient at once. A unit is one column or one row, so units are
     orthogonal: ||W' - W||^2 is the sum over units. I is drawn without replacement, for each layer anew, from torch's
     global generator, and is saved; so seed the run. "fa" keeps r numbers a token for the backward pass, "fb" all n. (The
