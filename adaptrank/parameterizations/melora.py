@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,8 @@ class MELoRA(Parameterization):
     @property
     def weight(self) -> Tensor:
         scaled = self.B * self.scales.to(self.B.dtype)[self.block]
-        return self.base_weight + torch.block_diag(
-            *(scaled[:, self.block == j] @ self.A[self.block == j] for j in range(self.minis))
-        )
+        blocks = (scaled[:, self.block == j] @ self.A[self.block == j] for j in range(self.minis))
+        return self.base_weight + cast(Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         slices = self.dropout(x).reshape(-1, self.minis, self.A.shape[1]).transpose(0, 1)  # (k, N, n/k)
