@@ -51,7 +51,8 @@ class Parameterization(nn.Module, ABC):
     """Whether W' exists as a dense matrix that can take the layer's place."""
     axes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {}
     """Rank axis -> {tensor name: the dimension that is the rank, or several of one square tensor}. The last tensor named
-    closes: it is zero in a fresh or closed unit. May be a property where it depends on the arguments."""
+    closes: it is zero in a fresh or closed unit. So are the further dimensions of a square one: (0, 1) has rows that read from
+    other units, and columns that feed them. May be a property where it depends on the arguments."""
     shared: tuple[str, ...] = ()
     """Tensors that `adapt` ties across the layers of one kind and shape. A constructor may set it where an argument decides."""
     accepts: ClassVar[tuple[type[nn.Module], ...]] = layers.LINEAR
@@ -180,9 +181,11 @@ class Parameterization(nn.Module, ABC):
 
         The default draws from a normal distribution at the root mean square of the living units.
         """
-        *opening, _ = self.factors(axis)
-        slices = {}
+        *opening, (closing, _) = self.factors(axis)
+        slices: dict[str, Tensor] = {}
         for name, dim in opening:
+            if name == closing or name in slices:  # a further dimension of a square tensor is zero, too
+                continue
             living = cast(Tensor, getattr(self, name)).detach()
             rms = float(living.double().square().mean().sqrt())
             if rms == 0:
