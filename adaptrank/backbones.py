@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -472,12 +472,13 @@ def _quiet() -> Iterator[None]:
             hub.disable_progress_bars()
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor | Callable[[], Tensor]]) -> str:
     """A short hash that tells whether two sets of weights are the same: {name: tensor} -> 16 hex characters.
 
     Hashes each name, shape and at most 1024 values spread over the tensor, as bfloat16: a model loaded in float32 and
     the same model in bfloat16 agree, on any device. It identifies a checkpoint; one value changed in a large tensor
-    can go unseen.
+    can go unseen. Of a quantized tensor it hashes what it stands for, or where only the layer knows that, its codes. A function
+    is called for its tensor when that is read, so that no two need be in memory.
     """
     import torch
 
@@ -485,9 +486,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        flat = layers.dequantize(tensors[name].detach()).reshape(-1)
+        value = tensors[name]
+        tensor = value if isinstance(value, torch.Tensor) else value()
+        flat = layers.readable(tensor.detach()).reshape(-1)
         # An odd step: a multiple of the row length would read one column only.
         sample = flat[:: math.ceil(flat.numel() / 1024) | 1].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -63,18 +63,27 @@ def adapt(
     if getattr(model, "_adaptrank_merged", None) is not None:
         raise ValueError("This model is merged, with its originals kept; unmerge() it before it gets further adapters.")
     extra = find_modules(model, train_modules)
-    split = _split_fused(model, targets, makers, exclude, split_fused)
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    fused, whole = _split_fused(model, makers, split_fused)
     modules = named_layers(model)
     try:
-        return _adapt(model, modules, extra, targets, makers, exclude, name, rank_pattern, seed)
+        return _adapt(model, modules, fused, whole, extra, targets, makers, exclude, name, rank_pattern, seed)
     except BaseException:
-        join_fused(model, split)
+        for path, layer in named_layers(model).items():
+            if layer is not modules[path]:
+                replace_layer(model, layer, modules[path])
+        for parts, layer in fused.items():
+            replace_layer(model, parts, layer)
+        for parameter, before in trains.items():
+            parameter.requires_grad_(before)
         raise
 
 
 def _adapt(
     model: Model,
     modules: Mapping[str, nn.Module],
+    fused: Mapping[kinds.Parts, nn.Module],
+    whole: Mapping[str, str],
     extra: Mapping[str, nn.Module],
     targets: str | Sequence[str],
     makers: Sequence[ParameterizationCallable],
@@ -83,14 +92,12 @@ def _adapt(
     rank_pattern: Mapping[str, int | Mapping[str, int]] | None,
     seed: int,
 ) -> Model:
-
     # An earlier entry's adapters and modules go on training; all else is frozen.
     trained = {id(p) for p in model.parameters() if p.requires_grad} if wrapped_layers(model) else set()
 
-    matched = _match(modules, targets, makers[0], _left_out(model))
     paths = [
         path
-        for path in dict.fromkeys(path for match in matched for path in _parts(match, modules[match]))
+        for path in _match(modules, targets, makers, _left_out(model))
         if not any(path == p or path.startswith(f"{p}.") for p in extra)
     ]
     if exclude:
@@ -100,6 +107,17 @@ def _adapt(
         raise ValueError(_no_match(modules, targets, exclude, makers[0]))
     if "" in paths:
         raise ValueError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
+    for path in paths:
+        if path in whole:
+            raise ValueError(
+                f"{path} {whole[path]}, so that its parts are no layers of their own; say split_fused=False."
+            )
+    for (
+        parts,
+        layer,
+    ) in fused.items():  # all were split, so that the parts could be named; now those that nothing names are joined
+        if not any(modules[path] in parts.plain for path in paths):
+            replace_layer(model, parts, layer)
 
     built = {path: _wrap(path, modules[path], makers, name) for path in paths}
     for parameter in model.parameters():
@@ -142,7 +160,13 @@ def set_enabled(model: nn.Module, enabled: bool | str | Iterable[str] = True) ->
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """All adapters off for a moment: within, the model is its frozen base. What was on is on again afterwards."""
+    """All adapters off for a moment: within, every layer is its frozen base. What was on is on again afterwards.
+
+    Raises:
+        ValueError: if the model is merged: its layers have the change in them.
+    """
+    if getattr(model, "_adaptrank_merged", None) is not None:
+        raise ValueError("This model is merged, and its adapters cannot be switched off; unmerge() it first.")
     before = [(wrapper, wrapper.enabled) for wrapper in wrappers(model)]
     try:
         set_enabled(model, False)
@@ -156,36 +180,44 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """One adapter for each row of a batch: row i runs with the adapter `names[i]` alone, or with none where that is None.
 
-    Of those that are switched on. Works for whatever wraps a layer; a module that is wrapped whole (a prefix) refuses.
+    Of those that are switched on. Works for whatever wraps a layer; a module that is wrapped whole (a prefix) refuses. Where
+    activations are recomputed (gradient checkpointing), the backward pass belongs inside as well.
 
     Raises:
         ValueError: for a name no wrapper has; within, for a batch of another size.
     """
     _check_names(model, [name for name in names if name is not None])
-    changed = wrappers(model)
+    before = [(wrapper, wrapper.rows) for wrapper in wrappers(model)]
     try:
-        for wrapper in changed:
+        for wrapper, _ in before:
             rows = [row for row, name in enumerate(names) if name == wrapper.name]
             device = next(wrapper.parameters()).device
             wrapper.rows = (torch.tensor(rows, dtype=torch.long, device=device), len(names))
         yield
     finally:
-        for wrapper in changed:
-            wrapper.rows = None
+        for wrapper, rows_before in before:
+            wrapper.rows = rows_before
 
 
 def delete_adapter(model: Model, name: str = "default") -> Model:
     """Take every wrapper of that name off its layer; the others stay as they are. Returns the same model.
 
+    A fused layer whose parts carry no wrapper any more is one layer again. Modules trained whole are not touched.
+
     Raises:
         ValueError: for a name no wrapper has.
     """
     _check_names(model, [name])
-    for layer in wrapped_layers(model).values():
+    layers = wrapped_layers(model)
+    if "" in layers:
+        raise ValueError("The model is itself a wrapper, and nothing holds it; what it wraps is its `base`.")
+    for layer in layers.values():
         outermost: nn.Module = layer.innermost
         for wrapper in layer.nest:
             if wrapper.name != name:
-                wrapper.base = outermost
+                if wrapper.base is not outermost:
+                    wrapper.base = outermost
+                    wrapper.refresh()
                 outermost = wrapper
         if outermost is not layer:
             replace_layer(model, layer, outermost)
@@ -297,26 +329,36 @@ def _method(maker: ParameterizationCallable) -> type[Parameterization]:
 def _match(
     modules: Mapping[str, nn.Module],
     targets: str | Sequence[str],
-    maker: ParameterizationCallable,
+    makers: Sequence[ParameterizationCallable],
     left_out: frozenset[int],
 ) -> list[str]:
-    """Paths that the targets name, in the order of the model."""
+    """Paths that the targets name, in the order of the model; of a layer that is split those of its parts."""
     if targets in ("all", "all-linear"):
-        wraps = _method(maker).wraps
-        fits = [path for path, module in modules.items() if wraps(_innermost(module)) and id(module) not in left_out]
-        return fits if targets == "all" else [p for p in fits if isinstance(_innermost(modules[p]), kinds.LINEAR)]
+        methods = [_method(maker) for maker in makers]
+
+        def fits(module: nn.Module) -> bool:
+            plain = _innermost(module)
+            kind = targets == "all" or isinstance(plain, kinds.LINEAR)
+            return kind and all(method.wraps(plain) for method in methods) and not kinds.unsupported(plain)
+
+        return [path for path, module in modules.items() if id(module) not in left_out and fits(module)]
+    found: set[str] = set()
     if isinstance(targets, str):
         try:
-            return [path for path in modules if path and re.fullmatch(targets, path)]
+            found |= {path for path in modules if path and re.fullmatch(targets, path)}
         except re.error as error:
             raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
-    found: list[str] = []
-    for target in targets:
-        ends = [path for path in modules if path == target or path.endswith(f".{target}")]
-        if not ends:
-            raise ValueError(_no_match(modules, [target], (), maker))
-        found += ends
-    return [path for path in modules if path in set(found)]
+    else:
+        for target in targets:
+            ends = [path for path in modules if path == target or path.endswith(f".{target}")]
+            if not ends:
+                raise ValueError(_no_match(modules, [target], (), makers[0]))
+            found.update(ends)
+    split = {
+        path: module.names for path, module in modules.items() if isinstance(module, kinds.Parts) and path in found
+    }
+    found |= {f"{path}.{name}" for path, names in split.items() for name in names}
+    return [path for path in modules if path in found and path not in split]
 
 
 def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str]) -> list[str]:
@@ -456,70 +498,77 @@ _PARTS: Mapping[str, Sequence[str]] = {
 
 def _split_fused(
     model: nn.Module,
-    targets: str | Sequence[str],
     makers: Sequence[ParameterizationCallable],
-    exclude: str | Sequence[str],
     split: bool | Mapping[str, Sequence[str]] | None,
-) -> list[kinds.Parts]:
-    """Replace the targeted fused layers by their parts; returns what it made."""
+) -> tuple[dict[kinds.Parts, nn.Module], dict[str, str]]:
+    """Replace every fused layer by its parts; {the parts: the layer}, and {path: why not} of those that cannot be split."""
     if split is None:
         split = any(_method(maker).reads_blocks for maker in makers)
-    table = split if isinstance(split, Mapping) else _PARTS
     if split is False:
-        return []
+        return {}, {}
     modules = named_layers(model)
+    table = split if isinstance(split, Mapping) else _PARTS
     if isinstance(split, Mapping):
         for name in split:
-            if not any(_last(path) == name for path in modules):
+            if not any(name in (path, _last(path)) for path in modules):
                 raise ValueError(
                     f"split_fused names {name!r}, which is no layer here.{_nearest(name, map(_last, modules))}"
                 )
-    left_out = set(_excluded(modules, exclude)) if exclude else set()
-    made = []
-    for path in _match(modules, targets, makers[0], _left_out(model)):
-        layer, parts = modules[path], table.get(_last(path))
-        if parts is None or path in left_out or not isinstance(layer, kinds.LINEAR):
+    made: dict[kinds.Parts, nn.Module] = {}
+    whole: dict[str, str] = {}
+    for path, layer in modules.items():
+        parts, plain = table.get(path) or table.get(_last(path)), _innermost(layer)
+        if parts is None or not isinstance(plain, kinds.LINEAR):
             continue
-        m, n = kinds.shape(layer)
-        if m % len(parts) or (not isinstance(split, Mapping) and _last(path) != "gate_up_proj" and m != len(parts) * n):
-            if isinstance(split, Mapping):
-                raise ValueError(f"split_fused: {path} has {m} outputs, which are not {len(parts)} equal parts.")
+        m, n = kinds.shape(plain)
+        if isinstance(split, Mapping) and m % len(parts):
+            raise ValueError(f"split_fused: {path} has {m} outputs, which are not {len(parts)} equal parts.")
+        if not isinstance(split, Mapping) and (
+            m % len(parts) or (_last(path) != "gate_up_proj" and m != len(parts) * n)
+        ):
             continue
-        made.append(kinds.Parts(layer, parts))
-        replace_layer(model, layer, made[-1])
-    return made
+        if isinstance(layer, Parameterization):
+            whole[path] = "carries an adapter as a whole"
+        elif kinds.quantized(layer):
+            whole[path] = "is quantized as a whole"
+        else:
+            made[kinds.Parts(layer, parts)] = layer
+    for split_layer, layer in made.items():
+        replace_layer(model, layer, split_layer)
+    return made, whole
 
 
-def _parts(path: str, module: nn.Module) -> list[str]:
-    """The path itself, or those of the parts where the layer there was split."""
-    return [f"{path}.{name}" for name in module.names] if isinstance(module, kinds.Parts) else [path]
-
-
-def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> list[kinds.Parts]:
-    """Split the layers at these paths into parts of these names, unless they are split already; returns what it made.
+def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> dict[kinds.Parts, nn.Module]:
+    """Split the layers at these paths into parts of these names, unless they are so already; {the parts: the layer}.
 
     Raises:
         ValueError: if a path names no layer that can be split so.
     """
-    made: list[kinds.Parts] = []
+    made: dict[kinds.Parts, nn.Module] = {}
     modules = named_layers(model)
     for path, names in parts.items():
         layer = modules.get(path)
-        if isinstance(layer, kinds.Parts):
+        if isinstance(layer, kinds.Parts) and layer.names == tuple(names):
             continue
         if not isinstance(layer, kinds.LINEAR) or kinds.shape(layer)[0] % len(names):
-            join_fused(model, made)
-            raise ValueError(f"{path} is no linear layer of {len(names)} equal parts in this model.")
-        made.append(kinds.Parts(layer, names))
-        replace_layer(model, layer, made[-1])
+            carries = "carries an adapter as a whole here" if isinstance(layer, Parameterization) else "is none here"
+            raise ValueError(
+                f"The adapter wraps the parts {', '.join(names)} of a linear layer {path}, which {carries}."
+            )
+        if kinds.quantized(layer):
+            raise ValueError(
+                f"The adapter wraps the parts {', '.join(names)} of {path}, which is quantized as a whole here."
+            )
+        made[kinds.Parts(layer, names)] = layer
+    for split, layer in made.items():
+        replace_layer(model, layer, split)
     return made
 
 
-def join_fused(model: nn.Module, parts: Sequence[kinds.Parts] | None = None) -> dict[nn.Module, nn.Module]:
+def join_fused(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Put split layers together again where no part carries a wrapper any more; {the fused layer: its parts}."""
-    found = [m for m in model.modules() if isinstance(m, kinds.Parts)] if parts is None else parts
     joined: dict[nn.Module, nn.Module] = {}
-    for split in found:
+    for split in [module for module in model.modules() if isinstance(module, kinds.Parts)]:
         if not wrapped_layers(split):
             fused = split.join()
             replace_layer(model, split, fused)

@@ -40,6 +40,8 @@ def unsupported(layer: nn.Module) -> str | None:
     """Why a layer of an accepted kind cannot be wrapped all the same, or None where it can."""
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"a convolution in {layer.groups} groups is no single matrix; leave it out"
+    if isinstance(layer, nn.Conv2d) and type(layer).forward is not nn.Conv2d.forward:
+        return f"{type(layer).__name__} changes what a convolution computes; leave it out"
     if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
         return f"{type(layer).__name__} changes what an embedding computes; leave it out"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
@@ -53,24 +55,36 @@ def quantized(layer: nn.Module) -> bool:
 
 
 def _quantized(weight: object) -> bool:
-    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # bitsandbytes' Params4bit, Int8Params
-        return True
-    return isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao.")
+    if not isinstance(weight, Tensor):
+        return False
+    # bitsandbytes' Params4bit and Int8Params hold ordinary numbers until they are moved to their device.
+    packed = getattr(weight, "quant_state", None) is not None or (hasattr(weight, "SCB") and weight.dtype == torch.int8)
+    return packed or _torchao(weight)
 
 
-def dequantize(weight: Tensor) -> Tensor:
-    """A weight as an ordinary floating-point tensor of the layer's own layout."""
-    if not _quantized(weight):
-        return weight
+def _torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def dequantize(layer: nn.Module) -> Tensor:
+    """The layer's weight as an ordinary floating-point tensor, in the layer's own layout."""
+    weight = cast(Tensor, layer.weight)
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return cast(Tensor, dequantize_4bit(weight.data, state))
-    scale = getattr(weight, "SCB", None)
-    if scale is not None:
-        return weight.data.float() * cast(Tensor, scale)[:, None] / 127
-    return cast(Tensor, cast(Any, weight).dequantize())
+        whole: Tensor = dequantize_4bit(weight.data, state)
+        return whole
+    if hasattr(weight, "SCB") and _quantized(weight):
+        # The first forward of the layer moves its scales, one a row, from the weight to the layer.
+        scale = cast(Tensor, weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB)
+        return weight.data.float() * scale.float()[:, None] / 127
+    return readable(weight)
+
+
+def readable(weight: Tensor) -> Tensor:
+    """A tensor whose elements can be read: torchao's dequantized, bitsandbytes' as the codes that it stores."""
+    return cast(Tensor, cast(Any, weight).dequantize()) if _torchao(weight) else weight
 
 
 def dtype(layer: nn.Module) -> torch.dtype:
@@ -90,7 +104,7 @@ def device(layer: nn.Module) -> torch.device:
 
 def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight as a matrix (m, n); a norm's gain as it is, (d,)."""
-    weight = dequantize(cast(Tensor, layer.weight)).to(dtype)
+    weight = dequantize(layer).to(dtype)
     if isinstance(layer, (Conv1D, nn.Embedding)):
         return weight.T
     return weight.flatten(1) if isinstance(layer, nn.Conv2d) else weight
@@ -101,7 +115,7 @@ def stored(layer: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(layer, (Conv1D, nn.Embedding)):
         return weight.T
     if isinstance(layer, nn.Conv2d):
-        return weight.view(-1, layer.in_channels, *layer.kernel_size)
+        return weight.reshape(-1, layer.in_channels, *layer.kernel_size)
     return weight
 
 
@@ -187,23 +201,28 @@ class Parts(nn.Module):
         """(..., n) -> (..., m)."""
         return torch.cat([getattr(self, name)(x) for name in self.names], -1)
 
-    def join(self) -> nn.Module:
-        """The fused layer again, with the parameters that the parts have now."""
-        parts = [cast(nn.Module, getattr(self, name)) for name in self.names]
+    @property
+    def plain(self) -> list[nn.Module]:
+        """The parts without their wrappers."""
+        parts = [getattr(self, name) for name in self.names]
+        return [getattr(part, "innermost", part) for part in parts]
+
+    def fused(self, name: str) -> Tensor:
+        """The weight or the bias of the fused layer, from what the plain parts hold; a missing bias counts as zero."""
+        parts = self.plain
+        tensors = [cast(Tensor | None, getattr(part, name)) for part in parts]
         weights = [cast(Tensor, part.weight) for part in parts]
-        weight = torch.cat([w.detach() for w in weights], 1 if isinstance(parts[0], Conv1D) else 0)
-        biases = [cast(Tensor | None, part.bias) for part in parts]
-        bias = (
-            None
-            if all(b is None for b in biases)
-            else torch.cat(
-                [
-                    w.new_zeros(shape(p)[0]) if b is None else b.detach()
-                    for b, w, p in zip(biases, weights, parts, strict=True)
-                ]
-            )
-        )
-        return _linear(parts[0], weight, bias, weights[0].requires_grad)
+        whole = [
+            w.new_zeros(shape(part)[0]) if t is None else t.detach()
+            for t, w, part in zip(tensors, weights, parts, strict=True)
+        ]
+        return torch.cat(whole, 1 if name == "weight" and isinstance(parts[0], Conv1D) else 0)
+
+    def join(self) -> nn.Module:
+        """The fused layer again, with the parameters that the plain parts have now."""
+        like = self.plain[0]
+        bias = self.fused("bias") if any(part.bias is not None for part in self.plain) else None
+        return _linear(like, self.fused("weight"), bias, cast(Tensor, like.weight).requires_grad)
 
 
 def _linear(like: nn.Module, weight: Tensor, bias: Tensor | None, trains: bool) -> nn.Module:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptrank import layers as kinds
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
-from adaptrank.inject import ParameterizationCallable, adapt, join_fused, split_at
+from adaptrank.inject import ParameterizationCallable, adapt, split_at
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
     Parameterization,
@@ -90,17 +90,12 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     file = _weights_file(folder)
     description = read_adapter(folder)
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     split = split_at(model, description.get("split", {}))
+    before = named_layers(model)
     try:
         _check_fits(model, description, file)
         _check_fingerprint(model, description)
-    except BaseException:
-        join_fused(model, split)
-        raise
-    before = named_layers(model)
-    bare = {path: before[path] for entry in description["adapters"] for path in entry["layers"]}
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
         for entry in description["adapters"]:
             for name, makers in _runs(entry["nest"]):
                 missing = [path for path in entry["layers"] if not _carries(model, path, name)]
@@ -109,11 +104,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
                     adapt(model, wanted, makers, name=name, split_fused=False)
         _load_tensors(model, file, description["tied"])
     except BaseException:
-        for path, layer in bare.items():
-            replace_layer(model, named_layers(model)[path], layer)
-        join_fused(model, split)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(name, False))
+        for path, layer in named_layers(model).items():
+            if layer is not before[path]:
+                replace_layer(model, layer, before[path])
+        for parts, fused in split.items():
+            replace_layer(model, parts, fused)
+        for parameter, trains in trained.items():
+            parameter.requires_grad_(trains)
         raise
     return model
 
@@ -195,18 +192,35 @@ def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) ->
     }
 
 
-def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base's frozen parameters by their names before wrapping."""
+def frozen_weights(
+    model: nn.Module, trained: Collection[str] | None = None
+) -> dict[str, Tensor | Callable[[], Tensor]]:
+    """The base's frozen parameters by their names before anything was wrapped or split, for `fingerprint`.
+
+    Args:
+        model: any module that holds wrappers, or will.
+        trained: names of parameters to leave out; by default those that train.
+    """
     own = {id(p) for p in adapter_parameters(model)}
-    return {n: p for n, p in base_parameters(model).items() if id(p) not in own and not p.requires_grad}
+    found: dict[str, Tensor | Callable[[], Tensor]] = {}
 
+    def add(name: str, value: Tensor | Callable[[], Tensor], trains: bool) -> None:
+        if not (trains if trained is None else name in trained):
+            found[name.removeprefix(".")] = value
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of what is inside of every wrapper, by their names before anything was wrapped."""
-    found: dict[str, nn.Parameter] = {}
+    parts: set[nn.Module] = set()
     for path, module in named_layers(model).items():
         plain = module.innermost if isinstance(module, Parameterization) else module
-        found.update({f"{path}.{n}".removeprefix("."): p for n, p in plain.named_parameters(recurse=False)})
+        if isinstance(plain, kinds.Parts):  # listed as the layer it was
+            parts |= set(plain.plain)
+            trains = any(p.requires_grad for part in plain.plain for p in part.parameters())
+            for name in ("weight", "bias"):
+                if any(getattr(part, name) is not None for part in plain.plain):
+                    add(f"{path}.{name}", partial(plain.fused, name), trains)
+        elif plain not in parts:
+            for name, p in plain.named_parameters(recurse=False):
+                if id(p) not in own:
+                    add(f"{path}.{name}", p, p.requires_grad)
     return found
 
 
@@ -303,6 +317,11 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
                         f"{path} already carries {_spell(have)}, and {file} holds {_spell(entry['nest'])}; load it into a "
                         f"model without adapters, or configure the same ones."
                     )
+            elif isinstance(layer, kinds.Parts):
+                raise ValueError(
+                    f"{file} adapts {path} as a whole, and here it is split into {', '.join(layer.names)}; load it into a model "
+                    f"without adapters."
+                )
             else:
                 have_shape = kinds.shape(layer) if isinstance(layer, kinds.MATRICES) else ()
                 if have_shape != tuple(shape):
@@ -318,10 +337,7 @@ def _spell(nest: list[dict[str, Any]]) -> str:
 
 
 def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
-    trained = set(description["trained_modules"])
-    names = base_parameters(model)
-    own = {id(p) for p in adapter_parameters(model)}
-    found = fingerprint({name: p for name, p in names.items() if id(p) not in own and name not in trained})
+    found = fingerprint(frozen_weights(model, description["trained_modules"]))
     base = description["base"]
     if found != base["fingerprint"]:
         log.warning(

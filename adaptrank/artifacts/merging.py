@@ -43,6 +43,10 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
         raise ValueError("This model is merged already, with its originals kept; unmerge() it first.")
     if not layers:
         raise ValueError("This model holds no adapter to merge.")
+    if "" in layers:
+        raise ValueError(
+            "The model is itself a wrapper, and nothing holds it; merge a module that does: nn.Sequential(layer)."
+        )
     _check_mergeable(model, layers)
     merged = _Merged()
     lost = changed = 0.0
@@ -105,11 +109,11 @@ def _restore(model: nn.Module, merged: _Merged) -> None:
 
 
 def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> None:
-    users: dict[int, list[str]] = {}
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
-            users.setdefault(id(weight), []).append(path)
+            users.setdefault(id(weight), []).append((path, module))
     for path, layer in layers.items():
         for wrapper in layer.nest:
             if wrapper.enabled and not wrapper.mergeable:
@@ -118,6 +122,7 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
             raise ValueError(
                 f"{path} is quantized, and rounding would eat the change; load the adapter onto the unquantized base and merge there."
             )
-        shared = users.get(id(getattr(layer.innermost, "weight", None)), [])
-        if len(shared) > 1:
+        using = users.get(id(getattr(layer.innermost, "weight", None)), [])
+        shared = [other for other, module in using if module is not layer.innermost]
+        if shared:
             raise ValueError(f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it.")

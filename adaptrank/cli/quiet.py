@@ -10,7 +10,13 @@ from contextlib import contextmanager
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out Lightning's tips and other libraries' deprecations; what we warn of is shown in plain sentences."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    names = (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "torchao",  # transformers imports it where it is installed, and it warns of kernels for other machines
+        "torch.utils._pytree",  # and torch of how torchao registers its types
+    )
     theirs = [(logger, logger.level) for logger in map(logging.getLogger, names)]
     for logger, _ in theirs:
         logger.setLevel(logging.ERROR)

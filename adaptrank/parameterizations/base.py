@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -326,7 +327,23 @@ class Parameterization(nn.Module, ABC):
             got = f"{len(x)} rows" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}.")
         y = cast(Tensor, self.base(x))
-        return y.index_copy(0, rows, self.adapted(x[rows]).to(y.dtype)) if len(rows) else y
+        if not len(rows):
+            return y
+        with self._alone():
+            own = cast(Tensor, self.adapted(x[rows]))
+        return y.index_copy(0, rows, own.to(y.dtype))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of the wrappers inside, only those of this adapter on, for whatever rows come."""
+        before = [(wrapper, wrapper.enabled, wrapper.rows) for wrapper in self.nest[:-1]]
+        try:
+            for wrapper, enabled, _ in before:
+                wrapper.enabled, wrapper.rows = enabled and wrapper.name == self.name, None
+            yield
+        finally:
+            for wrapper, enabled, rows in before:
+                wrapper.enabled, wrapper.rows = enabled, rows
 
     def _own_dtype(self) -> torch.dtype:
         """What the adapter's tensors really are: `adapter_dtype`, unless someone cast the whole model afterwards."""
