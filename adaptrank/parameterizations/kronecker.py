@@ -63,9 +63,9 @@ class Kronecker(Parameterization):
             kernels = self.B.reshape(-1, plain.in_channels // n1, *plain.kernel_size)
             groups = x.reshape(-1, kernels.shape[1], *x.shape[-2:])
             z = plain._conv_forward(groups, kernels, None)
-            z = z.reshape(*x.shape[:-3], n1, len(self.B), -1, *z.shape[-2:])
+            z = z.reshape(*x.shape[:-3], n1, *self.B.shape[:2], *z.shape[-2:])
             return self.scale * torch.einsum("...ukqhw,kpu->...hwpq", z, self.A).flatten(-2)
-        X = x.unflatten(-1, (n1, n2))
+        X = x.reshape(*x.shape[:-1], n1, n2)
         if self._coarse_first():
             z = torch.einsum("...uv,kpu->...kpv", X, self.A)
             return self.scale * torch.einsum("...kpv,kqv->...pq", z, self.B).flatten(-2)
