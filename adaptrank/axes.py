@@ -77,11 +77,14 @@ class RankAxis:
                     again = any(name == other for other, _ in factors[:position])
                     label = (f"{name}.{dim}" if again else name) + (f"@{number}" if number else "")
                     seen.add((id(tensor), dim))
-                    slots.append(Slot(layer, name, label, dim, closes=name == factors[-1][0]))
+                    slots.append(Slot(layer, name, label, dim, closes=again or name == factors[-1][0]))
         return sorted(slots, key=lambda slot: slot.closes)
 
     def closing(self) -> list[Slot]:
-        """The factors that are zero in a closed or fresh unit: one, unless tied layers each keep their own."""
+        """What is zero in a closed or fresh unit: one factor, unless tied layers each keep their own.
+
+        A square tensor closes with the dimensions it names after the first: there a unit feeds the others.
+        """
         return [slot for slot in self.slots() if slot.closes]
 
     @property

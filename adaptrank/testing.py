@@ -261,10 +261,10 @@ def check_exact_gradients(build: Build, sample: Sample = normal_input) -> None:
     leaves = (*parameters, x.requires_grad_()) if x.is_floating_point() else parameters
     have = torch.autograd.grad(_loss(layer(x)), leaves, allow_unused=True)
     want = torch.autograd.grad(_loss(layer.definition(x)), leaves, allow_unused=True)
-    for name, one, other in zip((*names, "x"), have, want, strict=False):
-        zero = torch.zeros(())
+    for name, leaf, one, other in zip((*names, "x"), leaves, have, want, strict=False):
+        zero = torch.zeros_like(leaf)
         sentence = f"{_name(layer)}: the gradient of {name} is not that of the definition."
-        _close(*torch.broadcast_tensors(zero if one is None else one, zero if other is None else other), sentence)
+        _close(zero if one is None else one, zero if other is None else other, sentence)
 
 
 def check_training(build: Build, sample: Sample = normal_input) -> None:
@@ -353,8 +353,7 @@ def check_growth(build: Build, sample: Sample = normal_input) -> None:
                 assert not slot.select(fresh).any(), f"{key}: {slot.label} of a fresh unit is not zero."
             else:
                 sizes = slot.select(fresh).double().movedim(slot.dim, 0).reshape(n, -1).abs().amax(1)
-                further = "." in slot.label  # of a square tensor the rows count; its fresh columns may be zero
-                zero = slot.tensor.is_floating_point() and not further and not sizes.all()
+                zero = slot.tensor.is_floating_point() and not sizes.all()
                 assert not zero, f"{key}: {slot.label} of a fresh unit is zero; with two zero factors it is dead."
         _backward(layer(x))
         grads = [

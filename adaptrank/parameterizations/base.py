@@ -52,9 +52,10 @@ class Parameterization(nn.Module, ABC):
     """Whether W' exists as a dense matrix that can take the layer's place."""
     axes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {}
     """Rank axis -> {tensor name: the dimension that is the rank, or several of one square tensor}. The last tensor named
-    closes: it is zero in a fresh or closed unit. May be a property where it depends on the arguments."""
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Tensors that `adapt` ties across the layers of one kind and shape."""
+    closes: it is zero in a fresh or closed unit. So are the further dimensions of a square one: (0, 1) has rows that read from
+    other units, and columns that feed them. May be a property where it depends on the arguments."""
+    shared: tuple[str, ...] = ()
+    """Tensors that `adapt` ties across the layers of one kind and shape. A constructor may set it where an argument decides."""
     accepts: ClassVar[tuple[type[nn.Module], ...]] = layers.LINEAR
     """Layers that can be wrapped; where types cannot say it, override `wraps`."""
     reads_weight: ClassVar[bool] = False
@@ -101,23 +102,20 @@ class Parameterization(nn.Module, ABC):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        name, inner = type(self).__name__, base.nest if isinstance(base, Parameterization) else []
+        name = type(self).__name__
         innermost = base.innermost if isinstance(base, Parameterization) else base
         if not self.wraps(innermost):
             raise TypeError(f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}.")
         if reason := layers.unsupported(innermost):
             raise TypeError(f"{name}: {reason}.")
-        formless = next((type(w).__name__ for w in inner if not w.mergeable), None)
-        if self.reads_weight and formless:
-            raise ValueError(
-                f"{name} takes the weight of what it wraps, and {formless} has none; put {formless} outermost, [{name}, {formless}]."
-            )
         if not isinstance(base, Parameterization):
             training = {id(p) for p in adapter_parameters(base)}  # a module may hold layers that are wrapped already
             for parameter in base.parameters():
                 if id(parameter) not in training:
                     parameter.requires_grad_(False)
         self.base = base
+        if self.reads_weight:
+            self.needs_weight()
         self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -184,9 +182,11 @@ class Parameterization(nn.Module, ABC):
 
         The default draws from a normal distribution at the root mean square of the living units.
         """
-        *opening, _ = self.factors(axis)
-        slices = {}
+        *opening, (closing, _) = self.factors(axis)
+        slices: dict[str, Tensor] = {}
         for name, dim in opening:
+            if name == closing or name in slices:  # a further dimension of a square tensor is zero, too
+                continue
             living = cast(Tensor, getattr(self, name)).detach()
             rms = float(living.double().square().mean().sqrt())
             if rms == 0:
@@ -220,6 +220,19 @@ class Parameterization(nn.Module, ABC):
         """(tensor, dimension) of an axis, the closing one last; a tensor with several dimensions on it stands there several times."""
         named = self.axes[axis].items()
         return [(name, dim) for name, dims in named for dim in (dims if isinstance(dims, tuple) else (dims,))]
+
+    def needs_weight(self) -> None:
+        """Refuse a base without a dense weight; called by a constructor where one variant only reads it.
+
+        Raises:
+            ValueError: names the wrapper that has none.
+        """
+        name, *formless = type(self).__name__, *(type(w).__name__ for w in self.nest[:-1] if not w.mergeable)
+        if formless:
+            raise ValueError(
+                f"{name} takes the weight of what it wraps, and {formless[0]} has none; put {formless[0]} outermost, "
+                f"[{name}, {formless[0]}]."
+            )
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         """A x: what the innermost layer would compute with A (k, n) for its weight, without a bias; (..., k)."""

@@ -1,0 +1,110 @@
+"""MELoRA: small LoRAs side by side, each on its own slice of inputs and outputs."""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from adaptrank.parameterizations.base import Cost, Parameterization
+
+
+class MELoRA(Parameterization):
+    """W' = W + blockdiag(s_1 B_1 A_1, ..., s_k B_k A_k), with s_j = alpha / rank_j fixed at construction.
+
+    Slice j of the outputs sees slice j of the inputs only, so a unit costs (m + n) / k, and the rank of the change is the sum of
+    those of the k mini-LoRAs. A unit belongs to a mini for good; one that is fresh joins a mini with the fewest. A mini may end
+    without any. Blocks off the diagonal keep every bit when it is merged. Which inputs see which outputs depends on their order:
+    with k dividing the number of heads, slices are whole heads.
+
+    Source: arXiv:2402.17263 (abstract and released code; no table was read).
+    Shapes: W (m, n), A (R, n/k), B (m/k, R), block (R,) the mini of each unit. Parameters: R (m + n) / k; of equal ranks r, R = r k: r (m + n).
+    Args:
+        rank: units of each mini, or a list with one number for each mini.
+        minis: number k of mini-LoRAs, the paper's n; must divide m and n.
+        alpha: numerator of the scales s_j.
+        dropout: probability of dropping an input element on the way to A, in [0, 1); the authors use 0.05 on GLUE.
+    Raises:
+        ValueError: if the minis do not divide the layer, a rank is below 1, or there is not one rank for each mini.
+    """
+
+    source = "arXiv:2402.17263"
+    reads_blocks = True
+    axes = {"rank": {"A": 0, "block": 0, "B": 1}}
+    block: Tensor
+    units: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int | list[int] = 1,
+        minis: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(base)
+        m, n = self.shape
+        if minis < 1 or m % minis or n % minis:
+            fits = [k for k in range(1, min(m, n) + 1) if m % k == n % k == 0]
+            raise ValueError(f"minis={minis} does not divide a {m}x{n} layer; use one of {fits}.")
+        ranks = [rank] * minis if isinstance(rank, int) else list(rank)
+        if len(ranks) != minis or min(ranks) < 1:
+            raise ValueError(
+                f"rank={rank}: {minis} minis need one rank each, of 1 or more; use rank=1, or such a list."
+            )
+        self.minis = minis
+        self.alphas = [alpha / r for r in ranks]
+        self.dropout = nn.Dropout(dropout)
+        self.A = self.zeros(sum(ranks), n // minis)
+        self.B = self.zeros(m // minis, sum(ranks))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        block = torch.arange(minis, device="cpu").repeat_interleave(torch.tensor(ranks, device="cpu"))
+        self.register_buffer("block", block.to(self.A.device))
+        self.refresh()
+
+    def refresh(self) -> None:
+        # Units of each mini, padded with one past the last: (k, the largest rank). And its scale, (k,).
+        of = [[] for _ in range(self.minis)] if self.block.is_meta else _units(self.block.tolist(), self.minis)
+        widest = max(1, *map(len, of))
+        rows = [units + [len(self.block)] * (widest - len(units)) for units in of]
+        self.register_buffer("units", torch.tensor(rows, device=self.block.device), persistent=False)
+        scales = torch.tensor(self.alphas, device=self.block.device, dtype=self.A.dtype)
+        self.register_buffer("scales", scales, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        scaled = self.B * self.scales.to(self.B.dtype)[self.block]
+        blocks = (scaled[:, self.block == j] @ self.A[self.block == j] for j in range(self.minis))
+        return self.base_weight + cast(Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        slices = self.dropout(x).reshape(-1, self.minis, self.A.shape[1]).transpose(0, 1)  # (k, N, n/k)
+        B = self.B.T * self.scales.to(self.B.dtype)[self.block, None]
+        z = torch.bmm(torch.bmm(slices, self._batched(self.A).mT), self._batched(B))  # (k, N, m/k)
+        return z.transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])
+
+    def _batched(self, units: Tensor) -> Tensor:
+        """(R, d) -> (k, the largest rank, d), with zeros where a mini has fewer units."""
+        return torch.cat([units, units.new_zeros(1, units.shape[1])])[self.units]
+
+    def cost(self) -> Cost:
+        (m, n), widest = self.shape, self.units.shape[1]
+        return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
+
+    def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        width = self.A.shape[1]
+        drawn = torch.rand(n, width, generator=generator, dtype=torch.float64)
+        counts = torch.bincount(self.block.cpu(), minlength=self.minis).tolist()
+        joined = []
+        for _ in range(n):
+            joined.append(counts.index(min(counts)))
+            counts[joined[-1]] += 1
+        return {"A": (2 * drawn - 1) / math.sqrt(width), "block": torch.tensor(joined)}
+
+
+def _units(block: Sequence[int], minis: int) -> list[list[int]]:
+    """Mini -> its units, in their order."""
+    return [[unit for unit, mini in enumerate(block) if mini == j] for j in range(minis)]

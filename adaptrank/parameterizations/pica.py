@@ -1,0 +1,90 @@
+"""PiCa: a change inside the leading singular directions of a frozen weight, with one trained factor for all layers of a kind."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptrank import layers
+from adaptrank.parameterizations.base import Cost, Parameterization
+
+
+class PiCa(Parameterization):
+    """W' = W + M P, with P (r, n) frozen to leading right singular vectors of W; `adapt` ties M across the layers of a kind.
+
+    With side="output" W' = W + P M, and P (m, r) has left singular vectors. There is no scale. M starts at zero and has a
+    gradient at once. Each layer has a P of its own, from the singular value decomposition of its frozen weight (whatever is
+    nested inside), in float32 or better, each vector signed so that its largest entry is positive. P is saved rather than computed
+    again: another machine may turn vectors of close singular values. As P is orthonormal, ||W' - W|| = ||M||.
+
+    A unit is one singular direction in every layer that shares M: it costs its slice of M once, and pruning takes it from all
+    of them. Growing adds the directions of the largest singular values that are not in use, which takes another decomposition.
+
+    Source: arXiv:2505.20211; side, start and missing scale as in the released code, which uses rank 32 or 256 and learning rate 1e-3.
+        An earlier version of the paper may mean the output side; that is taken from a summary, not verified.
+    Shapes: W (m, n), P (r, n), index (r,), M (m, r); on the output side P (m, r), M (r, n). Parameters: r m, or r n on the
+        output side, once for all layers that share M.
+    Args:
+        rank: number r of singular directions.
+        side: "input" or "output": whose singular vectors are frozen.
+        share: tie M across the layers of one kind and shape.
+    Raises:
+        ValueError: if the side is unknown, or rank is below 1 or above min(m, n).
+    """
+
+    source = "arXiv:2505.20211"
+    accepts = layers.MATRICES
+    axes = {"rank": {"P": 0, "index": 0, "M": 1}}
+    shared: tuple[str, ...] = ("M",)
+    reads_blocks = True
+    P: Tensor
+    index: Tensor
+
+    def __init__(
+        self, base: nn.Module, *, rank: int = 8, side: Literal["input", "output"] = "input", share: bool = True
+    ) -> None:
+        super().__init__(base)
+        m, n = self.shape
+        if side not in ("input", "output"):
+            raise ValueError(f"side={side!r} is unknown; use 'input' or 'output'.")
+        if not 1 <= rank <= min(m, n):
+            raise ValueError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
+        self.side = side
+        if side == "output":
+            self.axes = {"rank": {"P": 1, "index": 0, "M": 0}}
+        if not share:
+            self.shared = ()
+        index = torch.arange(rank, device=layers.device(self.innermost))
+        self.register_buffer("index", index)
+        self.register_buffer("P", self._directions(index))
+        self.M = self.zeros(m, rank) if side == "input" else self.zeros(rank, n)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight + (self.M @ self.P if self.side == "input" else self.P @ self.M)
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        first, second = (self.P, self.M) if self.side == "input" else (self.M, self.P)
+        return F.linear(self.project(x, first), second)
+
+    def cost(self) -> Cost:
+        (m, n), r = self.shape, len(self.index)
+        return Cost(flops=2 * r * (m + n), kept=r if self.side == "input" else n)
+
+    def max_units(self, axis: str) -> int:
+        return min(self.shape)
+
+    def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        used = set(self.index.tolist())
+        unused = [unit for unit in range(self.max_units(axis)) if unit not in used]
+        index = torch.tensor(unused[:n], device=self.index.device)
+        return {"P": self._directions(index), "index": index}
+
+    @torch.no_grad()
+    def _directions(self, index: Tensor) -> Tensor:
+        """Singular vectors of the frozen weight, counted from the largest singular value: (k, n), or (m, k)."""
+        U, _, Vh = torch.linalg.svd(layers.dense(self.innermost, self.adapter_dtype), full_matrices=False)
+        rows: Tensor = (Vh if self.side == "input" else U.T).index_select(0, index)
+        rows *= rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        return rows if self.side == "input" else rows.T.contiguous()
