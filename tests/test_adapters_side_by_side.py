@@ -256,6 +256,16 @@ def test_a_wrapper_outside_of_a_deleted_one_forgets_what_it_computed_from_it():
         close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+def test_what_lost_what_it_wrapped_is_told_to_refresh(monkeypatch):
+    model, told = three(), []
+    for method in (HyperAdapt, LoRA, DoRA):
+        monkeypatch.setattr(method, "refresh", lambda self: told.append(self))
+    outside = [w for layer in wrapped_layers(model).values() for w in layer.nest if getattr(w.base, "name", "") == "a"]
+    delete_adapter(model, "a")
+    assert outside
+    assert told == outside
+
+
 def test_what_was_deleted_can_come_again():
     model = three()
     want = {name: alone(model, name) for name in "bc"}
