@@ -128,6 +128,20 @@ class Parameterization(nn.Module, ABC):
                 raise
             return getattr(self.innermost, name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._claim(name, self._parameters)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        self._claim(name, self._buffers)
+        super().register_buffer(name, tensor, persistent)
+
+    def _claim(self, name: str, tensors: dict[str, Any]) -> None:
+        """Let a tensor have a name that the innermost layer has too; nn.Module would find it there, and refuse it."""
+        own = (self.__dict__, self._parameters, self._buffers, self._modules)
+        if not hasattr(type(self), name) and not any(name in names for names in own):
+            tensors[name] = None
+
     @classmethod
     def wraps(cls, layer: nn.Module) -> bool:
         """Whether the method can wrap this plain layer."""
