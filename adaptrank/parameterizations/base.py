@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -388,6 +389,15 @@ def _weight(self: Parameterization) -> Tensor:
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     cast(Parameterization, layer).refresh()
+
+
+@cache
+def on_example(cls: type[Parameterization]) -> Parameterization:
+    """The method with default arguments on its example, built once and only to be looked at: what a class cannot say, as its axes may
+    depend on arguments, this can."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(cls.example())
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
