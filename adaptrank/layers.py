@@ -275,7 +275,7 @@ def attending(layer: nn.Module, function: Callable[..., tuple[Tensor, Tensor | N
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import, and few methods need it
 
     config: Any = layer.config
-    eager = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
     original = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     ALL_ATTENTION_FUNCTIONS[_ROUTE] = _routed
     routed = copy.copy(config)
@@ -290,7 +290,7 @@ def attending(layer: nn.Module, function: Callable[..., tuple[Tensor, Tensor | N
 
 def routed(layer: nn.Module) -> bool:
     """Whether the module is within an `attending` already."""
-    return cast(Any, layer).config._attn_implementation == _ROUTE
+    return bool(cast(Any, layer).config._attn_implementation == _ROUTE)
 
 
 def _routed(module: nn.Module, *args: Any, **more: Any) -> tuple[Tensor, Tensor | None]:

@@ -444,7 +444,9 @@ def check_state_dict(build: Build, sample: Sample = normal_input) -> None:
     fit_ranks(other, state)
     with _saying(f"{_name(layer)} does not load its own state dict."):
         other.load_state_dict(state, strict=True)
-    assert torch.equal(output(other, x), output(layer, x)), f"{_name(layer)} computes something else after its state dict was loaded."
+    assert torch.equal(output(other, x), output(layer, x)), (
+        f"{_name(layer)} computes something else after its state dict was loaded."
+    )
 
 
 def check_copies(build: Build, sample: Sample = normal_input) -> None:

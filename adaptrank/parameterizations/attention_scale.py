@@ -63,7 +63,7 @@ class AttentionScale(Parameterization):
 
         config = BertConfig(hidden_size=24, num_attention_heads=3, attention_probs_dropout_prob=0.0)
         config._attn_implementation = "sdpa"
-        return BertSelfAttention(config)
+        return BertSelfAttention(config)  # type: ignore[no-untyped-call]
 
     def example_input(self, leading: tuple[int, ...], random: torch.Generator) -> Tensor:
         """(batch, n, width): transformers' attention takes three dimensions, and no empty batch."""
@@ -90,7 +90,8 @@ class AttentionScale(Parameterization):
         return self._rows(self.base_weight)
 
     def _rows(self, values: Tensor) -> Tensor:
-        return (values.unflatten(0, (len(self.da), -1)) * (1 + self.da.view(-1, *[1] * values.dim()))).flatten(0, 1)
+        heads = values.view(len(self.da), -1, *values.shape[1:])
+        return (heads * (1 + self.da.view(-1, *[1] * values.dim()))).flatten(0, 1)
 
     def merged(self) -> dict[str, Tensor]:
         inner = self.base.merged() if isinstance(self.base, Parameterization) else {}
@@ -152,13 +153,22 @@ def _separate(module: nn.Module, heads: int) -> bool:
 
 
 def _scaled(
-    scales: list[AttentionScale], original: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any
+    scales: list[AttentionScale],
+    original: Any,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    **more: Any,
 ) -> Any:
     """What the attention computes with these factors on its logits; q (batch, h, queries, width)."""
     factor: Tensor | None = None
     for scale in scales:
         if scale.form == "scalar":
-            q = torch.addcmul(q, q, scale.da.to(q.dtype))  # the deviation is rounded, not the factor: near 1 bf16 is coarse
+            q = torch.addcmul(
+                q, q, scale.da.to(q.dtype)
+            )  # the deviation is rounded, not the factor: near 1 bf16 is coarse
             continue
         n = scale.tokens
         if (q.shape[-2], k.shape[-2]) != (n, n):
@@ -190,7 +200,9 @@ def _by_hand(
     odd = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     if odd or (isinstance(mask, Tensor) and mask.dim() < 4) or not isinstance(mask, Tensor | None):
         what = f"{odd[0]}" if odd else "a mask that is no (batch, heads, queries, keys)"
-        raise ValueError(f"AttentionScale computes lite and full by hand, and knows no {what}; load the model with sdpa, or use form='scalar'.")
+        raise ValueError(
+            f"AttentionScale computes lite and full by hand, and knows no {what}; load the model with sdpa, or use form='scalar'."
+        )
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -205,6 +217,8 @@ def _by_hand(
     least = torch.finfo(dtype).min
     if mask is not None:
         mask = mask[..., : k.shape[-2]]
-        logits = logits.masked_fill(~mask, least) if mask.dtype == torch.bool else logits + mask.to(dtype).clamp(min=least)
+        logits = (
+            logits.masked_fill(~mask, least) if mask.dtype == torch.bool else logits + mask.to(dtype).clamp(min=least)
+        )
     weights = F.dropout(logits.softmax(-1).to(q.dtype), dropout, module.training)
     return (weights @ v).transpose(1, 2).contiguous(), weights

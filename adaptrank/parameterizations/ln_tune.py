@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -31,10 +30,12 @@ class LNTune(Parameterization):
     def __init__(self, base: nn.Module, *, gain: bool = True, shift: bool = True) -> None:
         super().__init__(base)
         plain = self.innermost
-        width = plain.weight.shape[0]
+        (width,) = plain.get_parameter("weight").shape
         shift = shift and getattr(plain, "bias", None) is not None
         if not (gain or shift):
-            raise ValueError(f"LNTune trains nothing of this {type(plain).__name__}, which has a gain only; say gain=True.")
+            raise ValueError(
+                f"LNTune trains nothing of this {type(plain).__name__}, which has a gain only; say gain=True."
+            )
         self.dg = self.zeros(width) if gain else None
         self.db = self.zeros(width) if shift else None
         # Whether the norm multiplies by 1 + w; asked on the CPU, for the base may be on the meta device.

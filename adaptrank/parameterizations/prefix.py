@@ -91,7 +91,7 @@ class Prefix(Parameterization):
 
         config = Starcoder2Config(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=64, sliding_window=None, norm_epsilon=1e-5,
+            num_key_value_heads=1, max_position_embeddings=64, sliding_window=None, bos_token_id=None, eos_token_id=None, norm_epsilon=1e-5,
             residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
         )  # fmt: skip
         return Starcoder2Model(config)
@@ -107,7 +107,7 @@ class Prefix(Parameterization):
             return self.P
         assert self.encoder is not None
         rows: Tensor = self.encoder(self.E)
-        return rows.unflatten(-1, self.sizes).movedim(0, -2)
+        return rows.view(self.tokens, *self.sizes).movedim(0, -2)
 
     def adapted(self, *args: Any, **kwargs: Any) -> Any:
         body: Any = self.innermost
@@ -144,7 +144,9 @@ class Prefix(Parameterization):
         body: Any = self.innermost
         cache = DynamicCache(config=body.config) if given is None else given
         if not isinstance(cache, DynamicCache):
-            raise ValueError(f"Prefix fills a DynamicCache, not a {type(cache).__name__}; leave cache_implementation out.")
+            raise ValueError(
+                f"Prefix fills a DynamicCache, not a {type(cache).__name__}; leave cache_implementation out."
+            )
         return cache
 
     def _fill(self, cache: Any, seen: int, batch: int) -> int:
@@ -153,7 +155,9 @@ class Prefix(Parameterization):
         if id(self) in begun:
             return seen - sum(begun.get(id(wrapper), 0) for wrapper in self.nest)
         if seen != sum(begun.values()):
-            raise ValueError(f"This cache holds {seen} positions that were computed without the prefix; start with an empty one.")
+            raise ValueError(
+                f"This cache holds {seen} positions that were computed without the prefix; start with an empty one."
+            )
         begun[id(self)] = self.tokens
         for index, (keys, values) in enumerate(self.prefix().to(layers.dtype(self.innermost))):
             cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
@@ -161,7 +165,9 @@ class Prefix(Parameterization):
 
     def _mask(self, mask: Any, batch: int, tokens: int) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError("Prefix extends masks of shape (batch, tokens), not prepared ones; leave that to the model.")
+            raise ValueError(
+                "Prefix extends masks of shape (batch, tokens), not prepared ones; leave that to the model."
+            )
         if mask.shape[1] != tokens:
             raise ValueError(
                 f"The attention mask covers {mask.shape[1]} positions, and there are {tokens} tokens; it must cover the tokens, those in "
@@ -171,8 +177,9 @@ class Prefix(Parameterization):
 
     def _positions(self, call: dict[str, Any], new: int) -> Tensor | None:
         """Positions of the new tokens: those given, or those of the mask, shifted by the prefix; None is the cache's length."""
-        given, mask = call.get("position_ids"), call.get("attention_mask")
-        if isinstance(given, Tensor):
+        given: Tensor | None = call.get("position_ids")
+        mask: Tensor | None = call.get("attention_mask")
+        if given is not None:
             return given + self.tokens
         if mask is None:
             return None
@@ -182,7 +189,9 @@ class Prefix(Parameterization):
         """The same without a cache: every attention is computed by hand over the prefix and the tokens of a batch without padding."""
         (tokens,) = args
         body: Any = self.innermost
-        prefixes = [wrapper.prefix() for wrapper in reversed(self.nest) if isinstance(wrapper, Prefix) and wrapper.enabled]
+        prefixes = [
+            wrapper.prefix() for wrapper in reversed(self.nest) if isinstance(wrapper, Prefix) and wrapper.enabled
+        ]
         joined = torch.cat(prefixes, -2)
         with ExitStack() as routes:
             for index, module in enumerate(module for module in body.modules() if layers.attends(module)):
@@ -219,7 +228,11 @@ def _unfit(body: Any) -> str | None:
     from transformers.cache_utils import DynamicLayer
 
     config = body.config
-    if config.is_encoder_decoder or hasattr(config, "num_decoder_layers") or getattr(config, "add_cross_attention", False):
+    if (
+        config.is_encoder_decoder
+        or hasattr(config, "num_decoder_layers")
+        or getattr(config, "add_cross_attention", False)
+    ):
         return "encoder-decoders keep two caches; use a decoder-only model"
     if any(getattr(module, "is_causal", True) is False for module in body.modules()):
         return "its tokens see those after them; use a causal language model"
