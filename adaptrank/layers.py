@@ -4,7 +4,11 @@ A convolution is the matrix from patches to channels, n = in_channels * kh * kw;
 vectors, n = num_embeddings. Everything a method computes is channels-last, (..., m); only a convolution stores it otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -235,3 +239,60 @@ def _linear(like: nn.Module, weight: Tensor, bias: Tensor | None, trains: bool) 
     layer.weight = nn.Parameter(weight, requires_grad=trains)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=trains)  # type: ignore[assignment]
     return layer.train(like.training)
+
+
+# ---- attention modules of transformers
+
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+"""(module, query, key, value, mask, **more) -> (output (batch, queries, heads, width), weights or None), as in transformers."""
+
+_ROUTE = "adaptrank"
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether the module is an attention of transformers whose inner function can be replaced: it looks it up in a table."""
+    return (
+        "Attention" in type(layer).__name__
+        and hasattr(getattr(layer, "config", None), "num_attention_heads")
+        and hasattr(sys.modules[type(layer).__module__], "ALL_ATTENTION_FUNCTIONS")
+        and any(name in layer._modules for name in (*QUERIES, *FUSED_QUERIES))
+    )
+
+
+QUERIES = ("q_proj", "query", "q_lin", "q", "q_attn")
+"""How attention modules call a query projection of its own."""
+FUSED_QUERIES = ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
+"""And one that holds keys and values too."""
+
+
+@contextmanager
+def attending(layer: nn.Module, function: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """Within, the attention module computes `function(original, module, query, key, value, mask, **more)`.
+
+    `original` is what it would have computed, sdpa or flash or eager. Masks are made by the model, which sees no difference.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import, and few methods need it
+
+    config: Any = layer.config
+    eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
+    original = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    ALL_ATTENTION_FUNCTIONS[_ROUTE] = _routed
+    routed = copy.copy(config)
+    routed._attn_implementation_internal = _ROUTE  # the property would write into nested configs, which are shared
+    routed._adaptrank_attention = functools.partial(function, original)
+    layer.config = routed
+    try:
+        yield
+    finally:
+        layer.config = config
+
+
+def routed(layer: nn.Module) -> bool:
+    """Whether the module is within an `attending` already."""
+    return bool(cast(Any, layer).config._attn_implementation == _ROUTE)
+
+
+def _routed(module: nn.Module, *args: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
+    function: Attention = cast(Any, module).config._adaptrank_attention
+    return function(module, *args, **more)

@@ -36,14 +36,15 @@ def check_parameterization(
     cls: type[Parameterization],
     *,
     sample: Sample | None = None,
-    count: Callable[[int, int], int] | None = None,
+    count: Callable[..., int] | None = None,
 ) -> None:
     """Run the whole contract on `cls.example()`, with its bias and without, and on a layer of every other kind it accepts.
 
     Args:
         cls: the method, with default arguments.
         sample: draws inputs; the default is the method's `example_input`.
-        count: (m, n) -> number of trainable parameters with default arguments, the paper's closed formula.
+        count: (m, n) -> number of trainable parameters with default arguments, the paper's closed formula; of what is no
+            matrix without arguments.
     Raises:
         AssertionError: says which clause does not hold.
     """
@@ -140,6 +141,18 @@ def trainable(layer: Parameterization) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
 
+def output(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer computes; of a module that returns several things the first tensor."""
+    return first_tensor(module(x))
+
+
+def first_tensor(y: Any) -> Tensor:
+    """Of a tuple or a model's output its first entry; a tensor as it is."""
+    while not isinstance(y, Tensor):
+        y = next(iter(y.values() if isinstance(y, Mapping) else y))
+    return y
+
+
 def _loss(y: Tensor) -> Tensor:
     """A loss that no output is indifferent to."""
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
@@ -200,7 +213,7 @@ def check_identity(build: Build, sample: Sample = normal_input) -> None:
     layer = build()
     for leading in LEADING:
         x = sample(layer, leading)
-        same = torch.equal(layer(x), layer.base(x))
+        same = torch.equal(output(layer, x), output(layer.base, x))
         if layer.starts_at_base:
             assert same, f"{_name(layer)} does not start at what its base computes."
         else:
@@ -213,10 +226,10 @@ def check_definition(build: Build, sample: Sample = normal_input) -> None:
     perturb(layer)
     for leading in LEADING:
         x = sample(layer, leading)
-        y = layer(x)
+        y = output(layer, x)
         if defined(layer):
             with torch.no_grad():
-                want = layer.definition(x)
+                want = first_tensor(layer.definition(x))
             _close(y, want, f"{_name(layer)}: the fast path differs from `weight` for x of shape {tuple(x.shape)}.")
         with _saying(f"{_name(layer)}: no backward pass for x of shape {tuple(x.shape)}."):
             _backward(y)
@@ -239,7 +252,7 @@ def check_gradients(build: Build, sample: Sample = normal_input) -> None:
     names, parameters = zip(*trainable(layer).items(), strict=True)
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
-        return cast(Tensor, torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,)))
+        return first_tensor(torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,)))
 
     x = sample(layer, (2,))
     inputs = [
@@ -259,8 +272,8 @@ def check_exact_gradients(build: Build, sample: Sample = normal_input) -> None:
     names, parameters = zip(*trainable(layer).items(), strict=True)
     x = sample(layer, (3,))
     leaves = (*parameters, x.requires_grad_()) if x.is_floating_point() else parameters
-    have = torch.autograd.grad(_loss(layer(x)), leaves, allow_unused=True)
-    want = torch.autograd.grad(_loss(layer.definition(x)), leaves, allow_unused=True)
+    have = torch.autograd.grad(_loss(output(layer, x)), leaves, allow_unused=True)
+    want = torch.autograd.grad(_loss(first_tensor(layer.definition(x))), leaves, allow_unused=True)
     for name, leaf, one, other in zip((*names, "x"), leaves, have, want, strict=False):
         zero = torch.zeros_like(leaf)
         sentence = f"{_name(layer)}: the gradient of {name} is not that of the definition."
@@ -277,7 +290,7 @@ def check_training(build: Build, sample: Sample = normal_input) -> None:
     reached = set()
     for _ in range(2):
         optimizer.zero_grad()
-        _backward(layer(sample(layer, (5,))))
+        _backward(output(layer, sample(layer, (5,))))
         reached |= {n for n, p in tensors.items() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
     missing = sorted(set(tensors) - reached)
@@ -288,12 +301,12 @@ def check_training(build: Build, sample: Sample = normal_input) -> None:
             assert torch.equal(parameter, frozen[name]), f"{_name(layer)}: frozen {name} moved."
 
 
-def check_parameter_count(build: Build, count: Callable[[int, int], int] | None = None) -> None:
+def check_parameter_count(build: Build, count: Callable[..., int] | None = None) -> None:
     """The cost model counts what an optimizer would see, and a unit costs what it adds; both agree with the formula."""
     layer = build()
     numbers = sum(parameter.numel() for parameter in trainable(layer).values())
     if count is not None:
-        want = count(*layer.shape)
+        want = count(*(layer.shape if isinstance(layer.innermost, layers.MATRICES) else ()))
         assert numbers == want, f"{_name(layer)} trains {numbers} numbers; its formula says {want}."
     for key in rank_axes(layer):
         layer = build()
@@ -319,16 +332,16 @@ def check_pruning(build: Build, sample: Sample = normal_input) -> None:
             layer = build()
             perturb(layer)
             x, own = sample(layer, (5,)), rank_axes(layer)[key]
-            full = layer(x)
+            full = output(layer, x)
             with own.closed([unit]):
-                closed = layer(x)
-            assert torch.equal(layer(x), full), f"{key}: closed() did not give every bit back."
+                closed = output(layer, x)
+            assert torch.equal(output(layer, x), full), f"{key}: closed() did not give every bit back."
             assert not torch.allclose(closed, full), f"{key}: closing unit {unit} changes nothing."
             keep = _without(len(own), unit)
             before = {slot.label: _selected(own, slot, keep) for slot in own.slots()}
             own.resize(keep)
             assert len(own) == len(keep), f"{key}: has {len(own)} units after keeping {len(keep)}."
-            _close(layer(x), closed, f"{key}: removing unit {unit} is not what closing it leaves.")
+            _close(output(layer, x), closed, f"{key}: removing unit {unit} is not what closing it leaves.")
             for slot in own.slots():
                 assert torch.equal(slot.tensor, before[slot.label]), f"{key}: survivors of {slot.label} changed."
 
@@ -341,10 +354,10 @@ def check_growth(build: Build, sample: Sample = normal_input) -> None:
         axis, x = rank_axes(layer)[key], sample(layer, (5,))
         if "grow" not in axis.capabilities or not (n := _make_room(axis, 2)):
             continue
-        size, before = len(axis), layer(x).detach()
+        size, before = len(axis), output(layer, x).detach()
         old = {slot.label: slot.tensor.detach().clone() for slot in axis.slots()}
         axis.resize(grow=n, generator=generator(0, key, 1))
-        _close(layer(x), before, f"{key}: growing changed the output.", 1e-12)
+        _close(output(layer, x), before, f"{key}: growing changed the output.", 1e-12)
         fresh = range(size, size + n)
         for slot in axis.slots():
             have = _selected(axis, slot, list(range(size)))
@@ -355,7 +368,7 @@ def check_growth(build: Build, sample: Sample = normal_input) -> None:
                 sizes = slot.select(fresh).double().movedim(slot.dim, 0).reshape(n, -1).abs().amax(1)
                 zero = slot.tensor.is_floating_point() and not sizes.all()
                 assert not zero, f"{key}: {slot.label} of a fresh unit is zero; with two zero factors it is dead."
-        _backward(layer(x))
+        _backward(output(layer, x))
         grads = [
             slot.tensor.grad.movedim(slot.dim, 0).reshape(len(axis), -1)[size:].abs().amax(1)
             for slot in axis.closing()
@@ -395,8 +408,8 @@ def check_gate_gradient(build: Build, sample: Sample = normal_input) -> None:
         for slot in axis.closing():
             shape = [-1 if d == slot.dim % slot.tensor.dim() else 1 for d in range(slot.tensor.dim())]
             gated[names[id(slot.tensor)]] = slot.tensor.detach() * gate.view(shape)
-        _backward(cast(Tensor, torch.func.functional_call(layer, gated, (x,))))
-        _backward(layer(x))
+        _backward(first_tensor(torch.func.functional_call(layer, gated, (x,))))
+        _backward(output(layer, x))
         _close(axis.gate_grad(), cast(Tensor, gate.grad), f"{key}: gate_grad() is not the gradient of a gate.")
 
 
@@ -413,7 +426,7 @@ def check_merged(build: Build, sample: Sample = normal_input) -> None:
     with torch.no_grad():
         layers.write(plain, layer.merged())
     x = sample(layer, (2, 3))
-    _close(layer(x), plain(x), f"{_name(layer)}: the merged layer computes something else.")
+    _close(output(layer, x), output(plain, x), f"{_name(layer)}: the merged layer computes something else.")
 
 
 def check_state_dict(build: Build, sample: Sample = normal_input) -> None:
@@ -426,12 +439,14 @@ def check_state_dict(build: Build, sample: Sample = normal_input) -> None:
         axis.resize(range(len(axis)) if grow or len(axis) == 1 else range(1, len(axis)), grow, generator(0, key, 2))
     perturb(layer, seed=3)
     x = sample(layer, (5,))
-    other(x)  # what it caches must not survive
+    output(other, x)  # what it caches must not survive
     state = layer.state_dict()
     fit_ranks(other, state)
     with _saying(f"{_name(layer)} does not load its own state dict."):
         other.load_state_dict(state, strict=True)
-    assert torch.equal(other(x), layer(x)), f"{_name(layer)} computes something else after its state dict was loaded."
+    assert torch.equal(output(other, x), output(layer, x)), (
+        f"{_name(layer)} computes something else after its state dict was loaded."
+    )
 
 
 def check_copies(build: Build, sample: Sample = normal_input) -> None:
@@ -439,12 +454,12 @@ def check_copies(build: Build, sample: Sample = normal_input) -> None:
     layer = build()
     perturb(layer)
     x = sample(layer, (5,))
-    want = layer(x).detach()
+    want = output(layer, x).detach()
     for how, twin in (("deepcopy", copy.deepcopy(layer)), ("pickle", pickle.loads(pickle.dumps(layer)))):
-        assert torch.equal(twin(x), want), f"{_name(layer)}: its {how} computes something else."
+        assert torch.equal(output(twin, x), want), f"{_name(layer)}: its {how} computes something else."
         assert twin.init_args == layer.init_args, f"{_name(layer)}: its {how} forgot its arguments."
         perturb(twin, seed=5)
-        assert torch.equal(layer(x), want), f"{_name(layer)}: its {how} shares tensors with it."
+        assert torch.equal(output(layer, x), want), f"{_name(layer)}: its {how} shares tensors with it."
 
 
 def check_switch(build: Build, sample: Sample = normal_input) -> None:
@@ -452,14 +467,14 @@ def check_switch(build: Build, sample: Sample = normal_input) -> None:
     layer = build()
     perturb(layer)
     x = sample(layer, (5,))
-    on = layer(x).detach()
+    on = output(layer, x).detach()
     layer.enabled = False
-    assert torch.equal(layer(x), layer.base(x)), f"{_name(layer)} is off and changes the output."
+    assert torch.equal(output(layer, x), output(layer.base, x)), f"{_name(layer)} is off and changes the output."
     if isinstance(layer.innermost, layers.MATRICES) and merges(layer):
         assert torch.equal(layer.weight, layer.base_weight), f"{_name(layer)} is off and changes the weight."
     layer.enabled = True
-    assert torch.equal(layer(x), on), f"{_name(layer)} is not what it was when it is on again."
-    assert not torch.equal(on, layer.base(x)), f"{_name(layer)} changes nothing when it is on."
+    assert torch.equal(output(layer, x), on), f"{_name(layer)} is not what it was when it is on again."
+    assert not torch.equal(on, output(layer.base, x)), f"{_name(layer)} changes nothing when it is on."
 
 
 def check_arguments(build: Build) -> None:
@@ -507,7 +522,7 @@ def measure_cost(layer: Parameterization, sample: Sample = normal_input) -> tupl
     found = []
     for leading in ((16,), (80,)):
         x = sample(layer, leading)
-        tokens = layers.channels_last(layer.innermost, layer.base(x)).shape[:-1].numel()
+        tokens = layers.channels_last(layer.innermost, output(layer.base, x)).shape[:-1].numel()
         both = [_run_cost(module, x) for module in (layer, layer.base)]
         found.append((tokens, *(a - b for a, b in zip(*both, strict=True))))
     (few, flops, kept), (many, more_flops, more_kept) = found
@@ -542,12 +557,12 @@ def check_low_precision(build: Build, sample: Sample = normal_input) -> None:
         assert parameter.dtype == torch.float32, f"{_name(layer)}: {name} is {parameter.dtype} over {dtype}."
     x = sample(layer, (2, 3))
     x = x.requires_grad_() if x.is_floating_point() else x
-    y = layer(x)
+    y = output(layer, x)
     assert y.dtype == dtype, f"{_name(layer)} returns {y.dtype} over {dtype}."
     if layer.starts_at_base:
-        assert torch.equal(y, layer.base(x)), f"{_name(layer)} does not start at its base in {dtype}."
+        assert torch.equal(y, output(layer.base, x)), f"{_name(layer)} does not start at its base in {dtype}."
     perturb(layer)
-    _backward(layer(x))
+    _backward(output(layer, x))
     leaves: dict[str, Tensor] = {**({"x": x} if x.is_floating_point() else {}), **trainable(layer)}
     for name, leaf in leaves.items():
         grad = leaf.grad
@@ -570,7 +585,7 @@ def check_conv1d_twin(
     for layer in (linear, twin):
         perturb(layer)
     x = sample(linear, (2, 3))
-    _close(twin(x), linear(x), f"{cls.__name__} over Conv1D computes something else than over Linear.")
+    _close(output(twin, x), output(linear, x), f"{cls.__name__} over Conv1D computes something else than over Linear.")
     if cls.mergeable:
         _close(twin.weight, linear.weight, f"{cls.__name__}.weight over Conv1D is not that over Linear.")
 

@@ -15,9 +15,12 @@ from adaptrank.testing import perturb
 METHODS = [PARAMETERIZATIONS[name] for name in PARAMETERIZATIONS]
 """The registry at collection: what the folder defines, before any test adds a toy of its own."""
 
+LINEAR_METHODS = [cls for cls in METHODS if cls.wraps(torch.nn.Linear(48, 24))]
+"""Those that wrap linear layers; others wrap norms, attention, or a whole body."""
+
 torch.set_num_threads(1)  # several workers share two cores, and summation order must not depend on their number
 
-__all__ = ["METHODS", "perturb"]
+__all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,12 @@ def _seed() -> None:
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.__name__)
 def method(request: pytest.FixtureRequest):
     """Every parameterization of the folder."""
+    return request.param
+
+
+@pytest.fixture(params=LINEAR_METHODS, ids=lambda cls: cls.__name__)
+def linear_method(request: pytest.FixtureRequest):
+    """Every parameterization of linear layers."""
     return request.param
 
 

@@ -330,11 +330,11 @@ def case(request):
     return request.param, model, inputs(request.param)
 
 
-def test_any_model_starts_at_itself_and_trains(case, method):
+def test_any_model_starts_at_itself_and_trains(case, linear_method):
     _, model, batch = case
     with torch.no_grad():  # a product of another kind may be chosen where gradients are needed
         want = model(**batch).logits
-        adapt(model, "all-linear", method, exclude=["classifier"] if hasattr(model, "classifier") else ())
+        adapt(model, "all-linear", linear_method, exclude=["classifier"] if hasattr(model, "classifier") else ())
         assert torch.equal(model(**batch).logits, want)
     out = model(**batch)
     out.loss.backward()
@@ -399,13 +399,13 @@ def test_generation(make):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_gradient_checkpointing_gives_the_same_gradients(make, method):
+def test_gradient_checkpointing_gives_the_same_gradients(make, linear_method):
     model, batch = make().train(), inputs(make)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.use_cache = False
-    adapt(model, "all-linear", method)
+    adapt(model, "all-linear", linear_method)
     perturb(model, 0.02)
     grads = []
     for checkpointing in (False, True):
@@ -417,11 +417,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, method):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_a_half_precision_backbone_trains_float32_adapters(method):
+def test_a_half_precision_backbone_trains_float32_adapters(linear_method):
     model = llama().to(torch.bfloat16)
     batch = inputs(llama)
     want = model(**batch).logits
-    adapt(model, "all-linear", method)
+    adapt(model, "all-linear", linear_method)
     assert torch.equal(model(**batch).logits, want)
     model(**batch).loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad and p.grad is not None)

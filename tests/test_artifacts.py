@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import LINEAR_METHODS
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -18,7 +18,7 @@ from adaptrank.parameterizations.base import wrapped_layers
 from adaptrank.parameterizations.hyperadapt import HyperAdapt
 from adaptrank.parameterizations.lora import LoRA
 
-NESTS = [[cls] for cls in METHODS] + [[HyperAdapt, partial(LoRA, rank=2)], [partial(LoRA, rank=2), HyperAdapt]]
+NESTS = [[cls] for cls in LINEAR_METHODS] + [[HyperAdapt, partial(LoRA, rank=2)], [partial(LoRA, rank=2), HyperAdapt]]
 
 
 def nest_name(nest):

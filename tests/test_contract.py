@@ -39,7 +39,9 @@ def test_contract(method):
 
 
 def test_every_method_of_the_folder_says_what_it_costs(method):
-    assert method(method.example()).cost() is not None
+    layer = method(method.example())
+    stack = any(isinstance(module, nn.ModuleList) for module in layer.innermost.children())
+    assert stack or layer.cost() is not None  # of a whole stack of layers it is no number a token
 
 
 PAIRS = [(inner, outer) for inner in METHODS for outer in METHODS]
@@ -65,6 +67,7 @@ def test_nests_of_two(inner, outer):
     if not bases(inner, outer):
         with pytest.raises(TypeError, match=f"{outer.__name__} wraps"):
             outer(inner(inner.example()))
+        return
     if outer.reads_weight and not inner.mergeable:
         with pytest.raises(ValueError, match=f"put {inner.__name__} outermost"):
             outer(inner(outer.example()))
@@ -79,6 +82,8 @@ def test_nests_of_two(inner, outer):
 @pytest.mark.parametrize(("inner", "outer"), PAIRS, ids=lambda cls: cls.__name__)
 def test_nests_over_conv1d(inner, outer):
     linear = testing.example_bases(outer)[0]
+    if not isinstance(linear, nn.Linear) or not inner.wraps(testing.conv1d(linear)):
+        pytest.skip("One of them wraps no Conv1D.")
     one, two = nest(inner, outer, linear)(), nest(inner, outer, testing.conv1d(linear))()
     testing.perturb(one), testing.perturb(two)
     x = testing.normal_input(one, (2, 3))
@@ -95,16 +100,16 @@ def test_growing_does_not_change_one_bit(method, dtype):
     layer.load_state_dict(layer.state_dict())  # refreshes what derives from them
     x = testing.normal_input(layer, (7,))
     x = (4 * x).round() if x.is_floating_point() else x
-    before = layer(x)
+    before = testing.output(layer, x)
     for key, axis in rank_axes(layer).items():
         room = axis.limits()[1]
         if "grow" in axis.capabilities and (room is None or room > len(axis)):
             axis.resize(grow=1, generator=generator(0, key, 1))
-            assert torch.equal(layer(x), before)
+            assert torch.equal(testing.output(layer, x), before)
 
 
-def test_leaving_a_wrapper_off_inside_a_nest_leaves_the_other(method):
-    base = method.example().double()
+def test_leaving_a_wrapper_off_inside_a_nest_leaves_the_other(linear_method):
+    method, base = linear_method, linear_method.example().double()
     inner = PARAMETERIZATIONS["LoRA"](copy.deepcopy(base))
     outer = method(inner)
     testing.perturb(outer)
@@ -115,8 +120,8 @@ def test_leaving_a_wrapper_off_inside_a_nest_leaves_the_other(method):
     assert torch.equal(outer(x), base(x))
 
 
-def test_the_weight_of_a_wrapper_looks_like_its_layers(method):
-    layer = method(method.example().to(torch.bfloat16))
+def test_the_weight_of_a_wrapper_looks_like_its_layers(linear_method):
+    layer = linear_method(linear_method.example().to(torch.bfloat16))
     assert layer.weight.dtype == torch.bfloat16
     assert layer.dense().dtype == layer.base_weight.dtype == torch.float32
 
@@ -128,13 +133,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(layer):
     for checkpointed in (False, True):
         layer.zero_grad()
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
-        y.square().sum().backward()
+        testing.first_tensor(y).square().sum().backward()
         grads.append([p.grad.clone() for p in testing.trainable(layer).values()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_row_of_zeros_stays_finite_and_equal_to_its_definition(method):
-    base = method.example().double()
+def test_a_row_of_zeros_stays_finite_and_equal_to_its_definition(linear_method):
+    method, base = linear_method, linear_method.example().double()
     with torch.no_grad():
         base.weight[3] = 0
     layer = method(base)
@@ -144,8 +149,8 @@ def test_a_row_of_zeros_stays_finite_and_equal_to_its_definition(method):
     torch.testing.assert_close(layer.weight, base.weight, rtol=1e-12, atol=1e-12)
 
 
-def test_a_load_refreshes_what_derives_from_the_weight(method):
-    one, two = (method(nn.Linear(48, 24).double()) for _ in range(2))
+def test_a_load_refreshes_what_derives_from_the_weight(linear_method):
+    one, two = (linear_method(nn.Linear(48, 24).double()) for _ in range(2))
     testing.perturb(one)
     x = testing.normal_input(one, (4,))
     two(x)
@@ -248,4 +253,4 @@ def test_imports_point_one_way():
 def test_a_model_cast_after_it_was_adapted_still_runs(method):
     """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no crash."""
     layer = method(method.example()).to(torch.bfloat16)
-    layer(torch.randn(2, 48, dtype=torch.bfloat16)).float().sum().backward()
+    testing.output(layer, testing.normal_input(layer, (2,))).float().sum().backward()

@@ -49,8 +49,8 @@ class Parameterization(nn.Module, ABC):
 
     source: ClassVar[str]
     """arXiv id of the method."""
-    mergeable: ClassVar[bool] = True
-    """Whether W' exists as a dense matrix that can take the layer's place."""
+    mergeable: bool = True
+    """Whether W' exists as a dense matrix that can take the layer's place; where arguments decide, an instance may say no."""
     axes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {}
     """Rank axis -> {tensor name: the dimension that is the rank, or several of one square tensor}. The last tensor named
     closes: it is zero in a fresh or closed unit. So are the further dimensions of a square one: (0, 1) has rows that read from
@@ -64,7 +64,7 @@ class Parameterization(nn.Module, ABC):
     reads_blocks: ClassVar[bool] = False
     """Whether the formula reads the spectrum or the blocks of W, so that a fused projection (query, key and value in one
     layer) is split by `adapt` unless it is told otherwise."""
-    starts_at_base: ClassVar[bool] = True
+    starts_at_base: bool = True
     """Whether training starts at what the frozen layer computes, to the last bit."""
     capabilities: ClassVar[frozenset[str]] = frozenset({"grow"})
     """What its axes allow beside pruning; an allocator that requires more is refused with a reason."""

@@ -1,0 +1,44 @@
+"""ResidualOffset: a trained vector added to what a projection returns."""
+
+from torch import Tensor, nn
+
+from adaptrank import layers
+from adaptrank.parameterizations.base import Cost, Parameterization
+
+
+class ResidualOffset(Parameterization):
+    """y' = W x + b + d: a trained offset d on the output of a projection; the weight stays as it is.
+
+    Wrapped around the last projection of the attention and of the MLP it is the domain residual adapter (DRA) of eTT, x <- x + MHSA(x) + d1 and
+    x <- x + MLP(x) + d2: a bias, and no low-rank matrix. It starts at the layer exactly. There is no rank axis: the cost is fixed.
+    Merging adds d to the bias, and gives the layer one where it has none. Where something stands between the projection and the
+    residual sum, such as a layer scale or a norm, d is before it.
+
+    Source: AttnScale and DRA, arXiv:2304.01917 (abstract; that DRA is an offset, from the code of eTT; learning rates not read).
+    Shapes: W (m, n), d (m,). Parameters: m.
+    """
+
+    source = "arXiv:2304.01917"
+    accepts = layers.LINEAR
+    no_decay = ("d",)
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.d = self.zeros(self.shape[0])
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = super().bias
+        if not self.enabled:
+            return bias
+        return self.d if bias is None else bias.to(self.d.dtype) + self.d
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.d
+
+    def cost(self) -> Cost:
+        return Cost()
