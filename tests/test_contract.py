@@ -178,7 +178,7 @@ def broken(**overrides):
     [
         ({"delta": lambda self, x, y: y * 1e-9 + 0 * (x @ self.A.T) @ self.B.T}, "does not start at"),
         ({"delta": lambda self, x, y: (x @ self.A.T) @ self.B.T}, "differs from `weight`"),
-        ({"delta": lambda self, x, y: self.scale * (x @ self.A.T.detach()) @ self.B.T}, "not the derivative"),
+        ({"delta": lambda self, x, y: self.scale * (x @ self.A.T.detach()) @ self.B.T}, "not that of the definition"),
         ({"axes": {"rank": {"B": 1, "A": 0}}}, "zero"),
         ({"axes": {"rank": {"B": 1}}}, "cannot be multiplied"),
         ({"fresh": lambda self, axis, n, g: {"A": torch.zeros(n, 48)}}, "dead"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from adaptrank.inject import adapt
 from adaptrank.parameterizations import DoRA, LoRA
-from adaptrank.testing import check_parameterization, perturb
+from adaptrank.testing import builder, check_parameter_count, perturb
 
 
 def build(base=None, **arguments):
@@ -17,8 +17,8 @@ def build(base=None, **arguments):
     return layer
 
 
-def test_the_contract_with_the_closed_count():
-    check_parameterization(DoRA, count=lambda m, n: 8 * (m + n) + m)
+def test_closed_count():
+    check_parameter_count(builder(DoRA, nn.Linear(48, 24)), lambda m, n: 8 * (m + n) + m)
 
 
 def test_printed_count():

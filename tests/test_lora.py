@@ -10,7 +10,7 @@ from torch import nn
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.inject import adapt
 from adaptrank.parameterizations import LoRA
-from adaptrank.testing import check_parameterization, perturb
+from adaptrank.testing import builder, check_parameter_count, perturb
 
 LLAMA_7B = {**dict.fromkeys("qkv", (4096, 4096)), "up": (11008, 4096), "down": (4096, 11008)}
 
@@ -19,8 +19,8 @@ def total(model):
     return cost_model(model).total({key: len(axis) for key, axis in rank_axes(model).items()})
 
 
-def test_the_contract_with_the_closed_count():
-    check_parameterization(LoRA, count=lambda m, n: 8 * (m + n))
+def test_closed_count():
+    check_parameter_count(builder(LoRA, nn.Linear(48, 24)), lambda m, n: 8 * (m + n))
 
 
 def test_printed_counts():

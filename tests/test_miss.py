@@ -33,8 +33,8 @@ def build(base=None, **arguments):
     return layer
 
 
-def test_the_contract_with_the_closed_count():
-    testing.check_parameterization(MiSS, count=lambda m, n: 8 * m)
+def test_closed_count():
+    testing.check_parameter_count(testing.builder(MiSS, nn.Linear(48, 24)), lambda m, n: 8 * m)
 
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)

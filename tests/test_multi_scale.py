@@ -12,12 +12,12 @@ from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.inject import adapt
 from adaptrank.parameterizations import MultiScale
-from adaptrank.testing import builder, check_parameterization, perturb
+from adaptrank.testing import builder, perturb
 
 CHECKS = [
     testing.check_identity,
     testing.check_definition,
-    testing.check_gradients,
+    testing.check_exact_gradients,
     testing.check_training,
     testing.check_parameter_count,
     testing.check_pruning,
@@ -33,8 +33,8 @@ CHECKS = [
 DEBERTA_BASE = {**dict.fromkeys("qkvo", (768, 768)), "up": (3072, 768), "down": (768, 3072)}
 
 
-def test_the_contract_with_the_closed_count():
-    check_parameterization(MultiScale, count=lambda m, n: 8 * (m + n) + 2 * 8 * 8 + 8)
+def test_closed_count():
+    testing.check_parameter_count(builder(MultiScale, nn.Linear(48, 24)), lambda m, n: 8 * (m + n) + 2 * 8 * 8 + 8)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.inject import adapt
 from adaptrank.parameterizations import NOLA
 from adaptrank.parameterizations import nola as module
-from adaptrank.testing import builder, check_parameterization, perturb
+from adaptrank.testing import builder, perturb
 
 CHECKS = [
     testing.check_identity,
     testing.check_definition,
-    testing.check_gradients,
+    testing.check_exact_gradients,
     testing.check_training,
     testing.check_parameter_count,
     testing.check_pruning,
@@ -38,8 +38,8 @@ def drawn(layer, side, ids):
     return torch.stack([module._draw(int(layer.seed), side, j, shape) for j in ids]).double()
 
 
-def test_the_contract_with_the_closed_count():
-    check_parameterization(NOLA, count=lambda m, n: 32 + 32)
+def test_closed_count():
+    testing.check_parameter_count(builder(NOLA, nn.Linear(48, 24)), lambda m, n: 32 + 32)
 
 
 @pytest.mark.parametrize(

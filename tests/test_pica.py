@@ -47,8 +47,8 @@ def blocks(seed=0, **arguments):
     return model
 
 
-def test_the_contract_with_the_closed_count():
-    testing.check_parameterization(PiCa, count=lambda m, n: 8 * m)
+def test_closed_count():
+    testing.check_parameter_count(testing.builder(PiCa, nn.Linear(48, 24)), lambda m, n: 8 * m)
 
 
 @pytest.mark.parametrize("arguments", [{"side": "output"}, {"rank": 24}, {"side": "output", "share": False}], ids=str)

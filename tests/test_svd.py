@@ -7,7 +7,7 @@ from torch import nn
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.parameterizations import SVD, LoRA
 from adaptrank.regularize import penalty_gradients
-from adaptrank.testing import check_parameterization, perturb
+from adaptrank.testing import builder, check_parameter_count, perturb
 
 
 def build(**arguments):
@@ -16,8 +16,8 @@ def build(**arguments):
     return layer
 
 
-def test_the_contract_with_the_closed_count():
-    check_parameterization(SVD, count=lambda m, n: 8 * (m + n + 1))
+def test_closed_count():
+    check_parameter_count(builder(SVD, nn.Linear(48, 24)), lambda m, n: 8 * (m + n + 1))
 
 
 def test_the_penalty_is_that_of_the_released_codes():
