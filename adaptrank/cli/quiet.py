@@ -14,7 +14,8 @@ def quiet() -> Iterator[None]:
         "lightning.pytorch",
         "lightning.fabric",
         "lightning.pytorch.utilities.rank_zero",
-        "torchao",  # transformers imports it where it is installed, and it warns of kernels for other machines
+        "torchao",  # transformers imports both where they are installed, and they warn of kernels for other machines
+        "bitsandbytes",
         "torch.utils._pytree",  # and torch of how torchao registers its types
     )
     theirs = [(logger, logger.level) for logger in map(logging.getLogger, names)]
