@@ -111,7 +111,8 @@ def plain(text: str) -> str:
 def prose(text: str) -> str:
     """A paragraph, or a list where lines begin with a dash."""
     first, *items = re.split(r"^- ", text, flags=re.MULTILINE)
-    return "\n".join([*([f"{plain(first)}\n"] if first.strip() else []), *(f"- {plain(item)}" for item in items)])
+    shown = "\n".join(f"- {plain(item)}" for item in items)
+    return "\n\n".join(part for part in (plain(first), shown) if part)
 
 
 def code(text: str) -> str:
@@ -194,7 +195,7 @@ def parameterization_page(name: str, cls: Any) -> str:
         "Rank axes": "; ".join(axis_words(layer, axis) for axis in layer.axes) or "none: its cost is fixed",
         where: "; ".join([f"{parameters.total(sizes):,} parameters with default arguments", *units]),
         **({} if cost is None else cost_rows(cost)),
-        "Merges into the weight": "yes" if cls.mergeable else "no",
+        "Merges into the weight": "yes" if layer.mergeable else "no",
         "Wraps": cls.wraps_what(),
         "Reads the weight": "yes: what it wraps must have a dense one" if layer.reads_weight else "",
         "Splits fused projections": "yes, unless `split_fused` is false" if layer.reads_blocks else "",
