@@ -246,7 +246,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     if others:
         parts += [
-            "Methods that wrap something else, each on its own small example, against that example frozen:",
+            f"Methods that wrap something else, each on its own small example with {TOKENS} rows of input, against that example frozen:",
             table(others),
         ]
     if tokens:
