@@ -16,6 +16,7 @@ Writes benchmarks/results/layer_cost.json and docs/results/layer_cost.md.
 """
 
 import argparse
+import gc
 import inspect
 import json
 import os
@@ -59,14 +60,18 @@ def passes(module: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable
     """(forward, backward, forget the gradients) of a module at one input."""
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     with torch.no_grad():
-        weights = torch.randn_like(module(x))
+        weights = torch.randn_like(testing.output(module, x))
     leaves = [x, *module.parameters()]
 
     def forget() -> None:
         for leaf in leaves:
             leaf.grad = None
 
-    return lambda: module(x), lambda y: y.backward(weights), forget
+    def backward(y: Tensor) -> None:
+        if y.requires_grad:  # of a frozen module that reads tokens nothing does
+            y.backward(weights)
+
+    return lambda: testing.output(module, x), backward, forget
 
 
 # ---- time
@@ -127,6 +132,7 @@ def memory(module: nn.Module, x: Tensor) -> tuple[int, int]:
 
 def allocated(function: Callable[[], object]) -> list[int]:
     """Bytes taken (above 0) and given back (below) on the CPU while the function runs, in their order."""
+    gc.collect()  # or what was there before is given back in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -184,6 +190,7 @@ def measure(rounds: int) -> dict[str, Any]:
                 if base is not plain:
                     rows[name][dtype_name]["frozen"] = of_frozen
                     rows[name]["example"] = type(base).__name__
+                    rows[name]["reads_tokens"] = not sample.is_floating_point()
                 rows[name]["parameters"] = sum(p.numel() for p in testing.trainable(layer).values())
                 cost = layer.cost()
                 rows[name]["cost"] = None if cost is None else vars(cost)
@@ -215,6 +222,7 @@ def page(found: dict[str, Any]) -> str:
     )
     on_linear = [row(name, found["methods"][name]) for name in ordered if found["methods"][name]["linear"]]
     others = [row(name, found["methods"][name]) for name in ordered if not found["methods"][name]["linear"]]
+    tokens = [name for name, one in found["methods"].items() if one.get("reads_tokens")]
     refused = [f"{name} is left out: {r['refused']}" for name, r in found["methods"].items() if "refused" in r]
     milliseconds = " and ".join(
         f"{frozen[dtype]['milliseconds']['median']:.1f} ms in {dtype} ({frozen[dtype]['peak'] / MIB:.1f} MiB at its peak)"
@@ -223,9 +231,10 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         "# Cost of one layer",
         f"Every method on a frozen linear layer of {SIDE} x {SIDE} with {TOKENS} tokens, forward and backward, against the same layer\n"
-        f"frozen, whose input takes a gradient as well: {milliseconds}. Default arguments, rank {RANK} where there is a rank.\n"
-        f"Written by `python benchmarks/layer_cost.py --rounds {found['rounds']} --threads {here['threads']}`.",
-        f"{here['processor']}, {here['cores']} cores, {here['threads']} thread(s); Python {here['python']}, PyTorch {here['torch']}.",
+        f"frozen, whose input takes a gradient as well: {milliseconds}.\n"
+        f"Default arguments, but rank {RANK} where there is a rank. Written by\n"
+        f"`python benchmarks/layer_cost.py --rounds {found['rounds']} --threads {here['threads']}`.",
+        f"{here['processor']}, {here['cores']} cores, {here['threads']} used; Python {here['python']}, PyTorch {here['torch']}.",
         "- **FLOPs** are those of the products of a forward, for each token, and once a call; **kept** is how many numbers each token\n"
         "  keeps for the backward pass, the layer's input included where the method needs it. Both are closed formulas, which the\n"
         "  tests measure.\n"
@@ -237,8 +246,12 @@ def page(found: dict[str, Any]) -> str:
     ]
     if others:
         parts += [
-            "Methods that wrap something else, each on its own small example, against that example frozen:",
+            f"Methods that wrap something else, each on its own small example with {TOKENS} rows of input, against that example frozen:",
             table(others),
+        ]
+    if tokens:
+        parts += [
+            f"The frozen example of {', '.join(tokens)} reads tokens, so that it has no backward pass: the ratio is to its forward."
         ]
     return "\n\n".join([*parts, *refused]) + "\n"
 

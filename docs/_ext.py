@@ -111,7 +111,8 @@ def plain(text: str) -> str:
 def prose(text: str) -> str:
     """A paragraph, or a list where lines begin with a dash."""
     first, *items = re.split(r"^- ", text, flags=re.MULTILINE)
-    return "\n".join([*([f"{plain(first)}\n"] if first.strip() else []), *(f"- {plain(item)}" for item in items)])
+    shown = "\n".join(f"- {plain(item)}" for item in items)
+    return "\n\n".join(part for part in (plain(first), shown) if part)
 
 
 def code(text: str) -> str:
@@ -130,7 +131,13 @@ def table(rows: list[tuple[str, ...]], *header: str) -> str:
 def argument_table(cls: Callable[..., Any]) -> str:
     """The arguments of a class as a table."""
     rows = [(code(n), code(kind), code(default), plain(what)) for n, kind, default, what in arguments(cls)]
-    return table(rows, "argument", "type", "default", "meaning")
+    return table(rows, "argument", "type", "default", "meaning") if rows else "There are none."
+
+
+def init_args(cls: Callable[..., Any]) -> str:
+    """Every argument at its default, as YAML in an entry that is indented by two."""
+    lines = "".join(f"    {name}: {default}\n" for name, _, default, _ in arguments(cls))
+    return f"init_args:\n{lines}" if lines else "init_args: {}\n"
 
 
 # ---- pages
@@ -194,7 +201,7 @@ def parameterization_page(name: str, cls: Any) -> str:
         "Rank axes": "; ".join(axis_words(layer, axis) for axis in layer.axes) or "none: its cost is fixed",
         where: "; ".join([f"{parameters.total(sizes):,} parameters with default arguments", *units]),
         **({} if cost is None else cost_rows(cost)),
-        "Merges into the weight": "yes" if cls.mergeable else "no",
+        "Merges into the weight": "yes" if layer.mergeable else "no",
         "Wraps": cls.wraps_what(),
         "Reads the weight": "yes: what it wraps must have a dense one" if layer.reads_weight else "",
         "Splits fused projections": "yes, unless `split_fused` is false" if layer.reads_blocks else "",
@@ -207,7 +214,6 @@ def parameterization_page(name: str, cls: Any) -> str:
         "Errors": plain(doc.sections.get("Raises", "")),
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
     }
-    init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
     return "\n\n".join(
         [
             f"# {name}",
@@ -217,7 +223,7 @@ def parameterization_page(name: str, cls: Any) -> str:
             "## Arguments",
             argument_table(cls),
             "In YAML, with every argument at its default:",
-            f"```yaml\nparameterization:\n- class_path: {name}\n  init_args:\n{init_args}```",
+            f"```yaml\nparameterization:\n- class_path: {name}\n  {init_args(cls)}```",
         ]
     )
 
@@ -237,7 +243,6 @@ def allocator_page(name: str, cls: Any) -> str:
         "Errors": plain(doc.sections.get("Raises", "")),
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
     }
-    init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
     return "\n\n".join(
         [
             f"# {name}",
@@ -248,7 +253,7 @@ def allocator_page(name: str, cls: Any) -> str:
             argument_table(cls),
             "What `Allocator` gives every allocator is in [Configuration](../configuration.md#allocator).",
             "In YAML, with every argument at its default:",
-            f"```yaml\nallocator:\n  class_path: {name}\n  init_args:\n{init_args}```",
+            f"```yaml\nallocator:\n  class_path: {name}\n  {init_args(cls)}```",
         ]
     )
 

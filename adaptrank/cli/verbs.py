@@ -123,7 +123,7 @@ def _methods(options: argparse.Namespace) -> None:
         print(
             f"Parameterizations at their default arguments, and what they add to a frozen {_reference_name()} in fp32:\n"
             "trained parameters; FLOPs of the products of a forward, for each token and once a call; bytes that each\n"
-            "token keeps for the backward pass. By closed formulas; where a measurement differs, it is said beside.\n"
+            "token keeps for the backward pass. Closed formulas; measured where there is none, or it differs.\n"
         )
         head = ("", "parameters", "FLOPs/token", "FLOPs/call", "bytes/token", "source")
         print(_columns([head, *(_made_row(p) for p in made)], [f"{p['formula']}\n{_made_words(p)}" for p in made]))
@@ -171,7 +171,7 @@ def describe_parameterization(cls: type[Any]) -> dict[str, Any]:
         "source": cls.source,
         "axes": {key.rpartition(":")[2]: size for key, size in sizes.items()},
         "wraps": cls.wraps_what(),
-        "mergeable": cls.mergeable,
+        "mergeable": layer.mergeable,
         "needs_weight": layer.reads_weight,
         "splits_fused": layer.reads_blocks,
         "shared": list(layer.shared),
@@ -225,8 +225,8 @@ def _made_row(method: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _cost(closed: int | None, measured: float) -> str:
-    if closed is None:
-        return f"{measured:,} (measured)"
+    if closed is None:  # the counter knows no fused attention: a 0 says nothing
+        return f"{measured:,} (measured)" if measured else "-"
     return f"{closed:,}" if closed == measured else f"{closed:,} (measured {measured:,})"
 
 
