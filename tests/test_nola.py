@@ -153,6 +153,19 @@ def test_layers_differ_and_a_seed_repeats_them():
     assert NOLA(nn.Linear(48, 24)).seed == first
 
 
+def test_a_matrix_is_its_seed_its_side_and_its_number_for_ever():
+    """Saved adapters hold nothing else: were these numbers others, each of them would be another adapter."""
+    torch.testing.assert_close(
+        module._draw(3, "a", 5, (2, 2)),
+        torch.tensor([[-0.5490400791, -0.4616463184], [-0.5176324844, 0.2349183559]]),
+        rtol=0,
+        atol=1e-9,
+    )
+    others = [(3, "a", 5), (3, "b", 5), (3, "a", 6), (4, "a", 5)]
+    assert len({module._draw(*each, (2, 2)).sum().item() for each in others}) == 4
+    assert len({module._draw(1, "a", j, (4, 4)).sum().item() for j in range(512)}) > 500
+
+
 def test_what_is_saved_is_the_seed_and_the_numbers_of_the_matrices():
     layer = NOLA(nn.Linear(48, 24), materialize=True)
     assert set(layer.state_dict()) == {"alpha", "beta", "seed", "ids_a", "ids_b", "base.weight", "base.bias"}
