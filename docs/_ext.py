@@ -144,7 +144,8 @@ def parameterization_page(name: str, cls: Any) -> str:
 
     doc = read(cls.__doc__)
     torch.manual_seed(0)
-    layer = cls(nn.Linear(48, 24))
+    layer = cls(cls.example())
+    linear = isinstance(layer.innermost, nn.Linear)
     sizes = {key: len(axis) for key, axis in rank_axes(layer).items()}
     cost = cost_model(layer)
     axes = []
@@ -162,9 +163,11 @@ def parameterization_page(name: str, cls: Any) -> str:
         "Source": plain(doc.sections.get("Source", cls.source)),
         "Shapes": plain(doc.sections.get("Shapes", "")),
         "Rank axes": "; ".join(axes) or "none: its cost is fixed",
-        "On a 24 x 48 layer": "; ".join([f"{cost.total(sizes):,} parameters with default arguments", *units]),
+        "On a 24 x 48 layer" if linear else f"On a small {type(layer.innermost).__name__}": "; ".join(
+            [f"{cost.total(sizes):,} parameters with default arguments", *units]
+        ),
         "Merges into the weight": "yes" if cls.mergeable else "no",
-        "Wraps": ", ".join(f"`{kind.__name__}`" for kind in cls.accepts),
+        "Wraps": ", ".join(f"`{kind.__name__}`" for kind in cls.accepts) if linear else cls.wraps_what(),
         "Tied across layers": ", ".join(f"`{t}`" for t in cls.shared),
         "Exempt from weight decay": ", ".join(f"`{t}`" for t in cls.no_decay),
         "Axes can": ", ".join(["shrink", *sorted(cls.capabilities)]) if layer.axes else "",

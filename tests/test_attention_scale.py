@@ -108,7 +108,7 @@ def test_a_row_that_is_masked_whole_is_finite(form, dtype):
         mask = torch.full((1, 1, 4, 4), -torch.inf, dtype=dtype)
     y = layer(x, attention_mask=mask)[0]
     y.sum().backward()
-    assert y.isfinite().all() and x.grad.isfinite().all() and layer.da.grad.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in (y, x.grad, layer.da.grad))
 
 
 def test_counts_of_a_vit():

@@ -130,9 +130,13 @@ def test_generation_is_greedy_search_without_a_cache(make, beams, padded):
     assert torch.equal(model.generate(IDS, use_cache=False, **arguments), have)
     assert torch.equal(model.generate(IDS, **arguments), have)
     if beams == 1:
+        # What a step computed, and not only its best token, which small mistakes would leave as it is.
+        steps = model.generate(IDS, output_logits=True, return_dict_in_generate=True, **arguments).logits
         ids, seen, bare = IDS, mask, make()
-        for _ in range(4):
-            ids = torch.cat([ids, by_hand(bare, body(model).prefix(), ids, seen)[:, -1:].argmax(-1)], 1)
+        for step in steps:
+            logits = by_hand(bare, body(model).prefix(), ids, seen)[:, -1]
+            torch.testing.assert_close(step.double(), logits, rtol=1e-5, atol=1e-6)
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
             seen = torch.cat([seen, seen.new_ones(2, 1)], 1)
         assert torch.equal(have, ids)
         set_enabled(model, False)
@@ -260,8 +264,14 @@ def test_what_it_refuses():
     with pytest.raises(TypeError, match="Prefix wraps the body of a causal transformer, not Linear"):
         Prefix(nn.Linear(4, 4))
     assert not Prefix.wraps(llama())  # it has a head
-    with pytest.raises(TypeError, match="Prefix does not fit BertModel: its tokens see those after them"):
-        Prefix(BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32)))
+    both_ways = llama().model
+    for layer in both_ways.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(TypeError, match="Prefix does not fit LlamaModel: its tokens see those after them"):
+        Prefix(both_ways)
+    bert = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32))
+    with pytest.raises(ValueError, match="No layer matches targets='all'"):
+        adapt(bert, "all", Prefix)
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=30))
     with pytest.raises(TypeError, match="encoder-decoders keep two caches; use a decoder-only model"):
         adapt(t5, "all", Prefix)
