@@ -1,7 +1,7 @@
 """What the documentation takes from the code: a page for every registered class, and tables of arguments.
 
 Nothing here names a method. A page holds what the class itself says: its docstring, its signature and its attributes, and
-figures that are measured on a 24 x 48 layer when the page is written.
+figures of the method on its example (a 24 x 48 layer, unless it wraps something else) from the time the page is written.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -82,10 +83,13 @@ def arguments(cls: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
 
 def spell(value: Any) -> str:
     """A default as one writes it in YAML."""
-    words = {None: "null", True: "true", False: "false"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    return value.__name__ if inspect.isclass(value) else str(value)
+    if inspect.isclass(value):
+        return value.__name__
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    except yaml.YAMLError:
+        return str(value)
+    return text.removesuffix("...\n").strip()
 
 
 def spell_type(annotation: Any) -> str:
@@ -104,9 +108,17 @@ def plain(text: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(shown))
 
 
+def prose(text: str) -> str:
+    """A paragraph, or a list where lines begin with a dash."""
+    first, *items = re.split(r"^- ", text, flags=re.MULTILINE)
+    return "\n".join([*([f"{plain(first)}\n"] if first.strip() else []), *(f"- {plain(item)}" for item in items)])
+
+
 def code(text: str) -> str:
     """A code span that may stand in a table."""
-    return "`" + text.replace("|", r"\|") + "`" if text else ""
+    text = text.replace("|", r"\|")
+    fence = "`` " if "`" in text else "`"
+    return f"{fence}{text}{fence[::-1]}" if text else ""
 
 
 def table(rows: list[tuple[str, ...]], *header: str) -> str:
@@ -134,59 +146,79 @@ def links(names: list[str]) -> str:
     return ", ".join(f"[{name}]({name}.md)" for name in names) or "none"
 
 
+def axis_words(layer: Any, axis: str) -> str:
+    """An axis: its tensors, in which dimensions they count its units, and which of them closes."""
+    dims: dict[str, list[str]] = {}
+    for tensor, dim in layer.factors(axis):
+        dims.setdefault(tensor, []).append(str(dim))
+    said = [f"`{t}` (dimension{'s' if len(d) > 1 else ''} {' and '.join(d)})" for t, d in dims.items()]
+    opening, closing = ", ".join(said[:-1]), f"{said[-1]}, which closes"
+    return f"`{axis}`: {opening} and {closing}" if opening else f"`{axis}`: {closing}"
+
+
+def cost_rows(cost: Any) -> dict[str, str]:
+    """What is added to that layer, by the closed formulas that the tests measure."""
+    return {
+        "FLOPs per token": f"{cost.flops:,} there, in the products of a forward",
+        "FLOPs per call": f"{cost.flops_once:,} there, however many tokens" if cost.flops_once else "",
+        "Kept per token": f"{cost.kept:,} numbers there, for the backward pass",
+    }
+
+
 def parameterization_page(name: str, cls: Any) -> str:
     """The page of a parameterization."""
-    import torch
-    from torch import nn
-
+    from adaptrank import layers
     from adaptrank.allocators import ALLOCATORS
     from adaptrank.axes import cost_model, rank_axes
+    from adaptrank.parameterizations.base import on_example
 
     doc = read(cls.__doc__)
-    torch.manual_seed(0)
-    layer = cls(cls.example())
-    linear = isinstance(layer.innermost, nn.Linear)
+    layer = on_example(cls)
     sizes = {key: len(axis) for key, axis in rank_axes(layer).items()}
-    cost = cost_model(layer)
-    axes = []
-    for axis, tensors in layer.axes.items():
-        *opening, (closing, dim) = tensors.items()
-        factors = [f"`{tensor}` (dimension {d})" for tensor, d in opening]
-        axes.append(f"`{axis}`: {', '.join(factors)} and `{closing}` (dimension {dim}), which closes")
+    parameters, cost = cost_model(layer), layer.cost()
+    kind = type(layer.innermost).__name__
+    matrix = isinstance(layer.innermost, layers.MATRICES)
+    where = "On a {} x {} layer".format(*layer.shape) if matrix else f"On its example (`{kind}`)"
     units = []
     for key, axis in rank_axes(layer).items():
         most = axis.limits()[1]
         ceiling = f"at most {most} units" if most else "no ceiling"
-        units.append(f"{cost.marginal(key, sizes):,} parameters a unit, {sizes[key]} units by default, {ceiling}")
+        which = f"`{key.rpartition(':')[2]}`: " if len(sizes) > 1 else ""
+        units.append(
+            f"{which}{parameters.marginal(key, sizes):,} parameters a unit, {sizes[key]} units by default, {ceiling}"
+        )
     allocators = [a for a, allocator in own(ALLOCATORS).items() if allocator.works_with(name)]
     facts = {
         "Source": plain(doc.sections.get("Source", cls.source)),
         "Shapes": plain(doc.sections.get("Shapes", "")),
-        "Rank axes": "; ".join(axes) or "none: its cost is fixed",
-        "On a 24 x 48 layer" if linear else f"On a small {type(layer.innermost).__name__}": "; ".join(
-            [f"{cost.total(sizes):,} parameters with default arguments", *units]
-        ),
+        "Rank axes": "; ".join(axis_words(layer, axis) for axis in layer.axes) or "none: its cost is fixed",
+        where: "; ".join([f"{parameters.total(sizes):,} parameters with default arguments", *units]),
+        **({} if cost is None else cost_rows(cost)),
         "Merges into the weight": "yes" if cls.mergeable else "no",
-        "Wraps": ", ".join(f"`{kind.__name__}`" for kind in cls.accepts) if linear else cls.wraps_what(),
-        "Tied across layers": ", ".join(f"`{t}`" for t in cls.shared),
-        "Exempt from weight decay": ", ".join(f"`{t}`" for t in cls.no_decay),
-        "Axes can": ", ".join(["shrink", *sorted(cls.capabilities)]) if layer.axes else "",
+        "Wraps": cls.wraps_what(),
+        "Reads the weight": "yes: what it wraps must have a dense one" if layer.reads_weight else "",
+        "Splits fused projections": "yes, unless `split_fused` is false" if layer.reads_blocks else "",
+        "Starts at the base": "" if layer.starts_at_base else "no",
+        "Tied across layers": ", ".join(f"`{t}`" for t in layer.shared),
+        "Exempt from weight decay": ", ".join(f"`{t}`" for t in layer.no_decay),
+        "Axes can": ", ".join(["shrink", *sorted(layer.capabilities)]) if layer.axes else "",
         "Allocators that work": links(allocators),
         **{k: plain(v) for k, v in doc.sections.items() if k not in ("Source", "Shapes", "Args", "Raises")},
         "Errors": plain(doc.sections.get("Raises", "")),
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
     }
     init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
+    init_args = f"  init_args:\n{init_args}" if init_args else ""
     return "\n\n".join(
         [
             f"# {name}",
             f"```text\n{doc.summary}\n```",
-            *map(plain, doc.body),
+            *map(prose, doc.body),
             table([(k, v) for k, v in facts.items() if v], "", ""),
             "## Arguments",
             argument_table(cls),
             "In YAML, with every argument at its default:",
-            f"```yaml\nparameterization:\n- class_path: {name}\n  init_args:\n{init_args}```",
+            f"```yaml\nparameterization:\n- class_path: {name}\n{init_args}```",
         ]
     )
 
@@ -207,17 +239,18 @@ def allocator_page(name: str, cls: Any) -> str:
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
     }
     init_args = "".join(f"    {n}: {default}\n" for n, _, default, _ in arguments(cls))
+    init_args = f"  init_args:\n{init_args}" if init_args else ""
     return "\n\n".join(
         [
             f"# {name}",
             plain(doc.summary),
-            *map(plain, doc.body),
+            *map(prose, doc.body),
             table([(k, v) for k, v in facts.items() if v], "", ""),
             "## Arguments",
             argument_table(cls),
             "What `Allocator` gives every allocator is in [Configuration](../configuration.md#allocator).",
             "In YAML, with every argument at its default:",
-            f"```yaml\nallocator:\n  class_path: {name}\n  init_args:\n{init_args}```",
+            f"```yaml\nallocator:\n  class_path: {name}\n{init_args}```",
         ]
     )
 
@@ -231,8 +264,8 @@ def index_page() -> str:
     rows = [(links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source)) for n, c in methods.items()]
     movers = [(links([n]), plain(read(c.__doc__).summary), plain(c.source)) for n, c in allocators.items()]
     pairs = [
-        (links([name]), *("yes" if cls.works_with(method) else "no" for method in methods))
-        for name, cls in allocators.items()
+        (links([method]), *("yes" if cls.works_with(method) else "no" for cls in allocators.values()))
+        for method in methods
     ]
     toctree = "\n".join([*methods, *allocators])
     return "\n\n".join(
@@ -245,7 +278,7 @@ def index_page() -> str:
             table(movers, "name", "what moves", "source"),
             "## Which pairs work",
             "A method without a rank axis has nothing to move by itself. Nested with one that has an axis, it is a fixed cost.",
-            table(pairs, "", *methods),
+            table(pairs, "", *(links([name]) for name in allocators)),
             f"```{{toctree}}\n:hidden:\n\n{toctree}\n```",
         ]
     )

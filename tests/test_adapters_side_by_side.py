@@ -168,6 +168,19 @@ def test_gradients_reach_each_adapter_from_its_rows_alone():
     assert got == {"a", "b"}
 
 
+def test_recomputed_activations_see_the_same_rows_while_the_selection_lasts():
+    grads = []
+    for checkpointed in (False, True):
+        model = three().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with select_rows(model, ["a", None, "b"]):
+            model(IDS, labels=IDS, use_cache=False).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generating_a_batch(use_cache):
     model = three()
@@ -241,6 +254,16 @@ def test_a_wrapper_outside_of_a_deleted_one_forgets_what_it_computed_from_it():
     delete_adapter(model, "a")
     for _ in range(2):
         close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+def test_what_lost_what_it_wrapped_is_told_to_refresh(monkeypatch):
+    model, told = three(), []
+    for method in (HyperAdapt, LoRA, DoRA):
+        monkeypatch.setattr(method, "refresh", lambda self: told.append(self))
+    outside = [w for layer in wrapped_layers(model).values() for w in layer.nest if getattr(w.base, "name", "") == "a"]
+    delete_adapter(model, "a")
+    assert outside
+    assert told == outside
 
 
 def test_what_was_deleted_can_come_again():

@@ -17,7 +17,7 @@ from adaptrank.allocators import ALLOCATORS, AdaLoRA, Allocator, ElaLoRA
 from adaptrank.allocators.plans import Close, Resize
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.inject import adapt
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
+from adaptrank.parameterizations import PARAMETERIZATIONS, SVD, DoRA, HyperAdapt, LoRA, Parameterization
 from adaptrank.regularize import Regularize
 from adaptrank.testing import trainable
 
@@ -104,6 +104,71 @@ def test_the_registry():
     assert "Chosen" in ALLOCATORS
     assert AdaLoRA.works_with("LoRA")
     assert not AdaLoRA.works_with("HyperAdapt")
+
+
+@pytest.fixture
+def scratch():
+    """Classes defined in the test leave the registry with it."""
+    before = dict(PARAMETERIZATIONS._classes)
+    yield
+    PARAMETERIZATIONS._classes.clear()
+    PARAMETERIZATIONS._classes.update(before)
+
+
+def test_axes_that_depend_on_arguments_are_those_of_the_default_ones(scratch):
+    class Variants(LoRA):
+        axes = property(lambda self: {"rank": {"A": 0, "B": 1}} if self.init_args["rank"] > 1 else {})
+
+    class Fixed(Variants):
+        def __init__(self, base, *, rank=1):
+            super().__init__(base, rank=rank)
+
+    class Stiff(LoRA):
+        def __init__(self, base):
+            super().__init__(base)
+            self.capabilities = frozenset()
+
+    assert AdaLoRA.works_with("Variants")
+    assert not AdaLoRA.works_with("Fixed")
+    assert AdaLoRA.works_with("Stiff")
+    assert not ElaLoRA.works_with("Stiff")
+    with pytest.raises(ValueError, match=r"Fixed has no rank axis; use one of (?![^:]*Fixed)[^:]*Variants"):
+        fit(Toy(Fixed), ALL["AdaLoRA"]())
+    with pytest.raises(ValueError, match=r"can grow, and Stiff at maps\.0:rank cannot; use one of (?!.*Stiff).*LoRA"):
+        fit(Toy(Stiff), ALL["ElaLoRA"]())
+
+
+def test_what_cannot_be_nested_is_not_proposed(scratch):
+    class Gains(Parameterization):
+        """A trained gain of a norm."""
+
+        source, accepts, mergeable = "", (nn.LayerNorm,), True
+
+        def __init__(self, base):
+            super().__init__(base)
+            self.gain = self.zeros(len(base.weight))
+
+        weight = property(lambda self: self.base_weight + self.gain)
+        adapted = Parameterization.definition
+        example = classmethod(lambda cls: nn.LayerNorm(24))
+
+    class Unfinished(LoRA):
+        def __init__(self, base, *, needed):
+            super().__init__(base)
+
+    model = Toy()
+    model.maps = nn.ModuleList([Gains(nn.LayerNorm(16))])
+    with pytest.raises(ValueError, match=r"Gains has no rank axis; use one of [\w, ]+\.$") as said:
+        fit(model, ALL["AdaLoRA"]())
+    assert "Unfinished" not in str(said.value)
+
+
+def test_axes_that_are_frozen_are_not_called_missing():
+    model = Toy()
+    model.requires_grad_(False)
+    model.head = nn.Parameter(torch.zeros(()))
+    with pytest.raises(ValueError, match="no tensor of a rank axis of SVD is trained"):
+        fit(model, ALL["AdaLoRA"]())
 
 
 def test_scores_see_whole_unclipped_gradients_once_a_step_and_events_follow_the_step():
@@ -374,7 +439,7 @@ def test_arguments_out_of_range(arguments, sentence):
 
 def test_a_model_with_nothing_to_allocate():
     with pytest.raises(
-        ValueError, match=r"HyperAdapt has no rank axis; use one of .*LoRA.*, or nest one: \[HyperAdapt, LoRA\]"
+        ValueError, match=r"HyperAdapt has no rank axis; use one of .*LoRA.*, or nest one: \[HyperAdapt, \w+\]"
     ):
         fit(Toy(HyperAdapt), ALL["AdaLoRA"]())
     bare = Toy()

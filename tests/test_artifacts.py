@@ -46,7 +46,9 @@ def logits(model):
 def train_a_little(model, seed=3):
     """Move every adapter tensor off its start, and give layers uneven ranks."""
     for number, (key, axis) in enumerate(rank_axes(model).items()):
-        axis.resize(range(1 + number % len(axis)), number % 2, generator(seed, key, 1))
+        keep, largest = 1 + number % len(axis), axis.limits()[1]
+        grow = number % 2 if largest is None or keep < largest else 0
+        axis.resize(range(keep), grow, generator(seed, key, 1))
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -629,8 +629,18 @@ def test_methods_lists_the_registries(cli):
             assert re.search(rf"^  {name} .*{re.escape(cls.source)}$", out, re.MULTILINE), name
     found = json.loads(cli("methods", "--json")[1])
     lora = next(p for p in found["parameterizations"] if p["name"] == "LoRA")
-    assert lora["parameters"] == 8 * (24 + 48)
+    assert lora["parameters"] == 8 * (768 + 768)
     assert lora["axes"] == {"rank": 8}
+    assert lora["wraps"] == "Linear, Conv1D, Embedding or Conv2d"
+    assert lora["mergeable"] is lora["starts_at_base"] is True
+    assert lora["needs_weight"] is lora["splits_fused"] is False
+    assert lora["cost"]["flops_per_token"] == {"closed": 24_576, "measured": 24_576}
+    assert lora["cost"]["bytes_per_token"] == {"closed": 4 * (768 + 8), "measured": 4 * (768 + 8)}
+    assert re.search(r"^  LoRA +12,288 +24,576 +0 +3,104 ", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 110
+    for method in found["parameterizations"]:
+        if method["module"].startswith("adaptrank."):
+            assert all(cost["closed"] == cost["measured"] for cost in method["cost"].values()), method
     assert lora["arguments"]["alpha"] == 16.0
     assert found["works"]["ElaLoRA"] == {m: ALLOCATORS["ElaLoRA"].works_with(m) for m in found["works"]["ElaLoRA"]}
     assert found["works"]["ElaLoRA"]["HyperAdapt"] is False

@@ -210,3 +210,23 @@ def test_parts_know_the_fused_tensors_under_their_wrappers():
     nn.init.normal_(parts.q.B)
     assert torch.equal(parts.fused("weight"), layer.weight)
     assert torch.equal(parts.fused("bias"), layer.bias)
+
+
+# ---- a layer has names of its own
+
+
+def test_tensors_of_a_wrapper_may_have_the_names_of_the_layers_attributes():
+    """bitsandbytes' 8-bit layer has an `index`, for one."""
+
+    class Named(nn.Linear):
+        A, B, index = 1, 2, 3
+
+    layer = LoRA(Named(6, 4), rank=2)
+    layer.register_buffer("index", torch.arange(2))
+    assert isinstance(layer.A, nn.Parameter)
+    assert layer.index.tolist() == [0, 1]
+    assert layer.innermost.A == 1
+    assert set(layer.state_dict()) == {"base.weight", "base.bias", "A", "B", "index"}
+    for name in ("scale", "base", "A"):
+        with pytest.raises(KeyError, match="already exists"):
+            layer.register_buffer(name, torch.zeros(1))

@@ -24,7 +24,14 @@ from adaptrank.axes import (
     rank_axes,
     rank_cost,
 )
-from adaptrank.parameterizations.base import PARAMETERIZATIONS, adapted_part, wrapped_layers
+from adaptrank.parameterizations.base import (
+    PARAMETERIZATIONS,
+    Parameterization,
+    adapted_part,
+    on_example,
+    wrapped_layers,
+    wrappers,
+)
 from adaptrank.registry import Registry
 from adaptrank.regularize import add_penalty_gradients
 
@@ -270,22 +277,34 @@ class Allocator(Callback):
             )
 
     def _check_axes(self, pl_module: LightningModule) -> None:
-        name = type(self).__name__
+        name, fits = type(self).__name__, self._fitting()
+        suggestion = f"use one of {', '.join(fits)}" if fits else "no parameterization here can"
         if not self._axes:
-            methods = {type(w).__name__ for layer in wrapped_layers(pl_module).values() for w in layer.nest}
-            with_axes = [method for method, cls in PARAMETERIZATIONS.items() if cls.axes]
-            found = f"{', '.join(sorted(methods))} has no rank axis" if methods else "the model has no adapter"
-            nest = f", or nest one: [{sorted(methods)[0]}, LoRA]" if methods else ""
-            raise ValueError(f"{name} has nothing to allocate: {found}; use one of {', '.join(with_axes)}{nest}.")
+            found = wrappers(pl_module)
+            methods = ", ".join(sorted({type(wrapper).__name__ for wrapper in found}))
+            if any(wrapper.axes for wrapper in found):
+                raise ValueError(f"{name} has nothing to allocate: no tensor of a rank axis of {methods} is trained.")
+            what = f"{methods} has no rank axis" if methods else "the model has no adapter"
+            beside = _beside(next(iter(wrapped_layers(pl_module).values())), fits) if found else ""
+            raise ValueError(f"{name} has nothing to allocate: {what}; {suggestion}{beside}.")
         for key, axis in self._axes.items():
             missing = self.requires - axis.capabilities
             if missing:
                 method = type(axis.members[0][0]).__name__
-                fits = [m for m, cls in PARAMETERIZATIONS.items() if cls.axes and self.requires <= cls.capabilities]
                 raise ValueError(
-                    f"{name} needs axes that can {', '.join(sorted(missing))}, and {method} at {key} cannot; "
-                    f"{'use one of ' + ', '.join(fits) if fits else 'no parameterization here can'}."
+                    f"{name} needs axes that can {', '.join(sorted(missing))}, and {method} at {key} cannot; {suggestion}."
                 )
+
+    def _fitting(self) -> list[str]:
+        """Methods that this allocator works with."""
+        found = []
+        for method in PARAMETERIZATIONS:
+            try:
+                if self.works_with(method):
+                    found.append(method)
+            except Exception:  # a user's unfinished class must not hide the sentence that is to be said
+                continue
+        return found
 
     def _check_resume(self, phases: Phases) -> None:
         differs = []
@@ -480,9 +499,20 @@ class Allocator(Callback):
 
     @classmethod
     def works_with(cls, method: str) -> bool:
-        """Whether a parameterization, by its class name, has what this allocator needs."""
-        target = PARAMETERIZATIONS[method]
-        return bool(target.axes) and not inspect.isabstract(cls) and cls.requires <= target.capabilities
+        """Whether a parameterization, by its class name, has what this allocator needs, with its default arguments."""
+        layer = on_example(PARAMETERIZATIONS[method])
+        return bool(layer.axes) and not inspect.isabstract(cls) and cls.requires <= layer.capabilities
+
+
+def _beside(layer: Parameterization, methods: Sequence[str]) -> str:
+    """How to nest one of the methods on such a layer, for a sentence; empty where none can wrap it."""
+    kinds = {method: PARAMETERIZATIONS[method] for method in methods}
+    merges = all(wrapper.mergeable for wrapper in layer.nest)
+    fits = [m for m, cls in kinds.items() if cls.wraps(layer.innermost) and (merges or not cls.reads_weight)]
+    if not fits:
+        return ""
+    known = min(fits, key=lambda method: kinds[method].source)  # the oldest is the best known
+    return f", or nest one: [{', '.join([*(type(wrapper).__name__ for wrapper in layer.nest), known])}]"
 
 
 def _fit_before_load(module: torch.nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

@@ -120,12 +120,13 @@ def _methods(options: argparse.Namespace) -> None:
     elif options.pairs:
         print(_matrix(pairs, [p["name"] for p in made]))
     else:
-        print("Parameterizations; parameters are those of a layer with 48 inputs and 24 outputs at default arguments\n")
         print(
-            _columns(
-                [("", "parameters", "rank axes", "source"), *(_made_row(p) for p in made)], [p["formula"] for p in made]
-            )
+            f"Parameterizations at their default arguments, and what they add to a frozen {_reference_name()} in fp32:\n"
+            "trained parameters; FLOPs of the products of a forward, for each token and once a call; bytes that each\n"
+            "token keeps for the backward pass. By closed formulas; where a measurement differs, it is said beside.\n"
         )
+        head = ("", "parameters", "FLOPs/token", "FLOPs/call", "bytes/token", "source")
+        print(_columns([head, *(_made_row(p) for p in made)], [f"{p['formula']}\n{_made_words(p)}" for p in made]))
         print("\nAllocators: what moves ranks, on anything that has a rank axis (--pairs shows which)\n")
         print(_columns([("", "score", "needs", "source"), *(_moves_row(a) for a in moves)], [a["does"] for a in moves]))
         print(
@@ -133,25 +134,55 @@ def _methods(options: argparse.Namespace) -> None:
         )
 
 
+REFERENCE = 768
+"""Sides of the linear layer that costs are stated for."""
+
+
+def _reference_name() -> str:
+    return f"Linear of {REFERENCE} x {REFERENCE}"
+
+
 def describe_parameterization(cls: type[Any]) -> dict[str, Any]:
-    """Name, formula, source, axes and cost of a parameterization, from the class and one small layer in it."""
+    """What a parameterization is, and what it costs on one layer: the reference, or its example where it wraps something else.
+
+    Costs are as its closed formulas have them, and as they are measured.
+    """
     import torch
 
+    from adaptrank import testing
     from adaptrank.axes import cost_model, rank_axes
 
     holder = torch.nn.Module()
+    linear = torch.nn.Linear(REFERENCE, REFERENCE)
+    fits = cls.wraps(linear)
     with torch.random.fork_rng(devices=[]):
-        holder.layer = cls(cls.example())
-    axes = {key.rpartition(":")[2]: len(axis) for key, axis in rank_axes(holder).items()}
+        torch.manual_seed(0)
+        layer = holder.layer = cls(linear if fits else cls.example())
     sizes = {key: len(axis) for key, axis in rank_axes(holder).items()}
+    parameters = cost_model(holder).total(sizes)
+    testing.perturb(layer)  # at its start a method may save less
+    said = layer.cost()
+    flops, once, kept = testing.measure_cost(layer)
+    closed = (None, None, None) if said is None else (said.flops, said.flops_once, 4 * said.kept)
+    names = ("flops_per_token", "flops_per_call", "bytes_per_token")
     return {
         "name": cls.__name__,
         "formula": _first_sentence(cls),
         "source": cls.source,
-        "axes": axes,
-        "parameters": cost_model(holder).total(sizes),
-        "arguments": _arguments(cls, skip=1),
+        "axes": {key.rpartition(":")[2]: size for key, size in sizes.items()},
+        "wraps": cls.wraps_what(),
         "mergeable": cls.mergeable,
+        "needs_weight": layer.reads_weight,
+        "splits_fused": layer.reads_blocks,
+        "shared": list(layer.shared),
+        "starts_at_base": layer.starts_at_base,
+        "reference": _reference_name() if fits else f"{type(layer.innermost).__name__}, its own example",
+        "parameters": parameters,
+        "cost": {
+            name: {"closed": one, "measured": int(other) if other == int(other) else other}
+            for name, one, other in zip(names, closed, (flops, once, 4 * kept), strict=True)
+        },
+        "arguments": _arguments(cls, skip=1),
         "module": cls.__module__,
     }
 
@@ -189,8 +220,29 @@ def _first_sentence(cls: type[Any]) -> str:
 
 
 def _made_row(method: dict[str, Any]) -> tuple[str, ...]:
-    axes = ", ".join(f"{axis} {size}" for axis, size in method["axes"].items()) or "none: a fixed cost"
-    return method["name"], f"{method['parameters']:,}", axes, _or_dash(method["source"])
+    costs = [_cost(**method["cost"][name]) for name in method["cost"]]
+    return method["name"], f"{method['parameters']:,}", *costs, _or_dash(method["source"])
+
+
+def _cost(closed: int | None, measured: float) -> str:
+    if closed is None:
+        return f"{measured:,} (measured)"
+    return f"{closed:,}" if closed == measured else f"{closed:,} (measured {measured:,})"
+
+
+def _made_words(method: dict[str, Any]) -> str:
+    axes = ", ".join(f"{axis} {size}" for axis, size in method["axes"].items())
+    words = {
+        f"axes: {axes}" if axes else "no rank axis: a fixed cost": True,
+        f"wraps {method['wraps']}": True,
+        "merges" if method["mergeable"] else "does not merge": True,
+        "needs W": method["needs_weight"],
+        "splits fused projections": method["splits_fused"],
+        f"shared: {', '.join(method['shared'])}": method["shared"],
+        "does not start at the base": not method["starts_at_base"],
+        f"costs are those on {method['reference']}": method["reference"] != _reference_name(),
+    }
+    return "; ".join(word for word, true in words.items() if true)
 
 
 def _moves_row(allocator: dict[str, Any]) -> tuple[str, ...]:
@@ -207,15 +259,17 @@ def _or_dash(source: str) -> str:
 
 
 def _columns(rows: list[tuple[str, ...]], notes: list[str]) -> str:
-    """Aligned columns under a head; below each row its note, indented."""
+    """Aligned columns under a head; below each row the lines of its note, indented."""
     import textwrap
 
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    indent = " " * 6
     lines = []
     for position, row in enumerate(rows):
         lines.append("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
         if position:
-            lines += textwrap.wrap(notes[position - 1], 108, initial_indent="      ", subsequent_indent="      ")
+            for note in notes[position - 1].splitlines():
+                lines += textwrap.wrap(note, 108, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
 
 

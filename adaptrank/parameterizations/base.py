@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -127,6 +128,20 @@ class Parameterization(nn.Module, ABC):
             if hasattr(type(self), name) or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.innermost, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._claim(name, self._parameters)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        self._claim(name, self._buffers)
+        super().register_buffer(name, tensor, persistent)
+
+    def _claim(self, name: str, tensors: dict[str, Any]) -> None:
+        """Let a tensor have a name that the innermost layer has too; nn.Module would find it there, and refuse it."""
+        own = (self.__dict__, self._parameters, self._buffers, self._modules)
+        if not hasattr(type(self), name) and not any(name in names for names in own):
+            tensors[name] = None
 
     @classmethod
     def wraps(cls, layer: nn.Module) -> bool:
@@ -374,6 +389,15 @@ def _weight(self: Parameterization) -> Tensor:
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     cast(Parameterization, layer).refresh()
+
+
+@cache
+def on_example(cls: type[Parameterization]) -> Parameterization:
+    """The method with default arguments on its example, built once and only to be looked at: what a class cannot say, as its axes may
+    depend on arguments, this can."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(cls.example())
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

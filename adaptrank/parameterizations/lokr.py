@@ -1,0 +1,94 @@
+"""LoKr: a Kronecker product whose large factor is of low rank."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.kronecker import divisor
+
+
+class LoKr(Parameterization):
+    """W' = W + s A kron (B1 B2), with s = alpha / rank fixed at construction; A may be a product A1 A2 as well.
+
+    The rank is that of B; the change can have up to rank(A) times that. Inputs as a matrix X go through B2, A and B1, thin all
+    the way; neither B nor the product is formed. One factor starts at zero, so training starts at W.
+
+    Source: KronA, arXiv:2212.10650, with the factors of LyCORIS' LoKr, as in HF PEFT, whose defaults are rank 8 and alpha 8. HF PEFT leaves
+        B undivided from rank >= max(m2, n2) / 2 on; here it is a product whenever a rank is asked for.
+    Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2; decomposed, A1 (m1, r), A2 (r, n1) with r as at
+        construction. Parameters: m1 n1 + r (m2 + n2), or r (m1 + n1) + r (m2 + n2).
+    Args:
+        rank: number r of units of B.
+        alpha: numerator of the scale s.
+        factor: m1 and n1 are the largest divisors up to it; -1 makes m1 <= m2 and n1 <= n2 as equal as possible.
+        decompose_both: A = A1 A2 where rank < max(m1, n1) / 2.
+        zero: what starts at zero: "A" as in HF PEFT (where A is decomposed, A1), or "B" as in LyCORIS (B1).
+        dropout: probability of dropping an input element on the way to B2, in [0, 1).
+    Raises:
+        ValueError: if rank is below 1 or above min(m2, n2), or factor is neither -1 nor positive.
+    """
+
+    source = "arXiv:2212.10650"
+    axes = {"rank": {"B2": 0, "B1": 1}}
+    reads_blocks = True
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int = 4,
+        alpha: float = 8.0,
+        factor: int = -1,
+        decompose_both: bool = False,
+        zero: Literal["A", "B"] = "A",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(base)
+        m, n = self.shape
+        m1, n1 = divisor(m, factor), divisor(n, factor)
+        self.most = min(m // m1, n // n1)
+        if not 1 <= rank <= self.most:
+            raise ValueError(
+                f"rank={rank} does not fit B of {m // m1}x{n // n1} ({m}x{n} with factor={factor}); use 1 to {self.most}."
+            )
+        if zero not in ("A", "B"):
+            raise ValueError(f"zero={zero!r} is no factor; use 'A' or 'B'.")
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.decomposed = decompose_both and 2 * rank < max(m1, n1)
+        if self.decomposed:
+            self.A1, self.A2 = self.zeros(m1, rank), self.zeros(rank, n1)
+        else:
+            self.A = self.zeros(m1, n1)
+        self.B1, self.B2 = self.zeros(m // m1, rank), self.zeros(rank, n // n1)
+        kept_zero = ("A1" if self.decomposed else "A") if zero == "A" else "B1"
+        for name, parameter in self.own_parameters():
+            if name != kept_zero:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+    @property
+    def coarse(self) -> Tensor:
+        """A (m1, n1)."""
+        return self.A1 @ self.A2 if self.decomposed else self.A
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight + self.scale * torch.kron(self.coarse.contiguous(), self.B1 @ self.B2)
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        A = self.coarse
+        z = F.linear(self.dropout(x).unflatten(-1, (A.shape[1], -1)), self.B2)  # (..., n1, r)
+        z = torch.einsum("...ur,pu->...pr", z, A)
+        return self.scale * F.linear(z, self.B1).flatten(-2)
+
+    def cost(self) -> Cost:
+        (m, n), r, (m1, n1) = self.shape, len(self.B2), self.coarse.shape
+        once = 2 * m1 * n1 * self.A1.shape[1] if self.decomposed else 0
+        return Cost(flops=2 * r * (n + m1 * n1 + m), flops_once=once, kept=n + r * (n1 + m1))
+
+    def max_units(self, axis: str) -> int:
+        return self.most

@@ -1,0 +1,281 @@
+"""What a wrapper costs: time and memory of one layer, forward and backward, against the same layer frozen.
+
+    python benchmarks/layer_cost.py [--rounds 40] [--threads 1]
+
+Every registered method that wraps a linear layer is put on one of 768 x 768 with 1024 tokens, over float32 and over bfloat16, at
+its default arguments (rank 8 where there is a rank); others on their own example. The input takes a gradient, as within a model.
+
+- Time: in every round the frozen layer and then every method run once, so that a slow spell meets all of them. A ratio is taken
+  within a round; the table has medians and quartiles over the rounds.
+- Memory: what PyTorch's CPU allocator reports to torch.profiler, event by event. `held` is alive at the end of the forward pass,
+  `peak` the most there is until the end of the backward pass; both above the frozen layer's. The input is outside of both. It is
+  the same in every run; of the frozen layer it must be what arithmetic says, an output and a gradient, or the script stops.
+- Numbers kept for each token are the closed formulas of `cost()`, inputs that others keep as well included.
+
+Writes benchmarks/results/layer_cost.json and docs/results/layer_cost.md.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports every start and stop
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from adaptrank import PARAMETERIZATIONS, testing
+from adaptrank.parameterizations import Parameterization
+
+SIDE, TOKENS, RANK = 768, 1024, 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def build(cls: type[Parameterization], base: nn.Module) -> Parameterization:
+    """The method on this layer, away from its start."""
+    ranked = "rank" in inspect.signature(cls).parameters
+    torch.manual_seed(0)
+    layer = cls(base, **({"rank": RANK} if ranked else {}))
+    testing.perturb(layer, std=0.01)
+    return layer
+
+
+def linear(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(SIDE, SIDE).to(dtype).requires_grad_(False)
+
+
+def passes(module: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]:
+    """(forward, backward, forget the gradients) of a module at one input."""
+    x = x.detach().requires_grad_() if x.is_floating_point() else x
+    with torch.no_grad():
+        weights = torch.randn_like(module(x))
+    leaves = [x, *module.parameters()]
+
+    def forget() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    return lambda: module(x), lambda y: y.backward(weights), forget
+
+
+# ---- time
+
+
+def seconds(module: nn.Module, x: Tensor) -> Callable[[], float]:
+    """A function that runs a forward and a backward pass and returns how long they took."""
+    forward, backward, forget = passes(module, x)
+
+    def run() -> float:
+        start = time.perf_counter()
+        backward(forward())
+        end = time.perf_counter()
+        forget()
+        return end - start
+
+    run()
+    return run
+
+
+def time_ratios(frozen: nn.Module, layers: dict[str, Parameterization], x: Tensor, rounds: int) -> dict[str, Any]:
+    """Method -> quartiles of its time over the frozen layer's, which stands there under "" with milliseconds."""
+    runs = {name: seconds(module, x) for name, module in {"": frozen, **layers}.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        took = {name: run() for name, run in runs.items()}
+        for name, spent in took.items():
+            found[name].append(1000 * spent if name == "" else spent / took[""])
+    return {name: quartiles(values) for name, values in found.items()}
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+# ---- memory
+
+
+def memory(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """(held, peak) in bytes: alive after the forward pass, and the most until the end of the backward pass."""
+    forward, backward, forget = passes(module, x)
+    backward(forward())  # what is made once, and kept, is no activation
+    forget()
+    output = []
+    forwards = allocated(lambda: output.append(forward()))
+    output.clear()
+
+    def both() -> None:
+        backward(forward())
+        forget()
+
+    events = allocated(both)
+    if sum(events):
+        raise RuntimeError(f"{type(module).__name__}: {sum(events)} bytes more are alive after a pass than before.")
+    return sum(forwards), running_peak(events)
+
+
+def allocated(function: Callable[[], object]) -> list[int]:
+    """Bytes taken (above 0) and given back (below) on the CPU while the function runs, in their order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def running_peak(events: list[int]) -> int:
+    now = peak = 0
+    for change in events:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+# ---- the table
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Everything, as plain data."""
+    random = torch.Generator().manual_seed(0)
+    methods = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
+    on_linear = [name for name, cls in methods.items() if cls.wraps(nn.Linear(SIDE, SIDE))]
+    rows: dict[str, dict[str, Any]] = {name: {"linear": name in on_linear} for name in methods}
+    frozen: dict[str, Any] = {}
+    for dtype_name, dtype in DTYPES.items():
+        plain, built = linear(dtype), {}
+        for name in on_linear:
+            try:
+                built[name] = build(methods[name], linear(dtype))
+            except ValueError as error:
+                rows[name]["refused"] = str(error)
+        x = torch.randn(TOKENS, SIDE, generator=random).to(dtype)
+        held, peak = memory(plain, x)
+        output = TOKENS * SIDE * dtype.itemsize
+        if (
+            held != output or not 0 <= peak - 2 * output < 0.1 * output
+        ):  # the output, the input's gradient, and oneDNN's scratch
+            raise RuntimeError(
+                f"The allocator's report is not to be trusted: {held} and {peak} bytes of a frozen layer."
+            )
+        groups = [(plain, built, x)]
+        for name in sorted(methods.keys() - set(on_linear)):
+            torch.manual_seed(0)
+            own = build(methods[name], methods[name].example().to(dtype))
+            groups.append((own.base, {name: own}, own.example_input((TOKENS,), random)))
+        for base, layers, sample in groups:
+            times = time_ratios(base, layers, sample, rounds)
+            held, peak = memory(base, sample)
+            of_frozen = {"milliseconds": times.pop(""), "held": held, "peak": peak}
+            if base is plain:
+                frozen[dtype_name] = of_frozen
+            for name, layer in layers.items():
+                has = memory(layer, sample)
+                rows[name][dtype_name] = {"time": times[name], "held": has[0] - held, "peak": has[1] - peak}
+                if base is not plain:
+                    rows[name][dtype_name]["frozen"] = of_frozen
+                    rows[name]["example"] = type(base).__name__
+                rows[name]["parameters"] = sum(p.numel() for p in testing.trainable(layer).values())
+                cost = layer.cost()
+                rows[name]["cost"] = None if cost is None else vars(cost)
+    return {"machine": machine(), "rounds": rounds, "tokens": TOKENS, "side": SIDE, "frozen": frozen, "methods": rows}
+
+
+def machine() -> dict[str, Any]:
+    models = [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def page(found: dict[str, Any]) -> str:
+    """The results as a page of the documentation."""
+    here, frozen = found["machine"], found["frozen"]
+    ordered = sorted(
+        (name for name in found["methods"] if "fp32" in found["methods"][name]),
+        key=lambda name: found["methods"][name]["fp32"]["time"]["median"],
+    )
+    on_linear = [row(name, found["methods"][name]) for name in ordered if found["methods"][name]["linear"]]
+    others = [row(name, found["methods"][name]) for name in ordered if not found["methods"][name]["linear"]]
+    refused = [f"{name} is left out: {r['refused']}" for name, r in found["methods"].items() if "refused" in r]
+    milliseconds = " and ".join(
+        f"{frozen[dtype]['milliseconds']['median']:.1f} ms in {dtype} ({frozen[dtype]['peak'] / MIB:.1f} MiB at its peak)"
+        for dtype in DTYPES
+    )
+    parts = [
+        "# Cost of one layer",
+        f"Every method on a frozen linear layer of {SIDE} x {SIDE} with {TOKENS} tokens, forward and backward, against the same layer\n"
+        f"frozen, whose input takes a gradient as well: {milliseconds}. Default arguments, rank {RANK} where there is a rank.\n"
+        f"Written by `python benchmarks/layer_cost.py --rounds {found['rounds']} --threads {here['threads']}`.",
+        f"{here['processor']}, {here['cores']} cores, {here['threads']} thread(s); Python {here['python']}, PyTorch {here['torch']}.",
+        "- **FLOPs** are those of the products of a forward, for each token, and once a call; **kept** is how many numbers each token\n"
+        "  keeps for the backward pass, the layer's input included where the method needs it. Both are closed formulas, which the\n"
+        "  tests measure.\n"
+        f"- **Time** is the ratio to the frozen layer within a round, the median of {found['rounds']} rounds with its quartiles.\n"
+        "- **Held** and **peak** are MiB that PyTorch's CPU allocator reports above the frozen layer: alive between forward and backward,\n"
+        "  which adds up over the layers of a model; and the most at any moment of this one layer, which does not. The input, which was\n"
+        "  there before, counts in neither; a copy of it in another dtype does, and a gradient of the adapter counts in the peak.",
+        table(on_linear),
+    ]
+    if others:
+        parts += [
+            "Methods that wrap something else, each on its own small example, against that example frozen:",
+            table(others),
+        ]
+    return "\n\n".join([*parts, *refused]) + "\n"
+
+
+def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
+    cost = one["cost"] or {}
+    figures = [f"{cost[key]:,}" if cost else "not said" for key in ("flops", "flops_once", "kept")]
+    times = ["{median:.2f} ({low:.2f} to {high:.2f})".format(**one[dtype]["time"]) for dtype in DTYPES]
+    bytes_ = [f"{one[dtype][what] / MIB:.2f}" for what in ("held", "peak") for dtype in DTYPES]
+    example = f" on `{one['example']}`" if "example" in one else ""
+    return f"{name}{example}", f"{one['parameters']:,}", *figures, *times, *bytes_
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    header = (
+        *("method", "parameters", "FLOPs/token", "FLOPs/call", "kept/token", "time fp32", "time bf16"),
+        *("held fp32", "held bf16", "peak fp32", "peak bf16"),
+    )
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "layer_cost.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "layer_cost.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = measure(args.rounds)
+    text = page(found)
+    for file, content in ((args.json, json.dumps(found, indent=1) + "\n"), (args.page, text)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

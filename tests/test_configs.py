@@ -1,0 +1,63 @@
+"""Every configuration that ships, for a few steps on a tiny model: its methods, its targets, its allocator and its data."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adaptrank import load_adapter
+from adaptrank.axes import rank_axes
+from adaptrank.cli import main
+from adaptrank.parameterizations.base import wrapped_layers
+
+CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+STEPS = 4
+
+
+def short(config, backbones):
+    """The same run on a tiny model of its kind: less data, fewer steps, events as soon and as often as can be."""
+    task = config["model"]["class_path"].rpartition(".")[2]
+    arguments = config["model"]["init_args"]
+    arguments["backbone"] = backbones[task]
+    arguments["dtype"] = "fp32"
+    config["data"].setdefault("init_args", {}).update(batch_size=4, train_size=8 * STEPS, val_size=4)
+    config["trainer"] = {**config["trainer"], "max_epochs": None, "max_steps": STEPS, "accelerator": "cpu"}
+    config["trainer"].update(enable_progress_bar=False, log_every_n_steps=1)
+    if config.get("allocator"):
+        schedule = config["allocator"].setdefault("init_args", {})
+        schedule.update(every=1, warmup=1, final=1)
+        schedule.pop("budget", None)  # is that of the large model
+    return config
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_configuration_trains_and_leaves_an_adapter(file, tiny_llama, tiny_bert, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    backbones = {"CausalLM": tiny_llama, "SequenceClassification": tiny_bert}
+    config = short(yaml.safe_load(file.read_text(encoding="utf-8")), backbones)
+    (tmp_path / file.name).write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / file.name), "--runs", str(tmp_path / "runs"), "--evaluate", "false"])
+    folder = tmp_path / "runs" / file.stem / "0"
+
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in logged if "train_loss" in line]
+    assert len(losses) == STEPS
+    assert all(map(math.isfinite, losses))
+    if config.get("allocator"):
+        assert (folder / "ranks.jsonl").read_text(), "no event"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+
+    if "Causal" in config["model"]["class_path"]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    else:
+        labels = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base"]["num_labels"]
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=labels)
+    load_adapter(model, folder / "adapter")
+    assert len(wrapped_layers(model)) == sum(
+        kind["count"] for kind in summary["layers"] if kind["method"] != "trained whole"
+    )
+    assert sum(len(axis) for axis in rank_axes(model).values()) == summary["ranks"]

@@ -1,0 +1,103 @@
+"""What only sums of Kronecker products promise."""
+
+import pytest
+import torch
+from test_hyperadapt import meta
+from test_lora import LLAMA_7B, total
+from torch import nn
+
+from adaptrank import testing
+from adaptrank.inject import adapt
+from adaptrank.parameterizations import Kronecker
+from adaptrank.parameterizations.kronecker import divisor
+
+
+def build(base=None, **arguments):
+    layer = Kronecker(base or nn.Linear(48, 24).double(), **arguments)
+    testing.perturb(layer)
+    return layer
+
+
+def test_closed_count():
+    build = testing.builder(Kronecker, nn.Linear(48, 24))
+    testing.check_parameter_count(build, lambda m, n: 4 * (4 * 6 + 6 * 8))
+
+
+def test_count_on_real_layers():
+    """64 x 64 blocks of 64 x 64, or of 172 x 64: one product a layer."""
+    model = adapt(meta(LLAMA_7B, 32), "all-linear", lambda base: Kronecker(base, rank=1))
+    square, wide = 64 * 64 * 2, 86 * 64 + 128 * 64
+    assert total(model) == 32 * (3 * square + 2 * wide)
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 3, 5, 24])
+@pytest.mark.parametrize("base", [nn.Linear(48, 24), nn.Embedding(48, 24), nn.Conv2d(12, 24, 2, padding=1)])
+def test_every_factor_is_exact(base, factor):
+    build = testing.builder(Kronecker, base.double(), rank=2, factor=factor)
+    for check in (
+        testing.check_identity,
+        testing.check_definition,
+        testing.check_exact_gradients,
+        testing.check_growth,
+    ):
+        check(build)
+
+
+def test_a_convolution_without_a_batch():
+    layer = build(nn.Conv2d(12, 24, 2).double())
+    x = torch.randn(12, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), layer.definition(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (6, 48), (48, 6)])
+def test_both_orders_compute_the_same_and_the_cheaper_is_taken(shape, monkeypatch):
+    m, n = shape
+    layer = build(nn.Linear(n, m).double(), factor=3)
+    x = torch.randn(5, n, dtype=torch.float64)
+    taken, cost = layer._coarse_first(), layer.cost().flops
+    results = []
+    for coarse_first in (True, False):
+        monkeypatch.setattr(layer, "_coarse_first", lambda first=coarse_first: first)
+        results.append(layer(x))
+        assert layer.cost().flops >= cost
+        assert (layer.cost().flops == cost) or coarse_first != taken
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_one_product_can_have_full_rank():
+    layer = build(rank=1)
+    assert torch.linalg.matrix_rank(layer.weight - layer.base_weight) == 24
+
+
+def test_a_rearranged_change_has_one_rank_a_product():
+    """Van Loan: as (m1 n1, m2 n2) a Kronecker product is a rank-one matrix, so the SVD recovers planted terms."""
+    layer = build(rank=3)
+    (_, m1, n1), (_, m2, n2) = layer.A.shape, layer.B.shape
+    change = (layer.weight - layer.base_weight).detach()
+    rearranged = change.view(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
+    U, S, Vh = torch.linalg.svd(rearranged)
+    assert int((1e-10 * S[0] < S).sum()) == 3
+    terms = [torch.kron((S[k] * U[:, k]).view(m1, n1).contiguous(), Vh[k].view(m2, n2).contiguous()) for k in range(3)]
+    torch.testing.assert_close(sum(terms), change, rtol=1e-10, atol=1e-10)
+
+
+def test_the_norm_of_a_unit_is_the_product_of_its_factors_norms():
+    layer = build(rank=1)
+    have = (layer.weight - layer.base_weight).norm()
+    torch.testing.assert_close(have, layer.A.norm() * layer.B.norm(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "found"),
+    [(48, -1, 6), (24, -1, 4), (768, -1, 24), (3072, 4, 4), (30, 4, 3), (7, -1, 1), (4, 9, 4)],
+)
+def test_divisors(size, factor, found):
+    assert divisor(size, factor) == found
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="rank=0: a Kronecker has at least one product"):
+        Kronecker(nn.Linear(4, 4), rank=0)
+    with pytest.raises(ValueError, match="factor=0: use -1 for factors as equal as possible"):
+        Kronecker(nn.Linear(4, 4), factor=0)
