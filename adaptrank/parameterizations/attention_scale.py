@@ -199,7 +199,7 @@ def _by_hand(
     """softmax(factor * Z + mask) V, one step after the other."""
     odd = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     if odd or (isinstance(mask, Tensor) and mask.dim() < 4) or not isinstance(mask, Tensor | None):
-        what = f"{odd[0]}" if odd else "a mask that is no (batch, heads, queries, keys)"
+        what = odd[0] if odd else f"mask of shape {tuple(getattr(mask, 'shape', ()))}"
         raise ValueError(
             f"AttentionScale computes lite and full by hand, and knows no {what}; load the model with sdpa, or use form='scalar'."
         )

@@ -234,7 +234,7 @@ def _unfit(body: Any) -> str | None:
         or getattr(config, "add_cross_attention", False)
     ):
         return "encoder-decoders keep two caches; use a decoder-only model"
-    if any(getattr(module, "is_causal", True) is False for module in body.modules()):
+    if any(getattr(one, "is_causal", True) is False for one in (config, *body.modules())):
         return "its tokens see those after them; use a causal language model"
     kinds = [type(layer) for layer in DynamicCache(config=config).layers]
     if len(kinds) != config.num_hidden_layers or any(kind is not DynamicLayer for kind in kinds):
