@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
 from adaptrank.registry import Registry
@@ -109,6 +110,13 @@ class Parameterization(nn.Module, ABC):
             raise TypeError(f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}.")
         if reason := layers.unsupported(innermost):
             raise TypeError(f"{name}: {reason}.")
+        if not self.mergeable:
+            if layers.is_read(innermost):
+                raise TypeError(
+                    f"{name} has no dense form, and nn.MultiheadAttention reads the weight of its out_proj instead of calling "
+                    f"it; leave it out."
+                )
+            self.call_it()
         if not isinstance(base, Parameterization):
             training = {id(p) for p in adapter_parameters(base)}  # a module may hold layers that are wrapped already
             for parameter in base.parameters():
@@ -327,6 +335,10 @@ class Parameterization(nn.Module, ABC):
             return layers.channels_first(plain, layers.channels_last(plain, y) + values["bias"])
         return torch.func.functional_call(plain, values, args, kwargs)
 
+    def call_it(self) -> RemovableHandle:
+        """Have torch's nn.TransformerEncoderLayer call this layer where it would read its weight: a module with a hook is called."""
+        return self.register_forward_pre_hook(_nothing)
+
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trainable tensor of zeros on the base's device, in the adapter's dtype."""
         return nn.Parameter(torch.zeros(*shape, device=layers.device(self.innermost), dtype=self.adapter_dtype))
@@ -385,6 +397,10 @@ def _weight(self: Parameterization) -> Tensor:
     if not hasattr(self.innermost, "weight"):
         raise AttributeError(f"{type(self.innermost).__name__} has no weight.")
     return self.dense().to(layers.dtype(self.innermost))
+
+
+def _nothing(layer: nn.Module, arguments: object) -> None:
+    """A hook that only is there."""
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
