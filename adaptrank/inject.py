@@ -466,6 +466,13 @@ def _wrap(
     made = wrapper.nest[len(before) :]
     for one in made:
         one.name = name
+        if not one.mergeable:
+            if kinds.is_read(one.innermost):
+                raise TypeError(
+                    f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, and {type(one).__name__} "
+                    f"has none; exclude it."
+                )
+            one.call_it()
     if carried:
         if [(type(w), w.init_args) for w in made] == [(type(w), w.init_args) for w in carried]:
             return None

@@ -101,6 +101,9 @@ class Parameterization(nn.Module, ABC):
         elif isinstance(formula, property) and not getattr(formula, "__isabstractmethod__", False):
             type.__setattr__(cls, "_formula", formula.fget)
             type.__setattr__(cls, "weight", property(_weight, doc="W' (m, n), in the dtype of the frozen weight."))
+        if isinstance(bias := cls.__dict__.get("bias"), property):
+            type.__setattr__(cls, "_trained_bias", bias.fget)
+            type.__setattr__(cls, "bias", property(_bias, doc="The bias, in the dtype of the frozen weight."))
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -110,13 +113,6 @@ class Parameterization(nn.Module, ABC):
             raise TypeError(f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}.")
         if reason := layers.unsupported(innermost):
             raise TypeError(f"{name}: {reason}.")
-        if not self.mergeable:
-            if layers.is_read(innermost):
-                raise TypeError(
-                    f"{name} has no dense form, and nn.MultiheadAttention reads the weight of its out_proj instead of calling "
-                    f"it; leave it out."
-                )
-            self.call_it()
         if not isinstance(base, Parameterization):
             training = {id(p) for p in adapter_parameters(base)}  # a module may hold layers that are wrapped already
             for parameter in base.parameters():
@@ -283,8 +279,14 @@ class Parameterization(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The bias (m,) of what this computes: the innermost's, which every nest adds once, unless a method trains it."""
+        return self._trained_bias()
+
+    def _trained_bias(self) -> Tensor | None:
+        """The bias in the adapter's dtype where a method trains it, else the frozen one."""
         base = self.base
-        return base.bias if isinstance(base, Parameterization) else cast(Tensor | None, getattr(base, "bias", None))
+        if isinstance(base, Parameterization):
+            return base._trained_bias()
+        return cast(Tensor | None, getattr(base, "bias", None))
 
     @property
     def base_weight(self) -> Tensor:
@@ -319,8 +321,9 @@ class Parameterization(nn.Module, ABC):
         if not self.enabled:
             return inner
         values = {**inner, "weight": layers.stored(self.innermost, self.dense())}
-        if self.bias is not None and self.bias is not getattr(self.innermost, "bias", None):
-            values["bias"] = self.bias
+        bias = self._trained_bias()
+        if bias is not None and bias is not getattr(self.innermost, "bias", None):
+            values["bias"] = bias
         return values
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
@@ -349,9 +352,10 @@ class Parameterization(nn.Module, ABC):
             return self.base(*args, **kwargs)
         if self.rows is None:
             return self.adapted(*args, **kwargs)
-        (x,), (rows, batch) = args, self.rows
-        if kwargs or not isinstance(x, Tensor) or len(x) != batch:
-            got = f"{len(x)} rows" if isinstance(x, Tensor) else type(x).__name__
+        rows, batch = self.rows
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(x, Tensor) or len(x) != batch:
+            got = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
             raise ValueError(f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}.")
         y = cast(Tensor, self.base(x))
         if not len(rows):
@@ -397,6 +401,11 @@ def _weight(self: Parameterization) -> Tensor:
     if not hasattr(self.innermost, "weight"):
         raise AttributeError(f"{type(self.innermost).__name__} has no weight.")
     return self.dense().to(layers.dtype(self.innermost))
+
+
+def _bias(self: Parameterization) -> Tensor | None:
+    bias = self._trained_bias()
+    return None if bias is None else bias.to(layers.dtype(self.innermost))
 
 
 def _nothing(layer: nn.Module, arguments: object) -> None:
