@@ -279,7 +279,7 @@ class Parameterization(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The bias (m,) of what this computes: the innermost's, which every nest adds once, unless a method trains it."""
-        return self._trained_bias()
+        return Parameterization._trained_bias(self)  # a method that trains it starts from `super().bias`
 
     def _trained_bias(self) -> Tensor | None:
         """The bias in the adapter's dtype where a method trains it, else the frozen one."""
