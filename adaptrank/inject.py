@@ -184,10 +184,17 @@ def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     activations are recomputed (gradient checkpointing), the backward pass belongs inside as well.
 
     Raises:
-        ValueError: for a name no wrapper has; within, for a batch of another size.
+        ValueError: for a name no wrapper has, or an adapter on a layer that the model reads instead of calling; within, for a
+            batch of another size.
     """
     _check_names(model, [name for name in names if name is not None])
+    if path := next((p for p, layer in wrapped_layers(model).items() if kinds.is_read(layer.innermost)), None):
+        raise ValueError(
+            f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, for all rows at once; adapt with "
+            f"exclude=[{_last(path)!r}] to select rows."
+        )
     before = [(wrapper, wrapper.rows) for wrapper in wrappers(model)]
+    hooks = [wrapper.call_it() for wrapper, _ in before]
     try:
         for wrapper, _ in before:
             rows = [row for row, name in enumerate(names) if name == wrapper.name]
@@ -195,6 +202,8 @@ def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
             wrapper.rows = (torch.tensor(rows, dtype=torch.long, device=device), len(names))
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for wrapper, rows_before in before:
             wrapper.rows = rows_before
 
@@ -457,6 +466,13 @@ def _wrap(
     made = wrapper.nest[len(before) :]
     for one in made:
         one.name = name
+        if not one.mergeable:
+            if kinds.is_read(one.innermost):
+                raise TypeError(
+                    f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, and {type(one).__name__} "
+                    f"has none; exclude it."
+                )
+            one.call_it()
     if carried:
         if [(type(w), w.init_args) for w in made] == [(type(w), w.init_args) for w in carried]:
             return None

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
@@ -51,6 +52,11 @@ def unsupported(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "an embedding with max_norm rewrites its weight in the forward pass; leave it out"
     return None
+
+
+def is_read(layer: nn.Module) -> bool:
+    """Whether the module that holds the layer reads its weight and never calls it: the `out_proj` of nn.MultiheadAttention."""
+    return isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def quantized(layer: nn.Module) -> bool:

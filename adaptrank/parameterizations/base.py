@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
 from adaptrank.registry import Registry
@@ -100,6 +101,9 @@ class Parameterization(nn.Module, ABC):
         elif isinstance(formula, property) and not getattr(formula, "__isabstractmethod__", False):
             type.__setattr__(cls, "_formula", formula.fget)
             type.__setattr__(cls, "weight", property(_weight, doc="W' (m, n), in the dtype of the frozen weight."))
+        if isinstance(bias := cls.__dict__.get("bias"), property):
+            type.__setattr__(cls, "_trained_bias", bias.fget)
+            type.__setattr__(cls, "bias", property(_bias, doc="The bias, in the dtype of the frozen weight."))
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -275,8 +279,14 @@ class Parameterization(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The bias (m,) of what this computes: the innermost's, which every nest adds once, unless a method trains it."""
+        return Parameterization._trained_bias(self)  # a method that trains it starts from `super().bias`
+
+    def _trained_bias(self) -> Tensor | None:
+        """The bias in the adapter's dtype where a method trains it, else the frozen one."""
         base = self.base
-        return base.bias if isinstance(base, Parameterization) else cast(Tensor | None, getattr(base, "bias", None))
+        if isinstance(base, Parameterization):
+            return base._trained_bias()
+        return cast(Tensor | None, getattr(base, "bias", None))
 
     @property
     def base_weight(self) -> Tensor:
@@ -311,8 +321,9 @@ class Parameterization(nn.Module, ABC):
         if not self.enabled:
             return inner
         values = {**inner, "weight": layers.stored(self.innermost, self.dense())}
-        if self.bias is not None and self.bias is not getattr(self.innermost, "bias", None):
-            values["bias"] = self.bias
+        bias = self._trained_bias()
+        if bias is not None and bias is not getattr(self.innermost, "bias", None):
+            values["bias"] = bias
         return values
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,6 +338,10 @@ class Parameterization(nn.Module, ABC):
             return layers.channels_first(plain, layers.channels_last(plain, y) + values["bias"])
         return torch.func.functional_call(plain, values, args, kwargs)
 
+    def call_it(self) -> RemovableHandle:
+        """Have torch's nn.TransformerEncoderLayer call this layer where it would read its weight: a module with a hook is called."""
+        return self.register_forward_pre_hook(_nothing)
+
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trainable tensor of zeros on the base's device, in the adapter's dtype."""
         return nn.Parameter(torch.zeros(*shape, device=layers.device(self.innermost), dtype=self.adapter_dtype))
@@ -337,9 +352,10 @@ class Parameterization(nn.Module, ABC):
             return self.base(*args, **kwargs)
         if self.rows is None:
             return self.adapted(*args, **kwargs)
-        (x,), (rows, batch) = args, self.rows
-        if kwargs or not isinstance(x, Tensor) or len(x) != batch:
-            got = f"{len(x)} rows" if isinstance(x, Tensor) else type(x).__name__
+        rows, batch = self.rows
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(x, Tensor) or len(x) != batch:
+            got = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
             raise ValueError(f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}.")
         y = cast(Tensor, self.base(x))
         if not len(rows):
@@ -385,6 +401,15 @@ def _weight(self: Parameterization) -> Tensor:
     if not hasattr(self.innermost, "weight"):
         raise AttributeError(f"{type(self.innermost).__name__} has no weight.")
     return self.dense().to(layers.dtype(self.innermost))
+
+
+def _bias(self: Parameterization) -> Tensor | None:
+    bias = self._trained_bias()
+    return None if bias is None else bias.to(layers.dtype(self.innermost))
+
+
+def _nothing(layer: nn.Module, arguments: object) -> None:
+    """A hook that only is there."""
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:

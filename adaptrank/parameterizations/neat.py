@@ -128,4 +128,5 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] @ ctx.W().T, None
+        W = ctx.W()
+        return grads[0].to(W.dtype) @ W.T, None  # of autocast's product the gradient comes in half precision
