@@ -330,7 +330,9 @@ def _left_out(model: nn.Module) -> frozenset[int]:
 def _method(maker: ParameterizationCallable) -> type[Parameterization]:
     """The class that a maker makes, as far as one can tell."""
     while isinstance(maker, functools.partial):
-        maker = maker.func
+        # What a YAML file names comes as partial(call, build, cls, ...).
+        given = (one for one in maker.args if isinstance(one, type) and issubclass(one, Parameterization))
+        maker = next(given, maker.func)
     maker = getattr(maker, "parameterization", maker)
     return maker if isinstance(maker, type) and issubclass(maker, Parameterization) else Parameterization
 

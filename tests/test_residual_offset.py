@@ -1,6 +1,7 @@
 """What only ResidualOffset promises."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -89,3 +90,19 @@ def test_it_wraps_matrices_only():
     assert ResidualOffset.wraps(Conv1D(4, 4))
     with pytest.raises(TypeError, match="ResidualOffset wraps Linear or Conv1D, not LayerNorm"):
         ResidualOffset(nn.LayerNorm(4))
+
+
+def test_all_means_what_the_method_wraps_also_where_a_function_builds_it():
+    """As it does for a YAML file, whose parser hands over partial(call, build, cls, ...)."""
+
+    def call(build, cls, base):
+        return build(cls, base)
+
+    def build(cls, base):
+        return cls(base)
+
+    with pytest.raises(ValueError, match="No layer matches targets='all'"):
+        adapt(nn.Sequential(nn.LayerNorm(4)), "all", partial(call, build, ResidualOffset))
+    model = adapt(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "all", partial(call, build, ResidualOffset))
+    assert isinstance(model[0], ResidualOffset)
+    assert isinstance(model[1], nn.LayerNorm)
