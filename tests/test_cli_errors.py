@@ -105,7 +105,7 @@ BROKEN = {
     "unknown model": (("model", "class_path"), "CausalML", ["'CausalML'", "'CausalLM'", "SequenceClassification"]),
     "unknown data": (("data", "class_path"), "ArithmeticProblem", ["'ArithmeticProblems'"]),
     "unknown allocator": (("allocator", "class_path"), "ElaLora", ["'ElaLora'", "did you mean 'ElaLoRA'"]),
-    "unknown method": ((*METHODS, 0), "HyperAdpat", ["'HyperAdpat'", "'HyperAdapt'", "SVD"]),
+    "unknown method": ((*METHODS, 0), "HyperAdpat", ["'HyperAdpat'", "'HyperAdapt'", "DoRA"]),
     "unknown optimizer": (
         ("model", "init_args", "optimizer", "class_path"),
         "torch.optim.AdmW",
@@ -148,7 +148,7 @@ BROKEN = {
     "nothing to train": (ENTRY[:-1], None, ["Nothing to train"]),
     "no layer": ((*ENTRY, "targets"), ["q_porj"], ["q_porj", "Did you mean 'q_proj'"]),
     "impossible schedule": (("trainer", "max_steps"), 3, ["would never act", "raise max_steps"]),
-    "nothing to allocate": (METHODS, ["HyperAdapt"], ["nothing to allocate", "[HyperAdapt, LoRA]"]),
+    "nothing to allocate": (METHODS, ["HyperAdapt"], ["nothing to allocate", "or nest one: [HyperAdapt, "]),
     "two allocators": (
         ("trainer", "callbacks"),
         [{"class_path": "AdaLoRA"}],
