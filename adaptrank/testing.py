@@ -520,7 +520,7 @@ def check_cost(build: Build, sample: Sample = normal_input) -> None:
 def measure_cost(layer: Parameterization, sample: Sample = normal_input) -> tuple[float, float, float]:
     """(flops, flops_once, kept) of a wrapper over its frozen layer, as `Cost` means them, of a run with few and many tokens."""
     found = []
-    for leading in ((16,), (80,)):
+    for leading in ((4,), (10,)):
         x = sample(layer, leading)
         tokens = layers.channels_last(layer.innermost, output(layer.base, x)).shape[:-1].numel()
         both = [_run_cost(module, x) for module in (layer, layer.base)]

@@ -65,6 +65,37 @@ def test_both_orders_compute_the_same_and_the_cheaper_is_taken(shape, monkeypatc
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"rank": 1}, {"rank": 8}, {"dropout": 0.5}])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_many_tokens_compute_the_same_as_few(arguments, conv1d, monkeypatch):
+    """Where the change is built once a call: outputs and gradients, and the start to the last bit."""
+    base = nn.Linear(48, 24).double()
+    layer = Kronecker(testing.conv1d(base) if conv1d else base, **arguments).eval()
+    x = torch.randn(3, 40, 48, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer(x), layer.base(x))
+    testing.perturb(layer)
+    thin = torch.cat([layer(part) for part in x.view(120, 48).split(1)]).view(3, 40, 24)
+    torch.testing.assert_close(layer(x), thin, rtol=1e-11, atol=1e-11)
+    leaves = [x, layer.A, layer.B]
+    have, want = (torch.autograd.grad(y.square().sum(), leaves) for y in (layer(x), thin))
+    for one, other in zip(have, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    if "rank" not in arguments:
+        monkeypatch.setattr(layer, "delta", None)  # the path for many tokens does not go through it
+        layer(x)
+
+
+def test_many_tokens_in_half_precision_keep_a_change_below_the_rounding_of_the_weight():
+    layer = Kronecker(nn.Linear(48, 24, bias=False).bfloat16())
+    nn.init.constant_(layer.base.weight, 1.0)
+    nn.init.constant_(layer.A, 1.0)
+    with torch.no_grad():
+        layer.B[:, :, 0] = 1e-4
+    x = torch.zeros(40, 48, dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = 1, -1  # the frozen part cancels
+    torch.testing.assert_close(layer(x).float(), torch.full((40, 24), 4e-4), rtol=1e-2, atol=0)
+
+
 def test_one_product_can_have_full_rank():
     layer = build(rank=1)
     assert torch.linalg.matrix_rank(layer.weight - layer.base_weight) == 24

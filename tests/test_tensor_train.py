@@ -132,6 +132,8 @@ def test_scale_of_a_unit_stays_when_bonds_move():
 
 
 def test_tensor_train_errors():
+    with pytest.raises(ValueError, match="init='nonsense' is unknown; use 'zero_last' or 'released'"):
+        TensorTrain(nn.Linear(48, 24), init="nonsense")
     with pytest.raises(ValueError, match=r"in_modes=\[5, 7\] does not multiply to 48; use \[6, 8\], or leave it out"):
         TensorTrain(nn.Linear(48, 24), in_modes=[5, 7])
     with pytest.raises(ValueError, match="rank=0, tt_rank=5: use 1 or more of both"):
@@ -161,6 +163,13 @@ def test_count_of_an_adapter():
     assert total(model) == 1_560 + 64 + 768
 
 
+@pytest.mark.parametrize("position", ["output", "input"])
+def test_the_released_start_of_an_adapter(position):
+    build = testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), init="released", position=position)
+    for check in (testing.check_identity, testing.check_training, *CHECKS):
+        check(build)
+
+
 def test_the_released_start_of_an_adapter_draws_everything():
     layer = TensorTrainAdapter(nn.Linear(48, 24), init="released")
     assert all(parameter.any() for _, parameter in layer.own_parameters())
@@ -181,7 +190,9 @@ def test_an_adapter_is_outermost_and_does_not_merge():
 
 
 def test_adapter_errors():
-    with pytest.raises(ValueError, match="position='middle', activation='relu': use 'output' or 'input'"):
+    with pytest.raises(ValueError, match="init='nonsense' is unknown; use one of zero_last, released"):
+        TensorTrainAdapter(nn.Linear(48, 24), init="nonsense")
+    with pytest.raises(ValueError, match="position='middle' is unknown; use one of output, input"):
         TensorTrainAdapter(nn.Linear(48, 24), position="middle")
     with pytest.raises(ValueError, match=r"modes=\[5\] does not multiply to 24; use \[4, 6\]"):
         TensorTrainAdapter(nn.Linear(48, 24), modes=[5])

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
@@ -12,9 +13,11 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 class Kronecker(Parameterization):
     """W' = W + s sum_k A_k kron B_k: a sum of r Kronecker products; A is the coarse factor, whose entries scale blocks of B's size.
 
-    One product can already have full rank: rank(A kron B) = rank(A) rank(B). What is computed is A (B X) or (A X) B on the input
-    as a matrix X, whichever is cheaper; the product is never formed. B starts at zero, so training starts at W. A side whose
-    size is prime has no factors: its A is then 1 wide, and B as wide as the layer.
+    One product can already have full rank: rank(A kron B) = rank(A) rank(B). Of few tokens or products, what is computed is
+    A (B X) or (A X) B on the input as a matrix X, whichever is cheaper. From three products and max(m, n) / r tokens on, the change
+    of a linear layer is built once a call, in one product of 2 r m n operations, and multiplies all tokens: there it was
+    measured to be faster, 1.6 to 2.4 times at 768 x 768 with r = 4 to 8. B starts at zero, so training starts at W. A side
+    whose size is prime has no factors: its A is then 1 wide, and B as wide as the layer.
 
     Source: KronA, arXiv:2212.10650, which is the case r = 1 with a tuned s; only its abstract was read. The balanced factors are the rule of
         HF PEFT's and LyCORIS' LoKr.
@@ -52,6 +55,18 @@ class Kronecker(Parameterization):
     def weight(self) -> Tensor:
         products = (torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(self.A, self.B, strict=True))
         return self.base_weight + self.scale * sum(products, self.B.new_zeros(()))
+
+    def adapted(self, x: Tensor) -> Tensor:
+        plain, r = self.innermost, len(self.A)
+        if not isinstance(plain, layers.LINEAR) or r < 3 or r * (x.numel() // x.shape[-1]) < max(self.shape):
+            y: Tensor = super().adapted(x)
+            return y
+        change = torch.einsum("kpu,kqv->pquv", self.A, self.scale * self.B).reshape(self.shape)
+        in_half = torch.is_autocast_enabled(x.device.type) or x.dtype != change.dtype
+        if type(self.base) is nn.Linear and not in_half and not self.dropout.p:
+            return F.linear(x, self.base.weight + change, self.base.bias)
+        # In half precision a small change would vanish in the rounding of W + change: it has a product of its own.
+        return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         plain, (n1, n2) = self.innermost, (self.A.shape[2], self.B.shape[2])

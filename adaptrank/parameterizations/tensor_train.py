@@ -54,6 +54,8 @@ class TensorTrain(Parameterization):
         m, n = self.shape
         if rank < 1 or tt_rank < 1:
             raise ValueError(f"rank={rank}, tt_rank={tt_rank}: use 1 or more of both.")
+        if init not in ("zero_last", "released"):
+            raise ValueError(f"init={init!r} is unknown; use 'zero_last' or 'released'.")
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         inputs = trains.check_modes(in_modes, n, "in_modes")

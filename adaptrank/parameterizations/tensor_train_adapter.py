@@ -59,11 +59,10 @@ class TensorTrainAdapter(Parameterization):
         super().__init__(base)
         if bottleneck < 1 or tt_rank < 1:
             raise ValueError(f"bottleneck={bottleneck}, tt_rank={tt_rank}: use 1 or more of both.")
-        if position not in ("output", "input") or activation not in ACTIVATIONS:
-            raise ValueError(
-                f"position={position!r}, activation={activation!r}: use 'output' or 'input', and one of "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        known = {"position": ("output", "input"), "activation": tuple(ACTIVATIONS), "init": ("zero_last", "released")}
+        for word, value in (("position", position), ("activation", activation), ("init", init)):
+            if value not in known[word]:
+                raise ValueError(f"{word}={value!r} is unknown; use one of {', '.join(known[word])}.")
         self.position, self.activation, self.scale = position, activation, scale
         self.dropout = nn.Dropout(dropout)
         self.width = self.shape[0 if position == "output" else 1]
