@@ -219,8 +219,18 @@ def fits(method, name: str) -> dict[str, bool]:
             except (TypeError, ValueError):
                 found[path] = False
             else:
-                found[path] = path not in UNUSED.get(name, ())
+                found[path] = path not in (*UNUSED.get(name, ()), *reads_past(method, name))
     return found
+
+
+def reads_past(method, name: str) -> list[str]:
+    """Layers whose weight the model reads, in the hands of a method that has none."""
+    found = {
+        path: layer
+        for path, layer in named_layers(plain(name)).items()
+        if layers.is_read(layer) and method.wraps(layer)
+    }
+    return [path for path, layer in found.items() if not method(copy.deepcopy(layer)).mergeable]
 
 
 def wrapped_by(method, name: str) -> list[str]:
@@ -576,6 +586,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(method, tmp_path):
     with pytest.raises(TypeError, match=rf"{method.__name__} wraps .*, not "):
         adapt(model, re.escape(stray), method)
     assert same(model.state_dict(), plain(first).state_dict())
+    for path in reads_past(method, "encoder"):
+        with pytest.raises(TypeError, match="reads this weight"):
+            adapt(copy.deepcopy(plain("encoder")), re.escape(path), method)
     save_adapter(adapted(method, first), tmp_path)
     other = next(name for name in reversed(MODELS) if name != first)
     model = copy.deepcopy(plain(other))

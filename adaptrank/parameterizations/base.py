@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -301,11 +301,14 @@ class Parameterization(nn.Module, ABC):
         return torch.promote_types(torch.float32, layers.dtype(self.innermost))
 
     def dense(self) -> Tensor:
-        """W' (m, n) in the adapter's dtype; what merging casts down once. The base's where this wrapper is off."""
+        """W' (m, n) in the adapter's dtype, under autocast too; what merging casts down once. The base's where this wrapper is off."""
         if not self.enabled:
             return self.base_weight
+        device = layers.device(self.innermost).type
+        autocasts = torch.amp.is_autocast_available(device)  # the meta device knows none
         try:
-            return self._formula()
+            with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+                return self._formula()
         except AttributeError as error:  # nn.Module would report it as "no attribute 'weight'"
             raise RuntimeError(f"{type(self).__name__}.weight failed: {error}") from error
 

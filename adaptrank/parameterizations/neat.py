@@ -23,8 +23,8 @@ class NEAT(Parameterization):
     2 r m n operations: of a single token that is r times the frozen product, so merge before generating. H scales with W, and the
     useful s with the layer. A unit of a ReLU that is off everywhere stays off.
 
-    Source: arXiv:2410.01870, later named PEANuT. Of depths above 0 the wiring is that of HF PEFT's `peanut`, where `depth` counts all
-    2 + 2 L layers. The authors' code has both sides: output for GLUE and vision, input for language models. No table was read.
+    Source: arXiv:2410.01870, later named PEANuT. Of depths above 0 the wiring is that of HF PEFT's `peanut`, whose
+    `depth` is L, too. The authors' code has both sides: output for GLUE and vision, input for language models. No table was read.
     Shapes: W (m, n), A (r, d), B (d, r), E_l and D_l (r, r), where d is m, or n for the input side. Parameters: 2 r d + 2 L r^2.
     Args:
         rank: number r of hidden units; HF PEFT has 32.
