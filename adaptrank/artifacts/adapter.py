@@ -332,7 +332,9 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
 
 def _spell(nest: list[dict[str, Any]]) -> str:
     return " on ".join(
-        f"{w['class']}({', '.join(f'{k}={v!r}' for k, v in w['init_args'].items())})" for w in reversed(nest)
+        f"{w['class']}({', '.join(f'{k}={v!r}' for k, v in w['init_args'].items())})"
+        + ("" if w["name"] == "default" else f" named {w['name']!r}")
+        for w in reversed(nest)
     )
 
 
