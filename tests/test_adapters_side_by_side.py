@@ -20,7 +20,7 @@ from adaptrank import (
     set_enabled,
     unmerge,
 )
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, PiCa
 from adaptrank.parameterizations.base import wrapped_layers, wrappers
 from adaptrank.testing import perturb
 
@@ -317,6 +317,42 @@ def test_two_adapters_in_one_file_after_a_third_was_deleted(tmp_path):
     assert torch.equal(alone(again, "c"), alone(model, "c"))
     merge(again)
     close(logits(again), alone(model, "c"))
+
+
+@pytest.mark.parametrize("inner", [LoRA, HyperAdapt], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("outer", [LoRA, PiCa], ids=lambda cls: cls.__name__)
+def test_files_of_the_same_name_are_loaded_side_by_side(inner, outer, tmp_path):
+    """Each was trained by itself, under the default name; together each computes what it did alone, and goes back to its file."""
+    want = {}
+    for number, (name, method) in enumerate((("a", inner), ("b", outer)), 2):
+        alone = adapt(llama(), "all-linear", method)
+        for key, axis in rank_axes(alone).items():
+            axis.resize(range(1 + len(key) % 3))
+        perturb(alone, seed=number)
+        want[name] = logits(alone)
+        save_adapter(alone, tmp_path / name)
+    model = llama()
+    for name in want:
+        load_adapter(model, tmp_path / name, name=name)
+    for name, alone in want.items():
+        set_enabled(model, name)
+        torch.testing.assert_close(logits(model), alone, rtol=1e-10, atol=1e-10)
+        load_adapter(model, tmp_path / name, name=name)  # once more: into the same wrappers
+        save_adapter(model, tmp_path / f"{name}2", names=[name])
+        again = load_adapter(llama(), tmp_path / f"{name}2")
+        torch.testing.assert_close(logits(again), alone, rtol=1e-10, atol=1e-10)
+        assert {w.name for layer in wrapped_layers(again).values() for w in layer.nest} == {name}
+    with pytest.raises(ValueError, match=r"already carries LoRA|already carries HyperAdapt"):
+        load_adapter(model, tmp_path / "b" if outer is not inner else _odd(tmp_path), name="a")
+    with pytest.raises(ValueError, match=r"No adapter is called 'c'; there are a, b\."):
+        save_adapter(model, tmp_path / "c", names="c")
+    save_adapter(model, tmp_path / "both")
+    with pytest.raises(ValueError, match="holds adapters called a, b; leave `name` out"):
+        load_adapter(llama(), tmp_path / "both", name="a")
+
+
+def _odd(folder):
+    return save_adapter(adapt(llama(), "all-linear", partial(LoRA, rank=3)), folder / "odd")
 
 
 def test_a_file_keeps_the_order_of_names_in_a_nest(tmp_path):

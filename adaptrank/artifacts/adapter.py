@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +37,12 @@ FORMAT_VERSION = 1
 log = logging.getLogger("adaptrank")
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping[str, Any] | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    base: Mapping[str, Any] | None = None,
+    names: Iterable[str] | None = None,
+) -> Path:
     """Write the adapters of a model, and the other modules trained with them, to a folder.
 
     `adapter_model.safetensors` holds the tensors, and in its header the description that `read_adapter` returns;
@@ -47,16 +52,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping
         model: any module that holds wrappers.
         folder: made if need be; an adapter that is there is replaced.
         base: what is known of the frozen model, such as {"name": its id, "source": where it came from}.
+        names: of the adapters to save, of several in the model; None is all.
     Returns:
         The folder.
     Raises:
-        ValueError: if the model holds no wrapper.
+        ValueError: if the model holds no wrapper, or none of a name.
     """
     if not wrapped_layers(model):
         raise ValueError("This model holds no adapter to save; call adapt() first, or unmerge() if it is merged.")
-    description = describe_adapter(model, base)
+    if names is not None:
+        names = frozenset([names] if isinstance(names, str) else names)
+        known = dict.fromkeys(wrapper.name for wrapper in wrappers(model))
+        if unknown := sorted(names - known.keys()):
+            raise ValueError(f"No adapter is called {unknown[0]!r}; there are {', '.join(known)}.")
+    description = describe_adapter(model, base, names)
     tensors: dict[str, Tensor] = {}
-    for key, tensor in _adapter_tensors(model):
+    for key, tensor in _adapter_tensors(model, names):
         if key not in description["tied"]:
             tensors[key] = tensor.detach().contiguous()
     for name, tensor in trained_modules(model).items():
@@ -78,18 +89,30 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], base: Mapping
     return folder
 
 
-def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None = None) -> Model:
     """Wrap the layers that the file names, give them the stored ranks, and load strictly; returns the same model.
 
-    A layer that already carries the same wrappers is loaded into; one that carries others is an error. A base with other
-    weights than the adapter was trained on is reported in one line of the log.
+    A layer that already carries an adapter of that name is loaded into, if it is the same nest, else that is an error; adapters of
+    other names stay, and the loaded one is put around them. A base with other weights than the adapter was trained on is
+    reported in one line of the log.
 
+    Args:
+        model: the base, which may hold adapters of other names.
+        folder: what `save_adapter` wrote.
+        name: what to call the adapter here; None is its name in the file.
     Raises:
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file and the model do not fit; the model is unchanged then.
     """
     file = _weights_file(folder)
     description = read_adapter(folder)
+    if name is not None:
+        if len(held := _names(description)) > 1:
+            raise ValueError(
+                f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all."
+            )
+        for wrapper in (wrapper for entry in description["adapters"] for wrapper in entry["nest"]):
+            wrapper["name"] = name
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     split = split_at(model, description.get("split", {}))
     before = named_layers(model)
@@ -97,12 +120,12 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         _check_fits(model, description, file)
         _check_fingerprint(model, description)
         for entry in description["adapters"]:
-            for name, makers in _runs(entry["nest"]):
-                missing = [path for path in entry["layers"] if not _carries(model, path, name)]
+            for own, makers in _runs(entry["nest"]):
+                missing = [path for path in entry["layers"] if not _carries(model, path, own)]
                 if missing:
                     wanted = "|".join(re.escape(path) for path in missing)
-                    adapt(model, wanted, makers, name=name, split_fused=False)
-        _load_tensors(model, file, description["tied"])
+                    adapt(model, wanted, makers, name=own, split_fused=False)
+        _load_tensors(model, file, description["tied"], _names(description))
     except BaseException:
         for path, layer in named_layers(model).items():
             if layer is not before[path]:
@@ -115,22 +138,22 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     return model
 
 
-def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None:
-    """Give every axis its stored size, and every tensor its stored value; each of both, and no other."""
+def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: Collection[str]) -> None:
+    """Give every axis of these adapters its stored size, and every tensor its stored value; each of both, and no other."""
     with safe_open(file, framework="pt") as stored:
         keys = set(stored.keys())
-        targets = dict(_adapter_tensors(model))
+        targets = dict(_adapter_tensors(model, names))
         others = dict(model.named_parameters()) | dict(model.named_buffers())
         extra = sorted(keys - set(targets))
         unknown = [key for key in extra if key not in others]
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
-        for what, names in (("an unexpected tensor", unknown), ("no tensor", absent)):
-            if names:
-                raise ValueError(f"{file} does not fit this model: it has {what} {names[0]} ({len(names)} such).")
-        in_state = _state_keys(model)
+        for what, wrong in (("an unexpected tensor", unknown), ("no tensor", absent)):
+            if wrong:
+                raise ValueError(f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such).")
+        in_state = _state_keys(model, names)
         fit_ranks(model, {in_state[key]: stored.get_tensor(tied.get(key, key)) for key in targets})
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
-    targets = {**dict(_adapter_tensors(model)), **{key: others[key] for key in extra}}
+    targets = {**dict(_adapter_tensors(model, names)), **{key: others[key] for key in extra}}
     for key, value in values.items():
         if value.shape != targets[key].shape:
             raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(targets[key].shape)}.")
@@ -167,17 +190,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All that is needed to build the adapters again, as JSON-able data."""
+def describe_adapter(
+    model: nn.Module, base: Mapping[str, Any] | None = None, names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """All that is needed to build the adapters again, those of the given names or all, as JSON-able data."""
     entries: dict[str, dict[str, Any]] = {}
     for path, layer in wrapped_layers(model).items():
-        nest = [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in layer.nest]
+        nest = _describe_nest(_called(layer, names))
+        if not nest:
+            continue
         entry = entries.setdefault(json.dumps(nest, sort_keys=True), {"nest": nest, "layers": {}})
         plain = layer.innermost
         entry["layers"][path] = list(kinds.shape(plain)) if isinstance(plain, kinds.MATRICES) else []
     first: dict[int, str] = {}
     tied = {}
-    for key, tensor in _adapter_tensors(model):
+    for key, tensor in _adapter_tensors(model, names):
         owner = first.setdefault(id(tensor), key)
         if owner != key:
             tied[key] = owner
@@ -185,7 +212,11 @@ def describe_adapter(model: nn.Module, base: Mapping[str, Any] | None = None) ->
         "format_version": FORMAT_VERSION,
         "base": {**(base or {}), "fingerprint": fingerprint(frozen_weights(model))},
         "adapters": list(entries.values()),
-        "ranks": {key: len(axis) for key, axis in rank_axes(model).items()},
+        "ranks": {
+            key: len(axis)
+            for key, axis in rank_axes(model).items()
+            if names is None or axis.members[0][0].name in names
+        },
         "trained_modules": sorted(trained_modules(model)),
         "tied": tied,
         "split": {path: list(m.names) for path, m in named_layers(model).items() if isinstance(m, kinds.Parts)},
@@ -238,13 +269,36 @@ def trained_modules(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`<path before wrapping>.<position in the nest>.<tensor>` -> tensor, parameters and buffers that are saved."""
+def _called(layer: Parameterization, names: Collection[str] | None) -> list[Parameterization]:
+    """The wrappers of a nest that belong to adapters of these names, innermost first; None is all."""
+    return [wrapper for wrapper in layer.nest if names is None or wrapper.name in names]
+
+
+def _describe_nest(nest: Iterable[Parameterization]) -> list[dict[str, Any]]:
+    return [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in nest]
+
+
+def _names(description: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the adapters that a file holds."""
+    return frozenset(wrapper["name"] for entry in description["adapters"] for wrapper in entry["nest"])
+
+
+def _keyed(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Parameterization, str]]:
+    """`<path before wrapping>.<position in the nest>.<tensor>`, the wrapper and the tensor's name, of all that is saved.
+
+    Positions count the wrappers of the given names only, so that an adapter's keys do not depend on its neighbours.
+    """
     for path, layer in wrapped_layers(model).items():
-        for position, wrapper in enumerate(layer.nest):
+        for position, wrapper in enumerate(_called(layer, names)):
             for name in wrapper.state_dict(keep_vars=True):
                 if not name.startswith("base."):
-                    yield f"{path}.{position}.{name}".removeprefix("."), _get(wrapper, name)
+                    yield f"{path}.{position}.{name}".removeprefix("."), wrapper, name
+
+
+def _adapter_tensors(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Key in an adapter's file -> tensor: parameters and buffers."""
+    for key, wrapper, name in _keyed(model, names):
+        yield key, _get(wrapper, name)
 
 
 def _get(module: nn.Module, name: str) -> Tensor:
@@ -253,17 +307,10 @@ def _get(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _state_keys(model: nn.Module) -> dict[str, str]:
+def _state_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Key in an adapter's file -> key in `model.state_dict()`."""
     where = {id(module): path for path, module in model.named_modules()}
-    keys = {}
-    for path, layer in wrapped_layers(model).items():
-        for position, wrapper in enumerate(layer.nest):
-            for name in wrapper.state_dict(keep_vars=True):
-                if not name.startswith("base."):
-                    key = f"{path}.{position}.{name}".removeprefix(".")
-                    keys[key] = f"{where[id(wrapper)]}.{name}".removeprefix(".")
-    return keys
+    return {key: f"{where[id(w)]}.{name}".removeprefix(".") for key, w, name in _keyed(model, names)}
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> Path:
@@ -296,7 +343,7 @@ def _carries(model: nn.Module, path: str, name: str) -> bool:
 
 
 def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> None:
-    modules = named_layers(model)
+    modules, names = named_layers(model), _names(description)
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             if wrapper["class"] not in PARAMETERIZATIONS:
@@ -310,24 +357,24 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
                 raise ValueError(
                     f"{file} adapts {path!r}, which this model does not have; was it made for another base?"
                 )
+            plain = layer.innermost if isinstance(layer, Parameterization) else layer
+            have_shape = kinds.shape(plain) if isinstance(plain, kinds.MATRICES) else ()
             if isinstance(layer, Parameterization):
-                have = [{"class": type(w).__name__, "init_args": w.init_args, "name": w.name} for w in layer.nest]
-                if json.loads(json.dumps(have)) != entry["nest"]:
+                have = _describe_nest(_called(layer, names))
+                if have and json.loads(json.dumps(have)) != entry["nest"]:
                     raise ValueError(
-                        f"{path} already carries {_spell(have)}, and {file} holds {_spell(entry['nest'])}; load it into a "
-                        f"model without adapters, or configure the same ones."
+                        f"{path} already carries {_spell(have)}, and {file} holds {_spell(entry['nest'])}; load it under "
+                        f"another name, load_adapter(..., name='other'), or into a model without that adapter."
                     )
             elif isinstance(layer, kinds.Parts):
                 raise ValueError(
                     f"{file} adapts {path} as a whole, and here it is split into {', '.join(layer.names)}; load it into a model "
                     f"without adapters."
                 )
-            else:
-                have_shape = kinds.shape(layer) if isinstance(layer, kinds.MATRICES) else ()
-                if have_shape != tuple(shape):
-                    raise ValueError(
-                        f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {have_shape}."
-                    )
+            elif have_shape != tuple(shape):
+                raise ValueError(
+                    f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {have_shape}."
+                )
 
 
 def _spell(nest: list[dict[str, Any]]) -> str:

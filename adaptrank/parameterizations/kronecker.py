@@ -63,7 +63,7 @@ class Kronecker(Parameterization):
             return y
         change = torch.einsum("kpu,kqv->pquv", self.A, self.scale * self.B).reshape(self.shape)
         in_half = torch.is_autocast_enabled(x.device.type) or x.dtype != change.dtype
-        if type(self.base) is nn.Linear and not in_half and not self.dropout.p:
+        if type(self.base) is nn.Linear and not (in_half or self.dropout.p or layers.quantized(self.base)):
             return F.linear(x, self.base.weight + change, self.base.bias)
         # In half precision a small change would vanish in the rounding of W + change: it has a product of its own.
         return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
