@@ -537,6 +537,21 @@ def test_merge_keeps_what_is_there(here, cli, trained):
     assert (trained / "adapter_model.safetensors").is_file()
 
 
+def test_a_merge_that_from_pretrained_would_drop_is_refused(here, cli, tiny_llama):
+    """An offset becomes a bias, and a Llama has none."""
+    from transformers import AutoModelForCausalLM
+
+    from adaptrank import adapt, save_adapter
+    from adaptrank.parameterizations import ResidualOffset
+
+    model = adapt(AutoModelForCausalLM.from_pretrained(tiny_llama), ["o_proj"], ResidualOffset)
+    save_adapter(model, here / "offsets", {"name": tiny_llama})
+    code, _, err = cli("merge", here / "offsets", "--out", here / "merged")
+    assert code == 1
+    assert re.search(r"would make model\.layers\.0\.self_attn\.o_proj\.bias \(2 such\).*Keep the adapter", err)
+    assert not (here / "merged").exists()
+
+
 def test_a_merge_that_fails_changes_nothing(here, cli, trained, monkeypatch):
     (here / "merged").mkdir()
     (here / "merged" / "mine.txt").write_text("mine")

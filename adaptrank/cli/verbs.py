@@ -453,6 +453,16 @@ def _merge(options: argparse.Namespace) -> None:
     # The base as it is stored: half precision is merged in float32 anyway, and float32 must not be rounded before the sum.
     model = found.load(dtype if dtype == stored_dtype(found.source) else torch.float32)
     layers = len(wrapped_layers(model))
+    made = [
+        f"{path}.{name}"
+        for path, layer in wrapped_layers(model).items()
+        for name in layer.merged().keys() - dict(layer.innermost.named_parameters()).keys()
+    ]
+    if made:
+        raise errors.ConfigError(
+            f"Merging would make {made[0]} ({len(made)} such), which {type(model).__name__} does not have here: "
+            f"from_pretrained would leave it out. Keep the adapter, or merge in Python, adaptrank.merge(model)."
+        )
     if dtype not in (torch.float32, stored_dtype(found.source)):
         # The cast comes after the sum, where `fold` cannot see what it loses.
         error = rounding_error(model, dtype)
