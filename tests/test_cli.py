@@ -547,7 +547,7 @@ def test_a_merge_that_from_pretrained_would_drop_is_refused(here, cli, tiny_llam
     model = adapt(AutoModelForCausalLM.from_pretrained(tiny_llama), ["o_proj"], ResidualOffset)
     save_adapter(model, here / "offsets", {"name": tiny_llama})
     code, _, err = cli("merge", here / "offsets", "--out", here / "merged")
-    assert code == 1
+    assert code == 2
     assert re.search(r"would make model\.layers\.0\.self_attn\.o_proj\.bias \(2 such\).*Keep the adapter", err)
     assert not (here / "merged").exists()
 
