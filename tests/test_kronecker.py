@@ -1,5 +1,7 @@
 """What only sums of Kronecker products promise."""
 
+import warnings
+
 import pytest
 import torch
 from test_hyperadapt import meta
@@ -65,7 +67,14 @@ def test_both_orders_compute_the_same_and_the_cheaper_is_taken(shape, monkeypatc
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"rank": 1}, {"rank": 8}, {"dropout": 0.5}])
+@pytest.mark.parametrize(("m", "n", "coarse_first"), [(24, 48, True), (48, 24, False)])
+def test_both_orders_cost_what_they_say(m, n, coarse_first):
+    build = testing.builder(Kronecker, nn.Linear(n, m), rank=2)
+    assert build()._coarse_first() == coarse_first
+    testing.check_cost(build)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rank": 1}, {"rank": 8}, {"dropout": 0.5}, {"scale": 0.5}])
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_many_tokens_compute_the_same_as_few(arguments, conv1d, monkeypatch):
     """Where the change is built once a call: outputs and gradients, and the start to the last bit."""
@@ -94,6 +103,62 @@ def test_many_tokens_in_half_precision_keep_a_change_below_the_rounding_of_the_w
     x = torch.zeros(40, 48, dtype=torch.bfloat16)
     x[:, 0], x[:, 1] = 1, -1  # the frozen part cancels
     torch.testing.assert_close(layer(x).float(), torch.full((40, 24), 4e-4), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_dropout_leaves_what_the_frozen_layer_reads(tokens):
+    layer = build(dropout=0.5)
+    layer.dropout.p = 1.0
+    x = torch.randn(tokens, 48, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_hooks_of_the_frozen_layer_see_what_it_computes(tokens):
+    layer, seen = build(), []
+    x = torch.randn(tokens, 48, dtype=torch.float64)
+    frozen = layer.base(x)
+    want = layer(x)
+    layer.base.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], frozen)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_a_forward_that_someone_put_in_place_of_the_frozen_layers_is_called(tokens):
+    """As libraries do that keep weights elsewhere until a layer is called."""
+    layer, called = build(), []
+    plain = layer.base.forward
+    layer.base.forward = lambda x: called.append(1) or plain(x)
+    layer(torch.randn(tokens, 48, dtype=torch.float64))
+    assert called
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_shapes_come_without_data(tokens):
+    layer = Kronecker(nn.Linear(48, 24, device="meta"))
+    assert layer(torch.empty(tokens, 48, device="meta")).shape == (tokens, 24)
+
+
+def test_the_coarse_factor_starts_as_wide_as_its_inputs_say():
+    A = Kronecker(nn.Linear(48, 4096), rank=64).A  # 64 x 6
+    assert A.abs().max() <= 6**-0.5
+    torch.testing.assert_close(A.var().item(), 1 / (3 * 6), rtol=0.05, atol=0)
+
+
+def test_a_side_without_factors_is_said():
+    with pytest.warns(
+        UserWarning, match=r"64x1009 layer: with factor=-1 A is 8x1 and B 8x1009, 8,080 numbers a product"
+    ):
+        Kronecker(nn.Embedding(1009, 64))
+    with pytest.warns(UserWarning, match=r"7x7 layer: with factor=4 A is 1x1 and B 7x7, 50 numbers a product"):
+        Kronecker(nn.Linear(7, 7), factor=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Kronecker(nn.Linear(768, 2))  # a head for two classes: 64 + 24 numbers
+        Kronecker(nn.Conv2d(3, 64, 16))  # colours
+        Kronecker(nn.Linear(7, 7), factor=1)  # asked for
 
 
 def test_one_product_can_have_full_rank():

@@ -1,6 +1,7 @@
 """Kronecker: a sum of Kronecker products beside a frozen weight."""
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ class Kronecker(Parameterization):
     A (B X) or (A X) B on the input as a matrix X, whichever is cheaper. From three products and max(m, n) / r tokens on, the change
     of a linear layer is built once a call, in one product of 2 r m n operations, and multiplies all tokens: there it was
     measured to be faster, 1.6 to 2.4 times at 768 x 768 with r = 4 to 8. B starts at zero, so training starts at W. A side
-    whose size is prime has no factors: its A is then 1 wide, and B as wide as the layer.
+    whose size is prime has no factors: its A is then 1 wide, and B as wide as the layer; a warning says so where a product then
+    has more numbers than a LoRA of rank one.
 
     Source: KronA, arXiv:2212.10650, which is the case r = 1 with a tuned s; only its abstract was read. The balanced factors are the rule of
         HF PEFT's and LyCORIS' LoKr.
@@ -46,9 +48,17 @@ class Kronecker(Parameterization):
         (m, n), plain = self.shape, self.innermost
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        m1, n1 = divisor(m, factor), divisor(plain.in_channels if isinstance(plain, nn.Conv2d) else n, factor)
-        self.A = self.zeros(rank, m1, n1)
-        self.B = self.zeros(rank, m // m1, n // n1)
+        inputs = plain.in_channels if isinstance(plain, nn.Conv2d) else n
+        m1, n1 = divisor(m, factor), divisor(inputs, factor)
+        m2, n2 = m // m1, n // n1
+        whole = (m1 == 1 and m > 3) or (n1 == 1 and inputs > 3)  # two classes, or three colours, have nothing to divide
+        if factor != 1 and whole and m1 * n1 + m2 * n2 > m + n:
+            warnings.warn(
+                f"Kronecker on a {m}x{n} layer: with factor={factor} A is {m1}x{n1} and B {m2}x{n2}, {m1 * n1 + m2 * n2:,} "
+                f"numbers a product where a LoRA has {m + n:,} a rank; leave the layer out, or use LoRA there.",
+                stacklevel=2,
+            )
+        self.A, self.B = self.zeros(rank, m1, n1), self.zeros(rank, m2, n2)
         nn.init.uniform_(self.A, -1 / math.sqrt(n1), 1 / math.sqrt(n1))
 
     @property
@@ -62,8 +72,10 @@ class Kronecker(Parameterization):
             y: Tensor = super().adapted(x)
             return y
         change = torch.einsum("kpu,kqv->pquv", self.A, self.scale * self.B).reshape(self.shape)
-        in_half = torch.is_autocast_enabled(x.device.type) or x.dtype != change.dtype
-        if type(self.base) is nn.Linear and not (in_half or self.dropout.p or layers.quantized(self.base)):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta knows none
+        in_half = autocast or x.dtype != change.dtype
+        if isinstance(self.base, nn.Linear) and _only_multiplies(self.base) and not (in_half or self.dropout.p):
             return F.linear(x, self.base.weight + change, self.base.bias)
         # In half precision a small change would vanish in the rounding of W + change: it has a product of its own.
         return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
@@ -96,6 +108,13 @@ class Kronecker(Parameterization):
         if self._coarse_first():
             return Cost(flops=2 * r * n2 * m1 * (n1 + m2), kept=n1 * n2 + r * m1 * n2)
         return Cost(flops=2 * r * n1 * m2 * (n2 + m1), kept=n1 * n2 + r * n1 * m2)
+
+
+def _only_multiplies(layer: nn.Linear) -> bool:
+    """Whether nobody would notice that the layer is not called: no hook, no forward in place of its own, nothing quantized."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    replaced = type(layer) is not nn.Linear or "forward" in vars(layer)
+    return not (replaced or any(hooks) or layers.quantized(layer))
 
 
 def divisor(size: int, factor: int) -> int:

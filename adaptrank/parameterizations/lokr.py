@@ -26,7 +26,8 @@ class LoKr(Parameterization):
         alpha: numerator of the scale s.
         factor: m1 and n1 are the largest divisors up to it; -1 makes m1 <= m2 and n1 <= n2 as equal as possible.
         decompose_both: A = A1 A2 where rank < max(m1, n1) / 2.
-        zero: what starts at zero: "A" as in HF PEFT (where A is decomposed, A1), or "B" as in LyCORIS (B1).
+        zero: what starts at zero: "A" as in HF PEFT (where A is decomposed, A1), or "B" as in LyCORIS. Of B it is B1, which closes
+            a unit; LyCORIS has B2 start at zero.
         dropout: probability of dropping an input element on the way to B2, in [0, 1).
     Raises:
         ValueError: if rank is below 1 or above min(m2, n2), or factor is neither -1 nor positive.
