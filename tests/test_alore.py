@@ -1,5 +1,7 @@
 """What only ALoRE promises."""
 
+import math
+
 import pytest
 import torch
 from test_hyperadapt import meta
@@ -75,6 +77,46 @@ def test_row_vector_code_is_the_same_with_transposed_factors():
 def test_experts_are_independent_of_the_number_of_blocks():
     layer = ALoRE(nn.Linear(48, 24), experts=7, blocks=2, rank=3)
     assert (layer.S.shape, layer.U.shape, layer.V.shape) == ((7, 2, 2), (7, 12, 3), (7, 3, 24))
+
+
+@pytest.mark.parametrize("placement", ["parallel", "pre"])
+@pytest.mark.parametrize("arguments", [{"experts": 3, "blocks": 2, "rank": 2}, {"experts": 2, "blocks": 6, "rank": 1}])
+def test_any_number_of_experts(placement, arguments):
+    """Where experts, blocks and rank differ, a formula that mixes them up is wrong."""
+    build = testing.builder(ALoRE, nn.Linear(48, 24).double(), placement=placement, **arguments)
+    for check in (
+        testing.check_definition,
+        testing.check_exact_gradients,
+        testing.check_parameter_count,
+        testing.check_pruning,
+        testing.check_growth,
+    ):
+        check(build)
+    testing.check_cost(testing.builder(ALoRE, nn.Linear(48, 24), placement=placement, **arguments))
+
+
+def test_ceilings():
+    """Experts have none; more ranks than an expert's shorter side would say nothing new."""
+    parallel, pre = ALoRE(nn.Linear(48, 24)), ALoRE(nn.Linear(48, 24), placement="pre")
+    assert (parallel.max_units("rank"), pre.max_units("rank")) == (6, 12)
+    assert parallel.max_units("experts") is None
+
+
+def test_start():
+    layer = ALoRE(nn.Linear(480, 24), experts=400, blocks=8, rank=3)
+    torch.testing.assert_close(layer.S.var().item(), 1 / 8, rtol=0.05, atol=0)
+    assert layer.V.abs().max() <= math.sqrt(8 / 480)
+    torch.testing.assert_close(layer.V.var().item(), 8 / 480 / 3, rtol=0.05, atol=0)
+    assert not layer.U.any()
+
+
+@pytest.mark.parametrize("placement", ["parallel", "pre"])
+def test_dropout_leaves_what_the_frozen_layer_reads(placement):
+    layer = ALoRE(nn.Linear(48, 24), dropout=0.5, placement=placement)
+    testing.perturb(layer)
+    layer.dropout.p = 1.0
+    x = torch.randn(5, 48)
+    assert torch.equal(layer(x), layer.base(x))
 
 
 def test_errors():

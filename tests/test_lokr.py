@@ -38,10 +38,14 @@ def test_variants(arguments):
         testing.check_parameter_count,
         testing.check_pruning,
         testing.check_growth,
+        testing.check_gate_gradient,
+        testing.check_merged,
         testing.check_state_dict,
         testing.check_arguments,
     ):
         check(build)
+    testing.check_low_precision(testing.builder(LoKr, nn.Linear(48, 24).bfloat16(), **arguments))
+    testing.check_conv1d_twin(LoKr, arguments=arguments)
     if arguments != {"factor": 1}:  # there A is a number, and multiplying by it is no product of matrices
         testing.check_cost(testing.builder(LoKr, nn.Linear(48, 24), **arguments))
 
@@ -53,6 +57,14 @@ def test_what_starts_at_zero():
     both = LoKr(nn.Linear(48, 24), rank=1, decompose_both=True)
     assert [n for n, p in both.own_parameters() if not p.any()] == ["A1"]
     assert hasattr(LoKr(nn.Linear(48, 24), rank=4, decompose_both=True), "A")  # as large as A itself: left whole
+
+
+def test_dropout_leaves_what_the_frozen_layer_reads():
+    layer = LoKr(nn.Linear(48, 24), dropout=0.5)
+    testing.perturb(layer)
+    layer.dropout.p = 1.0
+    x = torch.randn(5, 48)
+    assert torch.equal(layer(x), layer.base(x))
 
 
 def test_the_rank_of_the_change():
