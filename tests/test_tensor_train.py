@@ -16,18 +16,6 @@ from adaptrank.parameterizations import HyperAdapt, LoRA, TensorTrain, TensorTra
 from adaptrank.parameterizations import _trains as trains
 
 ROBERTA = {"q": (768, 768), "v": (768, 768)}
-CHECKS = [
-    testing.check_definition,
-    testing.check_exact_gradients,
-    testing.check_parameter_count,
-    testing.check_pruning,
-    testing.check_growth,
-    testing.check_limits,
-    testing.check_gate_gradient,
-    testing.check_state_dict,
-    testing.check_switch,
-    testing.check_arguments,
-]
 
 
 def random_cores(modes, rank=4):
@@ -99,8 +87,7 @@ def test_the_released_start_has_the_stated_deviation():
 )
 def test_tensor_train_variants(arguments):
     build = testing.builder(TensorTrain, nn.Linear(48, 24).double(), **arguments)
-    for check in (testing.check_identity, testing.check_training, testing.check_merged, *CHECKS):
-        check(build)
+    testing.check_contract(build)
     testing.check_cost(testing.builder(TensorTrain, nn.Linear(48, 24), **arguments))
 
 
@@ -113,8 +100,7 @@ def test_printed_count_of_a_factor_pair():
 
 def test_the_released_start_is_not_the_frozen_layer():
     build = testing.builder(TensorTrain, nn.Linear(48, 24).double(), init="released")
-    for check in (testing.check_identity, testing.check_training, *CHECKS):
-        check(build)
+    testing.check_contract(build)
 
 
 def test_the_rank_of_the_change_is_bounded_by_the_middle_bond():
@@ -148,8 +134,7 @@ def test_tensor_train_errors():
 def test_adapter_variants(position, activation):
     arguments = {"position": position, "activation": activation, "bottleneck": 12}
     build = testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), **arguments)
-    for check in (testing.check_identity, testing.check_training, *CHECKS):
-        check(build)
+    testing.check_contract(build)
     testing.check_cost(testing.builder(TensorTrainAdapter, nn.Linear(48, 24), **arguments))
     testing.check_low_precision(testing.builder(TensorTrainAdapter, nn.Linear(48, 24).bfloat16(), **arguments))
 
@@ -166,8 +151,7 @@ def test_count_of_an_adapter():
 @pytest.mark.parametrize("position", ["output", "input"])
 def test_the_released_start_of_an_adapter(position):
     build = testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), init="released", position=position)
-    for check in (testing.check_identity, testing.check_training, *CHECKS):
-        check(build)
+    testing.check_contract(build)
 
 
 def test_the_released_start_of_an_adapter_draws_everything():
