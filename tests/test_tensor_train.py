@@ -70,6 +70,14 @@ def test_bonds_are_clamped_to_what_their_modes_can_use():
     assert trains.core_shapes([4, 3, 2, 5], 6) == [(1, 4, 4), (4, 3, 6), (6, 2, 5), (5, 5, 1)]
 
 
+def test_each_core_of_the_released_start_has_the_stated_deviation():
+    """r_k^(-1/2) sigma^(1/d), of the bond behind it; the matrix alone would not tell which bond."""
+    for shape in trains.core_shapes([80, 80, 120, 80], 50):
+        core = torch.empty(shape)
+        trains.draw(core, 776, 4)
+        torch.testing.assert_close(core.std().item(), shape[2] ** -0.5 * 776 ** (-1 / 8), rtol=0.05, atol=0)
+
+
 def canonical(cores, bond):
     """The same train with its centre at a bond, whose units then have the singular values for lengths; and those values."""
     cores = [core.clone() for core in cores]
@@ -122,6 +130,16 @@ def test_autocast_rounds_a_contracted_train_once_not_once_a_core():
     assert torch.equal(have[1], trains.right(cores[1:]))
 
 
+def test_under_autocast_what_is_contracted_between_the_trains_is_exact_too():
+    layer, x = TensorTrain(nn.Linear(48, 24)), torch.randn(64, 48)
+    testing.perturb(layer)
+    (*inputs, last), (first, *outputs) = layer.cores("A"), layer.cores("B")
+    between = layer.scale * last.flatten(1) @ first.flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = x @ trains.left(inputs) @ between @ trains.right(outputs)
+        assert torch.equal(layer.delta(x, None), want)
+
+
 def autocast_error(method):
     layer, x = method(nn.Linear(768, 768)), torch.randn(64, 768)
     testing.perturb(layer, 0.05)
@@ -158,6 +176,12 @@ def test_tensor_train_variants(arguments):
     for check in (testing.check_identity, testing.check_training, testing.check_merged, *CHECKS):
         check(build)
     testing.check_cost(testing.builder(TensorTrain, nn.Linear(48, 24), **arguments))
+
+
+@pytest.mark.parametrize(("method", "zero"), [(TensorTrain, {"B_3"}), (TensorTrainAdapter, {"U_4", "down", "up"})])
+def test_what_starts_at_zero(method, zero):
+    layer = method(nn.Linear(48, 24))
+    assert {name for name, parameter in layer.own_parameters() if not parameter.any()} == zero
 
 
 def test_printed_count_of_a_factor_pair():
