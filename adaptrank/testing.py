@@ -52,21 +52,7 @@ def check_parameterization(
     bases = example_bases(cls)
     for base in bases:
         build = builder(cls, base)
-        check_identity(build, sample)
-        check_definition(build, sample)
-        check_exact_gradients(build, sample)
-        check_training(build, sample)
-        check_parameter_count(build, count)
-        check_pruning(build, sample)
-        check_growth(build, sample)
-        check_limits(build)
-        check_gate_gradient(build, sample)
-        check_merged(build, sample)
-        check_state_dict(build, sample)
-        check_copies(build, sample)
-        check_switch(build, sample)
-        check_arguments(build)
-        check_penalty(build)
+        check_contract(build, sample, count)
         if base is bases[0]:
             check_gradients(builder(cls, base, **cls.exact_gradient), sample)
             check_cost(builder(cls, copy.deepcopy(base).float()), sample)
@@ -203,6 +189,25 @@ def _make_room(axis: RankAxis, wanted: int) -> int:
     if not _room(axis, wanted) and len(axis) > 1:
         axis.resize(range(max(1, len(axis) - wanted)))
     return _room(axis, wanted)
+
+
+def check_contract(build: Build, sample: Sample = normal_input, count: Callable[..., int] | None = None) -> None:
+    """Every clause about one wrapper, whatever its arguments and whatever it wraps, in float64."""
+    check_identity(build, sample)
+    check_definition(build, sample)
+    check_exact_gradients(build, sample)
+    check_training(build, sample)
+    check_parameter_count(build, count)
+    check_pruning(build, sample)
+    check_growth(build, sample)
+    check_limits(build)
+    check_gate_gradient(build, sample)
+    check_merged(build, sample)
+    check_state_dict(build, sample)
+    check_copies(build, sample)
+    check_switch(build, sample)
+    check_arguments(build)
+    check_penalty(build)
 
 
 # ---- the clauses

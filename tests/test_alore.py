@@ -29,21 +29,8 @@ def test_printed_count():
 @pytest.mark.parametrize("bias", [True, False])
 def test_before_the_layer(bias):
     build = testing.builder(ALoRE, nn.Linear(48, 24, bias=bias).double(), placement="pre")
-    for check in (
-        testing.check_identity,
-        testing.check_definition,
-        testing.check_gradients,
-        testing.check_exact_gradients,
-        testing.check_training,
-        testing.check_pruning,
-        testing.check_growth,
-        testing.check_gate_gradient,
-        testing.check_merged,
-        testing.check_state_dict,
-        testing.check_switch,
-    ):
-        check(build)
-    testing.check_parameter_count(build, lambda m, n: 4 * (16 + 4 * 2 * n // 4))
+    testing.check_gradients(build)
+    testing.check_contract(build, count=lambda m, n: 4 * (16 + 4 * 2 * n // 4))
     testing.check_cost(testing.builder(ALoRE, nn.Linear(48, 24), placement="pre"))
     testing.check_low_precision(testing.builder(ALoRE, nn.Linear(48, 24).bfloat16(), placement="pre"))
     testing.check_conv1d_twin(ALoRE, arguments={"placement": "pre"})
@@ -84,14 +71,7 @@ def test_experts_are_independent_of_the_number_of_blocks():
 def test_any_number_of_experts(placement, arguments):
     """Where experts, blocks and rank differ, a formula that mixes them up is wrong."""
     build = testing.builder(ALoRE, nn.Linear(48, 24).double(), placement=placement, **arguments)
-    for check in (
-        testing.check_definition,
-        testing.check_exact_gradients,
-        testing.check_parameter_count,
-        testing.check_pruning,
-        testing.check_growth,
-    ):
-        check(build)
+    testing.check_contract(build)
     testing.check_cost(testing.builder(ALoRE, nn.Linear(48, 24), placement=placement, **arguments))
 
 

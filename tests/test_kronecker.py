@@ -35,14 +35,7 @@ def test_count_on_real_layers():
 @pytest.mark.parametrize("factor", [-1, 1, 3, 5, 24])
 @pytest.mark.parametrize("base", [nn.Linear(48, 24), nn.Embedding(48, 24), nn.Conv2d(12, 24, 2, padding=1)])
 def test_every_factor_is_exact(base, factor):
-    build = testing.builder(Kronecker, base.double(), rank=2, factor=factor)
-    for check in (
-        testing.check_identity,
-        testing.check_definition,
-        testing.check_exact_gradients,
-        testing.check_growth,
-    ):
-        check(build)
+    testing.check_contract(testing.builder(Kronecker, base.double(), rank=2, factor=factor))
 
 
 def test_a_convolution_without_a_batch():

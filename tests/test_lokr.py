@@ -29,21 +29,8 @@ def test_printed_count():
 def test_variants(arguments):
     base = nn.Linear(48, 24).double()
     build = testing.builder(LoKr, base, **arguments)
-    for check in (
-        testing.check_identity,
-        testing.check_definition,
-        testing.check_gradients,
-        testing.check_exact_gradients,
-        testing.check_training,
-        testing.check_parameter_count,
-        testing.check_pruning,
-        testing.check_growth,
-        testing.check_gate_gradient,
-        testing.check_merged,
-        testing.check_state_dict,
-        testing.check_arguments,
-    ):
-        check(build)
+    testing.check_contract(build)
+    testing.check_gradients(build)
     testing.check_low_precision(testing.builder(LoKr, nn.Linear(48, 24).bfloat16(), **arguments))
     testing.check_conv1d_twin(LoKr, arguments=arguments)
     if arguments != {"factor": 1}:  # there A is a number, and multiplying by it is no product of matrices

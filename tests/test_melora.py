@@ -17,22 +17,6 @@ from adaptrank.inject import adapt
 from adaptrank.parameterizations import LoRA, MELoRA
 from adaptrank.testing import builder, perturb
 
-CHECKS = [
-    testing.check_identity,
-    testing.check_definition,
-    testing.check_exact_gradients,
-    testing.check_training,
-    testing.check_parameter_count,
-    testing.check_pruning,
-    testing.check_growth,
-    testing.check_limits,
-    testing.check_gate_gradient,
-    testing.check_merged,
-    testing.check_state_dict,
-    testing.check_copies,
-    testing.check_arguments,
-]
-
 
 def test_closed_count():
     testing.check_parameter_count(builder(MELoRA, nn.Linear(48, 24)), lambda m, n: m + n)
@@ -50,9 +34,7 @@ def test_closed_count():
 def test_variants(arguments, units):
     base = testing.example_bases(MELoRA)[0]
     build = builder(MELoRA, base, **arguments)
-    for check in CHECKS:
-        check(build)
-    testing.check_parameter_count(build, lambda m, n: units * (m + n) // arguments["minis"])
+    testing.check_contract(build, count=lambda m, n: units * (m + n) // arguments["minis"])
     testing.check_cost(builder(MELoRA, copy.deepcopy(base).float(), **arguments))
     testing.check_low_precision(builder(MELoRA, copy.deepcopy(base).to(torch.bfloat16), **arguments))
     testing.check_conv1d_twin(MELoRA, arguments=arguments)

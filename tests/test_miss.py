@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_contract import CHECKS
 from test_hyperadapt import meta
 from test_lora import total
 from torch import nn
@@ -40,8 +39,7 @@ def test_closed_count():
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
 def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(MiSS):
-        for check in CHECKS:
-            check(testing.builder(MiSS, base, **arguments))
+        testing.check_contract(testing.builder(MiSS, base, **arguments))
         testing.check_cost(testing.builder(MiSS, copy.deepcopy(base).float(), **arguments))
         testing.check_low_precision(testing.builder(MiSS, copy.deepcopy(base).bfloat16(), **arguments))
     testing.check_gradients(testing.builder(MiSS, nn.Linear(48, 24).double(), **arguments))
@@ -51,8 +49,7 @@ def test_the_contract_of_variants(arguments):
 @pytest.mark.parametrize("outer", [{"variant": "bat"}, {"variant": "mini"}], ids=str)
 def test_variants_over_a_trained_change(outer):
     base = nn.Linear(48, 24).double()
-    for check in CHECKS:
-        check(lambda: MiSS(LoRA(copy.deepcopy(base), init="orthogonal"), **outer))
+    testing.check_contract(lambda: MiSS(LoRA(copy.deepcopy(base), init="orthogonal"), **outer))
 
 
 @pytest.mark.parametrize(

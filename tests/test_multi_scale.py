@@ -14,22 +14,6 @@ from adaptrank.inject import adapt
 from adaptrank.parameterizations import MultiScale
 from adaptrank.testing import builder, perturb
 
-CHECKS = [
-    testing.check_identity,
-    testing.check_definition,
-    testing.check_exact_gradients,
-    testing.check_training,
-    testing.check_parameter_count,
-    testing.check_pruning,
-    testing.check_growth,
-    testing.check_limits,
-    testing.check_gate_gradient,
-    testing.check_merged,
-    testing.check_state_dict,
-    testing.check_copies,
-    testing.check_arguments,
-    testing.check_penalty,
-]
 DEBERTA_BASE = {**dict.fromkeys("qkvo", (768, 768)), "up": (3072, 768), "down": (768, 3072)}
 
 
@@ -49,10 +33,8 @@ def test_closed_count():
 def test_variants(arguments):
     base = testing.example_bases(MultiScale)[0]
     build = builder(MultiScale, base, **arguments)
-    for check in CHECKS:
-        check(build)
     q, k = arguments["rank"], arguments["width"]
-    testing.check_parameter_count(build, lambda m, n: k * (m + n) + 2 * k * q + q)
+    testing.check_contract(build, count=lambda m, n: k * (m + n) + 2 * k * q + q)
     testing.check_cost(builder(MultiScale, copy.deepcopy(base).float(), **arguments))
     testing.check_low_precision(builder(MultiScale, copy.deepcopy(base).to(torch.bfloat16), **arguments))
     testing.check_conv1d_twin(MultiScale, arguments=arguments)

@@ -16,22 +16,6 @@ from adaptrank.parameterizations import NOLA
 from adaptrank.parameterizations import nola as module
 from adaptrank.testing import builder, perturb
 
-CHECKS = [
-    testing.check_identity,
-    testing.check_definition,
-    testing.check_exact_gradients,
-    testing.check_training,
-    testing.check_parameter_count,
-    testing.check_pruning,
-    testing.check_growth,
-    testing.check_limits,
-    testing.check_gate_gradient,
-    testing.check_merged,
-    testing.check_state_dict,
-    testing.check_copies,
-    testing.check_arguments,
-]
-
 
 def drawn(layer, side, ids):
     shape = layer._shape(side)
@@ -54,13 +38,9 @@ def test_closed_count():
 def test_variants(arguments):
     base = testing.example_bases(NOLA)[0]
     build = builder(NOLA, base, **arguments)
-    for check in CHECKS:
-        if arguments.get("init") != "released" or check is not testing.check_identity:
-            check(build)
-    testing.check_parameter_count(build, lambda m, n: arguments["k_a"] + arguments["k_b"])
+    testing.check_contract(build, count=lambda m, n: arguments["k_a"] + arguments["k_b"])
     testing.check_cost(builder(NOLA, copy.deepcopy(base).float(), **arguments))
-    if arguments.get("init") != "released":
-        testing.check_low_precision(builder(NOLA, copy.deepcopy(base).to(torch.bfloat16), **arguments))
+    testing.check_low_precision(builder(NOLA, copy.deepcopy(base).to(torch.bfloat16), **arguments))
     testing.check_conv1d_twin(NOLA, arguments=arguments)
 
 

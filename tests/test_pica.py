@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_contract import CHECKS
 from test_hyperadapt import meta
 from test_lora import total
 from torch import nn
@@ -54,8 +53,7 @@ def test_closed_count():
 @pytest.mark.parametrize("arguments", [{"side": "output"}, {"rank": 24}, {"side": "output", "share": False}], ids=str)
 def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(PiCa):
-        for check in CHECKS:
-            check(testing.builder(PiCa, base, **arguments))
+        testing.check_contract(testing.builder(PiCa, base, **arguments))
         testing.check_low_precision(testing.builder(PiCa, copy.deepcopy(base).bfloat16(), **arguments))
     testing.check_cost(testing.builder(PiCa, nn.Linear(48, 24), **arguments))
     testing.check_conv1d_twin(PiCa, arguments=arguments)

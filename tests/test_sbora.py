@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_contract import CHECKS
 from test_hyperadapt import meta
 from test_lora import LLAMA_7B, total
 from torch import nn
@@ -31,8 +30,7 @@ def test_closed_count():
 @pytest.mark.parametrize("arguments", [{"variant": "fb"}, {"variant": "fb", "rank": 24}, {"rank": 48}], ids=str)
 def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(SBoRA):
-        for check in CHECKS:
-            check(testing.builder(SBoRA, base, **arguments))
+        testing.check_contract(testing.builder(SBoRA, base, **arguments))
         testing.check_cost(testing.builder(SBoRA, copy.deepcopy(base).float(), **arguments))
         testing.check_low_precision(testing.builder(SBoRA, copy.deepcopy(base).bfloat16(), **arguments))
     testing.check_conv1d_twin(SBoRA, arguments=arguments)

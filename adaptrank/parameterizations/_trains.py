@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -66,19 +67,28 @@ def draw(core: Tensor, size: int, length: int) -> None:
     torch.nn.init.normal_(core, std=core.shape[-1] ** -0.5 * size ** (-0.5 / length))
 
 
+def unrounded(core: Tensor) -> AbstractContextManager[object]:
+    """Within, cores are multiplied in their own dtype: autocast would round once for each core of a train."""
+    device = core.device.type
+    available = torch.amp.is_autocast_available(device)  # the meta device knows none
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def left(cores: Sequence[Tensor]) -> Tensor:
     """Cores (1, n_1, r_1) ... (r_{k-1}, n_k, r_k) -> (n_1 ... n_k, r_k)."""
     matrix = cores[0].flatten(0, 1)
-    for core in cores[1:]:
-        matrix = (matrix @ core.flatten(1)).reshape(-1, core.shape[-1])
+    with unrounded(matrix):
+        for core in cores[1:]:
+            matrix = (matrix @ core.flatten(1)).reshape(-1, core.shape[-1])
     return matrix
 
 
 def right(cores: Sequence[Tensor]) -> Tensor:
     """Cores (r_0, n_1, r_1) ... (r_{k-1}, n_k, 1) -> (r_0, n_1 ... n_k)."""
     matrix = cores[-1].flatten(1)
-    for core in reversed(cores[:-1]):
-        matrix = (core.flatten(0, 1) @ matrix).reshape(core.shape[0], -1)
+    with unrounded(matrix):
+        for core in reversed(cores[:-1]):
+            matrix = (core.flatten(0, 1) @ matrix).reshape(core.shape[0], -1)
     return matrix
 
 

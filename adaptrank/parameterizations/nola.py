@@ -71,6 +71,7 @@ class NOLA(Parameterization):
         self.scale = alpha / rank
         self.rank, self.init, self.materialize, self.chunk = rank, init, materialize, chunk
         released = init == "released"
+        self.starts_at_base = not released
         self.c = (1 / math.sqrt(rank * n), 1 / math.sqrt(rank * m)) if released else (k_a**-0.5, k_b**-0.5)
         self.dropout = nn.Dropout(dropout)
         self.alpha = self.zeros(k_a)

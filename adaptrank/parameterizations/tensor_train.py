@@ -91,9 +91,10 @@ class TensorTrain(Parameterization):
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         (*inputs, last), (first, *outputs) = self.cores("A"), self.cores("B")
-        between = last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
+        with trains.unrounded(last):
+            between = self.scale * last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
         z = self.dropout(x) @ trains.left(inputs) @ between
-        return self.scale * F.linear(z, trains.right(outputs).T)
+        return F.linear(z, trains.right(outputs).T)
 
     def cost(self) -> Cost:
         (m, n), (*inputs, last), (first, *outputs) = self.shape, self.cores("A"), self.cores("B")

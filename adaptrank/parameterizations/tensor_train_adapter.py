@@ -1,7 +1,7 @@
 """TensorTrainAdapter: a bottleneck adapter whose two matrices are tensor trains."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,21 +106,28 @@ class TensorTrainAdapter(Parameterization):
             D, U = trains.dense(self.cores("D"), self.width), trains.dense(self.cores("U"), len(self.down))
             return self.scale * (ACTIVATIONS[self.activation](h @ D + self.down) @ U + self.up)
 
-        def below(x: Tensor) -> Tensor:
-            inner = self.base.definition(x) if isinstance(self.base, Parameterization) else self.base(x)
-            return inner  # type: ignore[no-any-return]
-
         (x,) = args
+        if not self.enabled:
+            return self._below(x)
         if self.position == "input":
-            return below(x + change(x))
-        y = below(x)
+            return self._below(x + change(x))
+        y = self._below(x)
         return y + change(y)
+
+    def _below(self, x: Tensor) -> Tensor:
+        """What it wraps, by its definition: dense, or another adapter's; what merges around an adapter has none."""
+        base = self.base
+        if all(wrapper.mergeable for wrapper in self.nest[:-1]):
+            return cast(Tensor, super().definition(x))
+        if isinstance(base, Parameterization) and not base.mergeable:
+            return cast(Tensor, base.definition(x))
+        return cast(Tensor, base(x))
 
     def _change(self, h: Tensor) -> Tensor:
         """s (f(h D + d) U + u), through the bonds in the middle of both trains."""
         z = F.linear(self.dropout(h.to(self.down.dtype)) @ self._left("D"), self._right("D").T, self.down)
-        z = F.linear(ACTIVATIONS[self.activation](z) @ self._left("U"), self._right("U").T, self.up)
-        return (self.scale * z).to(h.dtype)
+        z = ACTIVATIONS[self.activation](z) @ self._left("U")
+        return F.linear(z, (self.scale * self._right("U")).T, self.scale * self.up).to(h.dtype)
 
     def _left(self, name: str) -> Tensor:
         return trains.left(self.cores(name)[: self.split[name]])
