@@ -149,7 +149,8 @@ def test_a_side_without_factors_is_said():
         Kronecker(nn.Linear(7, 7), factor=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Kronecker(nn.Linear(768, 2))  # a head for two classes: 64 + 24 numbers
+        Kronecker(nn.Linear(768, 5))  # a head for five classes: 24 + 160 numbers
+        Kronecker(nn.Linear(202, 3))  # three have nothing to divide
         Kronecker(nn.Conv2d(3, 64, 16))  # colours
         Kronecker(nn.Linear(7, 7), factor=1)  # asked for
 
