@@ -125,7 +125,7 @@ def _adapt(
     wraps = {path: layer for path, layer in built.items() if layer is not None}
     for path, layer in wraps.items():
         replace_layer(model, modules[path], layer)
-    _tie(wraps)
+    _tie(wraps, name)
     for module in extra.values():
         module.requires_grad_(True)
     if rank_pattern and wraps:  # sizes to start from: a second call must not undo what an allocator did
@@ -454,7 +454,8 @@ def _wrap(
     before = layer.nest if isinstance(layer, Parameterization) else []
     carried = [w for w in before if w.name == name]
     was_training = layer.training
-    wrapper = layer
+    # What is there already is compared with the same over the same: over itself it may not even be possible.
+    wrapper = start = carried[0].base if carried else layer
     for maker in makers:
         try:
             wrapper = maker(wrapper)
@@ -465,7 +466,7 @@ def _wrap(
                 f"A parameterization must return a wrapped layer; {maker} returned {type(wrapper).__name__}."
             )
     assert isinstance(wrapper, Parameterization)
-    made = wrapper.nest[len(before) :]
+    made = wrapper.nest[len(start.nest) if isinstance(start, Parameterization) else 0 :]
     for one in made:
         one.name = name
         if not one.mergeable:
@@ -485,23 +486,25 @@ def _wrap(
     return wrapper.train(was_training)
 
 
-def _tie(layers: Mapping[str, Parameterization]) -> None:
-    """Tie the `shared` tensors of a method into every layer of one kind (last component) and shape."""
+def _tie(layers: Mapping[str, Parameterization], name: str) -> None:
+    """Tie the `shared` tensors of the new wrappers into every layer of one kind (last component) and shape.
+
+    Wrappers of other names were tied, or not, when they were made: they have trained since, and they do not count as places.
+    """
     first: dict[object, Parameterization] = {}
     for path, layer in layers.items():
-        for position, wrapper in enumerate(layer.nest):
+        for position, wrapper in enumerate(w for w in layer.nest if w.name == name):
             if wrapper.shared:
                 group = (
                     _last(path),
                     wrapper.shape,
                     position,
                     type(wrapper),
-                    wrapper.name,
                     json.dumps(wrapper.init_args),
                 )
                 owner = first.setdefault(group, wrapper)
-                for name in wrapper.shared:
-                    setattr(wrapper, name, getattr(owner, name))
+                for tensor in wrapper.shared:
+                    setattr(wrapper, tensor, getattr(owner, tensor))
 
 
 # ---- fused projections

@@ -20,7 +20,7 @@ from adaptrank import (
     set_enabled,
     unmerge,
 )
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, PiCa
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, PiCa, TensorTrainAdapter
 from adaptrank.parameterizations.base import wrapped_layers, wrappers
 from adaptrank.testing import perturb
 
@@ -403,3 +403,64 @@ def test_a_failing_adapt_on_a_fresh_model_freezes_nothing():
         adapt(model, "all-linear", partial(SVD, rank=20))
     assert all(p.requires_grad for p in model.parameters())
     assert not wrapped_layers(model)
+
+
+# ---- what one adapter does to another, or to itself when it is made in several calls
+
+
+class Two(nn.Module):
+    """Two layers of one kind and shape, whose shared tensors `adapt` ties."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))
+
+    def forward(self, x):
+        return self.layers[1]["q"](torch.tanh(self.layers[0]["q"](x)))
+
+
+X = torch.linspace(-1, 1, 48).reshape(3, 16)
+
+
+def test_a_further_adapter_does_not_tie_what_others_have_trained_apart():
+    model = adapt(adapt(Two(), ["0.q"], PiCa), ["1.q"], PiCa)
+    perturb(model)
+    before = model(X)
+    adapt(model, "all-linear", LoRA, name="further")
+    assert torch.equal(model(X), before)
+
+
+def test_an_adapter_made_in_two_calls_is_loaded_untied(tmp_path):
+    model = adapt(adapt(Two(), ["0.q"], PiCa), ["1.q"], PiCa)
+    perturb(model)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(Two(), tmp_path)
+    assert torch.equal(loaded(X), model(X))
+    assert sum(p.requires_grad for p in loaded.parameters()) == 2
+
+
+def test_an_adapter_made_in_one_call_is_tied_whatever_its_neighbours_and_stays_so(tmp_path):
+    model = adapt(Two(), ["0.q"], LoRA, name="below")
+    adapt(model, "all-linear", PiCa, name="tied")
+    perturb(model)
+    set_enabled(model, "tied")
+    save_adapter(model, tmp_path, names=["tied"])
+    for host in (Two(), adapt(Two(), ["1.q"], LoRA, name="other")):
+        load_adapter(host, tmp_path)
+        assert torch.equal(host(X), model(X))
+        assert len({id(w.M) for w in wrappers(host) if w.name == "tied"}) == 1
+
+
+def test_a_second_call_changes_nothing_where_the_nest_cannot_stand_on_itself():
+    nest = [DoRA, TensorTrainAdapter]
+    model = adapt(Two(), "all-linear", nest)
+    before = wrappers(model)
+    adapt(model, "all-linear", nest)
+    assert wrappers(model) == before
+
+
+def test_a_layer_may_be_called_by_keyword():
+    layer = HyperAdapt(LoRA(nn.Linear(16, 16)))
+    perturb(layer)
+    assert torch.equal(layer(input=X), layer(X))

@@ -365,3 +365,14 @@ def test_a_merged_model_is_a_plain_transformers_model(tmp_path):
     merge(model).save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_that_is_trained_whole_is_written_once(tmp_path):
+    model = adapt(gpt2(), ["c_fc"], LoRA, train_modules=["lm_head"])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.lm_head.weight.data += 1
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(gpt2(), tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.lm_head.weight.requires_grad

@@ -419,3 +419,13 @@ def test_a_run_with_parts_resumes_bit_by_bit(tiny_gpt2, tmp_path):
     ids = torch.arange(3, 9)[None]
     whole.eval(), warm.eval()
     assert torch.equal(warm.model(ids).logits, whole.model(ids).logits)
+
+
+def test_a_file_splits_nothing_that_only_another_adapter_has_split(tmp_path):
+    model = adapt(gpt2(), ["attn.c_attn"], SVD, name="other", split_fused=True)
+    adapt(model, ["mlp.c_fc"], LoRA, name="own")
+    save_adapter(model, tmp_path, names=["own"])
+    assert read_adapter(tmp_path)["split"] == {}
+    host = adapt(gpt2(), ["attn.c_attn"], LoRA, name="whole", split_fused=False)
+    load_adapter(host, tmp_path)
+    assert {w.name for layer in wrapped_layers(host).values() for w in layer.nest} == {"whole", "own"}

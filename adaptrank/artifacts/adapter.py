@@ -71,7 +71,8 @@ def save_adapter(
         if key not in description["tied"]:
             tensors[key] = tensor.detach().contiguous()
     for name, tensor in trained_modules(model).items():
-        tensors[name] = tensor.detach().contiguous()
+        if name not in description["tied"]:
+            tensors[name] = tensor.detach().contiguous()
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,13 +144,15 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: 
     with safe_open(file, framework="pt") as stored:
         keys = set(stored.keys())
         targets = dict(_adapter_tensors(model, names))
-        others = dict(model.named_parameters()) | dict(model.named_buffers())
-        extra = sorted(keys - set(targets))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        others = parameters | dict(model.named_buffers())
+        extra = sorted((keys | tied.keys()) - set(targets))
         unknown = [key for key in extra if key not in others]
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
         for what, wrong in (("an unexpected tensor", unknown), ("no tensor", absent)):
             if wrong:
                 raise ValueError(f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such).")
+        _tie_as_stored(model, tied, names)
         in_state = _state_keys(model, names)
         fit_ranks(model, {in_state[key]: stored.get_tensor(tied.get(key, key)) for key in targets})
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
@@ -161,9 +164,27 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: 
         for key, value in values.items():
             targets[key].copy_(value)
     for key in extra:
-        others[key].requires_grad_(others[key].is_floating_point() and key in dict(model.named_parameters()))
+        others[key].requires_grad_(others[key].is_floating_point() and key in parameters)
     for wrapper in wrappers(model):
         wrapper.refresh()
+
+
+def _tie_as_stored(model: nn.Module, tied: Mapping[str, str], names: Collection[str]) -> None:
+    """Tie what was tied when the adapter was saved and nothing else: `adapt` ties by one call, and there may have been several."""
+    stored: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, wrapper, name in _keyed(model, names):
+        path, _, last = name.rpartition(".")
+        owner, tensor = wrapper.get_submodule(path), _get(wrapper, name)
+        if key in tied:
+            tensor = stored[tied[key]]
+        elif id(tensor) in taken:
+            own = tensor.detach().clone()
+            tensor = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+        if tensor is not _get(wrapper, name):
+            setattr(owner, last, tensor)
+        stored[key] = tensor
+        taken.add(id(tensor))
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,7 +225,8 @@ def describe_adapter(
         entry["layers"][path] = list(kinds.shape(plain)) if isinstance(plain, kinds.MATRICES) else []
     first: dict[int, str] = {}
     tied = {}
-    for key, tensor in _adapter_tensors(model, names):
+    trained = trained_modules(model)
+    for key, tensor in [*_adapter_tensors(model, names), *trained.items()]:
         owner = first.setdefault(id(tensor), key)
         if owner != key:
             tied[key] = owner
@@ -217,9 +239,18 @@ def describe_adapter(
             for key, axis in rank_axes(model).items()
             if names is None or axis.members[0][0].name in names
         },
-        "trained_modules": sorted(trained_modules(model)),
+        "trained_modules": sorted(trained),
         "tied": tied,
-        "split": {path: list(m.names) for path, m in named_layers(model).items() if isinstance(m, kinds.Parts)},
+        "split": {
+            path: list(m.names)
+            for path, m in named_layers(model).items()
+            if isinstance(m, kinds.Parts)
+            # Not what only the adapters of other names have split.
+            and (
+                any(_called(layer, names) for layer in wrapped_layers(m).values())
+                or any(key.startswith(f"{path}.") for key in trained)
+            )
+        },
     }
 
 

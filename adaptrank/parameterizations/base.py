@@ -353,6 +353,8 @@ class Parameterization(nn.Module, ABC):
         """What `adapted` computes, where this wrapper is on; elsewhere what the base does."""
         if not self.enabled:
             return self.base(*args, **kwargs)
+        if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
+            args, kwargs = tuple(kwargs.values()), {}  # linear(input=x): the methods know no such name
         if self.rows is None:
             return self.adapted(*args, **kwargs)
         rows, batch = self.rows
