@@ -63,19 +63,33 @@ def adapt(
     if getattr(model, "_adaptrank_merged", None) is not None:
         raise ValueError("This model is merged, with its originals kept; unmerge() it before it gets further adapters.")
     extra = find_modules(model, train_modules)
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     fused, whole = _split_fused(model, makers, split_fused)
-    modules = named_layers(model)
-    try:
+    with undone_on_error(model, fused):
+        modules = named_layers(model)
         return _adapt(model, modules, fused, whole, extra, targets, makers, exclude, name, rank_pattern, seed)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, fused: Mapping[kinds.Parts, nn.Module]) -> Iterator[None]:
+    """After an exception the model has the very layers and flags it had on the way in, and split layers are whole again.
+
+    Args:
+        model: in which layers are wrapped; nothing is frozen or wrapped yet, but `fused` is split.
+        fused: {the parts: the layer they came from}, of the layers that were split for this.
+    """
+    before = named_layers(model)
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    trains |= {p: p.requires_grad for layer in fused.values() for p in layer.parameters()}
+    try:
+        yield
     except BaseException:
         for path, layer in named_layers(model).items():
-            if layer is not modules[path]:
-                replace_layer(model, layer, modules[path])
+            if layer is not before[path]:
+                replace_layer(model, layer, before[path])
         for parts, layer in fused.items():
             replace_layer(model, parts, layer)
-        for parameter, before in trains.items():
-            parameter.requires_grad_(before)
+        for parameter, flag in trains.items():
+            parameter.requires_grad_(flag)
         raise
 
 
@@ -112,10 +126,8 @@ def _adapt(
             raise ValueError(
                 f"{path} {whole[path]}, so that its parts are no layers of their own; say split_fused=False."
             )
-    for (
-        parts,
-        layer,
-    ) in fused.items():  # all were split, so that the parts could be named; now those that nothing names are joined
+    for parts, layer in fused.items():
+        # All were split, so that the parts could be named; those that nothing names are joined again.
         if not any(modules[path] in parts.plain for path in paths):
             replace_layer(model, parts, layer)
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from adaptrank import layers as kinds
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
-from adaptrank.inject import ParameterizationCallable, adapt, split_at
+from adaptrank.inject import ParameterizationCallable, adapt, split_at, undone_on_error
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
     Parameterization,
     adapter_parameters,
     named_layers,
-    replace_layer,
     wrapped_layers,
     wrappers,
 )
@@ -114,10 +113,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
             )
         for wrapper in (wrapper for entry in description["adapters"] for wrapper in entry["nest"]):
             wrapper["name"] = name
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    split = split_at(model, description.get("split", {}))
-    before = named_layers(model)
-    try:
+    with undone_on_error(model, split_at(model, description.get("split", {}))):
         _check_fits(model, description, file)
         _check_fingerprint(model, description)
         for entry in description["adapters"]:
@@ -127,15 +123,6 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
                     wanted = "|".join(re.escape(path) for path in missing)
                     adapt(model, wanted, makers, name=own, split_fused=False)
         _load_tensors(model, file, description["tied"], _names(description))
-    except BaseException:
-        for path, layer in named_layers(model).items():
-            if layer is not before[path]:
-                replace_layer(model, layer, before[path])
-        for parts, fused in split.items():
-            replace_layer(model, parts, fused)
-        for parameter, trains in trained.items():
-            parameter.requires_grad_(trains)
-        raise
     return model
 
 

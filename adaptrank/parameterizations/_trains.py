@@ -1,7 +1,7 @@
 """Tensor trains of a matrix: modes, cores, and the contraction of one side; shared by the methods that hold such trains."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,6 +48,15 @@ def check_modes(modes: Sequence[int] | None, size: int, what: str) -> list[int]:
 def bonds(modes: Sequence[int]) -> list[int]:
     """The largest size that each bond can use: the product of the modes on either side of it, whichever is less."""
     return [min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
+
+
+def axes(modes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    """A rank axis for each bond: "a2" is between cores A_2 and A_3, and the later core closes."""
+    return {
+        f"{name.lower()}{k}": {f"{name}_{k}": 2, f"{name}_{k + 1}": 0}
+        for name, sizes in modes.items()
+        for k in range(1, len(sizes))
+    }
 
 
 def core_shapes(modes: Sequence[int], tt_rank: int) -> list[tuple[int, int, int]]:

@@ -74,11 +74,7 @@ class TensorTrain(Parameterization):
 
     @property
     def axes(self) -> Mapping[str, Mapping[str, int | tuple[int, ...]]]:  # type: ignore[override]
-        return {
-            f"{name.lower()}{k}": {f"{name}_{k}": 2, f"{name}_{k + 1}": 0}
-            for name, modes in self.modes.items()
-            for k in range(1, len(modes))
-        }
+        return trains.axes(self.modes)
 
     def cores(self, name: str) -> list[nn.Parameter]:
         """The cores of A or B, first to last."""
