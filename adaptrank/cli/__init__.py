@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         run(verb, rest)
     elif verb in VERBS:
-        from adaptrank.cli import verbs
+        from importlib import import_module
 
-        getattr(verbs, verb)(rest)
+        home = "verbs" if verb in ("methods", "generate", "merge") else verb  # a verb of some length has a file of its name
+        getattr(import_module(f"adaptrank.cli.{home}"), verb)(rest)
     else:
         import difflib
 
