@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,50 @@ class RankAxis:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What every layer of the axis allows beside pruning."""
-        return frozenset.intersection(*(layer.capabilities for layer, _ in self.members))
+        """What every layer of the axis allows beside pruning; an input-side factor is told from what the method names as one."""
+        return frozenset.intersection(*(layer.capabilities | _input_words(layer, axis) for layer, axis in self.members))
+
+    @property
+    def gate(self) -> "Tensor | Callable[[], Tensor] | None":
+        """What the units are multiplied by, (units,), or a function that gives it at each call; None is nothing.
+
+        Gradients reach the gate and the factors. Files and merges hold the closing factor with its gate multiplied in.
+        """
+        layer, axis = self.members[0]
+        return layer.gates.get(axis)
+
+    @gate.setter
+    def gate(self, gate: "Tensor | Callable[[], Tensor] | None") -> None:
+        for layer, axis in self.members:
+            others = {name: value for name, value in layer.gates.items() if name != axis}
+            layer.gates = others if gate is None else {**others, axis: gate}
+
+    @contextmanager
+    def gated(self, gate: "Tensor | Callable[[], Tensor]") -> Iterator[None]:
+        """Multiply the units by a gate for a moment, on top of the one that hangs there."""
+        before = self.gate
+        if before is None:
+            both = gate
+        else:
+            inner = before
+
+            def both() -> Tensor:
+                return _value(inner) * _value(gate)
+
+        try:
+            self.gate = both
+            yield
+        finally:
+            self.gate = before
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the gate into the closing factors, and take it away; the function stays as it is."""
+        named = dict(self.members)
+        folded = [(slot, slot.layer.folded(slot.name, named[slot.layer])) for slot in self.closing()]
+        for slot, value in folded:
+            slot.tensor.data.copy_(value)
+        self.gate = None
 
     def trainable(self) -> bool:
         """Whether an optimizer moves any tensor of the axis."""
@@ -232,6 +274,17 @@ class RankAxis:
             layer.refresh()
 
 
+def _value(gate: "Tensor | Callable[[], Tensor]") -> Tensor:
+    return gate() if callable(gate) else gate
+
+
+def _input_words(layer: Parameterization, axis: str) -> frozenset[str]:
+    name = layer.input_factor.get(axis)
+    if name is None:
+        return frozenset()
+    return frozenset({"input_factor"} if name == layer.factors(axis)[-1][0] else {"input_factor", "input_init"})
+
+
 _FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
 
@@ -309,7 +362,11 @@ class CostModel:
     fixed: int
     terms: tuple[tuple[int, tuple[str, ...]], ...]
 
-    def total(self, sizes: Mapping[str, int]) -> int:
+    @overload
+    def total(self, sizes: Mapping[str, int]) -> int: ...
+    @overload
+    def total(self, sizes: Mapping[str, float]) -> float: ...
+    def total(self, sizes: Mapping[str, float]) -> float:
         """Cost of these sizes, in the model's unit."""
         return self.fixed + sum(factor * math.prod(sizes[axis] for axis in axes) for factor, axes in self.terms)
 

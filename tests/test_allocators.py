@@ -450,11 +450,11 @@ def test_a_model_with_nothing_to_allocate():
 
 def test_an_axis_that_cannot_do_what_is_required():
     class Needs(Chosen):
-        requires = frozenset({"duplicate"})
+        requires = frozenset({"fly"})
 
     with pytest.raises(
         ValueError,
-        match=r"Needs needs axes that can duplicate, and SVD at maps\.0:rank cannot; no parameterization here can",
+        match=r"Needs needs axes that can fly, and SVD at maps\.0:rank cannot; no parameterization here can",
     ):
         fit(Toy(), Needs(budget=6, **PHASES))
 
@@ -541,7 +541,7 @@ def test_gradients_that_are_not_finite_are_not_scored():
 def test_a_score_that_is_no_number_defers_the_event():
     class Doubtful(Chosen):
         def score(self, axis):
-            return super().score(axis) * (float("nan") if self._last_step == 10 else 1)
+            return super().score(axis) * (float("nan") if self._steps_done == 10 else 1)
 
     model, allocator = Toy(), Doubtful(budget=6, **PHASES)
     fit(model, allocator)
@@ -555,7 +555,7 @@ def test_a_score_that_is_no_number_defers_the_event():
 def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
     class Late(Chosen):
         def score(self, axis):
-            return super().score(axis) * (float("nan") if self._last_step in (18, 19) else 1)
+            return super().score(axis) * (float("nan") if self._steps_done in (18, 19) else 1)
 
     model, allocator = Toy(), Late(budget=6, **PHASES)
     fit(model, allocator)
@@ -568,7 +568,7 @@ def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
 def test_what_adalora_closed_is_removed_by_a_last_event_that_was_put_off():
     class LateAda(AdaLoRA):
         def score(self, axis):
-            return super().score(axis) * (float("nan") if self._last_step == 18 else 1)
+            return super().score(axis) * (float("nan") if self._steps_done == 18 else 1)
 
     model, allocator = Toy(), LateAda(budget=6, **PHASES)
     fit(model, allocator)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adaptrank.allocators.plans import Resize, exchange, keep_best, ranked
+from adaptrank.allocators.plans import Resize, apportion, exchange, keep_best, ranked
 from adaptrank.axes import CostModel, natural, rank_cost
 
 NAMES = [f"layers.{i}.{name}:rank" for i in (0, 2, 10) for name in ("q", "v")]
@@ -267,3 +267,36 @@ def test_an_axis_of_one_unit_can_grow_again_only_with_two_pools():
 
 def test_the_sort_key_is_natural():
     assert sorted(NAMES, key=natural) == NAMES
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=8),
+    st.integers(1, 2),
+    st.integers(0, 200),
+)
+def test_apportioned_sizes_spend_the_budget_within_floors_and_caps(axes, floor, more):
+    weights = {f"{i}:rank": w for i, (w, _, _) in enumerate(axes)}
+    caps = {f"{i}:rank": max(cap, floor) for i, (_, _, cap) in enumerate(axes)}
+    for costs in ([1] * len(axes), [c for _, c, _ in axes]):
+        cost = CostModel(0, tuple((c, (axis,)) for c, axis in zip(costs, weights, strict=True)))
+        budget = cost.total(dict.fromkeys(weights, floor)) + more
+        sizes = apportion(weights, cost, budget, floor, caps)
+        assert all(floor <= sizes[a] <= caps[a] for a in sizes)
+        total = cost.total(sizes)
+        assert total <= budget
+        assert all(sizes[a] == caps[a] or total + cost.marginal(a, sizes) > budget for a in sizes)
+        shuffled = apportion(dict(reversed(list(weights.items()))), cost, budget, floor, caps)
+        assert shuffled == sizes
+
+
+def test_apportioned_by_largest_remainder():
+    cost = rank_cost("abc")
+    assert apportion({"a": 5, "b": 3, "c": 2}, cost, 10) == {"a": 5, "b": 3, "c": 2}
+    assert apportion({"a": 2, "b": 1.5, "c": 1.5}, cost, 6) == {"a": 2, "b": 2, "c": 2}
+    assert apportion({"a": 9, "b": 1, "c": 0}, cost, 12) == {"a": 10, "b": 1, "c": 1}
+    assert apportion({"a": 9, "b": 1, "c": 0}, cost, 12, caps={"a": 4}) == {"a": 4, "b": 7, "c": 1}
+    assert apportion({"a": 0, "b": 0, "c": 0}, cost, 7) == {"a": 3, "b": 2, "c": 2}
+    with pytest.raises(ValueError, match="every weight has to be a number"):
+        apportion({"a": float("nan")}, rank_cost("a"), 3)
+    with pytest.raises(ValueError, match="A budget of 2 is below 3"):
+        apportion({"a": 1, "b": 1, "c": 1}, cost, 2)

@@ -24,7 +24,7 @@ class AdaLoRA(Allocator):
     Args:
         budget: final total in `unit`; None is the total at the start divided by 1.5, as in the paper.
         soft: close until the last event, rather than remove at each.
-        importance: score of a unit.
+        importance: score of a unit, any of `scores.IMPORTANCES`.
         beta: of the running averages.
         unit, every, warmup, final, floor, seed: as in `Allocator`.
     """
@@ -35,7 +35,7 @@ class AdaLoRA(Allocator):
         self,
         budget: int | None = None,
         soft: bool = True,
-        importance: Literal["sensitivity_uncertainty", "sensitivity", "gate", "magnitude"] = "sensitivity_uncertainty",
+        importance: str = "sensitivity_uncertainty",
         beta: float = 0.85,
         unit: Literal["ranks", "parameters"] = "ranks",
         every: int = 10,

@@ -25,7 +25,7 @@ class ElaLoRA(Allocator):
         swaps: b, most units to exchange at an event.
         pool: k, units an axis offers.
         two_pools: the repaired rule; False for the released one.
-        importance: score of a unit.
+        importance: score of a unit, any of `scores.IMPORTANCES`.
         beta: of the running averages.
         unit: what stays constant, "ranks" or "parameters" (never above, and within one unit of the start).
         every, warmup, final, floor, seed: as in `Allocator`.
@@ -40,7 +40,7 @@ class ElaLoRA(Allocator):
         swaps: int = 4,
         pool: int = 2,
         two_pools: bool = True,
-        importance: Literal["sensitivity_uncertainty", "sensitivity", "gate", "magnitude"] = "sensitivity_uncertainty",
+        importance: str = "sensitivity_uncertainty",
         beta: float = 0.85,
         unit: Literal["ranks", "parameters"] = "ranks",
         every: int = 50,

@@ -1,6 +1,7 @@
 """Pure: importance, cost, budget -> what to keep, close and grow. Deterministic; nothing here touches a tensor of a model."""
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -163,3 +164,59 @@ def exchange(
         for axis, values in scores.items()
         if pruned[axis] or grown[axis]
     }
+
+
+def apportion(
+    weights: Mapping[str, float],
+    cost: CostModel,
+    budget: int,
+    floor: int = 1,
+    caps: Mapping[str, int | None] | None = None,
+) -> dict[str, int]:
+    """Sizes in proportion to weights, within floors and caps, by largest remainders; never over the budget.
+
+    The real sizes are w_a times one factor, clipped to floor and cap, where the factor is the one that spends the budget.
+    They are rounded down, and what is left buys whole units by largest remainder, ties in natural order of the axes, then whatever
+    still fits. With costs of one the budget is met exactly, unless all caps together cost less.
+
+    Args:
+        weights: axis -> its share, not negative; all zero counts as all equal.
+        cost: in the unit of the budget.
+        budget: total, `cost.fixed` included.
+        floor: least size of an axis.
+        caps: axis -> largest size, None for no cap.
+    Raises:
+        ValueError: where a weight is negative or no number, or the floors alone cost more than the budget.
+    """
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights.values()):
+        raise ValueError(f"Ranks cannot be shared out by {dict(weights)}: every weight has to be a number, 0 or more.")
+    axes = sorted(weights, key=natural)
+    shares = {axis: float(weights[axis]) if any(weights.values()) else 1.0 for axis in axes}
+    bounds = {axis: (caps or {}).get(axis) for axis in axes}
+    least = cost.total(dict.fromkeys(axes, floor))
+    if least > budget:
+        raise ValueError(
+            f"A budget of {budget} is below {least}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
+        )
+
+    def real(factor: float) -> dict[str, float]:
+        return {a: max(floor, min(factor * shares[a], math.inf if (c := bounds[a]) is None else c)) for a in axes}
+
+    low, high = 0.0, 1.0
+    while cost.total(real(high)) < budget and high < 1e30:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost.total(real(middle)) <= budget else (low, middle)
+    exact = real(low)
+    sizes = {axis: math.floor(size + 1e-9) for axis, size in exact.items()}
+    order = sorted(axes, key=lambda axis: sizes[axis] - exact[axis])  # stable: ties stay in natural order
+    bought = True
+    while bought:  # more than one round only where all remainders are spent, or units cost unequally
+        bought = False
+        for axis in order:
+            cap = bounds[axis]
+            if (cap is None or sizes[axis] < cap) and cost.total(sizes) + cost.marginal(axis, sizes) <= budget:
+                sizes[axis] += 1
+                bought = True
+    return sizes

@@ -1,17 +1,22 @@
-"""Pure: weights and gradients of an axis -> importance of each unit. Higher is kept; all in float32 or better.
+"""Weights, gradients and losses -> importance of each unit. Higher is kept; all in float32 or better.
 
 A running score keeps its averages in tensors that the allocator's `track` hands out: they follow the axis through every
 resize and into the checkpoint, and a fresh unit starts at zero.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adaptrank.axes import RankAxis, Slot
+
+Axes = Mapping[str, RankAxis]
+Scores = Mapping[str, Tensor]
 
 
 class Track(Protocol):
@@ -20,18 +25,43 @@ class Track(Protocol):
     def __call__(self, name: str, tensor: Tensor, dim: int = 0) -> Tensor: ...
 
 
+class Run(Protocol):
+    """What a score sees of the run that it scores: an allocator is one."""
+
+    beta: float
+    seed: int
+
+    @property
+    def examples(self) -> Sequence[Any]:
+        """As many training batches as the score asks for; the same all through the run."""
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch, in evaluation mode; the mean over its examples, with a graph where gradients are on."""
+
+    def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int = 0) -> Tensor:
+        """A running tensor of the axis."""
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+
+
 @dataclass(frozen=True)
 class Importance:
-    """A score and what it observes at each step.
+    """A score and what it observes at each step, for all axes at once.
 
     Args:
-        score: (axis, track) -> (units,).
-        observe: (axis, track, beta) -> nothing; updates running averages, with gradients complete and the step not made.
-        gradients: whether the score needs gradients at all.
+        score: (axes, run) -> {axis: (units,)}.
+        observe: (axes, run) -> nothing; updates running averages, with gradients complete and the step not made.
+        examples: training batches that it evaluates the loss on, `run.examples`.
     """
 
-    score: Callable[[RankAxis, Track], Tensor]
-    observe: Callable[[RankAxis, Track, float], None] = lambda axis, track, beta: None
+    score: Callable[[Axes, Run], Scores]
+    observe: Callable[[Axes, Run], None] | None = None
+    examples: int = 0
 
 
 def magnitude(axis: RankAxis) -> Tensor:
@@ -106,10 +136,61 @@ def _elementwise(uncertainty: bool) -> Callable[[RankAxis, Track], Tensor]:
     return score
 
 
+def each(score: Callable[[RankAxis, Track], Tensor]) -> Callable[[Axes, Run], Scores]:
+    """A score of one axis, for all of them."""
+
+    def scores(axes: Axes, run: Run) -> Scores:
+        return {key: score(axis, partial(run.track, axis)) for key, axis in axes.items()}
+
+    return scores
+
+
+def at_each(observe: Callable[[RankAxis, Track, float], None]) -> Callable[[Axes, Run], None]:
+    """What is observed of one axis, for all of them."""
+
+    def observe_all(axes: Axes, run: Run) -> None:
+        for axis in axes.values():
+            observe(axis, partial(run.track, axis), run.beta)
+
+    return observe_all
+
+
 IMPORTANCES: dict[str, Importance] = {
-    "magnitude": Importance(lambda axis, track: magnitude(axis)),
-    "gate": Importance(_gate_average, _observe_gate),
-    "sensitivity": Importance(_elementwise(uncertainty=False), _observe_elements),
-    "sensitivity_uncertainty": Importance(_elementwise(uncertainty=True), _observe_elements),
+    "magnitude": Importance(each(lambda axis, track: magnitude(axis))),
+    "gate": Importance(each(_gate_average), at_each(_observe_gate)),
+    "sensitivity": Importance(each(_elementwise(uncertainty=False)), at_each(_observe_elements)),
+    "sensitivity_uncertainty": Importance(each(_elementwise(uncertainty=True)), at_each(_observe_elements)),
 }
-"""Scores by name. "gate" keeps 1 float a unit, the sensitivities 2 floats a trainable number."""
+"""Scores by name. "gate" keeps 1 float a unit, the sensitivities 2 floats a trainable number. Any name with "_per_cost" appended
+is that score over the unit's trainable numbers."""
+
+
+def importance(name: str) -> Importance:
+    """A score by its name.
+
+    Raises:
+        ValueError: for an unknown one; the nearest is named.
+    """
+    plain = name.removesuffix("_per_cost")
+    if plain not in IMPORTANCES:
+        close = difflib.get_close_matches(plain, IMPORTANCES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"importance={name!r} is no score.{hint} There are {', '.join(IMPORTANCES)}, each also with _per_cost appended."
+        )
+    found = IMPORTANCES[plain]
+    return found if plain == name else per_cost(found)
+
+
+def per_cost(score: Importance) -> Importance:
+    """The score over what the unit costs: its trainable numbers, in all tensors of its axis."""
+
+    def scores(axes: Axes, run: Run) -> Scores:
+        return {key: values / unit_cost(axes[key]) for key, values in score.score(axes, run).items()}
+
+    return replace(score, score=scores)
+
+
+def unit_cost(axis: RankAxis) -> int:
+    """Trainable numbers of one unit, at the sizes that other axes have now."""
+    return sum(slot.tensor.numel() // len(axis) for slot in axis.slots() if slot.tensor.requires_grad)

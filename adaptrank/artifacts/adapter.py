@@ -66,8 +66,9 @@ def save_adapter(
             raise ValueError(f"No adapter is called {unknown[0]!r}; there are {', '.join(known)}.")
     description = describe_adapter(model, base, names)
     tensors: dict[str, Tensor] = {}
-    for key, tensor in _adapter_tensors(model, names):
-        if key not in description["tied"]:
+    for key, wrapper, name in _keyed(model, names):
+        if key not in description["tied"]:  # a gate that an allocator has hung here is multiplied in
+            tensor = _get(wrapper, name) if "." in name else wrapper.folded(name)
             tensors[key] = tensor.detach().contiguous()
     for name, tensor in trained_modules(model).items():
         if name not in description["tied"]:

@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif verb in VERBS:
         from importlib import import_module
 
-        home = "verbs" if verb in ("methods", "generate", "merge") else verb  # a verb of some length has a file of its name
+        home = (
+            "verbs" if verb in ("methods", "generate", "merge") else verb
+        )  # a verb of some length has a file of its name
         getattr(import_module(f"adaptrank.cli.{home}"), verb)(rest)
     else:
         import difflib

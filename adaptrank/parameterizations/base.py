@@ -2,10 +2,11 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -67,8 +68,16 @@ class Parameterization(nn.Module, ABC):
     layer) is split by `adapt` unless it is told otherwise."""
     starts_at_base: bool = True
     """Whether training starts at what the frozen layer computes, to the last bit."""
-    capabilities: ClassVar[frozenset[str]] = frozenset({"grow"})
-    """What its axes allow beside pruning; an allocator that requires more is refused with a reason."""
+    capabilities: ClassVar[frozenset[str]] = frozenset({"grow", "duplicate", "ordered", "pattern"})
+    """What its axes allow beside pruning; an allocator that requires more is refused with a reason. The words:
+    "grow": fresh units can be added. "duplicate": units are exchangeable, so a copy of one is a unit like any other. "ordered": the
+    first units alone are a smaller method of the same kind. "pattern": the number of units may differ from layer to layer by a rule
+    (not where they are thousands of coefficients). "matrix_rank": their number bounds the rank of the change. "input_directions": each
+    is one direction of the input. "gradient_init": a start that follows the gradient of W is the closing factor's least-squares
+    fit. "weight_gradient": the gradients of its factors give an estimate of that of W (`weight_gradient`)."""
+    input_factor: Mapping[str, str] = {}
+    """Axis -> its trained tensor (units, n) that multiplies the input: its axes are "input_factor", and "input_init" as well where
+    that is not the closing one and may start anywhere."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates, magnitudes."""
     exact_gradient: ClassVar[Mapping[str, Any]] = {}
@@ -79,6 +88,8 @@ class Parameterization(nn.Module, ABC):
     """A wrapper that is off is transparent: it computes what its base computes."""
     rows: tuple[Tensor, int] | None = None
     """(indices, batch size): the rows of a batch that this wrapper is on for; None is all."""
+    gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = MappingProxyType({})
+    """Axis -> what its units are multiplied by, (units,), or a function that gives it at each call. Hung here by an allocator."""
     init_args: dict[str, Any]
     """The constructor's arguments but `base`, defaults filled in; all that is needed to build the wrapper again."""
     base: nn.Module
@@ -307,7 +318,7 @@ class Parameterization(nn.Module, ABC):
         device = layers.device(self.innermost).type
         autocasts = torch.amp.is_autocast_available(device)  # the meta device knows none
         try:
-            with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+            with torch.autocast(device, enabled=False) if autocasts else nullcontext(), self._gated():
                 return self._formula()
         except AttributeError as error:  # nn.Module would report it as "no attribute 'weight'"
             raise RuntimeError(f"{type(self).__name__}.weight failed: {error}") from error
@@ -355,6 +366,12 @@ class Parameterization(nn.Module, ABC):
             return self.base(*args, **kwargs)
         if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
             args, kwargs = tuple(kwargs.values()), {}  # linear(input=x): the methods know no such name
+        if self.gates:
+            with self._gated():
+                return self._on_its_rows(*args, **kwargs)
+        return self._on_its_rows(*args, **kwargs)
+
+    def _on_its_rows(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is None:
             return self.adapted(*args, **kwargs)
         rows, batch = self.rows
@@ -380,6 +397,33 @@ class Parameterization(nn.Module, ABC):
         finally:
             for wrapper, enabled, rows in before:
                 wrapper.enabled, wrapper.rows = enabled, rows
+
+    @contextmanager
+    def _gated(self) -> Iterator[None]:
+        """The closing factor of each gated axis times its gate; gradients reach both."""
+        gates, whole = (
+            self.gates,
+            {name: self._parameters[name] for name in {self.factors(a)[-1][0] for a in self.gates}},
+        )
+        try:
+            self._parameters.update({name: self.folded(name) for name in whole})  # type: ignore[misc]
+            self.gates = {}  # they are in: who reads the weight inside of a forward must not multiply again
+            yield
+        finally:
+            self.gates = gates
+            self._parameters.update(whole)
+
+    def folded(self, name: str, only: str | None = None) -> Tensor:
+        """A tensor of this wrapper with the gates of its axes, or of one, multiplied in: what a file or a merge holds."""
+        tensor = cast(Tensor, getattr(self, name))
+        for axis, gate in self.gates.items():
+            closing, dim = self.factors(axis)[-1]
+            if closing == name and only in (None, axis):
+                values = gate() if callable(gate) else gate
+                shape = [1] * tensor.dim()
+                shape[dim] = -1
+                tensor = tensor * values.to(tensor).view(shape)
+        return tensor
 
     def _own_dtype(self) -> torch.dtype:
         """What the adapter's tensors really are: `adapter_dtype`, unless someone cast the whole model afterwards."""

@@ -32,6 +32,8 @@ class DoRA(Parameterization):
     accepts = layers.MATRICES
     reads_weight = True
     axes = {"rank": {"A": 0, "B": 1}}
+    capabilities = frozenset({"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"})
+    input_factor = {"rank": "A"}
     squares: Tensor | None
     no_decay = ("m",)  # decay would shrink the layer itself
     exact_gradient = {"detach_norm": False}

@@ -31,6 +31,19 @@ class LoRA(Parameterization):
     source = "arXiv:2106.09685"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
+    capabilities = frozenset(
+        {
+            "grow",
+            "duplicate",
+            "ordered",
+            "pattern",
+            "matrix_rank",
+            "input_directions",
+            "gradient_init",
+            "weight_gradient",
+        }
+    )
+    input_factor = {"rank": "A"}
 
     def __init__(
         self,

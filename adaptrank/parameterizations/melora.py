@@ -32,6 +32,10 @@ class MELoRA(Parameterization):
     source = "arXiv:2402.17263"
     reads_blocks = True
     axes = {"rank": {"A": 0, "block": 0, "B": 1}}
+    capabilities = frozenset(
+        {"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"}
+    )
+    input_factor = {"rank": "A"}
     block: Tensor
     units: Tensor
     scales: Tensor

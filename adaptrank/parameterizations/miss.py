@@ -38,6 +38,7 @@ class MiSS(Parameterization):
 
     source = "arXiv:2409.15371"
     axes = {"rank": {"slots": 0, "D": 0}}
+    capabilities = frozenset({"grow", "pattern", "matrix_rank"})
     slots: Tensor
 
     def __init__(

@@ -38,6 +38,7 @@ class NEAT(Parameterization):
     """
 
     source = "arXiv:2410.01870"
+    capabilities = frozenset({"grow", "ordered", "pattern"})
     accepts = layers.MATRICES
     reads_weight = True
 

@@ -44,6 +44,7 @@ class NOLA(Parameterization):
     source = "arXiv:2310.02556"
     accepts = layers.MATRICES
     axes = {"alpha": {"ids_a": 0, "alpha": 0}, "beta": {"ids_b": 0, "beta": 0}}
+    capabilities = frozenset({"grow", "ordered"})
     seed: Tensor
     ids_a: Tensor
     ids_b: Tensor

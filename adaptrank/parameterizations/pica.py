@@ -36,6 +36,9 @@ class PiCa(Parameterization):
     source = "arXiv:2505.20211"
     accepts = layers.MATRICES
     axes = {"rank": {"P": 0, "index": 0, "M": 1}}
+    capabilities = frozenset(
+        {"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init", "weight_gradient"}
+    )
     shared: tuple[str, ...] = ("M",)
     reads_blocks = True
     P: Tensor
@@ -52,7 +55,7 @@ class PiCa(Parameterization):
             raise ValueError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
         self.side = side
         if side == "output":
-            self.axes = {"rank": {"P": 1, "index": 0, "M": 0}}
+            self.axes, self.input_factor = {"rank": {"P": 1, "index": 0, "M": 0}}, {"rank": "M"}
         if not share:
             self.shared = ()
         index = torch.arange(rank, device=layers.device(self.innermost))

@@ -33,6 +33,7 @@ class SBoRA(Parameterization):
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
+    capabilities = frozenset({"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"})
     index: Tensor
 
     def __init__(
@@ -61,7 +62,7 @@ class SBoRA(Parameterization):
             self.B = self.zeros(m, rank)
         else:
             self.A = self.zeros(rank, n)
-            self.axes = {"rank": {"index": 0, "A": 0}}
+            self.axes, self.input_factor = {"rank": {"index": 0, "A": 0}}, {"rank": "A"}
 
     @property
     def weight(self) -> Tensor:

@@ -28,6 +28,8 @@ class SVD(Parameterization):
 
     source = "arXiv:2303.10512"
     axes = {"rank": {"P": 1, "Q": 0, "l": 0}}
+    capabilities = frozenset({"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"})
+    input_factor = {"rank": "Q"}
     no_decay = ("l",)
 
     def __init__(
