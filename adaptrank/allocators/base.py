@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypedDict, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from adaptrank.axes import (
     rank_axes,
     rank_cost,
 )
+from adaptrank.distributed import average_adapters, first, from_first, keep_apart, mean, rejoin
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
     Parameterization,
@@ -269,11 +269,7 @@ class Allocator(Callback):
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The mean over all processes; what is computed from averaged gradients is the same on all and needs none."""
-        if not _several():
-            return tensor
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
+        return mean(tensor)
 
     def caps(self) -> dict[str, int | None]:
         """Largest size of each axis: `cap`, the method's ceiling, whichever is less."""
@@ -540,8 +536,8 @@ class Allocator(Callback):
             event["reason"] = event["skipped"] = "a score is not a number"
         else:
             # What binds where no budget does: nothing.
-            plan: Plan = self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if _first() else {}
-            plan = _broadcast(plan)
+            plan: Plan = self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if first() else {}
+            plan = from_first(plan)
             self._check_plan(plan, cost, budget)
             quarters = (
                 flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype)).tolist() if flat.numel() < 1 << 24 else []
@@ -631,6 +627,11 @@ class Allocator(Callback):
                 f"{type(averaging).__name__} keeps a copy of the weights that cannot follow a rank; leave it out, or run it "
                 f"without an allocator."
             )
+        keep_apart(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            rejoin(trainer)
 
     def _check_beside(self, other: "Allocator") -> None:
         name, second = type(self).__name__, type(other).__name__
@@ -647,11 +648,18 @@ class Allocator(Callback):
         return cls.initial_ranks is not Allocator.initial_ranks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._running:  # the other allocator of the run has started this one
+        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+            self._start_in(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_in(trainer, pl_module)  # where the strategy restores the checkpoint after on_fit_start
+
+    def _start_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._running:  # by on_fit_start, or by the other allocator of the run
             return
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Allocator) and other._provides() and not self._provides():
-                other.on_fit_start(trainer, pl_module)  # whatever the order of the list: first the ranks to start from
+                other._start_in(trainer, pl_module)  # whatever the order of the list: first the ranks to start from
         total = trainer.estimated_stepping_batches  # it builds the loaders, too
         self.start(
             pl_module,
@@ -663,6 +671,10 @@ class Allocator(Callback):
         for event in self.events[-1:]:
             if event["step"] == 0:
                 self._log(pl_module, event)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leaves = (t for tracked in self._tracked.values() for t, _ in tracked.values() if t.requires_grad)
+        average_adapters(trainer, pl_module, self, leaves)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         add_penalty_gradients(trainer, pl_module)
@@ -806,22 +818,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _first() -> bool:
-    return not _several() or dist.get_rank() == 0
-
-
-def _broadcast(plan: Plan) -> Plan:
-    if not _several():
-        return plan
-    box = [plan]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def _plain(value: Any) -> bool:

@@ -1,0 +1,150 @@
+"""Several processes: adapters stay out of what replicates or shards the base, and their gradients are averaged by themselves.
+
+A bucketed reducer cannot follow tensors whose shape changes, and a sharder cannot cut them. Adapters are small: one flat all-reduce
+after each backward pass does the same. The frozen base has no gradients to average.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+
+from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrappers
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def first() -> bool:
+    """Whether this is the process that decides."""
+    return not several() or dist.get_rank() == 0
+
+
+def from_first(value: T) -> T:
+    """What the first process has."""
+    if not several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes, on each."""
+    if not several():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@torch.no_grad()
+def average_gradients(tensors: Sequence[Tensor]) -> None:
+    """Average `.grad` over all processes, by one all-reduce a dtype.
+
+    Where a tensor has a gradient on some processes only, the others count as zero; where it has none on any, it has none afterwards:
+    an optimizer would move it.
+    """
+    if not several():
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, dtype), group in groups.items():
+        have = torch.tensor([float(tensor.grad is not None) for tensor in group], device=device, dtype=dtype)
+        values = [torch.zeros_like(t).flatten() if t.grad is None else t.grad.flatten() for t in group]
+        flat = torch.cat([have, *values])
+        dist.all_reduce(flat)
+        counts, *parts = torch.split(flat, [len(group), *(t.numel() for t in group)])
+        for tensor, count, part in zip(group, counts.tolist(), parts, strict=True):
+            if count:
+                tensor.grad = (part / dist.get_world_size()).view_as(tensor)
+
+
+@torch.no_grad()
+def copy_from_first(model: nn.Module) -> None:
+    """Give every process the adapters of the first: parameters, and buffers such as indices."""
+    if not several():
+        return
+    for wrapper in wrappers(model):
+        for _, tensor in _own(wrapper):
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, 0)
+            if value is not tensor:
+                tensor.data.copy_(value)
+
+
+def _own(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
+    named = [*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in named if not name.startswith("base.")]
+
+
+def keep_apart(trainer: Trainer, owner: object) -> None:
+    """Have the trainer's strategy leave adapters out; call it before the strategy sets the module up, and `rejoin` after the run.
+
+    Args:
+        trainer: whose strategy.
+        owner: who calls `average_adapters` after each backward pass; of several the last one.
+    Raises:
+        ValueError: for a strategy that flattens or shards all there is.
+    """
+    strategy: Strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.configure_ddp = partial(_configure_ddp, strategy)  # type: ignore[method-assign]
+    elif not isinstance(strategy, ModelParallelStrategy | SingleDeviceStrategy):
+        raise ValueError(
+            f"{type(strategy).__name__} takes hold of all parameters, and ranks that move change their shapes; use strategy=ddp, or "
+            f"ModelParallelStrategy to shard the frozen weights."
+        )
+    strategy.__dict__[_OWNER] = owner
+
+
+def rejoin(trainer: Trainer) -> None:
+    """Undo `keep_apart`: a later run without an allocator is the strategy's own matter."""
+    for name in ("configure_ddp", _OWNER):
+        trainer.strategy.__dict__.pop(name, None)
+    trainer.lightning_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+
+
+_OWNER = "_averages_adapters"
+
+
+def _configure_ddp(strategy: DDPStrategy) -> None:
+    module = strategy.lightning_module
+    assert module is not None
+    names = apart(module)
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # where DDP looks
+    if any(p.requires_grad and name not in names for name, p in module.named_parameters(remove_duplicate=False)):
+        strategy.model = strategy._setup_model(module)  # a head, or modules that train whole
+        strategy._register_ddp_hooks()
+    copy_from_first(module)
+
+
+def apart(module: nn.Module) -> set[str]:
+    """Full names of all parameters and buffers of adapters."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, wrapper in module.named_modules(remove_duplicate=False)
+        if isinstance(wrapper, Parameterization)
+        for name, _ in _own(wrapper)
+    }
+
+
+def average_adapters(trainer: Trainer, module: LightningModule, owner: object, more: Iterable[Tensor] = ()) -> None:
+    """Average the gradients of adapters, and of further tensors, where the strategy leaves that to us; done by the owner only."""
+    if trainer.strategy.__dict__.get(_OWNER) is owner:
+        average_gradients([*adapter_parameters(module), *more])
