@@ -218,6 +218,9 @@ class Allocator(Callback):
     def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int = 0) -> Tensor:
         """The running tensor `name` of an axis: it follows every resize along `dim`, and goes into the checkpoint.
 
+        Of several processes the first one's is what the checkpoint holds, so what goes in must be the same on all: what is computed
+        from gradients is, anything else goes through `reduce` first.
+
         Args:
             axis: whose units dimension `dim` counts.
             name: any name.

@@ -1,0 +1,138 @@
+"""A process of test_distributed.py: runs scenarios on its share of each batch, and leaves what came out.
+
+    RANK=0 WORLD_SIZE=2 ... python distributed_runs.py FOLDER SCENARIO ...
+
+With WORLD_SIZE=1 it takes the whole batch: what the others are held against.
+"""
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from test_allocators import ALL, PHASES, Toy, everything, fit
+from torch import nn
+
+from adaptrank.allocators import AdaLoRA, ElaLoRA
+from adaptrank.parameterizations import SVD, HyperAdapt, LoRA
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+class Shared(Toy):
+    """Every process takes its rows of the batch, and starts somewhere else unless the first one's start is handed on."""
+
+    def __init__(self, method=partial(SVD, rank=4), head=False, **arguments):
+        super().__init__(method, torch.float64, **arguments)
+        self.head = nn.Linear(12, 1, dtype=torch.float64) if head else None
+        if RANK:
+            for p in self.parameters():
+                p.data += p.requires_grad
+
+    def loss(self, index):
+        random = torch.Generator().manual_seed(index)
+        x = torch.randn(8, 16, generator=random, dtype=torch.float64)[RANK::WORLD]
+        y = [layer(x) for layer in self.maps]
+        total = sum(
+            ((i + 1) * one - x[:, torch.arange(one.shape[1]) % 16]).square().mean() for i, one in enumerate(y)
+        )
+        return total if self.head is None else total + (self.head(sum(y)) - 1).square().mean()
+
+    def configure_model(self):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not getattr(self, "_sharded", False):
+            from adaptrank.distributed import shard_frozen
+
+            self._sharded = True
+            shard_frozen(self, list(self.maps), strategy.device_mesh["data_parallel"])
+
+
+class Activations(AdaLoRA):
+    """Importance by what each process sees of the inputs, which nobody averages by itself."""
+
+    importance = "magnitude"
+
+    def attach(self, axes):
+        self.local = {}
+        for key, axis in axes.items():
+            layer = axis.members[0][0]
+            self.handles.append(layer.register_forward_pre_hook(partial(self.see, key)))
+
+    def see(self, key, layer, inputs):
+        if layer.training:
+            value = (inputs[0].detach() @ layer.Q.detach().T * layer.l.detach()).square().mean(0)
+            self.local[key] = self.local.get(key, 0) + value
+
+    def observe(self, axes):
+        for key, value in self.local.items():
+            self.track(axes[key], "seen", torch.zeros_like(value)).add_(self.reduce(value))
+        self.local = {}
+
+    def score(self, axis):
+        return self.track(axis, "seen", torch.zeros(len(axis), dtype=torch.float64))
+
+
+SCENARIOS = {
+    "adalora": (Shared, ALL["AdaLoRA"], {}),
+    "hard": (Shared, ALL["AdaLoRA hard"], {"accumulate_grad_batches": 2}),
+    "elalora": (partial(Shared, LoRA), lambda: ElaLoRA(**PHASES), {"accumulate_grad_batches": 2}),
+    "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
+    "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
+    "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
+}
+
+
+def settings():
+    if WORLD == 1:
+        return {}
+    return {"strategy": strategy(), "devices": WORLD, "use_distributed_sampler": False}
+
+
+def strategy():
+    if os.environ.get("SHARDED"):
+        return ModelParallelStrategy(
+            data_parallel_size=WORLD, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def left(folder, name, model, trainer, allocator):
+    tensors = {key: value.detach().clone() for key, value in everything(model, trainer).items()}
+    tensors = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()}
+    torch.save((tensors, allocator.events), folder / f"{name}.{WORLD}.{RANK}.pt")
+
+
+def run(folder, name):
+    make, allocate, arguments = SCENARIOS[name]
+    model, allocator = make(), allocate()
+    extra = []
+    if not os.environ.get("SHARDED"):
+        extra = [ModelCheckpoint(folder / f"{name}.{WORLD}", "{step}", every_n_train_steps=12, save_top_k=-1)]
+    trainer = fit(model, allocator, *extra, **arguments, **settings())
+    left(folder, name, model, trainer, allocator)
+    if extra:
+        model, allocator = make(), allocate()
+        path = folder / f"{name}.{WORLD}" / "step=12.ckpt"
+        trainer = fit(model, allocator, ckpt_path=path, **arguments, **settings())
+        left(folder, f"{name} resumed", model, trainer, allocator)
+
+
+class Dies(Callback):
+    """The second process is killed in the middle."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if RANK == int(os.environ["DIES"]) and batch_idx == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    for name in names:
+        if name == "dies":
+            fit(Shared(), ALL["AdaLoRA"](), Dies(), **settings())
+        else:
+            run(Path(folder), name)

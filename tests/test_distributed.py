@@ -1,0 +1,87 @@
+"""Two processes on a CPU (gloo) are one process with the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("distributed_runs.py")
+NAMES = ("adalora", "hard", "elalora", "hybrid", "head", "activations")
+
+
+def launch(folder, names, world, **more):
+    """The processes, started as an outside launcher would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo", **more}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), *names],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def finished(processes, seconds=240):
+    try:
+        return [(process.communicate(timeout=seconds)[0], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all scenarios leave, of one process and of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for output, code in finished([*launch(folder, NAMES, 2), *launch(folder, NAMES, 1)]):
+        assert code == 0, output
+    return folder
+
+
+def load(folder, name, world, rank):
+    return torch.load(folder / f"{name}.{world}.{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("resumed", ["", " resumed"])
+def test_two_processes_are_one_with_the_whole_batch(folder, name, resumed):
+    want, events = load(folder, name + resumed, 1, 0)
+    first, its_events = load(folder, name + resumed, 2, 0)
+    second, others = load(folder, name + resumed, 2, 1)
+    assert its_events == others
+    assert first.keys() == second.keys() == want.keys()
+    assert all(torch.equal(first[key], second[key]) for key in want)
+    for have, exact in zip(its_events, events, strict=True):
+        for key in ("step", "sizes", "pruned", "grown", "closed", "total"):
+            assert have[key] == exact[key]
+    assert max(event["step"] for event in events) == 18
+    assert any(event["sizes"] or event["closed"] for event in events)
+    for key, value in want.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resume_is_exact_under_two_processes(folder, name):
+    whole, resumed = load(folder, name, 2, 0), load(folder, f"{name} resumed", 2, 0)
+    assert whole[1] == resumed[1]
+    assert all(torch.equal(whole[0][key], resumed[0][key]) for key in whole[0])
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path):
+    results = finished(launch(tmp_path, ["dies"], 2, DIES=str(dies)), seconds=120)
+    assert results[dies][1] == -9
+    output, code = results[1 - dies]
+    assert code not in (0, None)
+    assert "Error" in output
