@@ -6,7 +6,7 @@ after each backward pass does the same. The frozen base has no gradients to aver
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from lightning.pytorch.strategies import (
 from torch import Tensor, nn
 
 from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrappers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -145,6 +148,33 @@ def apart(module: nn.Module) -> set[str]:
 
 
 def average_adapters(trainer: Trainer, module: LightningModule, owner: object, more: Iterable[Tensor] = ()) -> None:
-    """Average the gradients of adapters, and of further tensors, where the strategy leaves that to us; done by the owner only."""
-    if trainer.strategy.__dict__.get(_OWNER) is owner:
-        average_gradients([*adapter_parameters(module), *more])
+    """Average the gradients of adapters, and of further tensors, where the strategy leaves that to us; done by the owner only.
+
+    A module that shards its base calls it without one, which counts where no allocator owns it.
+    """
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # which averages nothing that is whole
+    if trainer.strategy.__dict__.get(_OWNER) is owner and (owner is not None or sharded):
+        own = [p for p in module.parameters() if p.requires_grad] if sharded else adapter_parameters(module)
+        average_gradients([*own, *more])
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules of the lists that hold wrappers: the blocks of a transformer."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if wrappers(block) and not isinstance(block, nn.ModuleList)]
+
+
+def shard_frozen(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
+    """Shard frozen weights over the processes (FSDP2), block by block; what trains stays whole on each.
+
+    Args:
+        model: with adapters.
+        blocks: modules that are gathered for their forward and backward pass, one at a time; what is in no block stays whole.
+        mesh: of the data parallel processes.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    copy_from_first(model)

@@ -94,6 +94,8 @@ def dequantize(layer: nn.Module) -> Tensor:
 
 def readable(weight: Tensor) -> Tensor:
     """A tensor whose elements can be read: torchao's dequantized, bitsandbytes' as the codes that it stores."""
+    if hasattr(weight, "full_tensor"):  # of a sharded base; every process has to ask for it
+        weight = weight.full_tensor()
     return cast(Tensor, cast(Any, weight).dequantize()) if _torchao(weight) else weight
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptrank import layers as kinds
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
+from adaptrank.distributed import first
 from adaptrank.inject import ParameterizationCallable, adapt, split_at, undone_on_error
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
@@ -45,7 +46,8 @@ def save_adapter(
     """Write the adapters of a model, and the other modules trained with them, to a folder.
 
     `adapter_model.safetensors` holds the tensors, and in its header the description that `read_adapter` returns;
-    `adapter_config.json` repeats the description for people. Both are complete or absent, never half-written.
+    `adapter_config.json` repeats the description for people. Both are complete or absent, never half-written. Of several processes
+    only the first one writes; all have to call it, as weights may be sharded.
 
     Args:
         model: any module that holds wrappers.
@@ -75,6 +77,8 @@ def save_adapter(
             tensors[name] = tensor.detach().contiguous()
 
     folder = Path(folder)
+    if not first():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2)
     weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"

@@ -112,13 +112,11 @@ class RunFiles(Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         model = adapted_part(pl_module)
         if not wrapped_layers(model):
             return
         save_adapter(model, self.folder / "adapter", base_of(pl_module))
-        if axes := rank_axes(model):
+        if trainer.is_global_zero and (axes := rank_axes(model)):
             write_json(self.folder / "ranks.json", {key: len(axis) for key, axis in axes.items()})
 
 

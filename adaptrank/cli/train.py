@@ -168,7 +168,10 @@ class AdaptrankCLI(LightningCLI):
 
     def _new_folder(self) -> Path:
         configs = self._get(self.config, "config") or []
-        return new_run_folder(Path(self._get(self.config, "runs")) / run_name(configs[-1] if configs else None))
+        runs = Path(self._get(self.config, "runs")) / run_name(configs[-1] if configs else None)
+        if getattr(rank_zero_only, "rank", 0):
+            return runs / "of the first process"  # only that one writes
+        return new_run_folder(runs)
 
     # ---- the verbs
 

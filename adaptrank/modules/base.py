@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -18,6 +19,7 @@ from adaptrank import backbones
 from adaptrank.allocators.schedules import steps
 from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
+from adaptrank.distributed import average_adapters, repeated_blocks, shard_frozen
 from adaptrank.inject import adapt, apply_rank_pattern, find_modules
 from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrappers
 from adaptrank.regularize import add_penalty_gradients
@@ -163,6 +165,9 @@ class AdaptedModule(LightningModule):
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         backbone.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes as they are
         self.backbone = backbone
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
 
     def describe_base(self) -> dict[str, Any]:
         """What an adapter's file says of its base."""
@@ -191,6 +196,9 @@ class AdaptedModule(LightningModule):
     def schedule_name(self) -> str:
         """The schedule by its name in transformers."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
+
+    def on_after_backward(self) -> None:
+        average_adapters(self.trainer, self, owner=None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         add_penalty_gradients(self.trainer, self)
