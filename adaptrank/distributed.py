@@ -6,7 +6,8 @@ after each backward pass does the same. The frozen base has no gradients to aver
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 
+from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations.base import Parameterization, adapter_parameters, wrappers
 
 if TYPE_CHECKING:
@@ -79,16 +81,15 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def copy_from_first(model: nn.Module) -> None:
-    """Give every process the adapters of the first: parameters, and buffers such as indices."""
+def copy_from_first(model: nn.Module, more: Iterable[Tensor] = ()) -> None:
+    """Give every process the adapters of the first, parameters and buffers such as indices, and further tensors."""
     if not several():
         return
-    for wrapper in wrappers(model):
-        for _, tensor in _own(wrapper):
-            value = tensor.detach().contiguous()
-            dist.broadcast(value, 0)
-            if value is not tensor:
-                tensor.data.copy_(value)
+    own = [tensor for wrapper in wrappers(model) for _, tensor in _own(wrapper)]
+    for tensor in {id(tensor): tensor for tensor in [*own, *more]}.values():
+        value = tensor.detach().contiguous()
+        dist.broadcast(value, 0)
+        tensor.data.copy_(value)
 
 
 def _own(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
@@ -108,7 +109,9 @@ def keep_apart(trainer: Trainer, owner: object) -> None:
     strategy: Strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         strategy.configure_ddp = partial(_configure_ddp, strategy)  # type: ignore[method-assign]
-    elif not isinstance(strategy, ModelParallelStrategy | SingleDeviceStrategy):
+    elif isinstance(strategy, ModelParallelStrategy):
+        strategy.load_checkpoint = partial(_load_checkpoint, strategy)  # type: ignore[method-assign]
+    elif not isinstance(strategy, SingleDeviceStrategy):
         raise ValueError(
             f"{type(strategy).__name__} takes hold of all parameters, and ranks that move change their shapes; use strategy=ddp, or "
             f"ModelParallelStrategy to shard the frozen weights."
@@ -118,7 +121,7 @@ def keep_apart(trainer: Trainer, owner: object) -> None:
 
 def rejoin(trainer: Trainer) -> None:
     """Undo `keep_apart`: a later run without an allocator is the strategy's own matter."""
-    for name in ("configure_ddp", _OWNER):
+    for name in ("configure_ddp", "load_checkpoint", _OWNER):
         trainer.strategy.__dict__.pop(name, None)
     trainer.lightning_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
 
@@ -135,6 +138,18 @@ def _configure_ddp(strategy: DDPStrategy) -> None:
         strategy.model = strategy._setup_model(module)  # a head, or modules that train whole
         strategy._register_ddp_hooks()
     copy_from_first(module)
+
+
+def _load_checkpoint(strategy: ModelParallelStrategy, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Load as the strategy does, which asks no hook of the module, once the axes have the stored sizes."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{path} is a checkpoint in shards, which ranks that move cannot be read from; save it whole, with "
+            f"ModelParallelStrategy(save_distributed_checkpoint=False)."
+        )
+    assert strategy.lightning_module is not None
+    fit_ranks(strategy.lightning_module, torch.load(path, mmap=True, weights_only=True)["state_dict"])
+    return ModelParallelStrategy.load_checkpoint(strategy, path, *args, **kwargs)
 
 
 def apart(module: nn.Module) -> set[str]:
@@ -174,7 +189,7 @@ def shard_frozen(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMes
     """
     from torch.distributed.fsdp import fully_shard
 
-    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-    copy_from_first(model)
+        fully_shard(block, mesh=mesh, ignored_params=set(whole))
+    copy_from_first(model, whole)

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from test_allocators import ALL, PHASES, Toy, everything, fit
+from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from adaptrank.allocators import AdaLoRA, ElaLoRA
-from adaptrank.parameterizations import SVD, HyperAdapt, LoRA
+from adaptrank.distributed import shard_frozen
+from adaptrank.parameterizations import HyperAdapt, LoRA
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -26,7 +28,7 @@ RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 class Shared(Toy):
     """Every process takes its rows of the batch, and starts somewhere else unless the first one's start is handed on."""
 
-    def __init__(self, method=partial(SVD, rank=4), head=False, **arguments):
+    def __init__(self, method=SVD4, head=False, **arguments):
         super().__init__(method, torch.float64, **arguments)
         self.head = nn.Linear(12, 1, dtype=torch.float64) if head else None
         if RANK:
@@ -37,16 +39,12 @@ class Shared(Toy):
         random = torch.Generator().manual_seed(index)
         x = torch.randn(8, 16, generator=random, dtype=torch.float64)[RANK::WORLD]
         y = [layer(x) for layer in self.maps]
-        total = sum(
-            ((i + 1) * one - x[:, torch.arange(one.shape[1]) % 16]).square().mean() for i, one in enumerate(y)
-        )
+        total = sum(((i + 1) * one - x[:, torch.arange(one.shape[1]) % 16]).square().mean() for i, one in enumerate(y))
         return total if self.head is None else total + (self.head(sum(y)) - 1).square().mean()
 
     def configure_model(self):
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy) and not getattr(self, "_sharded", False):
-            from adaptrank.distributed import shard_frozen
-
             self._sharded = True
             shard_frozen(self, list(self.maps), strategy.device_mesh["data_parallel"])
 
@@ -109,23 +107,23 @@ def left(folder, name, model, trainer, allocator):
 def run(folder, name):
     make, allocate, arguments = SCENARIOS[name]
     model, allocator = make(), allocate()
-    extra = []
-    if not os.environ.get("SHARDED"):
-        extra = [ModelCheckpoint(folder / f"{name}.{WORLD}", "{step}", every_n_train_steps=12, save_top_k=-1)]
-    trainer = fit(model, allocator, *extra, **arguments, **settings())
+    checkpoint = ModelCheckpoint(folder / f"{name}.{WORLD}", "{step}", every_n_train_steps=12, save_top_k=-1)
+    trainer = fit(model, allocator, checkpoint, **arguments, **settings())
+    if os.environ.get("SHARDED") and WORLD > 1:
+        frozen = [layer.innermost.weight for layer in model.maps]
+        assert all(isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel() for weight in frozen)
     left(folder, name, model, trainer, allocator)
-    if extra:
-        model, allocator = make(), allocate()
-        path = folder / f"{name}.{WORLD}" / "step=12.ckpt"
-        trainer = fit(model, allocator, ckpt_path=path, **arguments, **settings())
-        left(folder, f"{name} resumed", model, trainer, allocator)
+    model, allocator = make(), allocate()
+    path = folder / f"{name}.{WORLD}" / "step=12.ckpt"
+    trainer = fit(model, allocator, ckpt_path=path, **arguments, **settings())
+    left(folder, f"{name} resumed", model, trainer, allocator)
 
 
 class Dies(Callback):
     """The second process is killed in the middle."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if RANK == int(os.environ["DIES"]) and batch_idx == 11:
+        if int(os.environ["DIES"]) == RANK and batch_idx == 11:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -5,9 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
+
+from adaptrank.distributed import keep_apart
 
 SCRIPT = Path(__file__).with_name("distributed_runs.py")
 NAMES = ("adalora", "hard", "elalora", "hybrid", "head", "activations")
@@ -23,7 +27,8 @@ def launch(folder, names, world, **more):
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder), *names],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world)},
+            env=common
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -76,6 +81,38 @@ def test_a_resume_is_exact_under_two_processes(folder, name):
     whole, resumed = load(folder, name, 2, 0), load(folder, f"{name} resumed", 2, 0)
     assert whole[1] == resumed[1]
     assert all(torch.equal(whole[0][key], resumed[0][key]) for key in whole[0])
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The same with the frozen weights in shards, FSDP2."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for output, code in finished(launch(folder, SHARDED, 2, SHARDED="1")):
+        assert code == 0, output
+    return folder
+
+
+SHARDED = ("adalora", "hybrid", "head")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("resumed", ["", " resumed"])
+def test_sharded_frozen_weights_change_nothing(folder, sharded, name, resumed):
+    want, events = load(folder, name + resumed, 1, 0)
+    for rank in range(2):
+        have, its_events = load(sharded, name + resumed, 2, rank)
+        assert [event["sizes"] for event in its_events] == [event["sizes"] for event in events]
+        assert have.keys() == want.keys()
+        for key, value in want.items():
+            torch.testing.assert_close(have[key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
+    trainer = SimpleNamespace(strategy=object.__new__(FSDPStrategy))
+    with pytest.raises(
+        ValueError, match=r"FSDPStrategy takes hold of all parameters.*use strategy=ddp, or ModelParallel"
+    ):
+        keep_apart(trainer, None)
 
 
 @pytest.mark.parametrize("dies", [0, 1])

@@ -651,11 +651,12 @@ class Allocator(Callback):
         return cls.initial_ranks is not Allocator.initial_ranks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
-            self._start_in(trainer, pl_module)
+        self._start_in(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_in(trainer, pl_module)  # where the strategy restores the checkpoint after on_fit_start
+        self._start_in(
+            trainer, pl_module
+        )  # again, where the strategy has restored a checkpoint only after on_fit_start
 
     def _start_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._running:  # by on_fit_start, or by the other allocator of the run
@@ -726,7 +727,7 @@ class Allocator(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = True
+        self._restored, self._running = True, False
         self._stored_budget = state_dict["budget"]
         self._start, self._start_total = state_dict["start"], state_dict["start_total"]
         self._phases = Phases(*state_dict["phases"]) if state_dict["phases"] else None
