@@ -628,7 +628,7 @@ class Allocator(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Any LightningModule can resume: its axes take the stored sizes before its weights are loaded.
-        pl_module.register_load_state_dict_pre_hook(_fit_before_load)  # type: ignore[no-untyped-call]
+        pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
         if stage != "fit":
             return
         self._restored = False  # a checkpoint that this run resumes from is loaded after setup
@@ -892,6 +892,7 @@ def _beside(layer: Parameterization, methods: Sequence[str]) -> str:
     return f", or nest one: [{', '.join([*(type(wrapper).__name__ for wrapper in layer.nest), known])}]"
 
 
-def _fit_before_load(module: torch.nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def fit_before_load(module: torch.nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """A load pre-hook that gives the axes of a model the sizes that its state dict has."""
     if not prefix:
         fit_ranks(module, state_dict)
