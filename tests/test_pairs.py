@@ -121,7 +121,9 @@ def test_a_cell_is_as_the_table_has_it(name, nest):
     allocator, model = build(name), Stack(nest)
     if cell != "works":
         sentence = (
-            "has no rank axis" if not rank_axes(model) else r"needs axes that can .*cannot; (use one of|no param)"
+            "has no rank axis"
+            if not allocator.find_axes(model)
+            else r"needs axes that can .*cannot; (use one of|no param)"
         )
         with pytest.raises(ValueError, match=rf"^{name} .*{sentence}") as said:
             fit(model, allocator, steps=STEPS)
@@ -138,7 +140,8 @@ def test_a_cell_is_as_the_table_has_it(name, nest):
         assert [event["step"] for event in allocator.events if event["step"]] == [5, 7]
         assert watched.seen == 2
         assert not any("skipped" in event for event in allocator.events)
-        assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"]
+        prunes_the_base = type(allocator).find_axes is not Allocator.find_axes  # it masks, and a loaded file is cut
+        assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] or prunes_the_base
     else:
         assert allocator.events or type(allocator).initial_ranks is Allocator.initial_ranks
     frozen = dict(model.named_parameters())

@@ -451,6 +451,7 @@ def _merge(options: argparse.Namespace) -> None:
 
     from adaptrank import backbones
     from adaptrank.artifacts import merge as fold
+    from adaptrank.artifacts import read_adapter
     from adaptrank.parameterizations.base import wrapped_layers
 
     out = Path(options.out)
@@ -460,6 +461,11 @@ def _merge(options: argparse.Namespace) -> None:
         raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
     found = _find(options.adapter, options.base, must_be_adapter=True)
     assert found.adapter is not None
+    if pruned := read_adapter(found.adapter).get("pruned"):
+        raise errors.ConfigError(
+            f"{found.adapter} cuts {len(pruned)} sets of heads or channels out of its base, each to a size of its own, which no "
+            f"transformers configuration can state; keep the adapter, and load it with adaptrank.load_adapter(model, folder)."
+        )
     for given, what in ((found.adapter, "adapter"), (Path(found.source.path), "base")):
         if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
             raise errors.ConfigError(f"--out {out} holds the {what} that is to be merged; name another folder.")
