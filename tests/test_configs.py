@@ -1,5 +1,6 @@
 """Every configuration that ships, for a few steps on a tiny model: its methods, its targets, its allocator and its data."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adaptrank import load_adapter
+from adaptrank import ALLOCATORS, load_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.cli import main
 from adaptrank.parameterizations.base import wrapped_layers
@@ -25,10 +26,12 @@ def short(config, backbones):
     config["data"].setdefault("init_args", {}).update(batch_size=4, train_size=8 * STEPS, val_size=4)
     config["trainer"] = {**config["trainer"], "max_epochs": None, "max_steps": STEPS, "accelerator": "cpu"}
     config["trainer"].update(enable_progress_bar=False, log_every_n_steps=1)
-    if config.get("allocator"):
-        schedule = config["allocator"].setdefault("init_args", {})
-        schedule.update(every=1, warmup=1, final=1)
-        schedule.pop("budget", None)  # is that of the large model
+    for key in ("allocator", "initial_ranks"):
+        if config.get(key):
+            schedule = config[key].setdefault("init_args", {})
+            known = inspect.signature(ALLOCATORS[config[key]["class_path"]]).parameters
+            schedule.update({name: 1 for name in ("every", "warmup", "final") if name in known})
+            schedule.pop("budget", None)  # is that of the large model
     return config
 
 

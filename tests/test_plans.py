@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adaptrank.allocators.plans import Resize, apportion, exchange, keep_best, ranked
+from adaptrank.allocators.plans import Resize, apportion, exchange, keep_best, ranked, reallocate
 from adaptrank.axes import CostModel, natural, rank_cost
 
 NAMES = [f"layers.{i}.{name}:rank" for i in (0, 2, 10) for name in ("q", "v")]
@@ -300,3 +300,34 @@ def test_apportioned_by_largest_remainder():
         apportion({"a": float("nan")}, rank_cost("a"), 3)
     with pytest.raises(ValueError, match="A budget of 2 is below 3"):
         apportion({"a": 1, "b": 1, "c": 1}, cost, 2)
+
+
+@given(problem(), st.integers(1, 30), st.booleans())
+def test_a_round_of_reallocation(problem, units, capped):
+    scores, cost, floor = problem[0], problem[1], 1
+    sizes = {axis: len(values) for axis, values in scores.items()}
+    caps = {axis: size + 2 for axis, size in sizes.items()} if capped else {}
+    budget = cost.total(sizes)
+    plan = reallocate(scores, cost, budget, units, floor, caps)
+    after = sizes_after(scores, plan)
+    assert cost.total(after) <= budget
+    assert all(size >= 1 for size in after.values())
+    assert all(after[a] <= caps[a] for a in caps)
+    assert not any(change.grow and len(change.keep) < sizes[a] for a, change in plan.items()), "who lost one gains none"
+    assert plan == reallocate(dict(reversed(list(scores.items()))), cost, budget, units, floor, caps)
+
+
+def test_eight_units_over_three_axes_are_3_3_2():
+    scores = {f"{i}": torch.arange(8).double() for i in "abcd"}
+    scores["b"], scores["c"], scores["d"] = (scores["a"] + 100 + k for k in (0, 2, 1))
+    scores["a"] = torch.cat([scores["a"], torch.tensor([8.0])]).double()
+    cost = rank_cost(scores)
+    plan = reallocate(scores, cost, 33, 8)
+    assert plan["a"] == Resize((8,))
+    assert {axis: plan[axis].grow for axis in "bcd"} == {"c": 3, "d": 3, "b": 2}
+
+
+def test_where_every_axis_lost_a_unit_nothing_is_added():
+    scores = {axis: torch.tensor([0.0, 5.0, 6.0]) for axis in "abc"}
+    plan = reallocate(scores, rank_cost(scores), 9, 3)
+    assert plan == {axis: Resize((1, 2)) for axis in "abc"}

@@ -220,7 +220,7 @@ class Allocator(Callback):
 
     def examples_needed(self) -> int:
         """Number of training batches that `examples` holds; by default as many as the importance evaluates the loss on."""
-        return importance(self.importance).examples if self.moves else 0
+        return importance(self.importance).examples if self._scores_by_name() else 0
 
     # ---- what the library provides
 
@@ -264,6 +264,11 @@ class Allocator(Callback):
                 if len(self._examples) == self.examples_needed():
                     break
                 self._examples.append(batch)
+            if len(self._examples) < self.examples_needed():
+                raise ValueError(
+                    f"{type(self).__name__} evaluates the loss on {self.examples_needed()} training batch(es), and got "
+                    f"{len(self._examples)}; give `start` batches, or take a score that needs none."
+                )
         return self._examples
 
     def loss(self, batch: Any) -> Tensor:
@@ -435,7 +440,7 @@ class Allocator(Callback):
         return ""
 
     def _check_axes(self) -> None:
-        importance(self.importance)
+        named = importance(self.importance)
         name, fits = type(self).__name__, self._fitting()
         suggestion = f"use one of {', '.join(fits)}" if fits else "no parameterization here can"
         if not self._axes:
@@ -451,6 +456,12 @@ class Allocator(Callback):
             if reason:
                 method = type(axis.members[0][0]).__name__
                 raise ValueError(f"{name} {reason}, and {method} at {key} cannot; {suggestion}.")
+        if refused := self._scores_by_name() and named.refuses(self._axes):
+            raise ValueError(f"{name}: {refused}.")
+
+    def _scores_by_name(self) -> bool:
+        own = type(self)
+        return self.moves and own.score is Allocator.score and own.scores is Allocator.scores
 
     def _fitting(self) -> list[str]:
         """Methods that this allocator works with."""
@@ -798,6 +809,8 @@ class _TrainingData:
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
+        if self._trainer.train_dataloader is None:
+            self._trainer.fit_loop.setup_data()
         devices = [self._trainer.strategy.root_device] if self._trainer.strategy.root_device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a DataLoader draws the seed of its workers
             batches = iter(copy.copy(self._trainer.train_dataloader) or ())

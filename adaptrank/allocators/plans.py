@@ -220,3 +220,58 @@ def apportion(
                 sizes[axis] += 1
                 bought = True
     return sizes
+
+
+def reallocate(
+    scores: Scores,
+    cost: CostModel,
+    budget: int,
+    units: int,
+    floor: int = 1,
+    caps: Mapping[str, int | None] | None = None,
+) -> Plan:
+    """ALoRA's round (arXiv:2403.16187): the lowest units of all go, and the axes that lost none share as many fresh ones.
+
+    Equal shares, a remainder to the axes of higher mean score: 8 over three are 3, 3, 2. If every axis lost one nothing is added,
+    and the total shrinks. With unequal costs fresh units are bought, one a round and axis, as long as the total stays within the budget.
+
+    Args:
+        scores: axis -> (units,), higher is kept.
+        cost: in the unit of the budget.
+        budget: total not to be exceeded.
+        units: number to prune, fewer where floors forbid.
+        floor: least number of units of an axis.
+        caps: axis -> largest number of units, None for no cap.
+    """
+    order = sorted(scores, key=natural)
+    lowest = sorted(
+        (float(s), place, unit) for place, axis in enumerate(order) for unit, s in enumerate(scores[axis].tolist())
+    )
+    pruned: dict[str, set[int]] = {axis: set() for axis in order}
+    for _, place, unit in lowest:
+        axis = order[place]
+        if sum(map(len, pruned.values())) < units and len(scores[axis]) - len(pruned[axis]) > floor:
+            pruned[axis].add(unit)
+    sizes = {axis: len(scores[axis]) - len(pruned[axis]) for axis in order}
+    lost = sum(map(len, pruned.values()))
+    winners = sorted(
+        (axis for axis in order if not pruned[axis]), key=lambda axis: -float(scores[axis].double().mean())
+    )
+    grown, bought = dict.fromkeys(order, 0), True
+    priced = any(cost.marginal(axis, sizes) != 1 for axis in order)
+    while bought and (priced or sum(grown.values()) < lost):
+        bought = False
+        for axis in winners if lost else ():
+            cap = (caps or {}).get(axis)
+            room = cap is None or sizes[axis] < cap
+            if not priced and sum(grown.values()) == lost:
+                break
+            if room and cost.total(sizes) + cost.marginal(axis, sizes) <= budget:
+                sizes[axis] += 1
+                grown[axis] += 1
+                bought = True
+    return {
+        axis: Resize(tuple(u for u in range(len(scores[axis])) if u not in pruned[axis]), grown[axis])
+        for axis in scores
+        if pruned[axis] or grown[axis]
+    }

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptrank.axes import RankAxis, Slot
+from adaptrank.axes import RankAxis, Slot, generator
 
 Axes = Mapping[str, RankAxis]
 Scores = Mapping[str, Tensor]
@@ -34,6 +34,7 @@ class Run(Protocol):
 
     beta: float
     seed: int
+    model: nn.Module
 
     @property
     def examples(self) -> Sequence[Any]:
@@ -61,11 +62,13 @@ class Importance:
         score: (axes, run) -> {axis: (units,)}.
         observe: (axes, run) -> nothing; updates running averages, with gradients complete and the step not made.
         examples: training batches that it evaluates the loss on, `run.examples`.
+        refuses: axes -> why it is not for them, as a sentence without its end; empty where it is. Asked at the start of a run.
     """
 
     score: Callable[[Axes, Run], Scores]
     observe: Callable[[Axes, Run], None] | None = None
     examples: int = 0
+    refuses: Callable[[Axes], str] = lambda axes: ""
 
 
 def magnitude(axis: RankAxis) -> Tensor:
@@ -231,14 +234,23 @@ def each(score: Callable[[RankAxis, Track], Tensor]) -> Callable[[Axes, Run], Sc
     return scores
 
 
+def _random(axes: Axes, run: Run) -> Scores:
+    return {
+        key: torch.rand(len(axis), generator=generator(run.seed, key, run.steps_done)) for key, axis in axes.items()
+    }
+
+
 IMPORTANCES: dict[str, Importance] = {
     "magnitude": Importance(each(lambda axis, track: magnitude(axis))),
     "gate": Importance(each(_gate_average), _observe_gates),
     "sensitivity": Importance(_elementwise(uncertainty=False), _observe_elements),
     "sensitivity_uncertainty": Importance(_elementwise(uncertainty=True), _observe_elements),
+    "random": Importance(_random),
+    "uniform": Importance(each(lambda axis, track: torch.ones(len(axis)))),
 }
-"""Scores by name. "gate" keeps 1 float a unit, the sensitivities 2 floats a trainable number. Any name with "_per_cost" appended
-is that score over the unit's trainable numbers."""
+"""Scores by name; files that make further ones add them. "gate" keeps 1 float a unit, the sensitivities 2 floats a trainable number;
+"random" and "uniform" know nothing, and are what others are held against. Any name with "_per_cost" appended is that score over the
+unit's trainable numbers."""
 
 
 def importance(name: str) -> Importance:

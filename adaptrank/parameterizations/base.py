@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -90,7 +89,7 @@ class Parameterization(nn.Module, ABC):
     """A wrapper that is off is transparent: it computes what its base computes."""
     rows: tuple[Tensor, int] | None = None
     """(indices, batch size): the rows of a batch that this wrapper is on for; None is all."""
-    gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = MappingProxyType({})
+    gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = {}
     """Axis -> what its units are multiplied by, (units,), or a function that gives it at each call. Hung here by an allocator."""
     init_args: dict[str, Any]
     """The constructor's arguments but `base`, defaults filled in; all that is needed to build the wrapper again."""

@@ -1,0 +1,70 @@
+"""ALoRA: rounds of ablation, pruning and sharing out."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_allocators import Toy, everything, fit, sizes
+
+from adaptrank.allocators import ALoRA
+from adaptrank.axes import cost_model
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, MELoRA, MiSS, PiCa, SBoRA, TensorTrain
+
+PHASES = {"every": 4, "warmup": 6, "final": 6}
+LORA4 = partial(LoRA, rank=4)
+
+
+@pytest.mark.parametrize("importance", ["ablation", "ablation_first_order"])
+@pytest.mark.parametrize(
+    "method",
+    [LORA4, partial(SVD, rank=4), DoRA, [HyperAdapt, LORA4], TensorTrain, partial(MELoRA, minis=4), SBoRA, PiCa, MiSS],
+    ids=["LoRA", "SVD", "DoRA", "hybrid", "TT", "MELoRA", "SBoRA", "PiCa", "MiSS"],
+)
+def test_the_total_never_exceeds_the_start(method, importance):
+    model, allocator = Toy(method), ALoRA(importance=importance, **PHASES)
+    start = sum(sizes(model).values())
+    fit(model, allocator)
+    assert [event["step"] for event in allocator.events] == [10, 14, 18]
+    totals = [event["total"] for event in allocator.events]
+    assert all(total <= start for total in totals)
+    assert totals == sorted(totals, reverse=True)
+    assert any(event["pruned"] for event in allocator.events)
+
+
+def test_parameters_as_the_unit():
+    model, allocator = Toy(LORA4, widths=(12, 6, 9)), ALoRA(unit="parameters", units=3, **PHASES)
+    start = cost_model(model).total(sizes(model))
+    fit(model, allocator)
+    assert all(event["total"] <= start for event in allocator.events)
+    assert any(event["grown"] for event in allocator.events)
+
+
+def test_rounds_end():
+    model, allocator = Toy(LORA4), ALoRA(rounds=2, **PHASES)
+    fit(model, allocator)
+    assert [bool(event["pruned"]) for event in allocator.events] == [True, True, False]
+
+
+def test_the_examples_are_one_batch_and_in_the_checkpoint(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def make():
+        return ALoRA(units=2, **PHASES)
+
+    whole, allocator = Toy(LORA4), make()
+    want = everything(whole, fit(whole, allocator, checkpoint))
+    assert len(allocator.examples) == 1
+    for step in (4, 10, 13, 18, 20):
+        model, resumed = Toy(LORA4), make()
+        have = everything(model, fit(model, resumed, ckpt_path=tmp_path / f"step={step}.ckpt"))
+        assert resumed.events == allocator.events
+        assert not [key for key in want if not torch.equal(have[key], want[key])], step
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="ALoRA would never act: every axis starts at its floor of 1"):
+        fit(Toy(partial(LoRA, rank=1)), ALoRA(**PHASES))
+    for arguments in ({"units": 0}, {"units": 1.5}, {"rounds": 0}):
+        with pytest.raises(ValueError, match="prune at least one unit"):
+            ALoRA(**arguments)
