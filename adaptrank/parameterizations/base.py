@@ -78,6 +78,8 @@ class Parameterization(nn.Module, ABC):
     input_factor: Mapping[str, str] = {}
     """Axis -> its trained tensor (units, n) that multiplies the input: its axes are "input_factor", and "input_init" as well where
     that is not the closing one and may start anywhere."""
+    parts: int = 1
+    """Parts of the layer that its units are spread over: where a rule chooses how many there are, it is a multiple of them."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates, magnitudes."""
     exact_gradient: ClassVar[Mapping[str, Any]] = {}
