@@ -182,7 +182,7 @@ class Allocator(Callback):
     def observe(self, axes: Axes) -> None:
         """Feed running averages; gradients are complete, unscaled and unclipped, the step is not made yet."""
         named = importance(self.importance)
-        if named.observe is not None:
+        if self.moves and named.observe is not None:
             named.observe(axes, self)
 
     def scores(self, axes: Axes) -> Scores:
@@ -792,6 +792,10 @@ class _TrainingData:
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
+        if (
+            self._trainer.train_dataloader is None
+        ):  # where max_steps alone ends the run, nobody had to count batches yet
+            self._trainer.fit_loop.setup_data()
         devices = [self._trainer.strategy.root_device] if self._trainer.strategy.root_device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a DataLoader draws the seed of its workers
             batches = iter(copy.copy(self._trainer.train_dataloader) or ())
