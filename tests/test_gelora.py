@@ -266,7 +266,7 @@ def test_a_cap_cuts_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, "adaptrank"):
         fit(model, GeLoRA(cap=3), steps=1)
     assert list(sizes(model).values()) == [3, 1, 1]
-    assert "GeLoRA wants a rank of 5 for layers.0.0:rank, which takes 3 at most; 1 axes are cut so." in caplog.text
+    assert "GeLoRA wants 5 units for layers.0.0:rank, which takes 3 at most; 1 such axes get fewer" in caplog.text
 
 
 def test_what_does_not_hold_is_said(caplog):

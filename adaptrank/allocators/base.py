@@ -147,7 +147,7 @@ class Allocator(Callback):
         """The state of a run that has not begun."""
         self.events: list[Event] = []
         self.closed: dict[str, tuple[int, ...]] = {}  # units that a plan closed, until the next event
-        self._tracked: dict[str, dict[str, tuple[Tensor, int]]] = {}
+        self._tracked: dict[str, dict[str, tuple[Tensor, int | None]]] = {}
         self._start: dict[str, int] = {}  # size of each axis when the run began
         self._start_total = 0
         self._phases: Phases | None = None
@@ -220,7 +220,7 @@ class Allocator(Callback):
 
     # ---- what the library provides
 
-    def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int = 0) -> Tensor:
+    def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int | None = 0) -> Tensor:
         """The running tensor `name` of an axis: it follows every resize along `dim`, and goes into the checkpoint.
 
         Of several processes the first one's is what the checkpoint holds, so what goes in must be the same on all: what is computed
@@ -230,7 +230,7 @@ class Allocator(Callback):
             axis: whose units dimension `dim` counts.
             name: any name.
             tensor: what it starts from, if there is none of that name.
-            dim: dimension that counts the units; fresh units are zero.
+            dim: dimension that counts the units; fresh units are zero. None: it counts none, and follows no resize.
         """
         tracked = self._tracked.setdefault(axis.key, {})
         if name not in tracked:
@@ -594,6 +594,8 @@ class Allocator(Callback):
 
     def _follow(self, axis: RankAxis, change: Resize) -> None:
         for name, (tensor, dim) in self._tracked.get(axis.key, {}).items():
+            if dim is None:
+                continue
             index = torch.tensor(change.keep, dtype=torch.long, device=tensor.device)
             kept = tensor.detach().index_select(dim, index)
             shape = list(kept.shape)

@@ -1,5 +1,6 @@
-"""Which of a model's repeated blocks each rank axis lies in, told from the paths of the layers."""
+"""Which of a model's repeated blocks each rank axis lies in, told from the paths of the layers; and the sizes that fit them."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 
@@ -7,6 +8,8 @@ from torch import nn
 
 from adaptrank.axes import RankAxis
 from adaptrank.parameterizations.base import wrapped_layers
+
+log = logging.getLogger("adaptrank")
 
 
 def find_blocks(model: nn.Module, axes: Mapping[str, RankAxis]) -> tuple[str, dict[str, list[int]]]:
@@ -40,3 +43,16 @@ def find_blocks(model: nn.Module, axes: Mapping[str, RankAxis]) -> tuple[str, di
 
 def _inside(parts: list[str], place: str, depth: int) -> bool:
     return ".".join(parts[:depth]) == place and len(parts) > depth and parts[depth].isdigit()
+
+
+def cut(who: str, sizes: Mapping[str, int], caps: Mapping[str, int | None], steps: Mapping[str, int]) -> dict[str, int]:
+    """Sizes within the caps, in whole steps of units; one sentence says what was cut."""
+    fits = {key: size if (cap := caps[key]) is None else min(size, cap) for key, size in sizes.items()}
+    fits = {key: max(size - size % steps[key], 1) for key, size in fits.items()}
+    over = [key for key in sizes if fits[key] < sizes[key]]
+    if over:
+        log.warning(
+            "%s wants %d units for %s, which takes %d at most; %d such axes get fewer than they should.",
+            who, sizes[over[0]], over[0], caps[over[0]], len(over),
+        )  # fmt: skip
+    return fits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank.allocators.base import Allocator, Event
-from adaptrank.allocators.blocks import find_blocks
+from adaptrank.allocators.blocks import cut, find_blocks
 from adaptrank.allocators.intrinsic_dimension import two_nn
 from adaptrank.allocators.plans import apportion, in_steps
 from adaptrank.distributed import from_all, from_first
@@ -88,15 +88,7 @@ class GeLoRA(Allocator):
         caps = {key: None if (cap := self.caps()[key]) is None else cap // steps[key] for key in self._axes}
         if self.budget is None:
             shares = {key: math.ceil(rank / steps[key]) for key, rank in ranks.items()}
-            over = {key: share for key, share in shares.items() if (cap := caps[key]) is not None and share > cap}
-            if over:
-                key = next(iter(over))
-                log.warning(
-                    "GeLoRA wants a rank of %d for %s, which takes %d at most; %d axes are cut so.",
-                    ranks[key], key, self.caps()[key], len(over),
-                )  # fmt: skip
-            shares |= {key: caps[key] or 1 for key in over}
-            return {key: share * steps[key] for key, share in shares.items()}
+            return cut("GeLoRA", {key: share * steps[key] for key, share in shares.items()}, self.caps(), steps)
         outside = {key: size for key, size in self.sizes().items() if key not in ranks}
         shares = apportion(ranks, in_steps(self.cost(), steps, outside), self.budget, 1, caps)
         return {key: share * steps[key] for key, share in shares.items()}

@@ -231,6 +231,10 @@ class Parameterization(nn.Module, ABC):
             slices[name] = rms * torch.randn(shape, generator=generator, dtype=torch.float64)
         return slices
 
+    def of_inputs(self, axis: str, values: Tensor) -> Tensor:
+        """Values of the layer's inputs (n,), as the input-side factor meets them: its shape, or one that expands to it."""
+        return values
+
     def max_units(self, axis: str) -> int | None:
         """Largest size the axis can take, or None where there is no ceiling."""
         return None

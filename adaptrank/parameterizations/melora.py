@@ -99,6 +99,9 @@ class MELoRA(Parameterization):
         (m, n), widest = self.shape, self.units.shape[1]
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
 
+    def of_inputs(self, axis: str, values: Tensor) -> Tensor:
+        return values.view(self.minis, -1)[self.block]
+
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         width = self.A.shape[1]
         drawn = torch.rand(n, width, generator=generator, dtype=torch.float64)
