@@ -14,7 +14,6 @@ from adaptrank.allocators.blocks import cut, find_blocks
 from adaptrank.allocators.plans import apportion, in_steps
 from adaptrank.allocators.scores import Axes
 from adaptrank.axes import CostModel, RankAxis, Slot, natural
-from adaptrank.layers import LINEAR
 
 log = logging.getLogger("adaptrank")
 
@@ -120,7 +119,7 @@ class PRILoRA(Allocator):
             return
         for key, axis in axes.items():
             for layer, _ in axis.members:
-                if not isinstance(layer.innermost, LINEAR):
+                if isinstance(layer.innermost, (nn.Embedding, nn.Conv2d)):
                     raise ValueError(
                         f"PRILoRA prunes A by the vectors that a layer reads, and {key} is {type(layer.innermost).__name__}; leave "
                         f"it out, or set sparsity=0 for the ranks alone."
