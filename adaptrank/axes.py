@@ -47,11 +47,13 @@ class RankAxis:
     Args:
         key: "<path of the layer before wrapping>:<axis>", the name of the axis everywhere.
         members: (layer, name of the axis in that layer).
+        nested: whether a layer of it is one of several in a nest, so that the gradient of its weight is not that of W'.
     """
 
-    def __init__(self, key: str, members: Sequence[tuple[Parameterization, str]]) -> None:
+    def __init__(self, key: str, members: Sequence[tuple[Parameterization, str]], nested: bool = False) -> None:
         self.key = key
         self.members = list(members)
+        self.nested = nested
 
     def __repr__(self) -> str:
         return f"RankAxis({self.key!r}, {len(self)} units)"
@@ -90,7 +92,10 @@ class RankAxis:
     @property
     def capabilities(self) -> frozenset[str]:
         """What every layer of the axis allows beside pruning; an input-side factor is told from what the method names as one."""
-        return frozenset.intersection(*(layer.capabilities | _input_words(layer, axis) for layer, axis in self.members))
+        words = frozenset.intersection(
+            *(layer.capabilities | _input_words(layer, axis) for layer, axis in self.members)
+        )
+        return words - {"weight_gradient"} if self.nested else words
 
     @property
     def step(self) -> int:
@@ -343,12 +348,13 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
 
     groups: dict[str, list[tuple[Parameterization, str]]] = {}
     owner: dict[tuple[int, int], str] = {}  # (tensor, dimension) -> key of the axis that has it
+    nested = {id(wrapper) for layer in wrapped_layers(model).values() if len(layer.nest) > 1 for wrapper in layer.nest}
     for key, wrapper, axis in members:
         tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.factors(axis)]
         first = next((owner[tensor] for tensor in tensors if tensor in owner), key)
         groups.setdefault(first, []).append((wrapper, axis))
         owner.update(dict.fromkeys(tensors, first))
-    return {key: RankAxis(key, group) for key, group in groups.items()}
+    return {key: RankAxis(key, group, any(id(w) in nested for w, _ in group)) for key, group in groups.items()}
 
 
 def natural(key: str) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ figures of the method on its example (a 24 x 48 layer, unless it wraps something
 import inspect
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -194,7 +194,7 @@ def parameterization_page(name: str, cls: Any) -> str:
         units.append(
             f"{which}{parameters.marginal(key, sizes):,} parameters a unit, {sizes[key]} units by default, {ceiling}"
         )
-    allocators = [a for a, allocator in own(ALLOCATORS).items() if allocator.works_with(name)]
+    allocators = [a for a, allocator in own(ALLOCATORS).items() if allocator.pair(name)]
     facts = {
         "Source": plain(doc.sections.get("Source", cls.source)),
         "Shapes": plain(doc.sections.get("Shapes", "")),
@@ -234,10 +234,12 @@ def allocator_page(name: str, cls: Any) -> str:
 
     doc = read(cls.__doc__)
     methods = own(PARAMETERIZATIONS)
-    refused = [m for m in methods if not cls.works_with(m)]
+    cells = {m: cls.pair(m) for m in methods}
+    refused = [m for m, cell in cells.items() if not cell]
     facts = {
         "Source": plain(doc.sections.get("Source", cls.source)),
-        "Works with": links([m for m in methods if cls.works_with(m)]),
+        "Works with": links([m for m, cell in cells.items() if cell == "works"]),
+        **{f"Works with `{cell}`": links([m for m in methods if cells[m] == cell]) for cell in options_of(cells)},
         "Does not work with": f"{links(refused)}, unless nested with one that does" if refused else "",
         "Needs axes that": ", ".join(["shrink", *sorted(cls.requires)]),
         "Errors": plain(doc.sections.get("Raises", "")),
@@ -258,17 +260,28 @@ def allocator_page(name: str, cls: Any) -> str:
     )
 
 
+def options_of(cells: Mapping[str, str]) -> list[str]:
+    """The options without which some pairs work."""
+    return sorted({cell for cell in cells.values() if cell not in ("", "works")})
+
+
+def cell(pair: str) -> str:
+    """A cell of the table of pairs."""
+    return {"works": "yes", "": "no"}.get(pair, f"`{pair}`")
+
+
 def index_page() -> str:
     """Both registries in two tables, and which pairs work."""
     from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocators.pairs import rows
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
-    rows = [(links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source)) for n, c in methods.items()]
+    made = [(links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source)) for n, c in methods.items()]
     movers = [(links([n]), plain(read(c.__doc__).summary), plain(c.source)) for n, c in allocators.items()]
     pairs = [
-        (links([method]), *("yes" if cls.works_with(method) else "no" for cls in allocators.values()))
-        for method in methods
+        (" on ".join(links([m]) for m in reversed(nest)), *(cell(c.pair(*nest)) for c in allocators.values()))
+        for nest in rows()
     ]
     toctree = "\n".join([*methods, *allocators])
     return "\n\n".join(
@@ -276,11 +289,12 @@ def index_page() -> str:
             "# Methods",
             "These pages are written from the code at every build. `python -m adaptrank methods` prints the same table.",
             "## Parameterizations",
-            table(rows, "name", "what changes in a weight", "source"),
+            table(made, "name", "what changes in a weight", "source"),
             "## Allocators",
             table(movers, "name", "what moves", "source"),
             "## Which pairs work",
-            "A method without a rank axis has nothing to move by itself. Nested with one that has an axis, it is a fixed cost.",
+            "A method without a rank axis has nothing to move by itself. Nested with one that has an axis, it is a fixed cost. An option "
+            "in a cell is one that has to be off: the method cannot do what it asks for. Every cell is a test.",
             table(pairs, "", *(links([name]) for name in allocators)),
             f"```{{toctree}}\n:hidden:\n\n{toctree}\n```",
         ]

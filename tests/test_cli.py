@@ -657,11 +657,14 @@ def test_methods_lists_the_registries(cli):
         if method["module"].startswith("adaptrank."):
             assert all(cost["closed"] in (cost["measured"], None) for cost in method["cost"].values()), method
     assert lora["arguments"]["alpha"] == 16.0
-    assert found["works"]["ElaLoRA"] == {m: ALLOCATORS["ElaLoRA"].works_with(m) for m in found["works"]["ElaLoRA"]}
-    assert found["works"]["ElaLoRA"]["HyperAdapt"] is False
+    cells = found["pairs"]["ElaLoRA"]
+    assert cells == {nest: ALLOCATORS["ElaLoRA"].pair(*nest.split(" + ")) for nest in cells}
+    assert cells["HyperAdapt"] == ""
+    assert cells["HyperAdapt + LoRA"] == "works"
     code, out, _ = cli("methods", "--pairs")
     assert re.search(r"^  HyperAdapt +-", out, re.MULTILINE)
-    assert re.search(r"^  LoRA +works", out, re.MULTILINE)
+    assert re.search(r"^  LoRA +yes", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 110
 
 
 # ---- help

@@ -16,7 +16,7 @@ class Store:
     def __init__(self, beta=0.85):
         self.tensors, self.beta, self.seed, self.steps_done, self.examples = {}, beta, 0, 0, ()
 
-    def track(self, axis, name, tensor, dim=0):
+    def track(self, axis, name, tensor, where=0):
         return self.tensors.setdefault(name, tensor.clone())
 
     def reduce(self, tensor):

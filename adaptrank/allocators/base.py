@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypedDict, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptrank.allocators.plans import Close, Plan, Resize, Scores, keep_best
 from adaptrank.allocators.schedules import Phases, cubic, steps
-from adaptrank.allocators.scores import Axes, importance
+from adaptrank.allocators.scores import Axes, Where, importance
 from adaptrank.axes import (
     CostModel,
     RankAxis,
@@ -61,6 +62,14 @@ class Event(TypedDict, total=False):
     scores: dict[str, float]  # min, quartiles, max of all units
     skipped: str
     dimensions: list[float]  # intrinsic ones, of what the blocks read and of what the last one gives
+
+
+@dataclass
+class Tracked:
+    """A running tensor, and (axis key, dimension) for each axis that it follows."""
+
+    tensor: Tensor
+    dims: tuple[tuple[str, int], ...]
 
 
 class Allocator(Callback):
@@ -147,7 +156,7 @@ class Allocator(Callback):
         """The state of a run that has not begun."""
         self.events: list[Event] = []
         self.closed: dict[str, tuple[int, ...]] = {}  # units that a plan closed, until the next event
-        self._tracked: dict[str, dict[str, tuple[Tensor, int | None]]] = {}
+        self._tracked: dict[str, dict[str, Tracked]] = {}
         self._start: dict[str, int] = {}  # size of each axis when the run began
         self._start_total = 0
         self._phases: Phases | None = None
@@ -220,22 +229,24 @@ class Allocator(Callback):
 
     # ---- what the library provides
 
-    def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int | None = 0) -> Tensor:
-        """The running tensor `name` of an axis: it follows every resize along `dim`, and goes into the checkpoint.
+    def track(self, axis: RankAxis, name: str, tensor: Tensor, where: Where = 0) -> Tensor:
+        """The running tensor `name` of an axis: it follows every resize, and goes into the checkpoint.
 
         Of several processes the first one's is what the checkpoint holds, so what goes in must be the same on all: what is computed
         from gradients is, anything else goes through `reduce` first.
 
         Args:
-            axis: whose units dimension `dim` counts.
+            axis: owns it.
             name: any name.
             tensor: what it starts from, if there is none of that name.
-            dim: dimension that counts the units; fresh units are zero. None: it counts none, and follows no resize.
+            where: the dimension that counts the units of the axis, in which fresh units are zero; None if none does; or pairs of an
+                axis key and a dimension, for a tensor that follows several.
         """
         tracked = self._tracked.setdefault(axis.key, {})
         if name not in tracked:
-            tracked[name] = (tensor.detach().clone(), dim)
-        return tracked[name][0]
+            dims = () if where is None else ((axis.key, where),) if isinstance(where, int) else tuple(where)
+            tracked[name] = Tracked(tensor.detach().clone(memory_format=torch.contiguous_format), dims)
+        return tracked[name].tensor
 
     @property
     def steps_done(self) -> int:
@@ -339,8 +350,8 @@ class Allocator(Callback):
         if not resumed:
             self._begin()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        for tracked in self._tracked.values():
-            tracked.update({name: (tensor.to(device), dim) for name, (tensor, dim) in tracked.items()})
+        for tracked in (one for of_axis in self._tracked.values() for one in of_axis.values()):
+            tracked.tensor = tracked.tensor.to(device)
         if self.examples_needed():
             len(self.examples)  # drawn now, so that a checkpoint of any step has them
         self.attach(self._axes)
@@ -593,15 +604,14 @@ class Allocator(Callback):
         return done
 
     def _follow(self, axis: RankAxis, change: Resize) -> None:
-        for name, (tensor, dim) in self._tracked.get(axis.key, {}).items():
-            if dim is None:
-                continue
-            index = torch.tensor(change.keep, dtype=torch.long, device=tensor.device)
-            kept = tensor.detach().index_select(dim, index)
-            shape = list(kept.shape)
-            shape[dim] = change.grow
-            new = torch.cat([kept, kept.new_zeros(shape)], dim).requires_grad_(tensor.requires_grad)
-            self._tracked[axis.key][name] = (new, dim)
+        for tracked in (one for of_axis in self._tracked.values() for one in of_axis.values()):
+            for dim in (dim for key, dim in tracked.dims if key == axis.key):
+                tensor = tracked.tensor
+                index = torch.tensor(change.keep, dtype=torch.long, device=tensor.device)
+                kept = tensor.detach().index_select(dim, index)
+                shape = list(kept.shape)
+                shape[dim] = change.grow
+                tracked.tensor = torch.cat([kept, kept.new_zeros(shape)], dim).requires_grad_(tensor.requires_grad)
 
     def _check_plan(self, plan: Plan, cost: CostModel, budget: int | None) -> None:
         """Budget, floors and caps, whoever wrote the plan."""
@@ -629,7 +639,7 @@ class Allocator(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Any LightningModule can resume: its axes take the stored sizes before its weights are loaded.
-        pl_module.register_load_state_dict_pre_hook(_fit_before_load)  # type: ignore[no-untyped-call]
+        pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
         if stage != "fit":
             return
         self._restored = False  # a checkpoint that this run resumes from is loaded after setup
@@ -690,7 +700,8 @@ class Allocator(Callback):
                 self._log(pl_module, event)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leaves = (t for tracked in self._tracked.values() for t, _ in tracked.values() if t.requires_grad)
+        tracked = (one.tensor for of_axis in self._tracked.values() for one in of_axis.values())
+        leaves = [tensor for tensor in tracked if tensor.requires_grad]
         average_adapters(trainer, pl_module, self, leaves)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -735,7 +746,11 @@ class Allocator(Callback):
             "events": self.events,
             "examples": self._examples if _plain(self._examples) else None,
             "tracked": {
-                key: {n: {"tensor": t, "dim": d} for n, (t, d) in v.items()} for key, v in self._tracked.items()
+                key: {
+                    name: {"tensor": one.tensor, "dims": [list(dim) for dim in one.dims]}
+                    for name, one in of_axis.items()
+                }
+                for key, of_axis in self._tracked.items()
             },
         }
 
@@ -750,8 +765,8 @@ class Allocator(Callback):
         self.events = list(state_dict["events"])
         self._examples = state_dict["examples"]
         self._tracked = {
-            key: {n: (v["tensor"], v["dim"]) for n, v in tensors.items()}
-            for key, tensors in state_dict["tracked"].items()
+            key: {name: Tracked(one["tensor"], tuple((k, d) for k, d in one["dims"])) for name, one in of_axis.items()}
+            for key, of_axis in state_dict["tracked"].items()
         }
 
     @property
@@ -794,9 +809,7 @@ class _TrainingData:
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
-        if (
-            self._trainer.train_dataloader is None
-        ):  # where max_steps alone ends the run, nobody had to count batches yet
+        if self._trainer.train_dataloader is None:  # max_steps alone ends the run: nobody had to count its batches
             self._trainer.fit_loop.setup_data()
         devices = [self._trainer.strategy.root_device] if self._trainer.strategy.root_device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a DataLoader draws the seed of its workers
@@ -892,6 +905,7 @@ def _beside(layer: Parameterization, methods: Sequence[str]) -> str:
     return f", or nest one: [{', '.join([*(type(wrapper).__name__ for wrapper in layer.nest), known])}]"
 
 
-def _fit_before_load(module: torch.nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def fit_before_load(module: torch.nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """A load pre-hook that gives the axes of a model the sizes that its state dict has."""
     if not prefix:
         fit_ranks(module, state_dict)

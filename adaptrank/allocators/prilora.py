@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adaptrank.allocators.base import Allocator
+from adaptrank.allocators.base import Allocator, Event
 from adaptrank.allocators.blocks import cut, find_blocks
 from adaptrank.allocators.plans import apportion, in_steps
 from adaptrank.allocators.scores import Axes
@@ -167,11 +167,12 @@ class PRILoRA(Allocator):
                 inputs = slot.layer.of_inputs(name, self._of(axis, slot))
                 slot.tensor.data.masked_fill_(lowest(slot.tensor.data.abs() * inputs, self.sparsity), 0)
             reason = f"the least important {self.sparsity:.0%} of each row set to zero"
-            self._record({"step": self.steps_done, "reason": reason, "unit": self.unit, "sizes": {}})
+            moved: Event = {"sizes": {}, "pruned": {}, "grown": {}, "closed": {}}  # nothing: entries are no units
+            self._record({"step": self.steps_done, "reason": reason, "budget": None, "unit": self.unit, **moved})
 
     def _of(self, axis: RankAxis, slot: Slot) -> Tensor:
         device = slot.tensor.device
-        return self.track(axis, slot.label, torch.zeros(slot.layer.shape[1], device=device), dim=None)
+        return self.track(axis, slot.label, torch.zeros(slot.layer.shape[1], device=device), where=None)
 
     def _average(self, factors: list[tuple[RankAxis, Slot]]) -> None:
         """Feed the running averages with what all processes saw in this step, by one exchange."""

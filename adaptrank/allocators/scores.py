@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ Axes = Mapping[str, RankAxis]
 Scores = Mapping[str, Tensor]
 
 
-class Track(Protocol):
-    """(name, tensor, dim) -> the running tensor of that name; `tensor` is its start if there is none yet."""
+Where = int | None | Sequence[tuple[str, int]]
+"""The dimension of a running tensor that counts the units of its axis; or None; or (axis key, dimension) for each that it follows."""
 
-    def __call__(self, name: str, tensor: Tensor, dim: int = 0) -> Tensor: ...
+
+class Track(Protocol):
+    """(name, tensor, where) -> the running tensor of that name; `tensor` is its start if there is none yet."""
+
+    def __call__(self, name: str, tensor: Tensor, where: Where = 0) -> Tensor: ...
 
 
 class Run(Protocol):
@@ -42,7 +46,7 @@ class Run(Protocol):
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch, in evaluation mode; the mean over its examples, with a graph where gradients are on."""
 
-    def track(self, axis: RankAxis, name: str, tensor: Tensor, dim: int = 0) -> Tensor:
+    def track(self, axis: RankAxis, name: str, tensor: Tensor, where: Where = 0) -> Tensor:
         """A running tensor of the axis."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
@@ -94,46 +98,128 @@ def triplet(axis: RankAxis, per_element: Callable[[Slot], Tensor | None], gate_v
     return gate_value + sum(means, torch.zeros_like(gate_value))
 
 
-def update_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
-    """average <- beta average + (1 - beta) value, in place; no bias correction, as in the released codes."""
-    return average.mul_(beta).add_(value, alpha=1 - beta)
+@dataclass(frozen=True)
+class Elements:
+    """A trained tensor of some axes, once however many they are.
+
+    Args:
+        axis: the first that has it, which owns its running averages.
+        label: of the tensor in that axis.
+        tensor: as it is now.
+        where: (key of an axis, dimension that counts its units), for all axes that have it.
+    """
+
+    axis: RankAxis
+    label: str
+    tensor: Tensor
+    where: tuple[tuple[str, int], ...]
 
 
-def _observe_gate(axis: RankAxis, track: Track, beta: float) -> None:
-    value = gate(axis)
-    update_average(track("gate", torch.zeros_like(value)), value, beta)
+def elements(axes: Axes) -> list[Elements]:
+    """Each tensor of the axes that trains, once: two axes may share one, and a square one has its axis twice."""
+    found: dict[int, Elements] = {}
+    for key, axis in axes.items():
+        for slot in axis.slots():
+            if slot.tensor.requires_grad:
+                known = found.get(id(slot.tensor))
+                here = (key, slot.dim)
+                if known is None:
+                    found[id(slot.tensor)] = Elements(axis, slot.label, slot.tensor, (here,))
+                else:
+                    found[id(slot.tensor)] = replace(known, where=(*known.where, here))
+    return list(found.values())
+
+
+def _is_gate(element: Elements) -> bool:
+    """One number a unit, that closes it: a gate already."""
+    return element.tensor.dim() == 1 and any(s.closes for s in element.axis.slots() if s.tensor is element.tensor)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """What an average starts from: zeros that take no memory until they are needed."""
+    return like.new_zeros(()).expand(shape or like.shape)
+
+
+def update_averages(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
+    """average <- beta average + (1 - beta) value, in place, for all at once; no bias correction, as in the released codes."""
+    if averages:
+        torch._foreach_lerp_(averages, values, 1 - beta)
+
+
+def _products(axes: Axes, closing_only: bool) -> tuple[list[Elements], list[Tensor]]:
+    """Tensors with a gradient, and theta * gradient of each, in one batch of kernels."""
+    with_grad = [e for e in elements(axes) if e.tensor.grad is not None]
+    if closing_only:
+        closing = {id(slot.tensor) for axis in axes.values() for slot in axis.closing()}
+        with_grad = [e for e in with_grad if id(e.tensor) in closing]
+    if not with_grad:
+        return [], []
+    tensors, grads = [e.tensor.detach() for e in with_grad], [cast(Tensor, e.tensor.grad) for e in with_grad]
+    return with_grad, list(torch._foreach_mul(tensors, grads))
+
+
+def _gates(axes: Axes, products: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """|dL/dg| of each axis, from the products of its closing factors; zero where it took no part in the forward."""
+    gates = {}
+    for key, axis in axes.items():
+        closing = axis.closing()
+        total = closing[0].tensor.new_zeros(len(axis))
+        for slot in closing:
+            product = products.get(id(slot.tensor))
+            if product is not None:
+                total = total + (product if product.dim() == 1 else product.movedim(slot.dim, 0).flatten(1).sum(1))
+        gates[key] = total.abs()
+    return gates
+
+
+def _observe_gates(axes: Axes, run: Run) -> None:
+    found, products = _products(axes, closing_only=True)
+    values = _gates(axes, {id(e.tensor): product for e, product in zip(found, products, strict=True)})
+    update_averages([run.track(axes[k], "gate", zeros(v)) for k, v in values.items()], list(values.values()), run.beta)
 
 
 def _gate_average(axis: RankAxis, track: Track) -> Tensor:
-    return track("gate", torch.zeros(len(axis), device=axis.slots()[0].tensor.device))
+    return track("gate", zeros(axis.closing()[0].tensor, len(axis)))
 
 
-def _observe_elements(axis: RankAxis, track: Track, beta: float) -> None:
-    """I <- EMA of |w g|, U <- EMA of ||w g| - I|, with I already updated; for every element, and for the gate."""
-    streams: list[tuple[str, Tensor, int]] = [("gate", gate(axis), 0)]
-    for slot in axis.slots():
-        if slot.tensor.grad is not None and not (slot.closes and slot.tensor.dim() == 1):
-            streams.append((slot.label, (slot.tensor.detach() * slot.tensor.grad).abs(), slot.dim))
-    for name, value, dim in streams:
-        average = update_average(track(f"I.{name}", torch.zeros_like(value), dim), value, beta)
-        update_average(track(f"U.{name}", torch.zeros_like(value), dim), (value - average).abs(), beta)
+def _observe_elements(axes: Axes, run: Run) -> None:
+    """I <- EMA of |w g|, U <- EMA of ||w g| - I|, with I already updated; for every element, and for the gate of each unit."""
+    found, products = _products(axes, closing_only=False)
+    gates = _gates(axes, {id(e.tensor): product for e, product in zip(found, products, strict=True)})
+    values = [*gates.values()]
+    streams: list[tuple[RankAxis, str, tuple[tuple[str, int], ...]]] = [(axes[k], "gate", ((k, 0),)) for k in gates]
+    kept = [(e, product) for e, product in zip(found, products, strict=True) if not _is_gate(e)]
+    if kept:
+        torch._foreach_abs_([product for _, product in kept])
+    values += [product for _, product in kept]
+    streams += [(e.axis, e.label, e.where) for e, _ in kept]
+    if not values:
+        return
+    I = [run.track(axis, f"I.{name}", zeros(v), where) for (axis, name, where), v in zip(streams, values, strict=True)]
+    U = [run.track(axis, f"U.{name}", zeros(v), where) for (axis, name, where), v in zip(streams, values, strict=True)]
+    update_averages(I, values, run.beta)
+    off = torch._foreach_sub(values, I)
+    torch._foreach_abs_(off)
+    update_averages(U, list(off), run.beta)
 
 
-def _elementwise(uncertainty: bool) -> Callable[[RankAxis, Track], Tensor]:
-    def score(axis: RankAxis, track: Track) -> Tensor:
-        def importance(name: str, like: Tensor, dim: int) -> Tensor:
-            average = track(f"I.{name}", torch.zeros_like(like), dim)
-            return average * track(f"U.{name}", torch.zeros_like(like), dim) if uncertainty else average
+def _elementwise(uncertainty: bool) -> Callable[[Axes, Run], Scores]:
+    def scores(axes: Axes, run: Run) -> Scores:
+        def importance(axis: RankAxis, name: str, like: Tensor, where: tuple[tuple[str, int], ...]) -> Tensor:
+            average = run.track(axis, f"I.{name}", zeros(like), where)
+            return average * run.track(axis, f"U.{name}", zeros(like), where) if uncertainty else average
 
-        first = axis.slots()[0].tensor
-        units = importance("gate", torch.zeros(len(axis), device=first.device), 0)
-        return triplet(
-            axis,
-            lambda s: importance(s.label, s.tensor.detach(), s.dim) if s.tensor.requires_grad else None,
-            units,
-        )
+        found = elements(axes)
+        every = {
+            id(e.tensor): importance(e.axis, e.label, e.tensor.detach(), e.where) for e in found if not _is_gate(e)
+        }
+        result = {}
+        for key, axis in axes.items():
+            units = importance(axis, "gate", zeros(axis.closing()[0].tensor.detach(), len(axis)), ((key, 0),))
+            result[key] = triplet(axis, lambda slot: every.get(id(slot.tensor)), units)
+        return result
 
-    return score
+    return scores
 
 
 def each(score: Callable[[RankAxis, Track], Tensor]) -> Callable[[Axes, Run], Scores]:
@@ -145,21 +231,11 @@ def each(score: Callable[[RankAxis, Track], Tensor]) -> Callable[[Axes, Run], Sc
     return scores
 
 
-def at_each(observe: Callable[[RankAxis, Track, float], None]) -> Callable[[Axes, Run], None]:
-    """What is observed of one axis, for all of them."""
-
-    def observe_all(axes: Axes, run: Run) -> None:
-        for axis in axes.values():
-            observe(axis, partial(run.track, axis), run.beta)
-
-    return observe_all
-
-
 IMPORTANCES: dict[str, Importance] = {
     "magnitude": Importance(each(lambda axis, track: magnitude(axis))),
-    "gate": Importance(each(_gate_average), at_each(_observe_gate)),
-    "sensitivity": Importance(each(_elementwise(uncertainty=False)), at_each(_observe_elements)),
-    "sensitivity_uncertainty": Importance(each(_elementwise(uncertainty=True)), at_each(_observe_elements)),
+    "gate": Importance(each(_gate_average), _observe_gates),
+    "sensitivity": Importance(_elementwise(uncertainty=False), _observe_elements),
+    "sensitivity_uncertainty": Importance(_elementwise(uncertainty=True), _observe_elements),
 }
 """Scores by name. "gate" keeps 1 float a unit, the sensitivities 2 floats a trainable number. Any name with "_per_cost" appended
 is that score over the unit's trainable numbers."""

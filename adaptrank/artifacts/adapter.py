@@ -18,6 +18,7 @@ from adaptrank import layers as kinds
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
 from adaptrank.distributed import first
+from adaptrank.groups import PRUNED, compact
 from adaptrank.inject import ParameterizationCallable, adapt, split_at, undone_on_error
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
@@ -99,7 +100,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
 
     A layer that already carries an adapter of that name is loaded into, if it is the same nest, else that is an error; adapters of
     other names stay, and the loaded one is put around them. A base with other weights than the adapter was trained on is
-    reported in one line of the log.
+    reported in one line of the log. Groups of the base that were pruned with the adapter are cut out of it.
 
     Args:
         model: the base, which may hold adapters of other names.
@@ -128,6 +129,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
                     wanted = "|".join(re.escape(path) for path in missing)
                     adapt(model, wanted, makers, name=own, split_fused=False)
         _load_tensors(model, file, description["tied"], _names(description))
+        if pruned := description.get("pruned"):
+            compact(model, pruned)
     return model
 
 
@@ -232,6 +235,7 @@ def describe_adapter(
             if names is None or axis.members[0][0].name in names
         },
         "trained_modules": sorted(trained),
+        **({"pruned": pruned} if (pruned := model.__dict__.get(PRUNED)) else {}),
         "tied": tied,
         "split": {
             path: list(m.names)

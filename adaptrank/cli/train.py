@@ -93,6 +93,12 @@ class AdaptrankCLI(LightningCLI):
             required=False,
             help="Moves ranks while training; see `python -m adaptrank methods`.",
         )
+        parser.add_subclass_arguments(
+            Allocator,
+            "initial_ranks",
+            required=False,
+            help="Chooses the ranks to start from, beside an allocator that moves them.",
+        )
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the run folders.")
         parser.add_argument("--evaluate", type=bool, default=True, help="Whether `fit` evaluates before and after.")
 
@@ -136,10 +142,17 @@ class AdaptrankCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         allocator = self._get(self.config_init, "allocator")
-        extra: list[Callback] = [allocator] if allocator is not None else []  # before any ModelCheckpoint
+        initial = self._get(self.config_init, "initial_ranks")
+        if initial is not None and initial.moves:
+            raise errors.ConfigError(
+                f"initial_ranks: {type(initial).__name__} moves ranks while training; give it as `allocator`."
+            )
+        extra: list[Callback] = [one for one in (initial, allocator) if one is not None]  # before any ModelCheckpoint
         configured = self._get(self.config_init, "trainer.callbacks") or []
         configured = configured if isinstance(configured, list) else [configured]
-        listed = next((callback for callback in configured if isinstance(callback, Allocator)), None)
+        listed = next(
+            (c for c in configured if isinstance(c, Allocator) and allocator and c.moves and allocator.moves), None
+        )
         if allocator is not None and listed is not None:
             raise errors.ConfigError(
                 f"`allocator` is {type(allocator).__name__}, and trainer.callbacks lists {type(listed).__name__}: two would move "
@@ -414,7 +427,12 @@ def resume_command(folder: Path, step: int) -> str:
 def schema(parser: Any) -> dict[str, Any]:
     """Top-level key -> type, of a verb's parser."""
     keys = {key.split(".")[0]: Any for key in vars(parser.get_defaults())} | {"config": Any, "model": Any, "data": Any}
-    classes = {"model": LightningModule, "data": LightningDataModule, "allocator": Allocator | None}
+    classes = {
+        "model": LightningModule,
+        "data": LightningDataModule,
+        "allocator": Allocator | None,
+        "initial_ranks": Allocator | None,
+    }
     scalars = {"runs": str, "evaluate": bool, "ckpt_path": str | None, "seed_everything": bool | int}
     return {**keys, **classes, **scalars, "trainer": errors.Arguments(Trainer)}
 

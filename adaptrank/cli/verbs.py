@@ -110,15 +110,18 @@ def methods(args: Sequence[str]) -> None:
 
 def _methods(options: argparse.Namespace) -> None:
     from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocators.pairs import rows
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     made = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
-    moves = [describe_allocator(cls) for cls in ALLOCATORS.values() if cls.__module__ != "adaptrank.allocators.base"]
-    pairs = {a["name"]: {p["name"]: ALLOCATORS[a["name"]].works_with(p["name"]) for p in made} for a in moves}
+    moves = [describe_allocator(cls) for cls in ALLOCATORS.values()]
+    # Hybrids stand below their parts; a user's own classes, which --import brings, stand in the table as well.
+    nests = [*((p["name"],) for p in made), *(nest for nest in rows() if len(nest) > 1)]
+    pairs = {a["name"]: {" + ".join(nest): ALLOCATORS[a["name"]].pair(*nest) for nest in nests} for a in moves}
     if options.json:
-        print(json.dumps({"parameterizations": made, "allocators": moves, "works": pairs}, indent=2))
+        print(json.dumps({"parameterizations": made, "allocators": moves, "pairs": pairs}, indent=2))
     elif options.pairs:
-        print(_matrix(pairs, [p["name"] for p in made]))
+        print(_matrix(pairs))
     else:
         print(
             f"Parameterizations at their default arguments, and what they add to a frozen {_reference_name()} in fp32:\n"
@@ -194,8 +197,15 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
         "name": cls.__name__,
         "does": _first_sentence(cls),
         "source": cls.source,
-        "score": arguments.get("importance", cls.importance) if _default_score(cls) else "its own",
+        "score": arguments.get("importance", cls.importance)
+        if _default_score(cls)
+        else "its own"
+        if cls.moves
+        else "-",
         "needs": sorted(cls.requires),
+        "options": {name: sorted(needs) for name, needs in cls.options.items()},
+        "exclusive": cls.exclusive,
+        "moves": cls.moves,
         "arguments": arguments,
         "module": cls.__module__,
     }
@@ -204,7 +214,7 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
 def _default_score(cls: type[Any]) -> bool:
     from adaptrank.allocators import Allocator
 
-    return cls.score is Allocator.score
+    return cls.moves and cls.score is Allocator.score and cls.scores is Allocator.scores
 
 
 def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:
@@ -273,15 +283,19 @@ def _columns(rows: list[tuple[str, ...]], notes: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _matrix(pairs: dict[str, dict[str, bool]], names: list[str]) -> str:
-    width = max(map(len, [*names, "parameterization"]))
-    lines = [f"  {'':{width}}  {'  '.join(pairs)}"]
+def _matrix(pairs: dict[str, dict[str, str]]) -> str:
+    names = list(next(iter(pairs.values())))
+    width = max(map(len, names))
+    options = sorted({cell for works in pairs.values() for cell in works.values()} - {"", "works"})
+    marks = {"": "-", "works": "yes", **{option: chr(ord("a") + i) for i, option in enumerate(options)}}
+    lines = [f"  {'':{width}} {' '.join(pairs)}"]
     for name in names:
-        cells = [f"{'works' if works[name] else '-':{len(allocator)}}" for allocator, works in pairs.items()]
-        lines.append(f"  {name:{width}}  {'  '.join(cells)}".rstrip())
+        cells = [f"{marks[works[name]]:{len(allocator)}}" for allocator, works in pairs.items()]
+        lines.append(f"  {name:{width}} {' '.join(cells)}".rstrip())
     lines.append(
         "\n  -  has no rank axis, or one that cannot do what the allocator needs; a run says which when it starts"
     )
+    lines += [f"  {marks[option]}  with {option} only: it cannot do what that option asks for" for option in options]
     return "\n".join(lines)
 
 
@@ -437,6 +451,7 @@ def _merge(options: argparse.Namespace) -> None:
 
     from adaptrank import backbones
     from adaptrank.artifacts import merge as fold
+    from adaptrank.artifacts import read_adapter
     from adaptrank.parameterizations.base import wrapped_layers
 
     out = Path(options.out)
@@ -446,6 +461,11 @@ def _merge(options: argparse.Namespace) -> None:
         raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
     found = _find(options.adapter, options.base, must_be_adapter=True)
     assert found.adapter is not None
+    if pruned := read_adapter(found.adapter).get("pruned"):
+        raise errors.ConfigError(
+            f"{found.adapter} cuts {len(pruned)} sets of heads or channels out of its base, each to a size of its own, which no "
+            f"transformers configuration can state; keep the adapter, and load it with adaptrank.load_adapter(model, folder)."
+        )
     for given, what in ((found.adapter, "adapter"), (Path(found.source.path), "base")):
         if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
             raise errors.ConfigError(f"--out {out} holds the {what} that is to be merged; name another folder.")

@@ -75,6 +75,8 @@ class Parameterization(nn.Module, ABC):
     (not where they are thousands of coefficients). "matrix_rank": their number bounds the rank of the change. "input_directions": each
     is one direction of the input. "gradient_init": a start that follows the gradient of W is the closing factor's least-squares
     fit. "weight_gradient": the gradients of its factors give an estimate of that of W (`weight_gradient`)."""
+    features: Mapping[str, tuple[int | None, int | None]] = {}
+    """Tensor -> (the dimension that counts outputs, the one that counts inputs): what is cut when the layer loses some."""
     input_factor: Mapping[str, str] = {}
     """Axis -> its trained tensor (units, n) that multiplies the input: its axes are "input_factor", and "input_init" as well where
     that is not the closing one and may start anywhere."""
@@ -245,6 +247,10 @@ class Parameterization(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """A regularizer of the method's own, already weighted; its gradient is added once a step, before scores."""
         return None
+
+    def weight_gradient(self) -> Tensor:
+        """An estimate of the gradient of W' (m, n) from those of the factors, where the method is "weight_gradient"."""
+        raise NotImplementedError(f"{type(self).__name__} has no estimate of the gradient of its weight.")
 
     def cost(self) -> Cost | None:
         """What it adds to the frozen layer's time and memory, as closed formulas of its sizes; None is not said."""

@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ class LoRA(Parameterization):
         }
     )
     input_factor = {"rank": "A"}
+    features = {"A": (None, 1), "B": (0, None)}
 
     def __init__(
         self,
@@ -80,6 +82,11 @@ class LoRA(Parameterization):
         # Dropout is for inputs that are numbers: an embedding's are tokens.
         x = self.dropout(x) if x.is_floating_point() else x
         return self.scale * F.linear(self.project(x, self.A), self.B)
+
+    def weight_gradient(self) -> Tensor:
+        """gB A + B gA - gB gA: the change of B A by a step of size one (arXiv:2305.18403), up to its sign and without s."""
+        gA, gB = (torch.zeros_like(p) if p.grad is None else p.grad for p in (self.A, self.B))
+        return gB @ self.A + self.B @ gA - gB @ gA
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)

@@ -39,6 +39,7 @@ class PiCa(Parameterization):
     capabilities = frozenset(
         {"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init", "weight_gradient"}
     )
+    features = {"P": (None, 1), "M": (0, None)}
     shared: tuple[str, ...] = ("M",)
     reads_blocks = True
     P: Tensor
@@ -56,6 +57,7 @@ class PiCa(Parameterization):
         self.side = side
         if side == "output":
             self.axes, self.input_factor = {"rank": {"P": 1, "index": 0, "M": 0}}, {"rank": "M"}
+            self.features = {"P": (0, None), "M": (None, 1)}
         if not share:
             self.shared = ()
         index = torch.arange(rank, device=layers.device(self.innermost))
@@ -70,6 +72,11 @@ class PiCa(Parameterization):
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         first, second = (self.P, self.M) if self.side == "input" else (self.M, self.P)
         return F.linear(self.project(x, first), second)
+
+    def weight_gradient(self) -> Tensor:
+        """gM P, or P gM: the gradient of W' on the span of the frozen directions, exact there."""
+        gM = torch.zeros_like(self.M) if self.M.grad is None else self.M.grad
+        return gM @ self.P if self.side == "input" else self.P @ gM
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)

@@ -1,0 +1,226 @@
+"""What an allocator costs: its share of a training step, and the time of an event against a step.
+
+    python benchmarks/allocator_cost.py [--rounds 8] [--layers 30] [--threads 2]
+
+A Llama of SmolLM2-135M's shapes (random weights, 30 layers, bf16 where the CPU is fast at it), all linear layers in the SVD form of
+rank 8, 8 x 128 tokens, AdamW, clipping at 1. In every round each variant makes one step, so that a slow spell meets all of them:
+
+- none: no allocator, what everything is held against;
+- one of ours by each score that needs no data of its own, with an event that prunes in half of the rounds: `before_step` (scoring)
+  and `step` (in rounds without an event) count as scoring, `step` in rounds with one as the event;
+- HF PEFT's AdaLoRA with `update_and_allocate` called after every step, as its documentation says; its forward pass adds
+  the orthogonality to the loss, which is part of its step, not of its scoring. It scores and masks in one call: from its
+  `tinit` on there is an event at every `deltaT`.
+
+Shares are taken within a round, over the step of `none` in that round; the table has medians and quartiles.
+Writes benchmarks/results/allocator_cost.json and docs/results/allocator_cost.md.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adaptrank import Allocator, adapt, backbones
+from adaptrank.allocators.scores import IMPORTANCES
+from adaptrank.axes import rank_axes
+from adaptrank.parameterizations import SVD
+
+ROOT = Path(__file__).parents[1]
+RANK, BATCH, LENGTH = 8, 8, 128
+
+
+def backbone(layers: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+class Half(Allocator):
+    """Prunes a little at each event, so that every event has work."""
+
+    def __init__(self, importance: str, events: list[int]) -> None:
+        super().__init__(budget=1, every=1, warmup=0, final=1)
+        self.importance, self._at = importance, events
+
+    def acts_at(self, step: int) -> bool:
+        return step in self._at
+
+    def budget_at(self, step: int) -> int:
+        done = sum(at <= step for at in self._at)
+        return self._start_total - done * (self._start_total // (4 * len(self._at)))
+
+    def _step(self, step: int) -> Any:
+        self.moves = step in self._at  # between events only what scoring does
+        return super()._step(step)
+
+
+class Variant:
+    """A model that makes steps; `parts` are the seconds of its last one."""
+
+    def __init__(self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self.model, self.before, self.after = model, before, after
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
+        self.parts: dict[str, float] = {}
+
+    def step(self, batch: torch.Tensor) -> None:
+        start = time.perf_counter()
+        self.model(input_ids=batch, labels=batch).loss.backward()
+        scored = time.perf_counter()
+        self.before()
+        clip = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        stepped = time.perf_counter()
+        self.after()
+        after = time.perf_counter()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        self.parts = {
+            "before": clip - scored,
+            "after": after - stepped,
+            "rest": (scored - start) + (stepped - clip) + (end - after),
+        }
+
+
+def ours(importance: str | None, layers: int, dtype: torch.dtype, rounds: int) -> Variant:
+    model = adapt(backbone(layers, dtype), "all-linear", partial(SVD, rank=RANK))
+    if importance is None:
+        return Variant(model, lambda: None, lambda: None)
+    allocator = Half(importance, list(range(2, rounds + 1, 2)))
+    variant = Variant(model, allocator.before_step, allocator.step)
+    allocator.start(model, variant.optimizer, rounds + 2)
+    return variant
+
+
+def theirs(layers: int, dtype: torch.dtype, rounds: int) -> Variant:
+    from peft import AdaLoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = AdaLoraConfig(
+        target_modules=names, init_r=RANK, target_r=RANK // 2, tinit=1, tfinal=1, deltaT=2, total_step=rounds + 3
+    )
+    model = get_peft_model(backbone(layers, dtype), config, autocast_adapter_dtype=True)
+    steps = [0]
+
+    def after() -> None:
+        steps[0] += 1
+        model.base_model.update_and_allocate(steps[0])
+
+    return Variant(model, lambda: None, after)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = backbones.auto_dtype("auto")
+    names = [name for name, score in IMPORTANCES.items() if not score.examples]
+    variants = {"none": ours(None, options.layers, dtype, options.rounds)}
+    variants |= {name: ours(name, options.layers, dtype, options.rounds) for name in names}
+    variants["PEFT AdaLoRA"] = theirs(options.layers, dtype, options.rounds)
+    batch = torch.randint(49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    measured: dict[str, dict[str, list[float]]] = {name: {"scoring": [], "event": [], "step": []} for name in variants}
+    base: list[float] = []
+    for number in range(options.rounds + 1):
+        for name, variant in variants.items():
+            variant.step(batch)
+            parts = variant.parts
+            if not number:
+                continue  # the first round warms up
+            if name == "none":
+                base.append(sum(parts.values()))
+            event = number % 2 == 1  # the allocators count the warm-up as their first step
+            row = measured[name]
+            row["step"].append(sum(parts.values()) / base[-1])
+            if event and name != "none":
+                row["event"].append(parts["after"] / base[-1])
+                row["scoring"].append(parts["before"] / base[-1]) if name != "PEFT AdaLoRA" else None
+            else:
+                row["scoring"].append((parts["before"] + parts["after"]) / base[-1])
+        print(
+            f"round {number}: {', '.join(f'{n} {sum(v.parts.values()):.2f}' for n, v in variants.items())}", flush=True
+        )
+
+    table = {name: {part: spread(values) for part, values in row.items() if values} for name, row in measured.items()}
+    sizes = {name: sum(map(len, rank_axes(v.model).values())) for name, v in variants.items() if name != "PEFT AdaLoRA"}
+    machine = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": options.threads,
+        "dtype": str(dtype),
+    }
+    result = {
+        "machine": machine,
+        "layers": options.layers,
+        "step_seconds": spread(base),
+        "ratios": table,
+        "units": sizes,
+    }
+    out = ROOT / "benchmarks" / "results" / "allocator_cost.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    (ROOT / "docs" / "results" / "allocator_cost.md").write_text(page(result, options))
+    print((ROOT / "docs" / "results" / "allocator_cost.md").read_text())
+
+
+def page(result: dict[str, Any], options: argparse.Namespace) -> str:
+    def cell(row: dict[str, dict[str, float]], part: str) -> str:
+        if part not in row:
+            return ""
+        values = row[part]
+        return f"{100 * values['median']:.2f} % ({100 * values['low']:.2f} to {100 * values['high']:.2f})"
+
+    rows = [
+        f"| {name} | {cell(row, 'scoring')} | {cell(row, 'event')} | {row['step']['median']:.3f} |"
+        for name, row in result["ratios"].items()
+        if name != "none"
+    ]
+    seconds = result["step_seconds"]
+    return f"""# What an allocator costs
+
+A Llama of SmolLM2-135M's shapes ({result["layers"]} layers, random weights, {result["machine"]["dtype"].removeprefix("torch.")}), all
+linear layers in the SVD form of rank {RANK}, {BATCH} x {LENGTH} tokens, AdamW. Shares of the step without allocator in the same round
+({seconds["median"]:.2f} s, quartiles {seconds["low"]:.2f} to {seconds["high"]:.2f}): medians, and quartiles in brackets, of
+{options.rounds} interleaved rounds, {options.threads} threads, torch {result["machine"]["torch"]}. Written by
+`python benchmarks/allocator_cost.py --rounds {options.rounds}`.
+
+| score | scoring, of a step | event, of a step | whole step, ratio |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+PEFT's `update_and_allocate` scores in every call; where it also masks, its row counts the call as an event. Asked: scoring at most
+3 % of a step, an event no longer than a step.
+"""
+
+
+if __name__ == "__main__":
+    main()
