@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adaptrank.allocators import ALLOCATORS
 from adaptrank.parameterizations import PARAMETERIZATIONS
 from adaptrank.testing import perturb
 
@@ -26,6 +27,15 @@ __all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registries():
+    """Allocators that a test defines leave the registry with it."""
+    before = dict(ALLOCATORS._classes)
+    yield
+    ALLOCATORS._classes.clear()
+    ALLOCATORS._classes.update(before)
 
 
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.__name__)

@@ -1,0 +1,217 @@
+"""SoRA: gates, their optimizer, the proximal step, and what is left."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_allocators import PHASES, TOTAL, Toy, everything, fit, sizes
+from torch import nn
+
+from adaptrank.allocators import AdaLoRA, SoRA
+from adaptrank.allocators.gates import adam, soft_threshold, threshold_for
+from adaptrank.axes import rank_axes
+from adaptrank.parameterizations import NOLA, SVD, HyperAdapt, Kronecker, LoRA, MELoRA, MiSS, PiCa, TensorTrain
+
+LORA4 = partial(LoRA, rank=4)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.7)])
+def test_the_gates_adam_is_torchs(betas):
+    torch.manual_seed(0)
+    want = [nn.Parameter(torch.randn(n).double()) for n in (3, 5)]
+    have, first, second = ([p.detach().clone() * k for p in want] for k in (1, 0, 0))
+    optimizer = torch.optim.AdamW(want, lr=0.03, betas=betas, weight_decay=0.0)
+    for step in range(1, 30):
+        grads = [torch.randn_like(p) for p in want]
+        for p, grad in zip(want, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+        adam(have, grads, first, second, step, 0.03, betas)
+        for a, b in zip(have, want, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_the_proximal_operator_on_a_grid():
+    xi = 0.1
+    v = torch.tensor([-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.12, 0.19, 0.3], dtype=torch.float64)
+    want = torch.tensor([-0.2, -0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.09, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(soft_threshold(v, xi), want, rtol=0, atol=1e-15)
+    released = soft_threshold(v, xi, reference=True)
+    assert released[7] == released[8] == 0  # .12 and .19: the dead zone is twice as wide
+    torch.testing.assert_close(released[9], want[9])
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=20), st.integers(0, 20))
+def test_the_least_threshold_that_leaves_so_many(values, most):
+    v = torch.tensor(values).double()
+    xi = threshold_for(v, most)
+    assert int((soft_threshold(v, xi) != 0).sum()) <= most or (xi == 0.0 and int((v != 0).sum()) <= most)
+    if xi > 0:
+        assert int((v.abs() >= xi).sum()) > most
+
+
+def test_lasso_recovery():
+    """Orthonormal design: proximal gradient steps settle at the soft-thresholded truth."""
+    torch.manual_seed(0)
+    design = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64)).Q
+    truth = torch.tensor([2.0, -1.0, 0.5, 0.05, -0.02, 0.0], dtype=torch.float64)
+    target, xi, lr = design @ truth, 0.1, 0.3
+    g = torch.randn(6, dtype=torch.float64)
+    for _ in range(200):
+        g = soft_threshold(g - lr * design.T @ (design @ g - target), lr * xi)
+    torch.testing.assert_close(g, soft_threshold(truth, xi), rtol=0, atol=1e-12)
+    assert int((g == 0).sum()) == 3
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LORA4,
+        partial(SVD, rank=4),
+        [HyperAdapt, LORA4],
+        NOLA,
+        TensorTrain,
+        Kronecker,
+        partial(MELoRA, minis=4),
+        PiCa,
+        MiSS,
+    ],
+    ids=["LoRA", "SVD", "hybrid", "NOLA", "TT", "Kronecker", "MELoRA", "PiCa", "MiSS"],
+)
+def test_a_run_ends_in_the_plain_method_and_folding_changes_nothing(method):
+    class Look(SoRA):
+        def carried_out(self, plan, step):
+            before = [layer(x) for layer in self.model.maps] if step >= self.phases.end else []
+            super().carried_out(plan, step)
+            for layer, want in zip(self.model.maps, before, strict=False):
+                torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+
+    x = torch.randn(5, 16)
+    model, allocator = Toy(method), Look(xi=30.0, **PHASES)
+    start = sum(sizes(model).values())
+    fit(model, allocator)
+    assert all(axis.gate is None for axis in rank_axes(model).values())
+    assert not allocator._tracked
+    assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] == sum(sizes(model).values()) <= start
+    assert min(sizes(model).values()) >= 1
+
+
+def test_the_proximal_step_finds_units_to_drop():
+    model, allocator = Toy(LORA4), SoRA(xi=60.0, **PHASES)
+    fit(model, allocator)
+    assert 3 <= sum(sizes(model).values()) < 12
+    assert allocator.events[0]["budget"] is None
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_a_budget_is_never_exceeded_at_the_end(unit):
+    model = Toy(LORA4, widths=(12, 6, 9))
+    budget = 6 if unit == "ranks" else 150
+    allocator = SoRA(budget, xi=0.0, unit=unit, **PHASES)
+    fit(model, allocator)
+    assert allocator.events[-1]["total"] <= budget
+    assert allocator.events[-1]["total"] >= budget - 60
+    # Between the events the open units are within the curve as well.
+    assert [event["active"] for event in allocator.events] == sorted(
+        (e["active"] for e in allocator.events), reverse=True
+    )
+
+
+def test_a_gate_of_zero_has_a_gradient_and_may_come_back():
+    revived = []
+
+    class Look(SoRA):
+        def after_step(self, axes):
+            zero = {key: (self.gate(axis) == 0) for key, axis in axes.items()} if self._tracked else {}
+            super().after_step(axes)
+            revived.extend(int((self.gate(axes[key])[was] != 0).sum()) for key, was in zero.items())
+            if self.steps_done == 3:
+                for axis in axes.values():
+                    self.gate(axis)[0] = 0
+
+    fit(Toy(LORA4), Look(xi=0.1, **PHASES))
+    assert sum(revived) > 0
+
+
+def test_a_trained_adapter_starts_with_open_gates():
+    model = Toy(LORA4)
+    fit(model, steps=3)
+    x, want = torch.randn(4, 16), None
+    want = [layer(x) for layer in model.maps]
+
+    class Look(SoRA):
+        def attach(self, axes):
+            super().attach(axes)
+            assert all(torch.equal(layer(x), y) for layer, y in zip(self.model.maps, want, strict=True))
+
+    fit(model, Look(**PHASES))
+
+
+def test_steps_that_are_not_finite_move_no_gate():
+    class Spiky(Toy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if self.global_step == 3 else 1)
+
+        def on_before_optimizer_step(self, optimizer):
+            for p in self.parameters():
+                if p.grad is not None and not p.grad.isfinite().all():
+                    p.grad = None
+
+    gates = []
+
+    class Look(SoRA):
+        def after_step(self, axes):
+            super().after_step(axes)
+            gates.append([self.gate(axis).detach().clone() for axis in axes.values()] if self._tracked else [])
+
+    fit(Spiky(LORA4), Look(**PHASES))
+    assert all(torch.equal(a, b) for a, b in zip(gates[2], gates[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(gates[3], gates[4], strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
+    def make():
+        return SoRA(6, xi=1.0, **PHASES)
+
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, allocator = Toy(LORA4), make()
+    trainer = fit(whole, allocator, checkpoint, accumulate_grad_batches=accumulate)
+    want = everything(whole, trainer)
+    for step in (4, 12, 14, 17, 18, 21):
+        model, resumed = Toy(LORA4), make()
+        again = fit(model, resumed, ckpt_path=tmp_path / f"step={step}.ckpt", accumulate_grad_batches=accumulate)
+        have = everything(model, again)
+        assert have.keys() == want.keys()
+        assert not [key for key in want if not torch.equal(have[key], want[key])], step
+        assert resumed.events == allocator.events
+
+
+def test_the_learning_rate_is_that_of_the_run():
+    rates = []
+
+    class Look(SoRA):
+        def observe(self, axes):
+            super().observe(axes)
+            rates.append(self._lr)
+
+    fit(Toy(LORA4), Look(gate_lr_ratio=2.0, **PHASES))
+    assert rates[0] == pytest.approx(2 * 1e-2 / 3)  # LinearLR starts at a third
+    assert rates == sorted(rates)
+    assert len(rates) == 18 < TOTAL
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"xi": -1.0}, {"l1": -1.0}, {"gate_lr_ratio": 0.0}, {"prox": "soft"}, {"prox_scale": "x"}]
+)
+def test_arguments_out_of_range(arguments):
+    with pytest.raises(ValueError, match=r"strengths are|use 'exact'"):
+        SoRA(**arguments)
+
+
+def test_it_does_not_stand_beside_another_that_moves():
+    with pytest.raises(ValueError, match="would both move the ranks"):
+        fit(Toy(LORA4), SoRA(**PHASES), AdaLoRA(6, **PHASES))
