@@ -98,6 +98,11 @@ class RankAxis:
         return words - {"weight_gradient"} if self.nested else words
 
     @property
+    def step(self) -> int:
+        """Units that come at a time where a rule chooses the size: one for each part of the layer."""
+        return max(layer.parts for layer, _ in self.members)
+
+    @property
     def gate(self) -> "Tensor | Callable[[], Tensor] | None":
         """What the units are multiplied by, (units,), or a function that gives it at each call; None is nothing.
 

@@ -48,6 +48,15 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """What each process has, in their order."""
+    if not several():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, on each."""
     if not several():

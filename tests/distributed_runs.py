@@ -18,7 +18,7 @@ from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adaptrank.allocators import AdaLoRA, ElaLoRA
+from adaptrank.allocators import AdaLoRA, ElaLoRA, PRILoRA
 from adaptrank.distributed import shard_frozen
 from adaptrank.parameterizations import HyperAdapt, LoRA
 
@@ -80,6 +80,7 @@ SCENARIOS = {
     "elalora": (partial(Shared, LoRA), lambda: ElaLoRA(**PHASES), {"accumulate_grad_batches": 2}),
     "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
+    "inputs": (partial(Shared, LoRA), lambda: PRILoRA(2, 6, every=3, final=6), {"accumulate_grad_batches": 2}),
     "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
 }
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from adaptrank.distributed import keep_apart
 
 SCRIPT = Path(__file__).with_name("distributed_runs.py")
-NAMES = ("adalora", "hard", "elalora", "hybrid", "head", "activations")
+NAMES = ("adalora", "hard", "elalora", "hybrid", "head", "activations", "inputs")
 
 
 def launch(folder, names, world, **more):
@@ -69,9 +69,9 @@ def test_two_processes_are_one_with_the_whole_batch(folder, name, resumed):
     assert all(torch.equal(first[key], second[key]) for key in want)
     for have, exact in zip(its_events, events, strict=True):
         for key in ("step", "sizes", "pruned", "grown", "closed", "total"):
-            assert have[key] == exact[key]
+            assert have.get(key) == exact.get(key)
     assert max(event["step"] for event in events) == 18
-    assert any(event["sizes"] or event["closed"] for event in events)
+    assert any(event["sizes"] or event.get("closed") for event in events)
     for key, value in want.items():
         torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
 

@@ -94,7 +94,7 @@ def test_a_mini_may_end_without_units_and_is_the_first_to_get_one():
     layer = MELoRA(nn.Linear(48, 24).double(), rank=2, minis=4)
     perturb(layer)
     axis, x = rank_axes(layer)[":rank"], torch.randn(3, 48).double()
-    axis.resize([7, 0, 1, 5])
+    axis.resize([7, 0, 4, 2])
     assert layer.block.tolist() == [3, 0, 0, 2]
     torch.testing.assert_close(layer(x), layer.definition(x), rtol=1e-10, atol=1e-10)
     axis.resize(grow=4, generator=generator(0, ":rank", 1))
@@ -102,6 +102,12 @@ def test_a_mini_may_end_without_units_and_is_the_first_to_get_one():
     assert set(Counter(layer.block.tolist()).values()) == {2}
     assert layer.A[4:].abs().max() <= 12**-0.5
     assert cost_model(layer).marginal(":rank", {":rank": 8}) == (48 + 24) // 4
+
+
+def test_the_first_units_are_spread_evenly():
+    layer = MELoRA(nn.Linear(48, 24), rank=[2, 1, 3, 2], minis=4)
+    assert layer.block.tolist() == [0, 1, 2, 3, 0, 2, 3, 2]
+    assert rank_axes(layer)[":rank"].step == 4
 
 
 def test_the_order_of_units_does_not_matter():

@@ -61,6 +61,7 @@ class Event(TypedDict, total=False):
     closed: dict[str, list[int]]
     scores: dict[str, float]  # min, quartiles, max of all units
     skipped: str
+    dimensions: list[float]  # intrinsic ones, of what the blocks read and of what the last one gives
 
 
 @dataclass
@@ -174,6 +175,10 @@ class Allocator(Callback):
         """Sizes to begin the run with, {axis: units}, or None to take the model as it is."""
         return None
 
+    def grounds(self) -> Event:
+        """What `initial_ranks` went by, for the record of the event at step 0."""
+        return {}
+
     def begin(self, sizes: Mapping[str, int]) -> None:
         """Called once, with the sizes that a new run starts from; the place to set a start, and to refuse what makes no sense."""
 
@@ -186,7 +191,7 @@ class Allocator(Callback):
     def observe(self, axes: Axes) -> None:
         """Feed running averages; gradients are complete, unscaled and unclipped, the step is not made yet."""
         named = importance(self.importance)
-        if named.observe is not None:
+        if self.moves and named.observe is not None:
             named.observe(axes, self)
 
     def scores(self, axes: Axes) -> Scores:
@@ -493,6 +498,11 @@ class Allocator(Callback):
         initial = self.initial_ranks(self.model, self.batches)
         for key, size in (initial or {}).items():
             axis, kept = self._axes[key], min(size, len(self._axes[key]))
+            if size > kept and "grow" not in axis.capabilities:
+                raise ValueError(
+                    f"{type(self).__name__} asks {key} for {size} units, it has {kept}, and those of "
+                    f"{type(axis.members[0][0]).__name__} cannot grow; start with {size} or more."
+                )
             axis.resize(range(kept), size - kept, generator(self.seed, key, 0), self.optimizers)
         self._start = self.sizes()
         self._start_total = self.cost().total(self._start)
@@ -502,6 +512,7 @@ class Allocator(Callback):
             pruned = {key: list(range(n, before[key])) for key, n in self._start.items() if n < before[key]}
             event: Event = {"step": 0, "reason": f"ranks to start from, by {type(self).__name__}", "unit": self.unit}
             event.update({"sizes": self._start, "grown": grown, "pruned": pruned})
+            event.update(self.grounds())
             self._record(event)
         if self.moves:
             self.check_budget(self._start)
@@ -809,7 +820,7 @@ class _TrainingData:
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
-        if self._trainer.train_dataloader is None:
+        if self._trainer.train_dataloader is None:  # max_steps alone ends the run: nobody had to count its batches
             self._trainer.fit_loop.setup_data()
         devices = [self._trainer.strategy.root_device] if self._trainer.strategy.root_device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a DataLoader draws the seed of its workers

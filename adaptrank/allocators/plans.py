@@ -275,3 +275,22 @@ def reallocate(
         for axis in scores
         if pruned[axis] or grown[axis]
     }
+
+
+def in_steps(cost: CostModel, steps: Mapping[str, int], fixed: Mapping[str, int]) -> CostModel:
+    """The same costs where a size counts steps of so many units, and some axes stay as they are.
+
+    Args:
+        cost: of units.
+        steps: axis -> units a step.
+        fixed: axis -> the units it keeps; what they cost is fixed.
+    """
+    rest, terms = cost.fixed, []
+    for factor, axes in cost.terms:
+        price = factor * math.prod(fixed[axis] if axis in fixed else steps[axis] for axis in axes)
+        free = tuple(axis for axis in axes if axis not in fixed)
+        if free:
+            terms.append((price, free))
+        else:
+            rest += price
+    return CostModel(rest, tuple(terms))

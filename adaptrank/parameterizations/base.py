@@ -79,6 +79,8 @@ class Parameterization(nn.Module, ABC):
     input_factor: Mapping[str, str] = {}
     """Axis -> its trained tensor (units, n) that multiplies the input: its axes are "input_factor", and "input_init" as well where
     that is not the closing one and may start anywhere."""
+    parts: int = 1
+    """Parts of the layer that its units are spread over: where a rule chooses how many there are, it is a multiple of them."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates, magnitudes."""
     exact_gradient: ClassVar[Mapping[str, Any]] = {}
@@ -229,6 +231,10 @@ class Parameterization(nn.Module, ABC):
             shape[dim] = n
             slices[name] = rms * torch.randn(shape, generator=generator, dtype=torch.float64)
         return slices
+
+    def of_inputs(self, axis: str, values: Tensor) -> Tensor:
+        """Values of the layer's inputs (n,), as the input-side factor meets them: its shape, or one that expands to it."""
+        return values
 
     def max_units(self, axis: str) -> int | None:
         """Largest size the axis can take, or None where there is no ceiling."""

@@ -59,14 +59,15 @@ class MELoRA(Parameterization):
             raise ValueError(
                 f"rank={rank}: {minis} minis need one rank each, of 1 or more; use rank=1, or such a list."
             )
-        self.minis = minis
+        self.minis = self.parts = minis
         self.alphas = [alpha / r for r in ranks]
         self.dropout = nn.Dropout(dropout)
         self.A = self.zeros(sum(ranks), n // minis)
         self.B = self.zeros(m // minis, sum(ranks))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        block = torch.arange(minis, device="cpu").repeat_interleave(torch.tensor(ranks, device="cpu"))
-        self.register_buffer("block", block.to(self.A.device))
+        # A unit for each mini, then the second of each: the first units alone are as even as they can be.
+        block = [mini for unit in range(max(ranks)) for mini in range(minis) if unit < ranks[mini]]
+        self.register_buffer("block", torch.tensor(block, device=self.A.device))
         self.refresh()
 
     def refresh(self) -> None:
@@ -97,6 +98,9 @@ class MELoRA(Parameterization):
     def cost(self) -> Cost:
         (m, n), widest = self.shape, self.units.shape[1]
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
+
+    def of_inputs(self, axis: str, values: Tensor) -> Tensor:
+        return values.view(self.minis, -1)[self.block]
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         width = self.A.shape[1]
