@@ -105,7 +105,7 @@ class Allocator(Callback):
     """Whether it tolerates no second allocator, not even one that only chooses the ranks to start from."""
     moves: ClassVar[bool] = True
     """Whether it has events; one that only chooses the ranks to start from has none, and may stand beside one that has."""
-    exact: ClassVar[bool] = True
+    exact: bool = True
     """Whether a budget in ranks is met exactly, rather than never exceeded."""
     source: ClassVar[str] = ""
     """arXiv id of the method."""
@@ -219,6 +219,10 @@ class Allocator(Callback):
 
     def carried_out(self, plan: Plan, step: int) -> None:
         """Called after a plan was carried out, on every process."""
+
+    def remark(self) -> str:
+        """What to add to the reason of the event that was planned last."""
+        return ""
 
     def after_step(self, axes: Axes) -> None:
         """Called after each optimizer step, before the event if there is one."""
@@ -573,7 +577,7 @@ class Allocator(Callback):
         else:
             # What binds where no budget does: nothing.
             plan: Plan = self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if first() else {}
-            plan = from_first(plan)
+            plan, remark = from_first((plan, self.remark()))
             self._check_plan(plan, cost, budget)
             quarters = (
                 flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype)).tolist() if flat.numel() < 1 << 24 else []
@@ -582,6 +586,7 @@ class Allocator(Callback):
             event.update(self.apply(plan, step, self.optimizers))
             self.carried_out(plan, step)
             event["reason"] = _reason(event, budget, before, sum(self.open_sizes().values()))
+            event["reason"] += f"; {remark}" if remark else ""
         self._record(event)
         return event
 
