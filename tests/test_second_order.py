@@ -174,14 +174,11 @@ def test_on_a_quadratic_loss_the_prediction_is_the_change(method):
 @pytest.mark.parametrize("make", [llama, bert])
 def test_the_exact_hessian_is_that_of_finite_differences(make):
     run = make()
-    if make is llama:  # transformers takes the logits to float32, too coarse for differences
-        run._loss = lambda b: nn.functional.cross_entropy(
-            run.model(input_ids=b).logits[:, :-1].flatten(0, 1), b[:, 1:].flatten()
-        )
     axes = dict(list(rank_axes(run.model).items())[:2])
     second = estimate(axes, run, "exact")
     ((_, M),) = second.blocks
-    h, n = 1e-4, len(second.units)
+    # A Llama takes its norms and its loss to float32, too coarse for small differences.
+    (h, rel, absolute), n = ((0.03, 0.05, 1e-3) if make is llama else (1e-4, 1e-3, 1e-5)), len(second.units)
 
     def loss(point):
         gates, contexts = {key: torch.ones(len(axis), dtype=torch.float64) for key, axis in axes.items()}, []
@@ -200,7 +197,7 @@ def test_the_exact_hessian_is_that_of_finite_differences(make):
         want = (loss(eye[i] + eye[j]) - loss(eye[i] - eye[j]) - loss(eye[j] - eye[i]) + loss(-eye[i] - eye[j])) / (
             4 * h * h
         )
-        assert float(M[i, j]) == pytest.approx(want, rel=1e-3, abs=1e-5)
+        assert float(M[i, j]) == pytest.approx(want, rel=rel, abs=absolute)
 
 
 def test_fisher_is_the_hessian_of_a_gaussian_model_up_to_sampling():
