@@ -104,7 +104,7 @@ def describe(args: Sequence[str]) -> dict[str, Any]:
         )
 
     if getattr(module, "num_labels", 0) is None:
-        module.num_labels = getattr(cli.datamodule, "num_classes", None)
+        module.__dict__["num_labels"] = getattr(cli.datamodule, "num_classes", None)
 
     def on_meta() -> Any:
         classes = getattr(module, "num_labels", None)
