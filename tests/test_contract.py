@@ -223,7 +223,9 @@ def test_imports_point_one_way():
         "axes": {"parameterizations"},
         "inject": {"layers", "parameterizations", "axes"},
         "regularize": {"parameterizations"},
-        "allocators": {"parameterizations", "registry", "axes", "regularize", "allocators"},
+        "groups": {"parameterizations", "axes"},
+        "distributed": {"parameterizations", "axes"},
+        "allocators": {"parameterizations", "registry", "axes", "groups", "distributed", "regularize", "allocators"},
         "testing": {"layers", "parameterizations", "axes"},
     }
     for part, allowed in may.items():
