@@ -9,7 +9,6 @@ from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD, LoRA
 from adaptrank.testing import perturb
 
-
 BY_GRADIENT = [n for n, score in IMPORTANCES.items() if not score.examples and n not in ("random", "uniform")]
 """Scores that read weights and gradients; those that evaluate the loss have tests of their own."""
 
