@@ -402,6 +402,26 @@ class Allocator(Callback):
         self.handles.clear()
         self._running = False
 
+    def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
+        """(step, budget) of every event of a run that has not begun, from the shapes of a model alone; it may be on the meta device.
+
+        Raises:
+            ValueError: for whatever a run would refuse at its start, as far as shapes tell.
+        """
+        self._forget()
+        self.model = adapted_part(model)
+        self._axes = {key: axis for key, axis in self.find_axes(self.model).items() if axis.trainable()}
+        self._check_axes()
+        phases = self.phases_of(total_steps)
+        self.check_schedule(phases)
+        self._phases, self._start = phases, self.sizes()
+        self._start_total = self.cost().total(self._start)
+        if not self.moves:
+            return []
+        self.begin(self._start)
+        self.check_budget(self._start)
+        return [(step, self.budget_at(step)) for step in phases.events()]
+
     # ---- the shell
 
     def phases_of(self, total: float) -> Phases:
