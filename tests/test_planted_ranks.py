@@ -27,7 +27,7 @@ METHODS = {
     "SVD": lambda base, rank: SVD(base, rank=rank, alpha=rank, init_std=0.1, orth=0.1),
     "LoRA": lambda base, rank: LoRA(base, rank=rank, alpha=rank),
     "PiCa": lambda base, rank: PiCa(base, rank=rank, share=False),
-    "Kronecker": lambda base, rank: Kronecker(base, rank=rank, alpha=rank),
+    "Kronecker": lambda base, rank: Kronecker(base, rank=rank),
     "MELoRA": lambda base, rank: _first_units(MELoRA(base, minis=2, rank=-(-rank // 2), alpha=2.0), rank),
 }
 """Not here: SBoRA and NOLA, whose fresh units are random columns or matrices that the target does not hold, so that only pruning is
