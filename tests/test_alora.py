@@ -41,9 +41,21 @@ def test_parameters_as_the_unit():
 
 
 def test_rounds_end():
-    model, allocator = Toy(LORA4), ALoRA(rounds=2, **PHASES)
+    """After the last one no loss is evaluated any more: exact ablation would go on for the rest of the run, for nothing."""
+    asked = []
+
+    class Counting(ALoRA):
+        def loss(self, batch):
+            asked.append(self.steps_done)
+            return super().loss(batch)
+
+    model, allocator = Toy(LORA4), Counting(rounds=2, **PHASES)
     fit(model, allocator)
     assert [bool(event["pruned"]) for event in allocator.events] == [True, True, False]
+    assert sorted(set(asked)) == [10, 14]
+    last = allocator.events[-1]
+    assert last["total"] == allocator.events[-2]["total"]
+    assert not last["scores"]
 
 
 def test_the_examples_are_one_batch_and_in_the_checkpoint(tmp_path):
