@@ -66,7 +66,10 @@ def bert():
     return Here(model, lambda batch: model(input_ids=batch, labels=labels).loss, [ids])
 
 
-@pytest.mark.parametrize("make", [llama, partial(llama, dropout=0.5), partial(llama, method=[HyperAdapt, LORA2]), bert])
+@pytest.mark.parametrize(
+    "make",
+    [llama, partial(llama, dropout=0.5), partial(llama, method=[HyperAdapt, LORA2]), partial(llama, method=PiCa), bert],
+)
 def test_cached_prefixes_change_nothing(make):
     run = make()
     axes = rank_axes(run.model)
@@ -90,8 +93,9 @@ def test_blocks_before_the_unit_are_not_computed():
     calls.clear()
     exact(axes, run, cached=False)
     assert len(calls) == 2 * 2 * 12 * (units + 1)
-    assert saved == 2 * 2 * (sum(len(axis) * (12 - int(key.split(".")[2])) for key, axis in axes.items()) + 12)
-    assert saved < 0.56 * len(calls)
+    tried = sum(12 - upto for upto in range(1, 12))  # every prefix once, before it is trusted
+    assert saved == 2 * 2 * (sum(len(axis) * (12 - int(key.split(".")[2])) for key, axis in axes.items()) + 12) + tried
+    assert saved < 0.58 * len(calls)
 
 
 def test_the_score_is_the_analytic_one_on_a_linear_model():
@@ -147,20 +151,27 @@ def test_first_order_is_the_derivative_of_the_ablations(method):
             assert float(have[key][unit]) == pytest.approx(want, rel=1e-5, abs=1e-8)
 
 
-def test_gates_come_back_after_an_exception():
-    run = llama()
+@pytest.mark.parametrize("score", [exact, first_order])
+@pytest.mark.parametrize("mode", [True, False])
+def test_gates_come_back_after_an_exception(score, mode):
+    run = llama(dropout=0.5)
+    run.model.train(mode)
+    state, kept = torch.random.get_rng_state(), {k: v.clone() for k, v in run.model.state_dict().items()}
     axes, count = rank_axes(run.model), [0]
 
     def fails(batch):
         count[0] += 1
-        if count[0] == 9:
-            raise KeyError("the ninth")
+        if count[0] == (9 if score is exact else 3):
+            raise KeyError("on the way")
         return run.model(input_ids=batch, labels=batch).loss
 
     run._loss = fails
     with pytest.raises(KeyError):
-        exact(axes, run)
+        score(axes, run)
     assert all(axis.gate is None for axis in axes.values())
+    assert all(module.training is mode for module in run.model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, kept[key]) for key, value in run.model.state_dict().items())
     assert not any("forward" in block.__dict__ for block in run.model.model.layers)
     assert not any(block._forward_hooks for block in run.model.model.layers)
 
@@ -186,6 +197,78 @@ def test_a_block_that_runs_twice_is_computed_each_time():
     axes = rank_axes(model)
     for key, values in exact(axes, run, cached=False).items():
         torch.testing.assert_close(exact(axes, run)[key], values, rtol=0, atol=1e-14)
+
+
+class Blocks(nn.Module):
+    """Four blocks in a row; `block(module, x, left)` may leave something in `left` for those that come later."""
+
+    def __init__(self, block):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(4)).double()
+        self.left, self.ran = [], []
+        for index, one in enumerate(self.blocks):
+            one.forward = partial(self.compute, block, index)
+
+    def compute(self, block, index, x):
+        self.ran.append(index)
+        return block(self.blocks[index][0], x, self.left)
+
+    def forward(self, x):
+        self.left.clear()
+        x = x.clone()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def plain(layer, x, left):
+    return torch.tanh(layer(x))
+
+
+def in_place(layer, x, left):
+    return x.add_(torch.tanh(layer(x)))
+
+
+def leaves_something(layer, x, left):
+    left.append(layer(x))
+    return torch.tanh(x + left[0])
+
+
+def leaves_a_sum(layer, x, left):
+    left.append(layer(x))
+    return torch.tanh(x + sum(left))
+
+
+@pytest.mark.parametrize(
+    ("block", "replays"), [(plain, True), (in_place, False), (leaves_something, False), (leaves_a_sum, False)]
+)
+def test_a_prefix_is_used_only_where_replaying_it_gives_the_same_loss(block, replays):
+    """The forward passes of these blocks are patched already, as accelerate does it: they are found as they were."""
+    model = adapt(Blocks(block), "all-linear", LORA2)
+    for one in model.blocks:
+        perturb(one[0], std=0.5)
+    patched = [one.__dict__["forward"] for one in model.blocks]
+    run = Here(model, lambda batch: model(batch).square().mean(), [torch.randn(4, 6).double()])
+    axes = rank_axes(model)
+    whole = exact(axes, run, cached=False)
+    model.ran.clear()
+    cached = exact(axes, run)
+    for key in axes:
+        torch.testing.assert_close(cached[key], whole[key], rtol=0, atol=1e-12)
+    own = next(iter(axes.values()))
+    assert (model.ran.count(0) == 2 * (1 + len(own))) is replays, "in the two clean passes, and for its own units"
+    assert [one.__dict__["forward"] for one in model.blocks] == patched
+
+
+def test_without_a_list_of_blocks_every_pass_is_whole():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    adapt(model, "all-linear", LORA2)
+    run = Here(model, lambda batch: model(batch).square().mean(), [torch.randn(4, 6).double()])
+    axes = rank_axes(model)
+    cached, whole = exact(axes, run), exact(axes, run, cached=False)
+    assert all(torch.equal(cached[key], whole[key]) for key in axes)
+    assert run.calls == 2 * 2 * (1 + sum(map(len, axes.values())))
 
 
 @pytest.mark.parametrize("importance", ["ablation", "ablation_first_order", "random", "uniform", "ablation_per_cost"])

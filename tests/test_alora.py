@@ -41,20 +41,70 @@ def test_parameters_as_the_unit():
 
 
 def test_rounds_end():
-    model, allocator = Toy(LORA4), ALoRA(rounds=2, **PHASES)
+    """After the last one no loss is evaluated any more: exact ablation would go on for the rest of the run, for nothing."""
+    asked = []
+
+    class Counting(ALoRA):
+        def loss(self, batch):
+            asked.append(self.steps_done)
+            return super().loss(batch)
+
+    model, allocator = Toy(LORA4), Counting(rounds=2, **PHASES)
     fit(model, allocator)
     assert [bool(event["pruned"]) for event in allocator.events] == [True, True, False]
+    assert sorted(set(asked)) == [10, 14]
+    last = allocator.events[-1]
+    assert last["total"] == allocator.events[-2]["total"]
+    assert not last["scores"]
 
 
-def test_the_examples_are_one_batch_and_in_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("importance", ["ablation", "ablation_first_order"])
+def test_scores_are_the_mean_over_batches(importance):
+    scores = {}
+
+    class Keeping(ALoRA):
+        def plan(self, found, cost, budget, step):
+            scores[self.count, step] = found
+            return super().plan(found, cost, budget, step)
+
+    class Numbered(Toy):
+        def training_step(self, batch, batch_idx):
+            return self.loss(int(batch[0]))
+
+    def first_round(batches):
+        model, allocator = Numbered(LORA4), Keeping(batches=batches, importance=importance, **PHASES)
+        fit(model, allocator)
+        return allocator
+
+    allocator = first_round(3)
+    assert len(allocator.examples) == 3
+    assert len({int(batch[0]) for batch in allocator.examples}) == 3
+    # Until the first round nothing differs but the number of examples; what each of them says alone has to average to what they say together.
+    alone = []
+    for batch in allocator.examples:
+
+        class Only(Keeping):
+            examples = (batch,)
+
+        fit(Numbered(LORA4), Only(importance=importance, **PHASES))
+        alone.append(scores[1, 10])
+    for key, values in scores[3, 10].items():
+        torch.testing.assert_close(values, sum(one[key] for one in alone) / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_a_score_that_reads_no_data_asks_for_none():
+    assert ALoRA(batches=3, importance="magnitude").examples_needed() == 0
+
+
+def test_the_examples_are_in_the_checkpoint(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
 
     def make():
-        return ALoRA(units=2, **PHASES)
+        return ALoRA(units=2, batches=2, **PHASES)
 
     whole, allocator = Toy(LORA4), make()
     want = everything(whole, fit(whole, allocator, checkpoint))
-    assert len(allocator.examples) == 1
+    assert len(allocator.examples) == 2
     for step in (4, 10, 13, 18, 20):
         model, resumed = Toy(LORA4), make()
         have = everything(model, fit(model, resumed, ckpt_path=tmp_path / f"step={step}.ckpt"))
@@ -65,6 +115,6 @@ def test_the_examples_are_one_batch_and_in_the_checkpoint(tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match="ALoRA would never act: every axis starts at its floor of 1"):
         fit(Toy(partial(LoRA, rank=1)), ALoRA(**PHASES))
-    for arguments in ({"units": 0}, {"units": 1.5}, {"rounds": 0}):
+    for arguments in ({"units": 0}, {"units": 1.5}, {"rounds": 0}, {"batches": 0}):
         with pytest.raises(ValueError, match="prune at least one unit"):
             ALoRA(**arguments)

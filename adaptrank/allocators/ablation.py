@@ -30,6 +30,8 @@ def exact(axes: Axes, run: Run, cached: bool = True) -> Scores:
     gates = {key: torch.ones(len(axis), device=axis.closing()[0].tensor.device) for key, axis in axes.items()}
     result = {key: torch.zeros(len(axis), dtype=torch.float64) for key, axis in axes.items()}
     blocks = repeated_blocks(run.model) if cached else []
+    known: list[nn.Module] = []
+    replay: dict[str, int] = {}
     with torch.no_grad(), ExitStack() as stack:
         for key, axis in axes.items():
             stack.enter_context(axis.gated(gates[key]))  # changed in place, below
@@ -38,14 +40,14 @@ def exact(axes: Axes, run: Run, cached: bool = True) -> Scores:
                 for gate in gates.values():
                     gate.fill_(rest)
                 with _recorded(blocks) as (order, outputs):
-                    run.loss(batch)
-                once = len(order) == len(set(order))  # else nobody can tell which call comes before which
-                first = _first_blocks(axes, order) if once else {}
+                    clean = float(run.loss(batch))
+                if order != known:  # once, unless a batch takes another way through the model
+                    known, replay = order, _replayable(axes, run, batch, order, outputs, clean)
                 for key, gate in gates.items():
                     for unit in range(len(gate)):
                         gate[unit] = 1.0 - rest
                         try:
-                            with _replayed(order, outputs, first.get(key, 0)):
+                            with _replayed(order, outputs, replay.get(key, 0)):
                                 loss = float(run.loss(batch))
                         finally:
                             gate[unit] = rest
@@ -93,16 +95,48 @@ def too_many(axes: Axes) -> str:
     )
 
 
+def _replayable(
+    axes: Axes,
+    run: Run,
+    batch: Any,
+    order: Sequence[nn.Module],
+    outputs: Mapping[nn.Module, Any],
+    clean: float,
+) -> dict[str, int]:
+    """Axis -> how many blocks need not be computed for its units: those before the first that holds one of its layers.
+
+    Each such prefix is tried without an ablation, and is used if the loss is that of the clean pass to the last bit. It is not where a block
+    writes into what another returned, or leaves something behind for a later one beside what it returns. Where a block runs twice, nobody
+    can tell which call comes before which, and none is used.
+    """
+    if len(order) != len(set(order)):
+        return {}
+    first = _first_blocks(axes, order)
+
+    def same(upto: int) -> bool:
+        try:
+            with _replayed(order, outputs, upto):
+                return float(run.loss(batch)) == clean
+        except Exception:  # a later block missed what one of these leaves behind
+            return False
+
+    usable = [upto for upto in sorted(set(first.values())) if upto and same(upto)]
+    return {key: max((u for u in usable if u <= upto), default=0) for key, upto in first.items()}
+
+
 @contextmanager
 def _replayed(blocks: Sequence[nn.Module], outputs: Mapping[nn.Module, Any], upto: int) -> Iterator[None]:
     """The first `upto` blocks return what they returned in the clean pass, without computing it."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks[:upto]]  # accelerate, too, hangs one there
     try:
-        for block in blocks[:upto]:
+        for block, _ in before:
             block.forward = partial(_given, outputs[block])
         yield
     finally:
-        for block in blocks[:upto]:
+        for block, own in before:
             block.__dict__.pop("forward", None)
+            if own is not None:
+                block.forward = own
 
 
 def _given(output: Any, *args: Any, **kwargs: Any) -> Any:

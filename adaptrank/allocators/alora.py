@@ -18,7 +18,7 @@ class ALoRA(Allocator):
 
     "Only u" means that every other unit of the whole model is off. That is two forward passes a unit and round, of which what comes before
     the unit's block is computed once; `importance="ablation_first_order"` is two backward passes in all. The examples are the first training
-    batch, which is trained on as well: never those that are reported on.
+    batches, which are trained on as well: never those that are reported on.
 
     Not to be confused with the parameterization ALoRE. Source: arXiv:2403.16187 (method, settings and main tables were read; no official
         code was found): rank 8, a round prunes one unit for every module, 32 examples, first after one epoch, then every quarter of one, 8
@@ -27,10 +27,11 @@ class ALoRA(Allocator):
         units: to prune in a round; an integer, or a fraction of all.
         rounds: most rounds.
         importance: score of a unit, any of `scores.IMPORTANCES`.
+        batches: training batches that a score which evaluates the loss is averaged over; one of few examples is noisy.
         unit: what is never exceeded, "ranks" or "parameters".
         every, warmup, final, floor, cap, seed: as in `Allocator`.
     Raises:
-        ValueError: for units or rounds out of range; at the start, if every axis is at its floor, or for exact ablation of too many units.
+        ValueError: for units, rounds or batches out of range; at the start, if every axis is at its floor, or for exact ablation of too many units.
     """
 
     source = "arXiv:2403.16187"
@@ -42,6 +43,7 @@ class ALoRA(Allocator):
         units: int | float = 0.125,
         rounds: int = 8,
         importance: str = "ablation",
+        batches: int = 1,
         unit: Literal["ranks", "parameters"] = "ranks",
         every: int = 50,
         warmup: int | float = 0.2,
@@ -51,11 +53,15 @@ class ALoRA(Allocator):
         seed: int = 0,
     ) -> None:
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
-        if units <= 0 or (isinstance(units, float) and units > 1) or rounds < 1:
+        if units <= 0 or (isinstance(units, float) and units > 1) or rounds < 1 or batches < 1:
             raise ValueError(
-                f"units={units}, rounds={rounds}: prune at least one unit, or a fraction up to 1.0, in at least one round."
+                f"units={units}, rounds={rounds}, batches={batches}: prune at least one unit, or a fraction up to 1.0, in at least one "
+                f"round, on at least one batch."
             )
-        self.units, self.rounds, self.importance = units, rounds, importance
+        self.units, self.rounds, self.importance, self.count = units, rounds, importance, batches
+
+    def examples_needed(self) -> int:
+        return self.count if super().examples_needed() else 0
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if all(size <= self.floor for size in sizes.values()):

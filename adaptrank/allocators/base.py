@@ -214,7 +214,10 @@ class Allocator(Callback):
         return keep_best(scores, cost, budget, self.floor)
 
     def acts_at(self, step: int) -> bool:
-        """Whether an event at this step could move anything; a run in which none could is refused at its start."""
+        """Whether an event at this step could move anything; a run in which none could is refused at its start.
+
+        Where it says no, scores that evaluate the loss are not asked for.
+        """
         return True
 
     def carried_out(self, plan: Plan, step: int) -> None:
@@ -587,20 +590,24 @@ class Allocator(Callback):
 
     @torch.no_grad()
     def _event(self, step: int) -> Event:
-        scores = {key: self.reduce(values).detach().cpu() for key, values in self.scores(self._axes).items()}
+        idle = self.examples_needed() > 0 and not self.acts_at(step)  # a score that runs the model is not asked in vain
+        found = {} if idle else self.scores(self._axes)
+        scores = {key: self.reduce(values).detach().cpu() for key, values in found.items()}
         cost, budget, before = self.cost(), self.budget_at(step), sum(self.open_sizes().values())
         event: Event = {"step": step, "budget": budget, "unit": self.unit}
-        flat = torch.cat(list(scores.values())).double()
+        flat = torch.cat([torch.zeros(0), *scores.values()]).double()
         self._owed = bool(flat.isnan().any())
         if self._owed:  # ranks stay; the next event makes up for it, and after the last one every step tries again
             event["reason"] = event["skipped"] = "a score is not a number"
         else:
             # What binds where no budget does: nothing.
-            plan: Plan = self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if first() else {}
+            plan: Plan = (
+                self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if first() and not idle else {}
+            )
             plan, remark = from_first((plan, self.remark()))
             self._check_plan(plan, cost, budget)
             quarters = (
-                flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype)).tolist() if flat.numel() < 1 << 24 else []
+                flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype)).tolist() if 0 < len(flat) < 1 << 24 else []
             )
             event["scores"] = dict(zip(("min", "q25", "median", "q75", "max"), quarters, strict=False))
             event.update(self.apply(plan, step, self.optimizers))

@@ -233,7 +233,8 @@ def reallocate(
     """ALoRA's round (arXiv:2403.16187): the lowest units of all go, and the axes that lost none share as many fresh ones.
 
     Equal shares, a remainder to the axes of higher mean score: 8 over three are 3, 3, 2. If every axis lost one nothing is added,
-    and the total shrinks. With unequal costs fresh units are bought, one a round and axis, as long as the total stays within the budget.
+    and the total shrinks, for good. With unequal costs fresh units are bought, one a round and axis, as long as they cost no more than
+    those that went.
 
     Args:
         scores: axis -> (units,), higher is kept.
@@ -258,6 +259,7 @@ def reallocate(
         (axis for axis in order if not pruned[axis]), key=lambda axis: -float(scores[axis].double().mean())
     )
     grown, bought = dict.fromkeys(order, 0), True
+    budget = min(budget, cost.total({axis: len(values) for axis, values in scores.items()}))
     priced = any(cost.marginal(axis, sizes) != 1 for axis in order)
     while bought and (priced or sum(grown.values()) < lost):
         bought = False
