@@ -103,6 +103,7 @@ def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
         allocator.logits(mine).copy_(allocator.tau * torch.tensor([1.0, 0.5, 0.2, -6.5]))
     x = torch.randn(5, 16)
     before, was = model.maps[0](x), allocator.gate(mine).detach()
+    row = model.maps[0].A[0].detach().clone()
     plan = {mine.key: copies({mine.key: was}, 0.9999, 0, 1)[mine.key]}
     ((source, target),) = plan[mine.key]
     assert (source, target) == (0, 3)
@@ -113,6 +114,7 @@ def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
     assert torch.equal(layer.B[:, 0], layer.B[:, 3])
     apart = (layer.A[0] - layer.A[3]).detach()
     assert 1e-4 < float(apart.norm() / layer.A[0].detach().norm()) < 1e-2, "equal units would stay equal for ever"
+    torch.testing.assert_close((layer.A[0] + layer.A[3]).detach(), 2 * row, rtol=1e-6, atol=1e-7)
     now = allocator.gate(mine).detach()
     assert now[0] == now[3]
     torch.testing.assert_close(now[0] + now[3], was[0] / (1 - was[3] / 4), rtol=1e-5, atol=0)
