@@ -105,7 +105,7 @@ class Allocator(Callback):
     """Whether it tolerates no second allocator, not even one that only chooses the ranks to start from."""
     moves: ClassVar[bool] = True
     """Whether it has events; one that only chooses the ranks to start from has none, and may stand beside one that has."""
-    exact: ClassVar[bool] = True
+    exact: bool = True
     """Whether a budget in ranks is met exactly, rather than never exceeded."""
     source: ClassVar[str] = ""
     """arXiv id of the method."""
@@ -219,6 +219,10 @@ class Allocator(Callback):
 
     def carried_out(self, plan: Plan, step: int) -> None:
         """Called after a plan was carried out, on every process."""
+
+    def remark(self) -> str:
+        """What to add to the reason of the event that was planned last."""
+        return ""
 
     def after_step(self, axes: Axes) -> None:
         """Called after each optimizer step, before the event if there is one."""
@@ -411,6 +415,26 @@ class Allocator(Callback):
         self.handles.clear()
         self._running = False
 
+    def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
+        """(step, budget) of every event of a run that has not begun, from the shapes of a model alone; it may be on the meta device.
+
+        Raises:
+            ValueError: for whatever a run would refuse at its start, as far as shapes tell.
+        """
+        self._forget()
+        self.model = adapted_part(model)
+        self._axes = {key: axis for key, axis in self.find_axes(self.model).items() if axis.trainable()}
+        self._check_axes()
+        phases = self.phases_of(total_steps)
+        self.check_schedule(phases)
+        self._phases, self._start = phases, self.sizes()
+        self._start_total = self.cost().total(self._start)
+        if not self.moves:
+            return []
+        self.begin(self._start)
+        self.check_budget(self._start)
+        return [(step, self.budget_at(step)) for step in phases.events()]
+
     # ---- the shell
 
     def phases_of(self, total: float) -> Phases:
@@ -586,7 +610,7 @@ class Allocator(Callback):
         else:
             # What binds where no budget does: nothing.
             plan: Plan = self.plan(scores, cost, budget if budget is not None else 1 << 62, step) if first() else {}
-            plan = from_first(plan)
+            plan, remark = from_first((plan, self.remark()))
             self._check_plan(plan, cost, budget)
             quarters = (
                 flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype)).tolist() if flat.numel() < 1 << 24 else []
@@ -595,6 +619,7 @@ class Allocator(Callback):
             event.update(self.apply(plan, step, self.optimizers))
             self.carried_out(plan, step)
             event["reason"] = _reason(event, budget, before, sum(self.open_sizes().values()))
+            event["reason"] += f"; {remark}" if remark else ""
         self._record(event)
         return event
 

@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,24 @@ class RunFiles(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
+        axes = rank_axes(adapted_part(pl_module))
+        allocates = any(hasattr(c, "events") for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if axes and allocates and not trainer.global_step and trainer.is_global_zero:
+            sizes = {key: len(axis) for key, axis in axes.items()}
+            start = {"step": 0, "reason": "the start", "sizes": sizes, "active": sum(sizes.values())}
+            self._append([{**start, "allocated": sum(sizes.values()), "pruned": {}, "grown": {}, "closed": {}}])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         events = [event for c in trainer.callbacks for event in getattr(c, "events", ())]  # type: ignore[attr-defined]
         if len(events) > self._written and trainer.is_global_zero:
-            with (self.folder / "ranks.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(event) + "\n" for event in events[self._written :])
+            self._append(events[self._written :])
         self._written = len(events)
+
+    def _append(self, events: Sequence[Any]) -> None:
+        with (self.folder / "ranks.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(event) + "\n" for event in events)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = time.perf_counter() - self.started

@@ -10,6 +10,8 @@ VERBS = {
     "test": "evaluate on the test set",
     "predict": "predict, or complete prompts",
     "methods": "list parameterizations and allocators: formula, source, axes, cost, which pairs work",
+    "plan": "say what a configuration would train, take and leave, without loading a weight",
+    "report": "draw what an allocator did in a run: pictures and a page of HTML",
     "generate": "complete prompts with an adapter, or with a merged model",
     "merge": "fold an adapter into its base and write a plain transformers model",
 }

@@ -43,7 +43,8 @@ class _Parser(argparse.ArgumentParser):
         errors.fail(f"{message}. `{self.prog} --help` shows how.")
 
 
-def _parser(verb: str, description: str) -> _Parser:
+def make_parser(verb: str, description: str) -> _Parser:
+    """The parser of a verb, with the options that all verbs have."""
     parser = _Parser(
         prog=f"python -m adaptrank {verb}",
         description=description,
@@ -62,7 +63,8 @@ def _parser(verb: str, description: str) -> _Parser:
     return parser
 
 
-def _run(body: Verb, options: argparse.Namespace) -> None:
+def run_verb(body: Verb, options: argparse.Namespace) -> None:
+    """Run a verb; a mistake prints its sentence and exits with 2, a bug keeps its traceback."""
     from adaptrank.cli.quiet import quiet
 
     try:
@@ -100,12 +102,12 @@ def _import(modules: Iterable[str]) -> None:
 
 def methods(args: Sequence[str]) -> None:
     """Show what there is: parameterizations, allocators, and which pairs work."""
-    parser = _parser(
+    parser = make_parser(
         "methods", "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work."
     )
     parser.add_argument("--pairs", action="store_true", help="which allocator works on which parameterization")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    _run(_methods, parser.options(args))
+    run_verb(_methods, parser.options(args))
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -353,7 +355,7 @@ def _find(name: str, base: str | None, must_be_adapter: bool = False) -> _Found:
 
 def generate(args: Sequence[str]) -> None:
     """Complete prompts, greedily."""
-    parser = _parser(
+    parser = make_parser(
         "generate",
         "Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal language) model.\n"
         "Without --prompt, every line of standard input is a prompt. \\n in a prompt is a line break.",
@@ -367,7 +369,7 @@ def generate(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt: prompt, completion")
     parser.add_argument("--base", metavar="NAME", help="the adapter's base; by default what its file names")
     parser.add_argument("--dtype", default="auto", help="of the weights: auto (bf16 where it is fast), fp32, bf16")
-    _run(_generate, parser.options(args))
+    run_verb(_generate, parser.options(args))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -428,7 +430,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat:
 
 def merge(args: Sequence[str]) -> None:
     """Fold an adapter into its base."""
-    parser = _parser(
+    parser = make_parser(
         "merge",
         "Fold an adapter into its base and write a plain transformers model with its tokenizer, which `from_pretrained`\n"
         "loads without adaptrank. The sum is taken in float32.",
@@ -443,7 +445,7 @@ def merge(args: Sequence[str]) -> None:
         help="to save in; auto is that of the base's files",
     )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
-    _run(_merge, parser.options(args))
+    run_verb(_merge, parser.options(args))
 
 
 def _merge(options: argparse.Namespace) -> None:
