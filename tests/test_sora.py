@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from test_allocators import PHASES, RANKS, TOTAL, Planted, Toy, everything, fit, sizes
+from test_allocators import PHASES, TOTAL, Toy, everything, fit, sizes
+from test_planted_ranks import RANKS, Planted
 from torch import nn
 
 from adaptrank.allocators import AdaLoRA, SoRA
@@ -136,7 +137,7 @@ def test_it_finds_the_planted_ranks_by_its_default_xi_alone(seed):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
 
-    model = Decays(seed, 8)
+    model = Decays("SVD", seed, 8)
     fit(model, SoRA(every=50, warmup=200, final=300), steps=1500)
     assert sum(abs(have - want) for have, want in zip(sizes(model.maps).values(), RANKS, strict=True)) <= 2
 
