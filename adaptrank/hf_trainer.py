@@ -30,6 +30,7 @@ class AllocatorCallback(TrainerCallback):
 
     def __init__(self, allocator: Allocator) -> None:
         self.allocator = allocator
+        self._scaler: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
@@ -40,6 +41,7 @@ class AllocatorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._scaler = getattr(optimizer, "scaler", None)  # of accelerate's wrapper, in float16
         if several():
             raise ValueError(
                 f"{type(self.allocator).__name__} moves ranks under several processes with Lightning only; run the Trainer in one."
@@ -60,7 +62,7 @@ class AllocatorCallback(TrainerCallback):
         )
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.allocator.before_step()
+        self.allocator.before_step(1.0 if self._scaler is None else self._scaler.get_scale())
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.allocator.step()

@@ -18,7 +18,7 @@ from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adaptrank.allocators import AdaLoRA, ElaLoRA, PRILoRA
+from adaptrank.allocators import AdaLoRA, BeamLoRA, DyLoRA, ElaLoRA, PRILoRA, SoRA
 from adaptrank.distributed import shard_frozen
 from adaptrank.parameterizations import HyperAdapt, LoRA
 
@@ -81,6 +81,13 @@ SCENARIOS = {
     "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
     "inputs": (partial(Shared, LoRA), lambda: PRILoRA(2, 6, every=3, final=6), {"accumulate_grad_batches": 2}),
+    "sora": (partial(Shared, partial(LoRA, rank=4)), lambda: SoRA(6, l1=1.0, **PHASES), {"accumulate_grad_batches": 2}),
+    "beamlora": (
+        partial(Shared, partial(LoRA, rank=4)),
+        lambda: BeamLoRA(p0=0.5, until=1.0, **PHASES),
+        {"accumulate_grad_batches": 2},
+    ),
+    "dylora": (partial(Shared, partial(LoRA, rank=4)), lambda: DyLoRA(truncate=2), {"accumulate_grad_batches": 2}),
     "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
 }
 

@@ -11,6 +11,7 @@ from test_allocators import ALL, TOTAL, Toy, everything, fit, sizes
 
 from adaptrank.allocators import DyLoRA
 from adaptrank.artifacts import load_adapter, save_adapter
+from adaptrank.artifacts.merging import merge
 from adaptrank.axes import rank_axes
 from adaptrank.inject import delete_adapter
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, Kronecker, LoRA, MELoRA, MiSS, PiCa, TensorTrain
@@ -41,6 +42,115 @@ def test_a_prefix_is_the_truncated_method(b, method):
     allocator.finish()
     for layer, y in zip(model.maps, have, strict=True):
         torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("b", [1, 3, 4])
+def test_a_prefix_is_a_lora_of_that_rank(b):
+    """LoRA(rank=b, alpha=a) itself, which multiplies by a / b."""
+    model, allocator, _ = started()
+    allocator.b, x = b, torch.randn(3, 16)
+    for layer in model.maps:
+        small = LoRA(layer.base, rank=b, alpha=4 * layer.scale)
+        small.A.data.copy_(layer.A[:b])
+        small.B.data.copy_(layer.B[:, :b])
+        torch.testing.assert_close(layer(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+def test_several_axes_of_a_layer_share_the_multiplier():
+    """Bonds of a train multiply, so that each takes a root: together r / b, as where there is one axis."""
+    model, allocator, _ = started(TensorTrain)
+    axes = list(rank_axes(model.maps[0]).values())
+    assert len(axes) == 4
+    product = 1.0
+    for axis in axes:
+        gate = allocator.gate(axis, 2)
+        assert gate[:2].unique().numel() == 1
+        assert not gate[2:].any()
+        product *= float(gate[0]) ** 4 / (len(axis) / 2)
+    assert product == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", [TensorTrain, partial(LoRA, rank=4), Kronecker], ids=["TT", "LoRA", "Kronecker"])
+def test_frozen_every_entry_has_its_b_and_only_one(method):
+    """What b adds to b - 1: all entries of all tensors train, each with one b, those between two axes too."""
+    _, allocator, _ = started(method)
+    axes, most = allocator._axes, max(map(len, allocator._axes.values()))
+    tensors = {id(s.tensor): s.tensor for axis in axes.values() for s in axis.slots()}.values()
+    trained = {id(tensor): torch.zeros_like(tensor) for tensor in tensors}
+    for b in range(1, most + 1):
+        allocator.b = b
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        allocator.observe(axes)
+        for tensor in tensors:
+            trained[id(tensor)] += tensor.grad
+    for axis in axes.values():
+        for slot in axis.slots():
+            largest = max(len(a) for a in axes.values() for s in a.slots() if s.tensor is slot.tensor)
+            assert int(trained[id(slot.tensor)].min()) == 1
+            # Where a tensor has fewer units than another layer's, its last ones train for each b beyond.
+            assert int(trained[id(slot.tensor)].max()) == 1 + most - largest
+    allocator.frozen = False
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    allocator.b = 1
+    allocator.observe(axes)
+    assert all(int(tensor.grad.sum()) < tensor.numel() for tensor in tensors)
+    allocator.b = most
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    allocator.observe(axes)
+    assert all(bool(tensor.grad.all()) for tensor in tensors)
+
+
+def test_each_axis_can_be_truncated_to_a_b_of_its_own():
+    x = torch.randn(3, 16)
+    want = {}
+
+    class Look(DyLoRA):
+        def _truncate(self, axes, b):
+            for layer, units in zip(self.model.maps, (1, 4, 3), strict=True):
+                want[layer] = layer.base(x) + 4 / units * layer.scale * x @ layer.A[:units].T @ layer.B[:, :units].T
+            super()._truncate(axes, b)
+
+    model = Toy(LORA4)
+    fit(model, Look(truncate={"maps.0:rank": 1, "maps.2:rank": 3}))
+    assert list(sizes(model).values()) == [1, 4, 3]
+    for layer, y in want.items():
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_truncated_it_is_written_read_and_merged(tmp_path):
+    model, x = Toy(LORA4), torch.randn(3, 16)
+    fit(model, DyLoRA(truncate=2))
+    model.eval()
+    want = [layer(x) for layer in model.maps]
+    save_adapter(model.maps, tmp_path / "a")
+    again = Toy(LORA4).maps
+    delete_adapter(again, "default")
+    load_adapter(again, tmp_path / "a")
+    assert set(sizes(again).values()) == {2}
+    assert all(torch.equal(layer(x), y) for layer, y in zip(again, want, strict=True))
+    merge(model.maps)
+    assert not rank_axes(model.maps)
+    for layer, y in zip(model.maps, want, strict=True):
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_layer_is_not_compiled_anew_for_each_b():
+    """A mask, not a slice: the graph of one b serves all others."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, allocator, _ = started(partial(LoRA, rank=12))
+    compiled, x = torch.compile(model.maps[0], backend=counting, fullgraph=True), torch.randn(3, 16)
+    for allocator.b in range(1, 13):
+        torch.testing.assert_close(compiled(x), model.maps[0](x))
+    assert len(graphs) <= 3
 
 
 def test_evaluation_uses_its_own_prefix():
@@ -175,5 +285,10 @@ def test_refusals():
         fit(Toy(MiSS), DyLoRA())
     with pytest.raises(ValueError, match="DyLoRA tolerates no other; keep one"):
         fit(Toy(LORA4), DyLoRA(), ALL["AdaLoRA"]())
-    with pytest.raises(ValueError, match="a prefix has at least one unit"):
-        DyLoRA(truncate=0)
+    for arguments in ({"truncate": 0}, {"b_eval": 0}, {"truncate": {"maps.0:rank": 0}}):
+        with pytest.raises(ValueError, match="a prefix has at least one unit"):
+            DyLoRA(**arguments)
+    with pytest.raises(
+        ValueError, match=r"truncate names 'maps.1.rank', which is no axis of this model; use one such as 'maps.1:rank'"
+    ):
+        fit(Toy(LORA4), DyLoRA(truncate={"maps.1.rank": 2}))

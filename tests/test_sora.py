@@ -7,12 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from test_allocators import PHASES, TOTAL, Toy, everything, fit, sizes
+from test_planted_ranks import RANKS, Planted
 from torch import nn
 
 from adaptrank.allocators import AdaLoRA, SoRA
 from adaptrank.allocators.gates import adam, soft_threshold, threshold_for
-from adaptrank.axes import rank_axes
+from adaptrank.allocators.plans import Resize
+from adaptrank.axes import CostModel, rank_axes
 from adaptrank.parameterizations import NOLA, SVD, HyperAdapt, Kronecker, LoRA, MELoRA, MiSS, PiCa, TensorTrain
 
 LORA4 = partial(LoRA, rank=4)
@@ -44,13 +47,33 @@ def test_the_proximal_operator_on_a_grid():
     torch.testing.assert_close(released[9], want[9])
 
 
-@given(st.lists(st.floats(-3, 3), min_size=1, max_size=20), st.integers(0, 20))
-def test_the_least_threshold_that_leaves_so_many(values, most):
-    v = torch.tensor(values).double()
-    xi = threshold_for(v, most)
-    assert int((soft_threshold(v, xi) != 0).sum()) <= most or (xi == 0.0 and int((v != 0).sum()) <= most)
-    if xi > 0:
-        assert int((v.abs() >= xi).sum()) > most
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    st.integers(0, 60),
+    st.integers(1, 2),
+)
+def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, floor):
+    """Against every threshold there is, with ties, zeros, and units that cost more in one axis than in another."""
+    sizes = {f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) / 4 for i, v in enumerate(values)}
+    cost = CostModel(0, tuple((price, (axis,)) for axis, price in zip(sizes, prices, strict=False)))
+
+    def left(xi):
+        gates = {axis: soft_threshold(v, xi) for axis, v in sizes.items()}
+        return cost.total({axis: max(int((g != 0).sum()), min(floor, len(g))) for axis, g in gates.items()})
+
+    every = [k / 4 for k in range(7)]
+    largest = max(float(v.max()) for v in sizes.values())
+    xi = threshold_for(sizes, cost, budget, floor)
+    assert xi == next((one for one in every if left(one) <= budget), largest)
+
+
+def test_what_is_left_of_a_budget_buys_no_unit_whose_gate_is_zero():
+    scores = {"a": torch.tensor([3.0, 2.0]), "b": torch.tensor([1.0, 0.0, 0.0])}
+    allocator = SoRA(**PHASES)
+    allocator.check_schedule(allocator.phases_of(TOTAL))
+    plan = allocator.plan(scores, CostModel(0, ((5, ("a",)), (1, ("b",)))), 9, TOTAL)  # a second of "a" is 11
+    assert plan == {"a": Resize((0,)), "b": Resize((0,))}
 
 
 def test_lasso_recovery():
@@ -104,6 +127,19 @@ def test_the_proximal_step_finds_units_to_drop():
     fit(model, allocator)
     assert 3 <= sum(sizes(model).values()) < 12
     assert allocator.events[0]["budget"] is None
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.tables) for seed in (1, 2))])
+def test_it_finds_the_planted_ranks_by_its_default_xi_alone(seed):
+    """No budget says how many: with the decay that the factors have in the release, the outcome is what was planted."""
+
+    class Decays(Planted):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+    model = Decays("SVD", seed, 8)
+    fit(model, SoRA(every=50, warmup=200, final=300), steps=1500)
+    assert sum(abs(have - want) for have, want in zip(sizes(model.maps).values(), RANKS, strict=True)) <= 2
 
 
 @pytest.mark.parametrize("unit", ["ranks", "parameters"])
@@ -170,6 +206,85 @@ def test_steps_that_are_not_finite_move_no_gate():
     fit(Spiky(LORA4), Look(**PHASES))
     assert all(torch.equal(a, b) for a, b in zip(gates[2], gates[3], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(gates[3], gates[4], strict=True))
+
+
+def test_a_gradient_scaler_leaves_no_trace():
+    """A gate is in no optimizer, so nobody else divides its gradient by what the loss was multiplied by."""
+
+    def gradients(scale):
+        seen, final = [], []
+
+        class Look(SoRA):
+            def observe(self, axes):
+                seen.append(torch.cat([self.gate(axis).grad for axis in axes.values()]))
+                super().observe(axes)
+
+            def carried_out(self, plan, step):
+                final.append(torch.cat([self.gate(axis).detach() for axis in self._axes.values()]))
+                super().carried_out(plan, step)
+
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        plugins = MixedPrecision("16-mixed", "cpu", scaler)
+        fit(Toy(LORA4), Look(l1=1.0, **PHASES), plugins=plugins)
+        assert len(seen) == 18
+        return torch.stack(seen), final[0]
+
+    (few, gates), (many, others) = gradients(2.0**4), gradients(2.0**8)
+    torch.testing.assert_close(few, many, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(gates, others, rtol=2e-2, atol=2e-3)
+
+
+def test_gates_whose_gradient_alone_is_not_finite_do_not_move():
+    before, after = [], []
+
+    class Look(SoRA):
+        def before_forward(self, axes):
+            if self.steps_done == 3:
+                before.extend(self.gate(axis).detach().clone() for axis in axes.values())
+
+        def _before_step(self, scale=1.0):
+            if self.steps_done == 3:
+                next(iter(self._leaves())).grad.fill_(float("inf"))
+            super()._before_step(scale)
+
+        def after_step(self, axes):
+            super().after_step(axes)
+            if self.steps_done == 4:
+                after.extend(self.gate(axis).detach().clone() for axis in axes.values())
+                assert all(self.gate(axis).grad is None for axis in axes.values())
+
+    fit(Toy(LORA4), Look(**PHASES))
+    assert len(before) == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_skipped_step_does_not_count_in_the_gates_adam(monkeypatch):
+    """As torch's own does not: its bias correction goes by the steps that were made."""
+    counted = []
+
+    class Look(SoRA):
+        def _before_step(self, scale=1.0):
+            if self.steps_done in (0, 1, 5):
+                next(iter(self._leaves())).grad.fill_(float("nan"))
+            super()._before_step(scale)
+
+    def counting(values, grads, first, second, step, lr):
+        counted.append((allocator.steps_done, step))
+        adam(values, grads, first, second, step, lr)
+
+    monkeypatch.setattr("adaptrank.allocators.sora.adam", counting)
+    allocator = Look(**PHASES)
+    fit(Toy(LORA4), allocator)
+    assert counted == [(t, i) for i, t in enumerate([t for t in range(1, 19) if t not in (1, 2, 6)], 1)]
+
+
+def test_gates_are_float32_over_a_half_precision_adapter():
+    model, allocator = Toy(LORA4), SoRA(**PHASES)
+    model.to(torch.bfloat16)
+    allocator.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), TOTAL)
+    axis = next(iter(allocator._axes.values()))
+    assert allocator.gate(axis).dtype == torch.float32
+    assert model.maps[0](torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

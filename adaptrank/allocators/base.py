@@ -371,18 +371,26 @@ class Allocator(Callback):
             self.before_forward(self._axes)
         self._running = True
 
-    def before_step(self) -> None:
+    def before_step(self, scale: float = 1.0) -> None:
         """Call it when the gradients of an optimizer step are complete: after the last backward pass, before clipping.
 
         It adds the gradients of the methods' own regularizers, and observes.
+
+        Args:
+            scale: what a gradient scaler multiplied the loss by, `scaler.get_scale()`; the gradients in the optimizer are unscaled
+                already, those of gates are in no optimizer.
         """
         penalty_gradients(self.model)
-        self._before_step()
+        self._before_step(scale)
 
-    def _before_step(self) -> None:
+    def _before_step(self, scale: float = 1.0) -> None:
         if self._steps_done >= self.phases.end and self.moves and not self._owed:
             return
         grads = [s.tensor.grad for axis in self._axes.values() for s in axis.slots() if s.tensor.grad is not None]
+        own = [leaf.grad for leaf in self._leaves() if leaf.grad is not None]
+        if own and scale != 1.0:
+            torch._foreach_mul_(own, 1 / scale)
+        grads += own
         if grads and not torch.isfinite(torch.stack(list(torch._foreach_norm(grads))).sum()):
             self._bad_steps += 1
             if self._bad_steps == 50:
@@ -397,6 +405,11 @@ class Allocator(Callback):
     def step(self) -> Event | None:
         """Call it after the optimizer's step; returns the event, if there was one."""
         return self._step(self._steps_done + 1)
+
+    def _leaves(self) -> list[Tensor]:
+        """Tracked tensors that gradients reach: gates."""
+        tracked = (one.tensor for of_axis in self._tracked.values() for one in of_axis.values())
+        return [tensor for tensor in tracked if tensor.requires_grad]
 
     def finish(self) -> None:
         """Remove hooks; called when training is over."""
@@ -743,13 +756,12 @@ class Allocator(Callback):
                 self._log(pl_module, event)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tracked = (one.tensor for of_axis in self._tracked.values() for one in of_axis.values())
-        leaves = [tensor for tensor in tracked if tensor.requires_grad]
-        average_adapters(trainer, pl_module, self, leaves)
+        average_adapters(trainer, pl_module, self, self._leaves())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         add_penalty_gradients(trainer, pl_module)
-        self._before_step()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._before_step(1.0 if scaler is None else scaler.get_scale())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from adaptrank.allocators.base import Allocator
-from adaptrank.allocators.gates import adam
+from adaptrank.allocators.gates import adam, leaf
 from adaptrank.allocators.plans import Plan, Resize, Scores, ranked
-from adaptrank.allocators.scores import Axes, zeros
+from adaptrank.allocators.scores import Axes, elements, zeros
 from adaptrank.axes import CostModel, RankAxis, generator, natural
 
 
@@ -23,8 +23,9 @@ class BeamLoRA(Allocator):
     an axis. Its K pruned units become copies of its K strongest, paired at random: slices and Adam's moments as they were half an interval
     ago (else equal units would get equal gradients for ever), s of both the mean of the two, without moments. So an event changes the
     function a little. `split="exact"` copies what is there now and gives both half of the weight, which does not, but for what
-    was pruned.
+    was pruned; to tell the two apart it adds noise of 1e-3 to one factor of the copied unit and takes it from that of its copy.
 
+    Where a layer has parts, and a unit belongs to one for good, a copy stays in its part; a part of one unit has none.
     It keeps three copies of the adapter between half an interval and the event. The last event multiplies w into the weights.
 
     Source: arXiv:2502.13604; rules from the authors' code: rank 64, alpha 128, tau 0.05, p0 0.95, an event every 3000 of 37,000 steps,
@@ -80,7 +81,7 @@ class BeamLoRA(Allocator):
 
     def logits(self, axis: RankAxis) -> Tensor:
         """s of an axis, (units,)."""
-        return self.track(axis, "s", zeros(axis.closing()[0].tensor, len(axis)))
+        return self.track(axis, "s", leaf(axis))
 
     def gate(self, axis: RankAxis) -> Tensor:
         """w = softmax(s / tau) r, (units,); its sum is r."""
@@ -98,7 +99,8 @@ class BeamLoRA(Allocator):
         if lr is not None and trained:
             first, second = ([self.track(axes[k], name, zeros(s)) for k, s in trained.items()] for name in "mv")
             grads = [s.grad for s in trained.values() if s.grad is not None]
-            adam([s.detach() for s in trained.values()], grads, first, second, self.steps_done, lr)
+            steps = self.track(next(iter(axes.values())), "steps", torch.zeros((), dtype=torch.int64), None)
+            adam([s.detach() for s in trained.values()], grads, first, second, int(steps.add_(1)), lr)
         for s in trained.values():
             s.grad = None
         following = next((t for t in self.phases.events() if t > self.steps_done), None)
@@ -110,20 +112,18 @@ class BeamLoRA(Allocator):
             self._snapshot(axes)
 
     def _snapshot(self, axes: Axes) -> None:
-        for axis in axes.values():
-            for name, tensor, dim in self._states(axis):
-                self.track(axis, name, zeros(tensor.detach()), dim).copy_(tensor.detach())
+        for axis, name, tensor, where in self._states(axes):
+            self.track(axis, name, zeros(tensor.detach()), where).copy_(tensor.detach())
 
-    def _states(self, axis: RankAxis) -> list[tuple[str, Tensor, int]]:
-        """(name, tensor, dimension that counts units) of the axis' own tensors, and of the moments of their shape."""
+    def _states(self, axes: Axes) -> list[tuple[RankAxis, str, Tensor, tuple[tuple[str, int], ...]]]:
+        """(owner, name, tensor, its dimensions that count units) of all that trains, and of the moments of its shape."""
         found = []
-        for slot in axis.slots():
-            if slot.tensor.requires_grad:
-                found.append((f"old.{slot.label}", slot.tensor, slot.dim))
-                for optimizer in self.optimizers:
-                    for key, value in optimizer.state.get(slot.tensor, {}).items():
-                        if isinstance(value, Tensor) and value.shape == slot.tensor.shape:
-                            found.append((f"old.{slot.label}.{key}", value, slot.dim))
+        for one in elements(axes):
+            found.append((one.axis, f"old.{one.label}", one.tensor, one.where))
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(one.tensor, {}).items():
+                    if isinstance(value, Tensor) and value.shape == one.tensor.shape:
+                        found.append((one.axis, f"old.{one.label}.{key}", value, one.where))
         return found
 
     def score(self, axis: RankAxis) -> Tensor:
@@ -142,7 +142,8 @@ class BeamLoRA(Allocator):
         if step >= self.phases.end:
             return {}
         plan: Plan = {}
-        for key, pairs in copies(scores, self.kept_at(step), self.seed, step).items():
+        kinds = {key: kinds_of(self._axes[key]) for key in scores}
+        for key, pairs in copies(scores, self.kept_at(step), self.seed, step, kinds).items():
             keep = list(range(len(scores[key])))
             for source, target in pairs:
                 keep[target] = source
@@ -150,60 +151,93 @@ class BeamLoRA(Allocator):
         return plan
 
     def carried_out(self, plan: Plan, step: int) -> None:
+        pairs = {}
         for key, change in plan.items():
             assert isinstance(change, Resize)
-            self._settle(
-                self._axes[key], [(source, target) for target, source in enumerate(change.keep) if source != target]
-            )
+            pairs[key] = [(source, target) for target, source in enumerate(change.keep) if source != target]
+        for key, copied in pairs.items():
+            self._settle(self._axes[key], copied, step)
+        if self.split == "snapshot":
+            self._restore({key: [target for _, target in copied] for key, copied in pairs.items()})
         if step >= self.phases.end:
             for axis in self._axes.values():
                 axis.fold()
             self._tracked.clear()
 
     @torch.no_grad()
-    def _settle(self, axis: RankAxis, pairs: Sequence[tuple[int, int]]) -> None:
-        """After the copy: s of both, and the older values and moments for the copies. `s` has followed: target holds the source's."""
+    def _settle(self, axis: RankAxis, pairs: Sequence[tuple[int, int]], step: int) -> None:
+        """After the copy: s of both, and what tells them apart. `s` has followed: target holds the source's."""
         s, sources, targets = self.logits(axis), [a for a, _ in pairs], [b for _, b in pairs]
         if self.split == "exact":
             s[sources] -= self.tau * math.log(2)
             s[targets] = s[sources]
+            self._tell_apart(axis, sources, targets, step)
         else:
             before = self._before[axis.key]
             s[sources] = s[targets] = (before[sources] + before[targets]) / 2
-            tracked = self._tracked[axis.key]
-            for name, tensor, dim in self._states(axis):
-                if name in tracked:
-                    index = torch.tensor(targets, device=tensor.device)
-                    old = tracked[name].tensor.index_select(dim, index)  # it has followed, too
-                    tensor.data.index_copy_(dim, index, old)
         for moment in "mv":
             self.track(axis, moment, zeros(s))[[*sources, *targets]] = 0
+
+    def _tell_apart(self, axis: RankAxis, sources: Sequence[int], targets: Sequence[int], step: int) -> None:
+        """Opposite noise in one factor of both: a unit is linear in it, and both weigh the same, so that their sum stays."""
+        slot = next((s for s in axis.slots() if s.tensor.requires_grad and not s.closes), None)
+        if slot is not None:
+            values = slot.select(sources)
+            drawn = torch.randn(values.shape, generator=generator(self.seed, f"{axis.key}/split", step))
+            noise = 1e-3 * values.square().mean().sqrt() * drawn.to(values)
+            for units, sign in ((sources, 1), (targets, -1)):
+                index = torch.tensor(units, device=values.device)
+                slot.tensor.data.index_add_(slot.dim, index, noise, alpha=sign)
+
+    @torch.no_grad()
+    def _restore(self, targets: Mapping[str, Sequence[int]]) -> None:
+        """Give the copies the values and moments of the snapshot, which has followed; it is used up."""
+        for axis, name, tensor, where in self._states(self._axes):
+            old = self._tracked[axis.key].pop(name, None)
+            if old is not None:
+                for key, dim in where:
+                    index = torch.tensor(targets.get(key, ()), dtype=torch.long, device=tensor.device)
+                    tensor.data.index_copy_(dim, index, old.tensor.index_select(dim, index))
 
     def scores(self, axes: Axes) -> Scores:
         self._before = {key: self.logits(axis).detach().clone() for key, axis in axes.items()}
         return super().scores(axes)
 
 
-def copies(scores: Scores, kept: float, seed: int, step: int) -> dict[str, list[tuple[int, int]]]:
+def kinds_of(axis: RankAxis) -> list[tuple[int, ...]]:
+    """What each unit is for good, by the integers that it owns, such as the part of the layer it belongs to; most have none."""
+    owned = [slot for slot in axis.slots() if not slot.tensor.is_floating_point()]
+    rows = [slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1).tolist() for slot in owned]
+    return [tuple(number for row in rows for number in row[unit]) for unit in range(len(axis))]
+
+
+def copies(
+    scores: Scores, kept: float, seed: int, step: int, kinds: Mapping[str, Sequence[tuple[int, ...]]] | None = None
+) -> dict[str, list[tuple[int, int]]]:
     """Axis -> (source, target) units: each target becomes a copy. Pure, and the same wherever it is computed.
 
     Units of all axes together are sorted by weight; those after the point where the cumulated weight passes `kept` of the sum
     are targets, the weakest first and never more than half of an axis. An axis' strongest are its sources, paired by a permutation.
+    Where `kinds` has several in an axis, this holds of each: no unit becomes one of another kind.
     """
     order = [(w, axis, unit) for axis in sorted(scores, key=natural) for unit, w in enumerate(scores[axis].tolist())]
     order.sort(key=lambda entry: -entry[0])  # stable: ties stay in natural order, then by unit
     limit, total = kept * sum(weight for weight, _, _ in order), 0.0
-    pruned: dict[str, list[int]] = {axis: [] for axis in scores}
+    pruned: dict[str, set[int]] = {axis: set() for axis in scores}
     for weight, axis, unit in order:
         total += weight
         if total > limit * (1 + 1e-6):
-            pruned[axis].append(unit)
+            pruned[axis].add(unit)
     result = {}
     for axis, units in pruned.items():
-        best = ranked(scores[axis])
-        most = min(len(units), len(best) // 2)
-        if most:
-            targets = best[len(best) - most :]
-            permutation = torch.randperm(most, generator=generator(seed, axis, step)).tolist()
-            result[axis] = [(best[i], targets[j]) for i, j in enumerate(permutation)]
+        best, random, pairs = ranked(scores[axis]), generator(seed, axis, step), []
+        of = [()] * len(best) if kinds is None else kinds[axis]
+        for kind in sorted(set(of)):
+            alike = [unit for unit in best if of[unit] == kind]
+            most = min(len(units.intersection(alike)), len(alike) // 2)
+            if most:
+                permutation = torch.randperm(most, generator=random).tolist()
+                pairs += [(alike[i], alike[len(alike) - most + j]) for i, j in enumerate(permutation)]
+        if pairs:
+            result[axis] = pairs
     return result

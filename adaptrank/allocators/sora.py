@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adaptrank.allocators.base import Allocator
-from adaptrank.allocators.gates import adam, soft_threshold
-from adaptrank.allocators.plans import Plan, Resize, Scores, keep_best
+from adaptrank.allocators.gates import adam, leaf, soft_threshold, threshold_for
+from adaptrank.allocators.plans import Plan, Resize, Scores, keep_best, ranked
 from adaptrank.allocators.schedules import cubic
 from adaptrank.allocators.scores import Axes, zeros
 from adaptrank.axes import CostModel, RankAxis, generator
@@ -82,12 +82,12 @@ class SoRA(Allocator):
         for key, axis in axes.items():
             warm = any(bool(slot.tensor.any()) for slot in axis.closing())
             start = torch.ones(len(axis)) if warm else torch.randn(len(axis), generator=generator(self.seed, key, 0))
-            self.track(axis, "g", start.to(axis.closing()[0].tensor)).requires_grad_()
+            self.track(axis, "g", start.to(leaf(axis))).requires_grad_()
             axis.gate = partial(self.gate, axis)
 
     def gate(self, axis: RankAxis) -> Tensor:
         """The gates of an axis, (units,); where training starts from a fresh adapter N(0, 1), from a trained one 1."""
-        return self.track(axis, "g", zeros(axis.closing()[0].tensor, len(axis)))
+        return self.track(axis, "g", leaf(axis))
 
     def observe(self, axes: Axes) -> None:
         self._lr = self.optimizers[0].param_groups[0]["lr"] * self.gate_lr_ratio
@@ -103,7 +103,8 @@ class SoRA(Allocator):
             count = sum(map(len, gates.values()))
             grads = [g.grad + self.l1 / count * g.sign() for g in trained.values() if g.grad is not None]
             first, second = ([self.track(axes[k], name, zeros(g)) for k, g in trained.items()] for name in "mv")
-            adam([g.detach() for g in trained.values()], grads, first, second, self.steps_done, lr)
+            steps = self.track(next(iter(axes.values())), "steps", torch.zeros((), dtype=torch.int64), None)
+            adam([g.detach() for g in trained.values()], grads, first, second, int(steps.add_(1)), lr)
             self._shrink(gates, lr)
         for g in gates.values():
             g.grad = None
@@ -115,10 +116,7 @@ class SoRA(Allocator):
         if self.budget is not None:
             sizes = {key: g.detach().abs().cpu() for key, g in gates.items()}
             budget = cubic(self._start_total, self.budget, progress)
-            for key, change in keep_best(sizes, self.cost(), budget, self.floor).items():
-                assert isinstance(change, Resize)
-                gone = sorted(set(range(len(sizes[key]))) - set(change.keep))
-                xi = max(xi, float(sizes[key][gone].max()))
+            xi = max(xi, threshold_for(sizes, self.cost(), budget, self.floor))
         for g in gates.values():
             g.copy_(soft_threshold(g, xi, self.prox == "reference"))
 
@@ -134,8 +132,14 @@ class SoRA(Allocator):
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         if step < self.phases.end:
             return {}
-        open_units = {key: max(int((values > 0).sum()), min(self.floor, len(values))) for key, values in scores.items()}
-        return keep_best(scores, cost, min(budget, cost.total(open_units)), self.floor)
+        count = {key: max(int((values > 0).sum()), min(self.floor, len(values))) for key, values in scores.items()}
+        plan = keep_best(scores, cost, min(budget, cost.total(count)), self.floor)
+        for key, values in scores.items():  # what the budget leaves over must not buy a cheap unit whose gate is zero
+            change, units = plan.get(key), set(ranked(values)[: count[key]])
+            keep = sorted(units.intersection(change.keep) if isinstance(change, Resize) else units)
+            if len(keep) < len(values):
+                plan[key] = Resize(tuple(keep))
+        return plan
 
     def carried_out(self, plan: Plan, step: int) -> None:
         if step >= self.phases.end:
