@@ -18,7 +18,7 @@ from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adaptrank.allocators import AdaLoRA, BeamLoRA, DyLoRA, ElaLoRA, PRILoRA, SoRA
+from adaptrank.allocators import EVA, AdaLoRA, ALoRA, BeamLoRA, DyLoRA, ElaLoRA, PRILoRA, SoRA, SubLoRA
 from adaptrank.distributed import shard_frozen
 from adaptrank.parameterizations import HyperAdapt, LoRA
 
@@ -74,6 +74,12 @@ class Activations(AdaLoRA):
         return self.track(axis, "seen", torch.zeros(len(axis), dtype=torch.float64))
 
 
+class Variance(AdaLoRA):
+    """Importance by a score of the library that looks at activations."""
+
+    importance = "explained_variance"
+
+
 SCENARIOS = {
     "adalora": (Shared, ALL["AdaLoRA"], {}),
     "hard": (Shared, ALL["AdaLoRA hard"], {"accumulate_grad_batches": 2}),
@@ -88,6 +94,10 @@ SCENARIOS = {
         {"accumulate_grad_batches": 2},
     ),
     "dylora": (partial(Shared, partial(LoRA, rank=4)), lambda: DyLoRA(truncate=2), {"accumulate_grad_batches": 2}),
+    "ablation": (partial(Shared, partial(LoRA, rank=4)), lambda: ALoRA(**PHASES), {}),
+    "hessian": (Shared, lambda: SubLoRA(6, **PHASES), {"accumulate_grad_batches": 2}),
+    "variance": (partial(Shared, partial(LoRA, rank=4)), lambda: Variance(budget=6, soft=False, **PHASES), {}),
+    "directions": (partial(Shared, partial(LoRA, rank=4)), lambda: EVA(rho=4, max_batches=1), {}),
     "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
 }
 

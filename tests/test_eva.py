@@ -209,3 +209,31 @@ def test_padding_and_what_is_not_predicted_are_left_out():
         of = {key.split(".")[-1].split(":")[0]: which for key, (_, which) in seen.items()}
         assert of["q_proj"] == of["k_proj"] == of["v_proj"] != of["o_proj"]
         assert of["gate_proj"] == of["up_proj"] != of["down_proj"]
+
+
+def test_a_mask_lasts_for_its_pass_whichever_part_is_called():
+    model = nn.Module()
+    model.part = nn.Sequential(nn.Linear(4, 4))
+    adapt(model, "all-linear", LORA4)
+
+    class Takes(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, x, attention_mask=None):
+            if x is None:
+                raise KeyError
+            return self.part(x)
+
+    outer = nn.ModuleDict({"inner": Takes(model.part)})
+    seen = []
+    handles = watch(outer, rank_axes(outer), lambda key, rows, of: seen.append(len(rows)))
+    x = torch.ones(1, 5, 4)
+    outer["inner"](x, attention_mask=torch.tensor([[1, 1, 0, 0, 0]]))
+    with pytest.raises(KeyError):
+        outer["inner"](None, attention_mask=torch.tensor([[1, 1, 0, 0, 0]]))
+    outer["inner"](x)
+    for handle in handles:
+        handle.remove()
+    assert seen == [2, 5]

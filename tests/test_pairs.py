@@ -17,7 +17,8 @@ from adaptrank.parameterizations.base import wrappers
 
 TABLE = table()
 CELLS = [(allocator, nest) for allocator, works in TABLE.items() for nest in works]
-STEPS, PHASES = 9, {"every": 2, "warmup": 3, "final": 2}  # events at 5 and 7
+SHORT = (9, {"every": 2, "warmup": 3, "final": 2}, [5, 7])  # steps, phases, events
+LONG = (48, {"every": 6, "warmup": 6, "final": 12}, [12, 18, 24, 30, 36])
 
 
 class Block(nn.Module):
@@ -57,7 +58,7 @@ class Stack(lightning.LightningModule):
         return x
 
     def train_dataloader(self):
-        data = torch.randn(STEPS * 8, self.width, generator=torch.Generator().manual_seed(0))
+        data = torch.randn(LONG[0] * 8, self.width, generator=torch.Generator().manual_seed(0))
         return torch.utils.data.DataLoader(data, batch_size=8)
 
     def training_step(self, batch, batch_idx=0):
@@ -67,11 +68,11 @@ class Stack(lightning.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-def build(name, **more):
-    """The allocator with its default arguments, but as soon as can be."""
+def build(name, phases, **more):
+    """The allocator with its default arguments, but for when it acts."""
     cls = ALLOCATORS[name]
     known = inspect.signature(cls).parameters
-    return cls(**{key: value for key, value in (PHASES | more).items() if key in known})
+    return cls(**{key: value for key, value in (phases | more).items() if key in known})
 
 
 class Watched(lightning.Callback):
@@ -116,9 +117,13 @@ class Watched(lightning.Callback):
 
 
 @pytest.mark.parametrize(("name", "nest"), CELLS, ids=[f"{a}-{'+'.join(n)}" for a, n in CELLS])
-def test_a_cell_is_as_the_table_has_it(name, nest):
+@pytest.mark.parametrize(
+    ("steps", "phases", "at"),
+    [pytest.param(*SHORT, id="short"), pytest.param(*LONG, id="long", marks=pytest.mark.tables)],
+)
+def test_a_cell_is_as_the_table_has_it(name, nest, steps, phases, at):
     cell = TABLE[name][nest]
-    allocator, model = build(name), Stack(nest)
+    allocator, model = build(name, phases), Stack(nest)
     if cell != "works":
         sentence = (
             "has no rank axis"
@@ -126,19 +131,19 @@ def test_a_cell_is_as_the_table_has_it(name, nest):
             else r"needs axes that can .*cannot; (use one of|no param)"
         )
         with pytest.raises(ValueError, match=rf"^{name} .*{sentence}") as said:
-            fit(model, allocator, steps=STEPS)
+            fit(model, allocator, steps=steps)
         assert "\n" not in str(said.value)
         if not cell:
             return
         assert cell.split(", ")[0] in str(said.value)
         off = dict(option.split("=") for option in cell.split(", "))
-        allocator, model = build(name, **{key: eval(value) for key, value in off.items()}), Stack(nest)
+        allocator, model = build(name, phases, **{key: eval(value) for key, value in off.items()}), Stack(nest)
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     watched = Watched(allocator)
-    fit(model, allocator, watched, steps=STEPS)
+    fit(model, allocator, watched, steps=steps)
     if allocator.moves:
-        assert [event["step"] for event in allocator.events if event["step"]] == [5, 7]
-        assert watched.seen == 2
+        assert [event["step"] for event in allocator.events if event["step"]] == at
+        assert watched.seen == len(at)
         assert not any("skipped" in event for event in allocator.events)
         prunes_the_base = type(allocator).find_axes is not Allocator.find_axes  # it masks, and a loaded file is cut
         assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] or prunes_the_base

@@ -95,7 +95,7 @@ class EVA(Allocator):
                 wide = {key: max(most[k] for k in owner if owner[k] == key) for key in set(owner.values())}
                 sketches = {key: [Sketch(wide[key]) for _ in columns[key]] for key in wide}
             for key in sketches:
-                rows = torch.cat([one for _, one in seen.get(key, [])]).float() if key in seen else None
+                rows = _wide(torch.cat([one for _, one in seen.get(key, [])])) if key in seen else None
                 if rows is not None:
                     for sketch, part in zip(sketches[key], columns[key].to(rows.device), strict=True):
                         sketch.add(rows[:, part])
@@ -201,7 +201,8 @@ def _leading(rows: Tensor, components: int) -> Tensor:
     S, Vh = torch.linalg.svd(rows, full_matrices=False)[1:]
     kept = int((S[:components] > 1e-6 * S[0].clamp_min(1e-30)).sum())
     leading: Tensor = S[:kept, None] * Vh[:kept]
-    return leading
+    largest = leading.gather(1, leading.abs().argmax(1, keepdim=True))
+    return leading * largest.sign()  # a singular vector has no sign of its own: its largest entry is positive
 
 
 def unit_columns(axis: RankAxis) -> Tensor:
@@ -216,3 +217,8 @@ def read_columns(axis: RankAxis) -> Tensor:
     """The different parts of the input that units read, in their order: (parts, width)."""
     rows = unit_columns(axis).tolist()
     return torch.tensor(list(dict.fromkeys(map(tuple, rows))))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -285,14 +285,14 @@ def explained_variance(axes: Axes, run: Run) -> Scores:
         inputs = _captured(axes, run)
         for key, axis in axes.items():
             total = torch.zeros(len(axis), dtype=torch.float64)
+            gate = torch.zeros(len(axis), device=axis.closing()[0].tensor.device)
             for layer, args, kwargs in inputs[key]:
-                for unit in range(len(axis)):
-                    gate = torch.zeros(len(axis), device=axis.closing()[0].tensor.device)
-                    with axis.gated(gate):
-                        without = _tensor(layer(*args, **kwargs)).double()
-                    gate[unit] = 1
-                    with axis.gated(gate):
+                with axis.gated(gate):  # changed in place, below
+                    without = _tensor(layer(*args, **kwargs)).double()
+                    for unit in range(len(axis)):
+                        gate[unit] = 1
                         total[unit] += float((_tensor(layer(*args, **kwargs)).double() - without).square().sum())
+                        gate[unit] = 0
             total = run.reduce(total)
             result[key] = total / total.sum().clamp_min(1e-300)
     return result
