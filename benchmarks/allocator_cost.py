@@ -5,9 +5,9 @@
 A Llama of SmolLM2-135M's shapes (random weights, 30 layers, bf16 where the CPU is fast at it), all linear layers in the SVD form of
 rank 8, 8 x 128 tokens, AdamW, clipping at 1. In every round each variant makes one step, so that a slow spell meets all of them:
 
-- none: no allocator, what everything is held against;
-- one of ours by each score that needs no data of its own, with an event that prunes in half of the rounds: `before_step` (scoring)
-  and `step` (in rounds without an event) count as scoring, `step` in rounds with one as the event;
+- none: no allocator, what everything is held against; the orthogonality penalty of the SVD form is part of everybody's step;
+- one of ours by each score that needs no data of its own, with an event that prunes in half of the rounds: `before_step` but for the
+  penalty, and `step` in rounds without an event, count as scoring, `step` in rounds with one as the event;
 - HF PEFT's AdaLoRA with `update_and_allocate` called after every step, as its documentation says; its forward pass adds
   the orthogonality to the loss, which is part of its step, not of its scoring. It scores and masks in one call: from its
   `tinit` on there is an event at every `deltaT`.
@@ -34,6 +34,7 @@ from adaptrank import Allocator, adapt, backbones
 from adaptrank.allocators.scores import IMPORTANCES
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD
+from adaptrank.regularize import penalty_gradients
 
 ROOT = Path(__file__).parents[1]
 RANK, BATCH, LENGTH = 8, 8, 128
@@ -76,8 +77,10 @@ class Half(Allocator):
 class Variant:
     """A model that makes steps; `parts` are the seconds of its last one."""
 
-    def __init__(self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self.model, self.before, self.after = model, before, after
+    def __init__(
+        self, model: nn.Module, before: Callable[[], None], after: Callable[[], Any], penalized: bool = True
+    ) -> None:
+        self.model, self.before, self.after, self.penalized = model, before, after, penalized
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
         self.parts: dict[str, float] = {}
@@ -85,7 +88,9 @@ class Variant:
     def step(self, batch: torch.Tensor) -> None:
         start = time.perf_counter()
         self.model(input_ids=batch, labels=batch).loss.backward()
-        scored = time.perf_counter()
+        if self.penalized:
+            penalty_gradients(self.model)
+        penalty = time.perf_counter()
         self.before()
         clip = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
@@ -96,9 +101,9 @@ class Variant:
         self.optimizer.zero_grad()
         end = time.perf_counter()
         self.parts = {
-            "before": clip - scored,
+            "before": clip - penalty,
             "after": after - stepped,
-            "rest": (scored - start) + (stepped - clip) + (end - after),
+            "rest": (penalty - start) + (stepped - clip) + (end - after),
         }
 
 
@@ -107,7 +112,7 @@ def ours(importance: str | None, layers: int, dtype: torch.dtype, rounds: int) -
     if importance is None:
         return Variant(model, lambda: None, lambda: None)
     allocator = Half(importance, list(range(2, rounds + 1, 2)))
-    variant = Variant(model, allocator.before_step, allocator.step)
+    variant = Variant(model, allocator._before_step, allocator.step)  # without the penalty
     allocator.start(model, variant.optimizer, rounds + 2)
     return variant
 
@@ -126,7 +131,7 @@ def theirs(layers: int, dtype: torch.dtype, rounds: int) -> Variant:
         steps[0] += 1
         model.base_model.update_and_allocate(steps[0])
 
-    return Variant(model, lambda: None, after)
+    return Variant(model, lambda: None, after, penalized=False)  # it is in the forward pass
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -135,7 +135,7 @@ def ela(importance, seed=0, **arguments):
 
 
 def alora(importance, seed=0):
-    return ALoRA(units=2, rounds=40, importance=importance, every=25, warmup=200, final=300, seed=seed)
+    return ALoRA(units=2, rounds=40, importance=importance, batches=4, every=25, warmup=200, final=300, seed=seed)
 
 
 def sub(estimator, seed=0):
