@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from adaptrank.allocators import ALLOCATORS, Allocator
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
+    from adaptrank.composition import compose
     from adaptrank.inject import adapt, delete_adapter, describe, disabled, select_rows, set_enabled
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
@@ -23,6 +24,7 @@ _HOMES = {
     "PARAMETERIZATIONS": "parameterizations",
     "Parameterization": "parameterizations",
     "adapt": "inject",
+    "compose": "composition",
     "delete_adapter": "inject",
     "describe": "inject",
     "disabled": "inject",
@@ -42,6 +44,7 @@ __all__ = [
     "Allocator",
     "Parameterization",
     "adapt",
+    "compose",
     "delete_adapter",
     "describe",
     "disabled",

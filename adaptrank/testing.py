@@ -203,6 +203,7 @@ def check_contract(build: Build, sample: Sample = normal_input, count: Callable[
     check_limits(build)
     check_gate_gradient(build, sample)
     check_merged(build, sample)
+    check_product(build)
     check_state_dict(build, sample)
     check_copies(build, sample)
     check_switch(build, sample)
@@ -432,6 +433,21 @@ def check_merged(build: Build, sample: Sample = normal_input) -> None:
         layers.write(plain, layer.merged())
     x = sample(layer, (2, 3))
     _close(output(layer, x), output(plain, x), f"{_name(layer)}: the merged layer computes something else.")
+
+
+def check_product(build: Build) -> None:
+    """Where a method has its change as a product, U V is W' - W."""
+    layer = build()
+    perturb(layer)
+    if (factors := layer.low_rank()) is None:
+        return
+    U, V = factors
+    (m, n), change = layer.shape, (layer.dense() - layers.dense(layer.innermost, layer.adapter_dtype)).detach()
+    assert (U.shape[0], *V.shape) == (m, U.shape[1], n), (
+        f"{_name(layer)}.product() is {tuple(U.shape)} times {tuple(V.shape)}, for {(m, n)}."
+    )
+    error = float((U @ V - change).norm())
+    assert error <= 1e-9 * float(change.norm()) + 1e-12, f"{_name(layer)}.product() is not W' - W: off by {error:.1e}."
 
 
 def check_state_dict(build: Build, sample: Sample = normal_input) -> None:

@@ -12,6 +12,8 @@ VERBS = {
     "methods": "list parameterizations and allocators: formula, source, axes, cost, which pairs work",
     "plan": "say what a configuration would train, take and leave, without loading a weight",
     "report": "draw what an allocator did in a run: pictures and a page of HTML",
+    "inspect": "spectra of an adapter: how large and of what rank its changes are, intruder dimensions",
+    "compose": "several adapters as one: sums, TIES, DARE, KnOTS, compression, with a report",
     "generate": "complete prompts with an adapter, or with a merged model",
     "merge": "fold an adapter into its base and write a plain transformers model",
 }

@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -301,11 +301,11 @@ def _matrix(pairs: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-# ---- what generate and merge load
+# ---- what the verbs load
 
 
 @dataclass
-class _Found:
+class Found:
     """An adapter on its base, or a plain model: where each is, and what the adapter's file says."""
 
     source: "Source"
@@ -313,8 +313,8 @@ class _Found:
     auto_class: str
     num_labels: int | None = None
 
-    def load(self, dtype: "torch.dtype") -> Any:
-        """The model, adapted where there is an adapter."""
+    def load(self, dtype: "torch.dtype", adapted: bool = True) -> Any:
+        """The model, adapted where there is an adapter, unless the base alone is asked for."""
         import transformers
 
         from adaptrank.artifacts import load_adapter
@@ -322,10 +322,11 @@ class _Found:
 
         labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
         model = load_model(self.source, getattr(transformers, self.auto_class), dtype, **labels)
-        return (model if self.adapter is None else load_adapter(model, self.adapter)).train(False)
+        return (model if self.adapter is None or not adapted else load_adapter(model, self.adapter)).train(False)
 
 
-def _find(name: str, base: str | None, must_be_adapter: bool = False) -> _Found:
+def find_model(name: str, base: str | None, must_be_adapter: bool = False) -> Found:
+    """An adapter's folder or a run's, with its base; or a model, by folder or id."""
     from adaptrank import backbones
     from adaptrank.artifacts import read_adapter
     from adaptrank.artifacts.adapter import WEIGHTS
@@ -336,7 +337,7 @@ def _find(name: str, base: str | None, must_be_adapter: bool = False) -> _Found:
     if not must_be_adapter and not (folder / WEIGHTS).is_file():
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise errors.ConfigError(f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json).")
-        return _Found(backbones.resolve(name), None, "AutoModelForCausalLM")
+        return Found(backbones.resolve(name), None, "AutoModelForCausalLM")
     if not folder.exists():
         raise errors.ConfigError(errors.missing_file(name, "adapter folder"))
     described = read_adapter(folder)["base"]
@@ -347,7 +348,7 @@ def _find(name: str, base: str | None, must_be_adapter: bool = False) -> _Found:
         source = backbones.resolve(named)
     except FileNotFoundError as error:
         raise errors.ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
-    return _Found(source, folder, described.get("auto_class", "AutoModelForCausalLM"), described.get("num_labels"))
+    return Found(source, folder, described.get("auto_class", "AutoModelForCausalLM"), described.get("num_labels"))
 
 
 # ---- generate
@@ -378,7 +379,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise errors.ConfigError(f"--max_new_tokens {options.max_new_tokens}: give 1 or more.")
     dtype = backbones.auto_dtype(options.dtype)
-    found = _find(options.model, options.base)
+    found = find_model(options.model, options.base)
     if found.auto_class != "AutoModelForCausalLM":
         raise errors.ConfigError(
             f"{found.adapter} was trained for {found.auto_class.removeprefix('AutoModelFor')}, which completes no text; use "
@@ -457,20 +458,14 @@ def _merge(options: argparse.Namespace) -> None:
     from adaptrank.parameterizations.base import wrapped_layers
 
     out = Path(options.out)
-    if out.is_file():
-        raise errors.ConfigError(f"--out {out} is a file; name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not options.force:
-        raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
-    found = _find(options.adapter, options.base, must_be_adapter=True)
+    found = find_model(options.adapter, options.base, must_be_adapter=True)
     assert found.adapter is not None
     if pruned := read_adapter(found.adapter).get("pruned"):
         raise errors.ConfigError(
             f"{found.adapter} cuts {len(pruned)} sets of heads or channels out of its base, each to a size of its own, which no "
             f"transformers configuration can state; keep the adapter, and load it with adaptrank.load_adapter(model, folder)."
         )
-    for given, what in ((found.adapter, "adapter"), (Path(found.source.path), "base")):
-        if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
-            raise errors.ConfigError(f"--out {out} holds the {what} that is to be merged; name another folder.")
+    check_out(out, options.force, {found.adapter: "adapter", Path(found.source.path): "base"})
     dtype = stored_dtype(found.source) if options.dtype == "auto" else backbones.auto_dtype(options.dtype)
     # The base as it is stored: half precision is merged in float32 anyway, and float32 must not be rounded before the sum.
     model = found.load(dtype if dtype == stored_dtype(found.source) else torch.float32)
@@ -529,6 +524,17 @@ def stored_dtype(source: "Source") -> "torch.dtype":
 
     dtype = getattr(AutoConfig.from_pretrained(source.path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def check_out(out: Path, force: bool, sources: Mapping[Path, str]) -> None:
+    """Refuse to write where something is, or over what is read: folder -> what it is."""
+    if out.is_file():
+        raise errors.ConfigError(f"--out {out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
+    for given, what in sources.items():
+        if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
+            raise errors.ConfigError(f"--out {out} holds the {what} that this reads; name another folder.")
 
 
 def write_folder(out: Path, write: Callable[[Path], object]) -> None:

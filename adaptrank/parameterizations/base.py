@@ -247,6 +247,13 @@ class Parameterization(nn.Module, ABC):
         """A regularizer of the method's own, already weighted; its gradient is added once a step, before scores."""
         return None
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """(U (m, k), V (k, n)) of what this method adds, W' = W + U V whatever W is; None where it has no such form.
+
+        What composition, spectra and exports work on, without a matrix of the layer's size. `low_rank` reads it.
+        """
+        return None
+
     def weight_gradient(self) -> Tensor:
         """An estimate of the gradient of W' (m, n) from those of the factors, where the method is "weight_gradient"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of the gradient of its weight.")
@@ -333,6 +340,29 @@ class Parameterization(nn.Module, ABC):
                 return self._formula()
         except AttributeError as error:  # nn.Module would report it as "no attribute 'weight'"
             raise RuntimeError(f"{type(self).__name__}.weight failed: {error}") from error
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(U (m, k), V (k, n)) with U V the change of this nest, W' - W, in the adapter's dtype; None where a wrapper has no such form.
+
+        Wrappers that are off count for nothing; where all are, k is 0.
+        """
+        if not isinstance(self.innermost, layers.MATRICES):
+            return None
+        (m, n), dtype = self.shape, self.adapter_dtype
+        Us, Vs = [], []
+        for wrapper in self.nest:
+            if wrapper.enabled:
+                with wrapper._gated():
+                    product = wrapper.product()
+                if product is None:
+                    return None
+                Us.append(product[0].detach().to(dtype))
+                Vs.append(product[1].detach().to(dtype))
+        device = layers.device(self.innermost)
+        if not Us:
+            return torch.zeros(m, 0, device=device, dtype=dtype), torch.zeros(0, n, device=device, dtype=dtype)
+        return (Us[0], Vs[0]) if len(Us) == 1 else (torch.cat(Us, 1), torch.cat(Vs))
 
     def _formula(self) -> Tensor:
         return self.base_weight  # of a method without a dense form, which leaves the weight alone

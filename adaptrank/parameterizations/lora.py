@@ -83,6 +83,9 @@ class LoRA(Parameterization):
         x = self.dropout(x) if x.is_floating_point() else x
         return self.scale * F.linear(self.project(x, self.A), self.B)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        return self.scale * self.B, self.A
+
     def weight_gradient(self) -> Tensor:
         """gB A + B gA - gB gA: the change of B A by a step of size one (arXiv:2305.18403), up to its sign and without s."""
         gA, gB = (torch.zeros_like(p) if p.grad is None else p.grad for p in (self.A, self.B))

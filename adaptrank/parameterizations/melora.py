@@ -95,6 +95,17 @@ class MELoRA(Parameterization):
         """(R, d) -> (k, the largest rank, d), with zeros where a mini has fewer units."""
         return torch.cat([units, units.new_zeros(1, units.shape[1])])[self.units]
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Each unit with zeros outside of its slices."""
+        (m, n), units = self.shape, torch.arange(len(self.block), device=self.block.device)
+        U, V = (
+            self.B.new_zeros(self.minis, m // self.minis, len(units)),
+            self.A.new_zeros(len(units), self.minis, n // self.minis),
+        )
+        U[self.block, :, units] = (self.B * self.scales.to(self.B.dtype)[self.block]).T
+        V[units, self.block] = self.A
+        return U.flatten(0, 1), V.flatten(1)
+
     def cost(self) -> Cost:
         (m, n), widest = self.shape, self.units.shape[1]
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)

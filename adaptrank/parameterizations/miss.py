@@ -98,6 +98,14 @@ class MiSS(Parameterization):
         z: Tensor = self.scale * blocks.sum(-2).index_select(-1, self.slots) @ self.D
         return z.repeat(*[1] * (z.dim() - 1), y.shape[-1] // z.shape[-1]) if self.variant == "mini" else z
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """A tiled identity on the input side; "bat" has no such form."""
+        if self.variant == "bat":
+            return None
+        m, n = self.shape
+        S = F.one_hot(torch.arange(n, device=self.D.device) % self.period, self.period).to(self.D.dtype).T
+        return self.scale * self.D.repeat(1, m // self.D.shape[1]).T, S[self.slots]
+
     def _bat(self) -> Tensor:
         """s (W_jt D_j + D_j) as one matrix (m, n)."""
         (m, n), r = self.shape, self.D.shape[-1]

@@ -82,6 +82,10 @@ class MultiScale(Parameterization):
         core = (self.scale * self.B2a * self.e) @ self.B1  # (k, k)
         return F.linear(F.linear(self.project(x, self.A), core), self.B2b)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        core = (self.scale * self.B2a * self.e) @ self.B1
+        return self.B2b @ core, self.A
+
     def cost(self) -> Cost:
         (m, n), q, inner, outer = self.shape, len(self.e), len(self.A), len(self.B2a)
         return Cost(

@@ -119,6 +119,11 @@ class NOLA(Parameterization):
         B = self._combined("b", self.beta, self.c[1])
         return self.scale * F.linear(self.project(x, A), B)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        A = self._combined("a", self.alpha, self.c[0])
+        A = A if self.A0 is None else self.A0 + A
+        return self.scale * self._combined("b", self.beta, self.c[1]), A
+
     def cost(self) -> Cost:
         (m, n), r = self.shape, self.rank
         chunks = [math.ceil(len(t) / self.chunk) for t in (self.alpha, self.beta)]

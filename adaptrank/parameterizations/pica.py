@@ -73,6 +73,9 @@ class PiCa(Parameterization):
         first, second = (self.P, self.M) if self.side == "input" else (self.M, self.P)
         return F.linear(self.project(x, first), second)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        return (self.M, self.P) if self.side == "input" else (self.P, self.M)
+
     def weight_gradient(self) -> Tensor:
         """gM P, or P gM: the gradient of W' on the span of the frozen directions, exact there."""
         gM = torch.zeros_like(self.M) if self.M.grad is None else self.M.grad

@@ -79,6 +79,12 @@ class SBoRA(Parameterization):
         # Not index_add, which would keep the rows for its backward pass.
         return y.scatter_add(-1, self.index.expand_as(rows), rows.to(y.dtype))
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The other factor is rows of the identity."""
+        (m, n), trained = self.shape, self.B if self.variant == "fa" else self.A
+        rows = F.one_hot(self.index, n if self.variant == "fa" else m).to(trained.dtype)
+        return (self.scale * trained, rows) if self.variant == "fa" else (rows.T, self.scale * trained)
+
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)
         return Cost(flops=2 * r * m, kept=r) if self.variant == "fa" else Cost(flops=2 * r * n, kept=n)

@@ -62,6 +62,9 @@ class SVD(Parameterization):
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         return F.linear(F.linear(self.dropout(x), self.Q) * (self.scale * self.l), self.P)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        return self.P * (self.scale * self.l), self.Q
+
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.l)
         return Cost(flops=2 * r * (m + n), kept=n + 2 * r)

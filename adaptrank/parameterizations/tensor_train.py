@@ -92,6 +92,11 @@ class TensorTrain(Parameterization):
         z = self.dropout(x) @ trains.left(inputs) @ between
         return F.linear(z, trains.right(outputs).T)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The two trains, written out."""
+        A, B = trains.dense(self.cores("A"), self.shape[1]), trains.dense(self.cores("B"), self.modes["B"][0])
+        return self.scale * B.T, A.T
+
     def cost(self) -> Cost:
         (m, n), (*inputs, last), (first, *outputs) = self.shape, self.cores("A"), self.cores("B")
         a, r, b = last.shape[0], first.shape[1], first.shape[2]

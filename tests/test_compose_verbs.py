@@ -1,0 +1,126 @@
+"""The verbs `compose` and `inspect`, on adapters of a tiny Llama in folders."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from test_cli import cli, here  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from adaptrank import adapt, load_adapter, save_adapter
+from adaptrank.parameterizations import HyperAdapt, LoRA
+from adaptrank.testing import perturb
+
+
+@pytest.fixture
+def two(here, tiny_llama):  # noqa: F811
+    """Two adapters, LoRAs of rank 2 and 3, and a HyperAdapt."""
+    for name, method, seed in (("a", partial(LoRA, rank=2), 1), ("b", partial(LoRA, rank=3), 2), ("h", HyperAdapt, 3)):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        torch.manual_seed(seed)
+        adapt(model, "all-linear", method)
+        perturb(model, 0.05, seed)
+        save_adapter(model, here / name, {"name": str(tiny_llama), "auto_class": "AutoModelForCausalLM"})
+    return here
+
+
+def logits(model):
+    return model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits
+
+
+def test_compose_writes_an_adapter_and_its_report(two, cli, tiny_llama):  # noqa: F811
+    code, out, err = cli("compose", "a", "b", "--method", "sum", "--weights", 1, 0.5, "--out", "c")
+    assert code == 0, err
+    assert "Composed sum of 2 adapters: c" in out
+    assert "rms cos" in out
+    assert "ranks: 5 to 5 on 14 layers" in out
+    report = json.loads((two / "c" / "composition.json").read_text())
+    assert report["weights"] == [1, 0.5]
+    assert report["pairs"][0]["adapters"] == ["a", "b"]
+    assert 0 < report["pairs"][0]["rms_cos"] < 0.5
+    assert (two / "c" / "composition.png").stat().st_size > 5000
+    composed = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "c")
+    by_hand = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    load_adapter(by_hand, two / "a", "a")
+    load_adapter(by_hand, two / "b", "b")
+    for layer in by_hand.modules():
+        if isinstance(layer, LoRA) and layer.name == "b":
+            layer.scale *= 0.5
+    torch.testing.assert_close(logits(composed), logits(by_hand), rtol=1e-5, atol=1e-5)
+    assert cli("generate", "c", "--prompt", "1 2", "--max_new_tokens", 2)[0] == 0
+
+
+def test_compose_merges_what_is_no_product(two, cli, tiny_llama):  # noqa: F811
+    code, _, err = cli("compose", "a", "h", "--out", "c")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "make it one with a rank, an energy or an error, or merge it into the base" in err
+    assert not (two / "c").exists()
+    code, out, err = cli("compose", "a", "h", "--merge", "--out", "c")
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(two / "c")
+    nested = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    load_adapter(nested, two / "h", "h")
+    load_adapter(nested, two / "a", "a")  # a HyperAdapt in a LoRA is their sum
+    torch.testing.assert_close(logits(merged), logits(nested), rtol=1e-4, atol=1e-5)
+    code, out, _ = cli("compose", "a", "h", "--energy", 0.9, "--json", "--out", "low")
+    errors = [facts["error"] for facts in json.loads(out)["layers"].values()]
+    assert max(errors) ** 2 <= 0.1 + 1e-6
+
+
+def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
+    code, _, err = cli("compose", "h", "a", "--sequential", "--out", "c")
+    assert code == 2
+    assert "the order matters" in err
+    code, out, err = cli("compose", "h", "a", "--sequential", "--order", 2, 1, "--out", "c")
+    assert code == 0, err
+    assert "Composed a then h" in out
+    nested = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    load_adapter(load_adapter(nested, two / "a", "a"), two / "h", "h")
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "c")
+    torch.testing.assert_close(logits(again), logits(nested), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["a", "missing", "--out", "c"], "missing"),
+        (["a", "b", "--out", "a"], "--out a is not empty"),
+        (["a", "b", "--out", "a", "--force"], "--out a holds the adapter that this reads"),
+        (["a", "b", "--methd", "sum", "--out", "c"], "unknown option --methd; did you mean '--method'"),
+        (["a", "b", "--method", "tie", "--out", "c"], "Did you mean 'ties'?"),
+        (["a", "b", "--weights", "1", "--out", "c"], "1 weights for 2 adapters"),
+        (["a", "b", "--density", "0.5", "--out", "c"], "sum has no option 'density'"),
+        (["a", "b", "--rank", "2", "--error", "0.1", "--out", "c"], "rank and error were given"),
+    ],
+)
+def test_compose_says_what_is_wrong_in_a_line(two, cli, arguments, sentence):  # noqa: F811
+    code, _, err = cli("compose", *arguments)
+    assert code == 2
+    assert sentence.lower() in err.lower()
+    assert err.count("\n") <= 2
+    assert not (two / "c").exists()
+
+
+def test_inspect(two, cli):  # noqa: F811
+    code, out, err = cli("inspect", "h")
+    assert code == 0, err
+    assert "|D|/|W|" in out
+    assert "q_proj" in out
+    data = json.loads((two / "h" / "inspect" / "inspect.json").read_text())
+    assert len(data["layers"]) == 14
+    assert data["summary"]["all"]["share"] > 0.9, "a HyperAdapt has full rank"
+    assert (two / "h" / "inspect" / "inspect.png").stat().st_size > 5000
+    code, out, _ = cli("inspect", "a", "--layers", r".*layers\.0\.self_attn.*", "--no-intruders", "--json")
+    layers = json.loads(out)["layers"]
+    assert len(layers) == 4
+    assert all(facts["rank"] == 2 and "intruders" not in facts for facts in layers.values())
+    assert not (two / "a" / "inspect").exists()
+    for wrong, sentence in (
+        (["--layers", "("], "no regular expression"),
+        (["--layers", "nothing"], "no layer matches"),
+    ):
+        code, _, err = cli("inspect", "a", *wrong)
+        assert code == 2
+        assert sentence in err
