@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
+from adaptrank.artifacts.merging import rounding_error
 from adaptrank.axes import generator, rank_axes
 from adaptrank.inject import adapt, set_enabled
 from adaptrank.parameterizations import Parameterization
@@ -122,6 +124,39 @@ def test_a_weak_adapter_lost_in_rounding_is_said(caplog):
         merge(model)
     assert "Merging lost" in caplog.text
     assert "float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "loss"),
+    [
+        (2e-2, torch.bfloat16, 0.083),
+        (2e-2, torch.float16, 0.010),
+        (2e-4, torch.bfloat16, 0.96),
+        (2e-4, torch.float16, 0.67),
+        (2e-5, torch.bfloat16, 0.996),
+    ],
+)
+def test_what_rounding_takes_of_a_change(size, dtype, loss):
+    """The figures of a 768 x 768 weight of std 0.02, whose change has `size` of its norm."""
+    holder = nn.Sequential(nn.Linear(768, 768, bias=False))
+    nn.init.normal_(holder[0].weight, std=0.02)
+    holder.to(dtype).float()  # what is stored in that dtype
+    adapt(holder, "0", partial(LoRA, rank=8))
+    layer = holder[0]
+    nn.init.normal_(layer.A), nn.init.normal_(layer.B)
+    layer.B.data *= size * layer.base_weight.norm() / (layer.scale * layer.B @ layer.A).norm()
+    assert math.isclose(rounding_error(holder, dtype), loss, rel_tol=0.06)
+
+
+def test_what_rounding_takes_of_one_number_by_hand():
+    holder = nn.Sequential(nn.Linear(1, 1, bias=False))
+    holder[0].weight.data.fill_(1.0)
+    adapt(holder, "0", partial(LoRA, rank=1, alpha=1.0))
+    holder[0].A.data.fill_(1.0)
+    holder[0].B.data.fill_(2.0**-9)  # half of an ulp of bf16 above 1: it rounds back to 1
+    assert rounding_error(holder, torch.bfloat16) == 1
+    holder[0].B.data.fill_(3 * 2.0**-9)  # rounds to 2^-7, the even one: a third of it is added
+    assert math.isclose(rounding_error(holder, torch.bfloat16), 1 / 3, rel_tol=1e-6)
 
 
 def test_a_merge_that_fails_leaves_the_model_as_it_was():

@@ -1,6 +1,7 @@
 """Put plain layers back: fold every enabled adapter into the frozen weights, in float32, with one cast at the end."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -98,6 +99,20 @@ def merged_parameters(layer: Parameterization) -> Iterator[tuple[str, Tensor, Te
         have = frozen.get(name)
         before = torch.zeros_like(value) if have is None else have.to(value.dtype)
         yield name, value, before, kinds.dtype(layer.innermost) if have is None else have.dtype
+
+
+def rounding_error(model: nn.Module, dtype: torch.dtype) -> float:
+    """|round(W') - W'| / |W' - W| over all adapted layers, for rounding the merged weights W' to a dtype.
+
+    About 0.43 u |W| / |W' - W| until it nears 1, with u = 2^-8 in bf16, 2^-11 in fp16: in bf16 a change of 2e-4 of the weight is lost almost whole.
+    """
+    lost = changed = 0.0
+    with torch.no_grad():
+        for layer in wrapped_layers(model).values():
+            for _, exact, before, _ in merged_parameters(layer):
+                lost += float((exact.to(dtype).to(exact.dtype) - exact).double().square().sum())
+                changed += float((exact - before).double().square().sum())
+    return math.sqrt(lost / changed) if changed else 0.0
 
 
 def _restore(model: nn.Module, merged: _Merged) -> None:

@@ -18,7 +18,6 @@ from adaptrank.cli import errors
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from adaptrank.backbones import Source
 
@@ -455,6 +454,7 @@ def _merge(options: argparse.Namespace) -> None:
     from adaptrank import backbones
     from adaptrank.artifacts import merge as fold
     from adaptrank.artifacts import read_adapter
+    from adaptrank.artifacts.merging import rounding_error
     from adaptrank.parameterizations.base import wrapped_layers
 
     out = Path(options.out)
@@ -499,22 +499,6 @@ def _merge(options: argparse.Namespace) -> None:
     if found.auto_class == "AutoModelForCausalLM":
         print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")
     print(f"  load:     transformers.{found.auto_class}.from_pretrained({str(out)!r})")
-
-
-def rounding_error(model: "nn.Module", dtype: "torch.dtype") -> float:
-    """|round(W') - W'| / |W' - W| over all adapted layers, for rounding the merged weights W' to a dtype."""
-    import torch
-
-    from adaptrank.artifacts.merging import merged_parameters
-    from adaptrank.parameterizations.base import wrapped_layers
-
-    lost = changed = 0.0
-    with torch.no_grad():
-        for layer in wrapped_layers(model).values():
-            for _, exact, before, _ in merged_parameters(layer):
-                lost += float((exact.to(dtype).to(exact.dtype) - exact).square().sum())
-                changed += float((exact - before).square().sum())
-    return (lost / changed) ** 0.5 if changed else 0.0
 
 
 def stored_dtype(source: "Source") -> "torch.dtype":
