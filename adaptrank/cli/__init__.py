@@ -14,6 +14,8 @@ VERBS = {
     "report": "draw what an allocator did in a run: pictures and a page of HTML",
     "inspect": "spectra of an adapter: how large and of what rank its changes are, intruder dimensions",
     "compose": "several adapters as one: sums, TIES, DARE, KnOTS, compression, with a report",
+    "export": "an adapter in the format of HF PEFT, for PEFT itself or for servers that know one rank",
+    "import": "an adapter of HF PEFT in ours: LoRA, DoRA, AdaLoRA, LoKr",
     "generate": "complete prompts with an adapter, or with a merged model",
     "merge": "fold an adapter into its base and write a plain transformers model",
 }
@@ -58,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif verb in VERBS:
         from importlib import import_module
 
-        home = (
-            "verbs" if verb in ("methods", "generate", "merge") else verb
-        )  # a verb of some length has a file of its name
-        getattr(import_module(f"adaptrank.cli.{home}"), verb)(rest)
+        # A verb of some length has a file of its name; `import` is a word that Python keeps for itself.
+        home = {"methods": "verbs", "generate": "verbs", "merge": "verbs", "import": "export"}.get(verb, verb)
+        name = "import_" if verb == "import" else verb
+        getattr(import_module(f"adaptrank.cli.{home}"), name)(rest)
     else:
         import difflib
 

@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product whose large factor is of low rank."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class LoKr(Parameterization):
             )
         if zero not in ("A", "B"):
             raise ValueError(f"zero={zero!r} is no factor; use 'A' or 'B'.")
-        self.scale = alpha / rank
+        self.scale, self.factor, self.decompose_both = alpha / rank, factor, decompose_both
         self.dropout = nn.Dropout(dropout)
         self.decomposed = decompose_both and 2 * rank < max(m1, n1)
         if self.decomposed:
@@ -85,6 +85,18 @@ class LoKr(Parameterization):
         z = F.linear(self.dropout(x).unflatten(-1, (A.shape[1], -1)), self.B2)  # (..., n1, r)
         z = torch.einsum("...ur,pu->...pr", z, A)
         return self.scale * F.linear(z, self.B1).flatten(-2)
+
+    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        r = self.B1.shape[1]
+        coarse = {"lokr_w1_a": self.A1, "lokr_w1_b": self.A2} if self.decomposed else {"lokr_w1": self.A}
+        settings = {
+            "peft_type": "LOKR",
+            "r": r,
+            "alpha": self.scale * r,
+            "decompose_both": self.decompose_both,
+            "decompose_factor": self.factor,
+        }
+        return settings, {**coarse, "lokr_w2_a": self.B1, "lokr_w2_b": self.B2}
 
     def cost(self) -> Cost:
         (m, n), r, (m1, n1) = self.shape, len(self.B2), self.coarse.shape
