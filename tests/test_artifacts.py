@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
+from adaptrank.artifacts.description import digest_of
 from adaptrank.artifacts.merging import rounding_error
 from adaptrank.axes import generator, rank_axes
 from adaptrank.inject import adapt, set_enabled
@@ -330,11 +331,13 @@ def test_files_that_are_no_adapter(tmp_path):
         load_adapter(llama(), run)
 
 
-def edit(folder, change):
-    """Rewrite an adapter's tensors or description."""
+def edit(folder, change, rewrite_digest=True):
+    """Rewrite an adapter's tensors or description, as someone would who knows the format."""
     file = folder / "adapter_model.safetensors"
     tensors, description = load_file(file), read_adapter(folder)
     change(tensors, description)
+    if rewrite_digest and "digest" in description:
+        description["digest"] = digest_of(description, tensors)
     save_file(tensors, file, metadata={"adaptrank": json.dumps(description)})
 
 
@@ -346,7 +349,7 @@ def test_missing_unexpected_and_uneven_tensors_are_named(tmp_path):
         ("extra", lambda t, d: t.update({"strange": torch.zeros(1)}), r"it has an unexpected tensor strange"),
         ("uneven", lambda t, d: t.update({key: torch.zeros(3, 32)}), r"stored with different ranks"),
         ("class", lambda t, d: d["adapters"][0]["nest"][0].update({"class": "LoRX"}), r"'LoRX', which is not defined"),
-        ("future", lambda t, d: d.update({"format_version": 99}), r"has format 99; .* reads up to 1"),
+        ("future", lambda t, d: d.update({"format_version": 99}), r"has format 99; .* reads up to 2"),
     ):
         save_adapter(made, tmp_path / folder)
         edit(tmp_path / folder, change)

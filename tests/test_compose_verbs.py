@@ -124,3 +124,56 @@ def test_inspect(two, cli):  # noqa: F811
         code, _, err = cli("inspect", "a", *wrong)
         assert code == 2
         assert sentence in err
+
+
+# ---- export and import
+
+
+def test_export_and_import_are_a_round_trip(two, cli, tiny_llama):  # noqa: F811
+    import peft
+
+    code, out, err = cli("export", "a", "--out", "p")
+    assert code == 0, err
+    assert "Exported a as peft, LORA: p" in out
+    want = logits(load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "a"))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "p")
+    torch.testing.assert_close(logits(theirs), want, rtol=1e-5, atol=1e-5)
+    code, out, err = cli("import", "p", "--out", "back")
+    assert code == 0, err
+    assert "LoRA" in out
+    back = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "back")
+    torch.testing.assert_close(logits(back), want, rtol=1e-5, atol=1e-5)
+    assert cli("generate", "back", "--prompt", "1 2", "--max_new_tokens", 2)[0] == 0
+
+
+def test_what_only_comes_near_says_by_how_much(two, cli):  # noqa: F811
+    code, _, err = cli("export", "h", "--out", "p")
+    assert code == 2
+    assert "state the rank or the error" in err
+    assert not (two / "p").exists()
+    code, out, err = cli("export", "h", "--format", "lora-uniform", "--error", 0.5, "--out", "p")
+    assert code == 0, err
+    assert "relative error of the changes: mean" in out
+    assert "KL divergence" in out
+    config = json.loads((two / "p" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export", "a", "--format", "gguf", "--out", "p"], "convert_lora_to_gguf.py"),
+        (["export", "a", "--format", "pet", "--out", "p"], "did you mean 'peft'"),
+        (["export", "a", "--rank", "2", "--error", "0.1", "--out", "p"], "give one"),
+        (["export", "a", "--rank", "0", "--out", "p"], "--rank is 1 or more"),
+        (["export", "missing", "--out", "p"], "missing"),
+        (["import", "a", "--out", "p"], "names no peft_type"),
+        (["import", "missing", "--out", "p"], "missing"),
+    ],
+)
+def test_export_and_import_say_what_is_wrong_in_a_line(two, cli, arguments, sentence):  # noqa: F811
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") <= 2
+    assert not (two / "p").exists()

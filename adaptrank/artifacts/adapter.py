@@ -1,5 +1,6 @@
 """Save and load adapters: one safetensors file whose header says all that is needed to build them again."""
 
+import copy
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
+from adaptrank.artifacts.description import FORMAT_VERSION, digest_of, parse
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
 from adaptrank.distributed import first
@@ -33,7 +35,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-FORMAT_VERSION = 1
 
 log = logging.getLogger("adaptrank")
 
@@ -80,6 +81,8 @@ def save_adapter(
     folder = Path(folder)
     if not first():
         return folder
+    # Readers compare it: a file that was cut, changed or put together from two is refused.
+    description["digest"] = digest_of(json.loads(json.dumps(description)), tensors)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2)
     weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
@@ -112,15 +115,15 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     """
     file = _weights_file(folder)
     description = read_adapter(folder)
+    if name is not None and len(held := _names(description)) > 1:
+        raise ValueError(f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all.")
+    _check_digest(file, description)
     if name is not None:
-        if len(held := _names(description)) > 1:
-            raise ValueError(
-                f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all."
-            )
         for wrapper in (wrapper for entry in description["adapters"] for wrapper in entry["nest"]):
             wrapper["name"] = name
     with undone_on_error(model, split_at(model, description.get("split", {}))):
         _check_fits(model, description, file)
+        _check_allocations(model, description, file)
         _check_fingerprint(model, description)
         for entry in description["adapters"]:
             for own, makers in _runs(entry["nest"]):
@@ -155,6 +158,8 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: 
     for key, value in values.items():
         if value.shape != targets[key].shape:
             raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(targets[key].shape)}.")
+        if value.is_floating_point() != targets[key].is_floating_point():
+            raise ValueError(f"{file}: {key} is {value.dtype}, this model's is {targets[key].dtype}.")
     with torch.no_grad():
         for key, value in values.items():
             targets[key].copy_(value)
@@ -197,13 +202,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}.") from None
     if "adaptrank" not in metadata:
         raise ValueError(f"{file} is no adaptrank adapter: its header does not describe one.")
-    description: dict[str, Any] = json.loads(metadata["adaptrank"])
-    if description["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format {description['format_version']}; this version of adaptrank reads up to {FORMAT_VERSION}: "
-            f"pip install --upgrade adaptrank."
-        )
-    return description
+    return parse(metadata["adaptrank"], file)
 
 
 def describe_adapter(
@@ -343,6 +342,10 @@ def _state_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 def _weights_file(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     file = folder / WEIGHTS
+    if folder.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked.")
+    if file.is_symlink():
+        raise ValueError(f"{file} is a symbolic link, which may lead anywhere; copy the file itself.")
     if not file.is_file():
         pickled = [
             p.name for p in (folder.iterdir() if folder.is_dir() else ()) if p.suffix in (".bin", ".pt", ".ckpt")
@@ -402,6 +405,62 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
                 raise ValueError(
                     f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {have_shape}."
                 )
+
+
+def _check_digest(file: Path, description: Mapping[str, Any]) -> None:
+    if "digest" not in description:
+        return  # of format 1
+    with safe_open(file, framework="pt") as stored:
+        found = digest_of(description, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+    if found != description["digest"]:
+        raise ValueError(f"{file} is not what was written: its digest is another one. Copy it again.")
+
+
+def _check_allocations(model: nn.Module, description: Mapping[str, Any], file: Path) -> None:
+    """Build each nest once for each shape on the meta device: arguments that a class refuses, or that would take absurd memory, are
+    seen before anything is allocated."""
+    modules, seen = named_layers(model), set()
+    for number, entry in enumerate(description["adapters"]):
+        for path in entry["layers"]:
+            layer = modules[path]
+            plain = layer.innermost if isinstance(layer, Parameterization) else layer
+            sizes = tuple(tuple(p.shape) for p in plain.parameters())
+            if (number, type(plain), sizes) in seen:
+                continue
+            seen.add((number, type(plain), sizes))
+            nest = copy.deepcopy(
+                plain, {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in plain.parameters()}
+            )
+            room = 4 * sum(p.numel() for p in plain.parameters()) + (1 << 20)
+            for wrapper in entry["nest"]:
+                cls, arguments = PARAMETERIZATIONS[wrapper["class"]], wrapper["init_args"]
+                _check_counts(arguments, room, wrapper["class"], file)
+                try:
+                    with torch.random.fork_rng(devices=[]):
+                        nest = cls(nest, **arguments)
+                except Exception as error:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise ValueError(
+                        f"{file}: {wrapper['class']} at {path} cannot be built as it says: {reason}"
+                    ) from None
+            assert isinstance(nest, Parameterization)
+            state = ((name, t) for wrapper in nest.nest for name, t in wrapper.state_dict().items())
+            taken = sum(t.numel() for name, t in state if not name.startswith("base."))
+            if taken > room:
+                raise ValueError(
+                    f"{file}: the adapter of {path} would take {taken:,} numbers, and the layer has {room // 4:,}; it is damaged, or meant to harm."
+                )
+
+
+def _check_counts(value: Any, most: int, name: str, file: Path) -> None:
+    """No number in the arguments of a class is beyond the layer's own size."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_counts(one, most, name, file)
+    elif isinstance(value, int) and abs(value) > most:
+        raise ValueError(
+            f"{file} asks for a {name} with {value:,}, and the layer has {most // 4:,} numbers; it is damaged, or meant to harm."
+        )
 
 
 def _spell(nest: list[dict[str, Any]]) -> str:
