@@ -471,6 +471,16 @@ def test_predictions_are_lines_of_json(here, cli, trained):
     assert (here / "new" / "answers.jsonl").read_text() == out
 
 
+def test_a_card_lies_beside_the_adapter(trained):
+    text = (trained / "README.md").read_text()
+    front, body = text.split("---\n")[1:3]
+    matter = yaml.safe_load(front)
+    assert matter["library_name"] == "adaptrank"
+    assert "LoRA" in matter["tags"]
+    for words in ("trainable of", "## Layers", "## Ranks", "| layer |", "## Configuration", "class_path"):
+        assert words in body
+
+
 # ---- generate, merge, methods
 
 

@@ -22,6 +22,7 @@ import adaptrank.data
 import adaptrank.modules  # noqa: F401
 from adaptrank.allocators import Allocator
 from adaptrank.artifacts.adapter import WEIGHTS
+from adaptrank.artifacts.card import write_card
 from adaptrank.artifacts.run import (
     JsonlLogger,
     RunFiles,
@@ -31,11 +32,12 @@ from adaptrank.artifacts.run import (
     summarize,
     write_json,
 )
+from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.progress import StepProgress
 from adaptrank.cli.quiet import quiet
 from adaptrank.modules.base import AdaptedModule
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations.base import adapted_part, wrapped_layers
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -233,6 +235,12 @@ class AdaptrankCLI(LightningCLI):
         summary = summarize(self.model, self.before, after, self.trainer.global_step, files.seconds)
         if self.trainer.is_global_zero:
             write_json(folder / "summary.json", summary)
+            if (folder / "adapter").is_dir():
+                ranks = {key: len(axis) for key, axis in rank_axes(adapted_part(self.model)).items()}
+                config = folder / "config.yaml"
+                write_card(
+                    folder / "adapter", summary, ranks, config.read_text(encoding="utf-8") if config.is_file() else ""
+                )
             say("\n" + render(summary, self._names(after)))
             say("\n" + next_commands(folder, self.model))
 
