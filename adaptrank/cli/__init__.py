@@ -11,6 +11,7 @@ VERBS = {
     "predict": "predict, or complete prompts",
     "methods": "list parameterizations and allocators: formula, source, axes, cost, which pairs work",
     "plan": "say what a configuration would train, take and leave, without loading a weight",
+    "compare": "run a study: methods, allocators, budgets, learning rates, seeds; with a report",
     "report": "draw what an allocator did in a run: pictures and a page of HTML",
     "inspect": "spectra of an adapter: how large and of what rank its changes are, intruder dimensions",
     "compose": "several adapters as one: sums, TIES, DARE, KnOTS, compression, with a report",

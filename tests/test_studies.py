@@ -1,0 +1,357 @@
+"""Studies: what a file asks for, budgets solved exactly, learning rates selected on other data, runs that are not done twice, the report."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import cli, here, write  # noqa: F401
+
+from adaptrank.cli.compare import counting
+from adaptrank.studies.design import merged, places, read_study, replaced, reported, set_at, solve, trials
+from adaptrank.studies.report import markdown, page, pareto, rows, write_study
+from adaptrank.studies.runner import here as on_this_machine
+from adaptrank.studies.runner import run_study
+
+STUDIES = sorted(Path(__file__).parents[1].joinpath("configs/studies").glob("*.yaml"))
+
+
+# ---- what a file asks for
+
+
+def study(tmp_path, **changes):
+    said = {
+        "config": {
+            "model": {"init_args": {"rank": 8, "optimizer": {"init_args": {"lr": 0.1}}}},
+            "trainer": {"max_steps": 4},
+        },
+        "methods": {
+            "A": {"model": {"init_args": {"rank": "$budget"}}},
+            "B": {"model": {"init_args": {"rank": 3}}},
+        },
+        "budgets": [100, 250],
+        "lrs": [0.1, 0.01],
+        "seeds": [0, 1],
+        "selection": {"overlay": {"data": {"slice": True}}, "metric": "loss"},
+        "metric": "accuracy",
+        "baseline": "A",
+    }
+    said |= changes
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in said.items() if v is not None}))
+    return file
+
+
+def linear(config):
+    """30 parameters a unit."""
+    return 30 * config["model"]["init_args"]["rank"]
+
+
+def test_places_are_solved_to_the_largest_not_above_the_budget(tmp_path):
+    found = list(places(read_study(study(tmp_path)), linear))
+    assert [(p.method, p.budget, p.units, p.parameters) for p in found] == [
+        ("A", 100, 3, 90),
+        ("A", 250, 8, 240),
+        ("B", 100, None, 90),  # fixed: once, at the smallest budget it fits
+    ]
+    assert found[1].config["model"]["init_args"]["rank"] == 8
+    assert found[1].config["model"]["init_args"]["optimizer"] == {"init_args": {"lr": 0.1}}
+
+
+@given(st.integers(1, 50), st.integers(0, 40), st.integers(1, 5000), st.integers(1, 300))
+def test_solving(slope, fixed, budget, ceiling):
+    def count(config):
+        if config["k"] > ceiling:
+            raise ValueError("too large")
+        return fixed + slope * config["k"]
+
+    found = solve({"k": "$budget"}, budget, count)
+    fits = [k for k in range(1, ceiling + 1) if fixed + slope * k <= budget]
+    if fits:
+        assert found[0] == min(max(fits), 1 << 14)
+        assert found[1] == fixed + slope * found[0]
+    else:
+        assert "already 1 takes" in found
+
+
+def test_what_no_integer_fits_is_said(tmp_path):
+    found = list(places(read_study(study(tmp_path, budgets=[20])), linear))
+    assert found == [
+        "A, none, 20: already 1 takes 30 parameters",
+        "B has 90 parameters at any budget, above all of them",
+    ]
+
+
+def test_trials_and_reported_runs(tmp_path):
+    asked = read_study(study(tmp_path))
+    place = next(iter(places(asked, linear)))
+    tried = trials(asked, place)
+    assert [(p.lr, p.seed, p.trial) for p in tried] == [(0.1, 0, True), (0.01, 0, True)]
+    assert all(p.config["data"]["slice"] for p in tried)
+    assert tried[1].config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    final = reported(asked, place, 0.01)
+    found = [(p.seed, p.config["seed_everything"], p.config["data"]["init_args"]["seed"]) for p in final]
+    assert found == [(0, 0, 0), (1, 1, 1)]
+    assert len({p.key for p in [*tried, *final]}) == 4
+    assert trials(replace(asked, lrs=[0.1]), place) == []
+
+
+def test_overlays():
+    base = {"a": {"class_path": "X", "init_args": {"p": 1, "q": [1, 2]}}, "b": 1}
+    assert merged(base, {"a": {"init_args": {"p": 2}}}) == {
+        "a": {"class_path": "X", "init_args": {"p": 2, "q": [1, 2]}},
+        "b": 1,
+    }
+    assert merged(base, {"a": {"class_path": "Y"}})["a"] == {"class_path": "Y"}
+    assert merged(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
+    assert base["a"]["init_args"] == {"p": 1, "q": [1, 2]}
+    assert set_at(base, "c.d", 1)["c"] == {"d": 1}
+    assert replaced({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {"x": ["/d/a", 1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budget": [1]}, r"'budget' is no key of a study. Did you mean 'budgets'"),
+        ({"metric": None}, "a study needs the key 'metric'"),
+        ({"mode": "up"}, "mode is 'max' or 'min', not 'up'"),
+        ({"lrs": ["1e-3"]}, "lrs is a list of numbers; YAML reads 1e-3 as a text"),
+        ({"baseline": "C"}, "baseline 'C' is none of the methods"),
+        ({"selection": None}, "several lrs are selected by trials: selection needs an overlay"),
+        ({"budgets": None}, r"A has \$budget, and the study no budgets"),
+        ({"overlay": {"data": "$data/x"}}, r"reads data from \$data; say where they are with --data.root"),
+        ({"config": "missing.yaml"}, "there is no configuration"),
+        ({"methods": {}}, "methods names none"),
+    ],
+)
+def test_a_wrong_study_says_what_is_wrong(tmp_path, changes, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as said:
+        read_study(study(tmp_path, **changes))
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_the_studies_of_the_folder_are_studies(file, tmp_path):
+    said = yaml.safe_load(file.read_text())
+    if "domains" in said:
+        return  # of a script of its own
+    asked = read_study(file, data=str(tmp_path))
+    assert asked.limits
+    assert asked.baseline in asked.methods
+
+
+# ---- running
+
+
+class Counted:
+    """An engine that makes results up, and counts."""
+
+    def __init__(self, fail=()):
+        self.ran, self.fail = [], fail
+
+    def __call__(self, function, points, out):
+        for point in points:
+            self.ran.append(point.key)
+            failed = point.method in self.fail
+            value = 0.5 + 0.1 * point.seed + (0.2 if point.method == "A" else 0) + (point.budget or 0) / 10**4
+            result = {
+                "key": point.key, "method": point.method, "allocator": point.allocator, "budget": point.budget, "units": point.units,
+                "lr": point.lr, "seed": point.seed, "trial": point.trial, "adapter_params_at_start": point.parameters,
+                "status": "failed" if failed else "success", "error": "it broke" if failed else "",
+                "metrics": {} if failed else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
+                "num_trainable_params": point.parameters, "num_total_params": 1000, "train_time": 2.0, "units_final": 3, "units_peak": 4,
+                "accelerator_memory_max": 2**30, "file_size": 1000, "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
+            }  # fmt: skip
+            folder = out / "points" / point.key
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").write_text(json.dumps(result))
+            yield result
+
+
+def test_nothing_that_is_finished_runs_twice_and_what_failed_does(tmp_path):
+    asked = read_study(study(tmp_path))
+    engine = Counted(fail=("B",))
+    record = run_study(asked, tmp_path / "out", linear, engine, lambda line: None)
+    assert len(engine.ran) == 3 * 2 + 3 * 2
+    assert {r["lr"] for r in record["results"] if r["method"] == "A"} == {0.01}, "the better of the trials"
+    assert {r["lr"] for r in record["results"] if r["method"] == "B"} == {0.1}, "all trials failed: the middle one"
+    assert sum(r["status"] == "failed" for r in record["results"]) == 2
+    again = Counted()
+    record = run_study(asked, tmp_path / "out", linear, again, lambda line: None)
+    assert all(key.startswith("B") for key in again.ran)
+    assert not any(r["status"] == "failed" for r in record["results"])
+    last = Counted()
+    run_study(asked, tmp_path / "out", linear, last, lambda line: None)
+    assert not last.ran
+    more = Counted()
+    run_study(replace(asked, seeds=[0, 1, 2]), tmp_path / "out", linear, more, lambda line: None)
+    assert len(more.ran) == 3, "a further seed"
+
+
+def made(tmp_path, fail=(), **changes):
+    return run_study(read_study(study(tmp_path, **changes)), tmp_path / "out", linear, Counted(fail), lambda line: None)
+
+
+def test_rows_have_means_deviations_and_paired_tests(tmp_path):
+    found = rows(made(tmp_path, seeds=[0, 1, 2]))
+    first = found[0]
+    assert first["method"] == "A"
+    assert math.isclose(first["metric"], statistics.mean([0.71, 0.81, 0.91]))
+    assert math.isclose(first["deviation"], statistics.stdev([0.71, 0.81, 0.91]))
+    other = next(row for row in found if row["method"] == "B")
+    assert math.isclose(other["difference"], -0.2)
+    assert first["p"] is None
+    assert [row["seeds"] for row in found] == [3, 3, 3]
+
+
+def test_the_paired_test_is_scipys(tmp_path):
+    from scipy.stats import ttest_rel
+
+    record = made(tmp_path, seeds=[0, 1, 2])
+    for result, noise in zip([r for r in record["results"] if r["method"] == "B"], (0.01, -0.02, 0.05), strict=True):
+        result["metrics"]["accuracy"] += noise
+    found = rows(record)
+    one, other = found[2]["values"], found[0]["values"]
+    want = ttest_rel([one[s] for s in (0, 1, 2)], [other[s] for s in (0, 1, 2)]).pvalue
+    assert math.isclose(found[2]["p"], want)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1), st.sampled_from(["max", "min"]))
+def test_nothing_beats_the_front(points, mode):
+    front = pareto(points, mode)
+    better = (lambda a, b: a > b) if mode == "max" else (lambda a, b: a < b)
+    for cost, metric in front:
+        assert not any(c <= cost and better(m, metric) for c, m in points)
+    assert front
+
+
+def test_the_report(tmp_path):
+    record = made(tmp_path, fail=("B",), title="Some <title>", limits="Small & quick.")
+    files = {file.name for file in write_study(record, tmp_path / "report")}
+    assert files == {"pareto.png", "ranks.png", "report.md", "index.html", "table.json"}
+    text = (tmp_path / "report" / "report.md").read_text()
+    for words in (
+        "# Some <title>",
+        "Small & quick.",
+        "selected on `loss`",
+        "Reported on `accuracy`",
+        "| A | - | 100 | 90 | 4 | 0.01 | 0.7600 ± 0.0707",
+    ):
+        assert words in text
+    assert "2 failed" in text
+    assert "it broke" in text
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "Some &lt;title&gt;" in html
+    assert not re.search(r"<script|src=\"(?!data:)|href=", html)
+    assert markdown(record, rows(record)) == text
+    assert page(record, rows(record), {}).count("<img") == 0
+
+
+def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: F811
+    write(
+        here,
+        tiny_llama,
+        "base.yaml",
+        allocator=None,
+        trainer={"max_steps": 2, "accelerator": "cpu", "check_val_every_n_epoch": 1000},
+    )
+
+    def adapters(rank):
+        return [{"targets": ["q_proj"], "parameterization": [{"class_path": "LoRA", "init_args": {"rank": rank}}]}]
+
+    (here / "study.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "config": "base.yaml",
+                "overlay": {
+                    "model": {"init_args": {"generate": False}},
+                    "data": {"init_args": {"train_size": 8, "val_size": 4}},
+                },
+                "methods": {
+                    "LoRA": {"model": {"init_args": {"adapters": adapters("$budget")}}},
+                    "broken": {"model": {"init_args": {"adapters": adapters(2), "backbone": "nowhere/at-all"}}},
+                },
+                "allocators": {"none": {}},
+                "budgets": [300],
+                "lrs": [0.001, 0.01],
+                "selection": {"overlay": {"data": {"init_args": {"seed": 99}}}, "metric": "loss"},
+                "metric": "loss",
+                "mode": "min",
+                "baseline": "LoRA",
+            }
+        )
+    )
+    code, out, err = cli("compare", "study.yaml", "--plan", "--methods", "LoRA")
+    assert code == 0, err
+    assert "LoRA: 256 of 300 parameters, $budget = 2; 3 runs" in out
+    code, out, err = cli("compare", "study.yaml", "--methods", "LoRA")
+    assert code == 0, err
+    assert "2 trials, 0 of them finished" in out
+    assert "1 runs, 0 of them finished" in out
+    record = json.loads((here / "runs/studies/study/results.json").read_text())
+    (result,) = record["results"]
+    assert result["num_trainable_params"] == 256
+    assert result["units_final"] == 4
+    assert result["file_size"] > 1000
+    assert (here / "runs/studies/study/report/index.html").is_file()
+    code, out, _ = cli("compare", "study.yaml", "--methods", "LoRA")
+    assert "1 runs, 1 of them finished" in out
+    code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
+    assert code == 2
+    assert "did you mean 'LoRA'" in err
+
+
+def test_a_failed_point_says_why(tmp_path, tiny_llama):
+    write(tmp_path, tiny_llama, "base.yaml")
+    config = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    asked = read_study(
+        study(tmp_path, config=config, methods={"A": {"trainer": {"max_stps": 3}}}, budgets=None, lrs=None, seeds=[0])
+    )
+    record = run_study(asked, tmp_path / "out", lambda config: 1, on_this_machine(), lambda line: None)
+    assert record["results"][0]["status"] == "failed"
+    assert "max_stps" in record["results"][0]["error"]
+
+
+def test_counts_are_those_of_plan_and_kept(tmp_path, tiny_llama):
+    write(tmp_path, tiny_llama, "base.yaml")
+    config = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    count = counting(tmp_path / "counts.json")
+    assert count(config) == 2 * 8 * ((32 + 32) + (32 + 16))
+    assert list(json.loads((tmp_path / "counts.json").read_text()).values()) == [count(config)]
+    config["model"]["init_args"]["adapters"][0]["parameterization"][0]["init_args"] = {"rank": 0}
+    with pytest.raises(ValueError, match="rank=0"):
+        count(config)
+
+
+def test_a_pattern_that_a_run_found_is_replayed_by_another_after_it(tmp_path):
+    methods = {"replay": {"model": {"init_args": {"rank_pattern": "$ranks:found"}}}, "found": {}}
+    asked = read_study(study(tmp_path, methods=methods, budgets=None, lrs=None, selection=None, baseline="found"))
+    engine = Ordered()
+    run_study(asked, tmp_path / "out", lambda config: 1, engine, lambda line: None)
+    assert [method for method, _ in engine.ran] == ["found", "found", "replay", "replay"]
+    patterns = [config["model"]["init_args"]["rank_pattern"] for method, config in engine.ran if method == "replay"]
+    assert patterns == [str(Path("run of 0") / "ranks.json"), str(Path("run of 1") / "ranks.json")]
+
+
+class Ordered(Counted):
+    def __call__(self, function, points, out):
+        for point in points:
+            self.ran.append((point.method, point.config))
+            result = {
+                "key": point.key,
+                "method": point.method,
+                "allocator": "none",
+                "budget": None,
+                "seed": point.seed,
+                "lr": None,
+            }
+            result |= {"status": "success", "metrics": {"accuracy": 1.0}, "run": f"run of {point.seed}", "error": ""}
+            (out / "points" / point.key).mkdir(parents=True)
+            (out / "points" / point.key / "result.json").write_text(json.dumps(result))
+            yield result
