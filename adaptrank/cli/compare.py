@@ -109,11 +109,13 @@ def counting(file: Path) -> Any:
 
     from adaptrank.artifacts.run import write_json
     from adaptrank.cli.plan import describe
+    from adaptrank.studies.runner import without_replays
 
     known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def count(config: Mapping[str, Any]) -> int:
         plain = {key: value for key, value in config.items() if key in ("model", "data", "seed_everything")}
+        plain = without_replays(plain)  # a pattern that is not found yet leaves the count as it is
         key = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
         if key not in known:
             with tempfile.TemporaryDirectory() as folder:

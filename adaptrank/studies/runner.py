@@ -85,10 +85,20 @@ def _with_ranks(point: Point, results: Sequence[Result]) -> Point:
     for result in results:
         alike = (result["method"], result["allocator"], result["seed"]) == (method, allocator, point.seed)
         if alike and result["budget"] in (point.budget, None) and result["status"] == "success":
-            ranks = str(Path(result["run"]) / "ranks.json")
-            config = replaced(point.config, lambda text, ranks=ranks: ranks if _REPLAY.fullmatch(text) else text)
-            return replace(point, config=config)
+            return replace(point, config=_filled_in(point.config, str(Path(result["run"]) / "ranks.json")))
     return point  # it fails, and says that there is no such file
+
+
+def without_replays(value: Any) -> Any:
+    """A configuration without the keys whose values are found by other runs."""
+    if isinstance(value, dict):
+        return {k: without_replays(v) for k, v in value.items() if not (isinstance(v, str) and _REPLAY.fullmatch(v))}
+    return [without_replays(one) for one in value] if isinstance(value, list) else value
+
+
+def _filled_in(config: dict[str, Any], ranks: str) -> dict[str, Any]:
+    found: dict[str, Any] = replaced(config, lambda text: ranks if _REPLAY.fullmatch(text) else text)
+    return found
 
 
 def _all(points: Sequence[Point], out: Path, engine: Engine, say: Say, what: str) -> list[Result]:
