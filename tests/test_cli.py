@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from adaptrank.artifacts.description import digest_of
 from adaptrank.cli import VERBS, main
 from adaptrank.cli.train import AdaptrankCLI, run_name
 from adaptrank.cli.verbs import write_folder
@@ -521,8 +522,10 @@ def test_merge_tells_what_rounding_loses(here, cli, trained):
     faint.mkdir()
     name = "adapter_model.safetensors"
     with safe_open(trained / name, "pt") as stored:
-        metadata = stored.metadata()
-    save_file({k: v * 1e-3 for k, v in load_file(trained / name).items()}, faint / name, metadata=metadata)
+        description = json.loads(stored.metadata()["adaptrank"])
+    weak = {k: v * 1e-3 for k, v in load_file(trained / name).items()}
+    description["digest"] = digest_of(description, weak)
+    save_file(weak, faint / name, metadata={"adaptrank": json.dumps(description)})
     for dtype, warned in (("bf16", True), ("fp32", False)):
         code, _, err = cli("merge", faint, "--out", f"merged-{dtype}", "--dtype", dtype)
         assert code == 0, err

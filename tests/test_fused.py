@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptrank import adapt, delete_adapter, load_adapter, merge, rank_axes, save_adapter, select_rows, unmerge
 from adaptrank.artifacts import read_adapter
 from adaptrank.artifacts.adapter import describe_adapter
+from adaptrank.artifacts.description import digest_of
 from adaptrank.axes import generator
 from adaptrank.data import ArithmeticProblems
 from adaptrank.layers import Parts
@@ -365,6 +366,7 @@ def test_a_failing_load_leaves_the_model_unsplit(damage, sentence, tmp_path):
     save_adapter(trained(adapt(gpt2(), ["c_attn"], LoRA, split_fused=True)), tmp_path)
     file, description = tmp_path / "adapter_model.safetensors", read_adapter(tmp_path)
     damage(description)
+    description["digest"] = digest_of(description, load_file(file))
     save_file(load_file(file), file, metadata={"adaptrank": json.dumps(description)})
     model = gpt2()
     plain = state(model)

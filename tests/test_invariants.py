@@ -3,7 +3,7 @@
 import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from hypothesis import assume, given, settings
@@ -86,12 +86,10 @@ class Drawn:
         return self.last
 
 
-class DrawnPruning(Drawn, Allocator):
-    pass
-
-
-class DrawnExchange(Drawn, ElaLoRA):
-    pass
+@cache
+def drawn(kind):
+    """Defined in the first test, so that the registry is without it when that is over."""
+    return type(f"Drawn{kind.__name__}", (Drawn, kind), {})
 
 
 def build(problem, order):
@@ -114,9 +112,9 @@ def allocator_for(problem, model):
     assume(least < start)
     phases = {"every": 2, "warmup": 1, "final": 1, "floor": problem.floor, "cap": problem.cap, "unit": problem.unit}
     if problem.grows:
-        found = DrawnExchange(swaps=3, pool=2, **phases)
+        found = drawn(ElaLoRA)(swaps=3, pool=2, **phases)
     else:
-        found = DrawnPruning(least + int(problem.share * (start - least)), **phases)
+        found = drawn(Allocator)(least + int(problem.share * (start - least)), **phases)
     found.problem, found.last = problem, {}
     return found
 

@@ -15,9 +15,9 @@ def compare(args: Sequence[str]) -> None:
     """Run a study and report on it."""
     parser = make_parser(
         "compare",
-        "Run every point of a study file through `fit`, and report on all of them: methods and allocators at matched budgets, learning\n"
-        "rates selected by equal trials, seeds. A study that was stopped goes on where it was; what is finished is never run\n"
-        "again, what failed is tried once more.",
+        "Run every point of a study file through `fit`, and report on all of them: methods and allocators at matched\n"
+        "budgets, learning rates selected by equal trials, seeds. A study that was stopped goes on where it was; what is\n"
+        "finished is never run again, what failed is tried once more.",
     )
     parser.add_argument("study", metavar="STUDY", help="a study file, such as configs/studies/budgets.yaml")
     parser.add_argument("--data.root", dest="data", metavar="FOLDER", help="what stands for $data in the study")

@@ -27,9 +27,9 @@ def compose(args: Sequence[str]) -> None:
     """Several adapters as one."""
     parser = make_parser(
         "compose",
-        "Put adapters that were trained one by one on the same base together: their weighted sum, or another operator; written as one\n"
-        "adapter, or with --merge as a plain transformers model. The report says how the adapters lie to each other, and what every\n"
-        "approximation costs.",
+        "Put adapters that were trained one by one on the same base together: their weighted sum, or another operator;\n"
+        "written as one adapter, or with --merge as a plain transformers model. The report says how the adapters lie to\n"
+        "each other, and what every approximation costs.",
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="+", help="adapter folders, two or more")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the result")

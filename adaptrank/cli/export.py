@@ -26,9 +26,9 @@ def export(args: Sequence[str]) -> None:
     formats = "\n".join(f"  {name:14}{what}" for name, what in FORMATS.items())
     parser = make_parser(
         "export",
-        "Write an adapter so that HF PEFT and servers load it. LoRA, DoRA and LoKr leave as what they are, whatever is a product of small\n"
-        "factors as a LoRA, exactly. What is no product (HyperAdapt, most hybrids) leaves as the best LoRA of a stated --rank or --error,\n"
-        f"and the loss is told, or exactly by `merge`.\n\nformats:\n{formats}",
+        "Write an adapter so that HF PEFT and servers load it. LoRA, DoRA and LoKr leave as what they are, whatever is a\n"
+        "product of small factors as a LoRA, exactly. What is no product (HyperAdapt, most hybrids) leaves as the best\n"
+        f"LoRA of a stated --rank or --error, and the loss is told, or exactly by `merge`.\n\nformats:\n{formats}",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
     parser.add_argument("--format", default="peft", metavar="NAME", help="peft or lora-uniform (peft)")
@@ -119,8 +119,8 @@ def import_(args: Sequence[str]) -> None:
     """An adapter of HF PEFT in our classes."""
     parser = make_parser(
         "import",
-        "Read an adapter that HF PEFT wrote (LoRA with rsLoRA, DoRA and patterns; AdaLoRA; LoKr), and write it as ours: for allocators,\n"
-        "compose, inspect, merge. Only safetensors and JSON are read.",
+        "Read an adapter that HF PEFT wrote (LoRA with rsLoRA, DoRA and patterns; AdaLoRA; LoKr), and write it as ours:\n"
+        "for allocators, compose, inspect, merge. Only safetensors and JSON are read.",
     )
     parser.add_argument("adapter", metavar="PEFT_FOLDER", help="what PEFT's save_pretrained wrote")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder")

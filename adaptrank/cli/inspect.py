@@ -13,9 +13,9 @@ def inspect(args: Sequence[str]) -> None:
     """What the spectrum of an adapter says."""
     parser = make_parser(
         "inspect",
-        "Look at the change that an adapter makes to each weight: its size beside the weight, its rank by several measures, and\n"
-        "intruder dimensions (leading singular vectors of W' that W does not have). Any rank measure is scale-free: read it beside\n"
-        "|D|/|W|.",
+        "Look at the change that an adapter makes to each weight: its size beside the weight, its rank by several\n"
+        "measures, and intruder dimensions (leading singular vectors of W' that W does not have). Any rank measure is\n"
+        "scale-free: read it beside |D|/|W|.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
     parser.add_argument("--out", metavar="FOLDER", help="for inspect.json and inspect.png (ADAPTER/inspect)")
