@@ -504,6 +504,18 @@ def test_an_adapter_and_its_merged_model_say_the_same(here, cli, trained):
     assert cli("generate", base, *ask)[1] != adapted, "the adapter changes nothing, so the test shows nothing"
 
 
+def test_prompts_of_a_file_and_words_as_they_come(here, cli, trained, monkeypatch):
+    (here / "prompts.txt").write_text("1 2\n\n3 4\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "1 2", "answer": 3}\n{"prompt": "3 4"}\n')
+    ask = ["--max_new_tokens", "3"]
+    want = cli("generate", trained, "--prompt", "1 2", "--prompt", "3 4", *ask)[1]
+    for name in ("prompts.txt", "prompts.jsonl"):
+        assert cli("generate", trained, "--file", name, *ask)[1] == want
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    streamed = cli("generate", trained, "--file", "prompts.txt", *ask)[1]
+    assert streamed.split() == want.split()
+
+
 def test_a_merged_folder_needs_no_adaptrank(here, cli, trained):
     assert cli("merge", trained, "--out", "merged", "--dtype", "bf16")[0] == 0
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -632,6 +644,9 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
         (["merge", "ADAPTER", "--out", "tiny.yaml"], "is a file"),
         (["generate", "."], "neither an adapter"),
         (["generate", "ADAPTER", "--prompt", ""], "empty prompt"),
+        (["generate", "ADAPTER", "--prompt", "1", "--file", "x"], "both give prompts"),
+        (["generate", "ADAPTER", "--file", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "ADAPTER", "--file", "broken.jsonl"], "JSON with a field `prompt`"),
         (["generate", "ADAPTER", "--dtype", "bf17"], "'bf17' is unknown"),
         (["generate", "ADAPTER", "--base", "./nowhere"], "Name the base with --base"),
         (["generate", "ADAPTER", "--prompt", "1", "--chat"], "no chat template"),
@@ -639,6 +654,7 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
     ],
 )
 def test_mistakes_with_the_other_verbs(here, cli, trained, args, wanted):
+    (here / "broken.jsonl").write_text("{\n")
     code, _, err = cli(*[trained if arg == "ADAPTER" else arg for arg in args])
     assert code == 2, err
     assert wanted in err, err

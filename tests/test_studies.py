@@ -355,3 +355,29 @@ class Ordered(Counted):
             (out / "points" / point.key).mkdir(parents=True)
             (out / "points" / point.key / "result.json").write_text(json.dumps(result))
             yield result
+
+
+def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama):
+    """Each in a process of the cluster, and at once."""
+    import ray
+
+    from adaptrank.studies.runner import on_ray
+
+    write(
+        tmp_path,
+        tiny_llama,
+        "base.yaml",
+        allocator=None,
+        trainer={"max_steps": 1, "accelerator": "cpu", "check_val_every_n_epoch": 1000},
+    )
+    config = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    config["model"]["init_args"]["generate"] = False
+    asked = read_study(
+        study(tmp_path, config=config, methods={"A": {}}, budgets=None, lrs=None, selection=None, metric="loss")
+    )
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        record = run_study(asked, tmp_path / "out", lambda config: 1, on_ray(), lambda line: None)
+    finally:
+        ray.shutdown()
+    assert [(r["seed"], r["status"]) for r in record["results"]] == [(0, "success"), (1, "success")]

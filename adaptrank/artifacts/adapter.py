@@ -485,8 +485,9 @@ def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
     base = description["base"]
     if found != base["fingerprint"]:
         log.warning(
-            "The base differs from the one this adapter was trained on (%s; fingerprint %s, here %s): results will differ.",
+            "The base differs from the one this adapter was trained on (%s; fingerprint %s, here %s of %s): results will differ.",
             base.get("source") or base.get("name") or "unnamed",
             base["fingerprint"],
             found,
+            getattr(getattr(model, "config", None), "_name_or_path", "") or f"a {type(model).__name__}",
         )

@@ -358,12 +358,16 @@ def generate(args: Sequence[str]) -> None:
     parser = make_parser(
         "generate",
         "Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal language) model.\n"
-        "Without --prompt, every line of standard input is a prompt. \\n in a prompt is a line break.",
+        "Without --prompt and --file, every line of standard input is a prompt. \\n in a prompt is a line break. On a terminal\n"
+        "words are shown as they come.",
     )
     parser.add_argument(
         "model", metavar="ADAPTER_OR_MODEL", help="a run's adapter folder, a model's folder, or a model id"
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    parser.add_argument(
+        "--file", metavar="FILE", help="a prompt a line; of .jsonl files the field `prompt` of each line"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (64)")
     parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt: prompt, completion")
@@ -384,15 +388,37 @@ def _generate(options: argparse.Namespace) -> None:
             f"{found.adapter} was trained for {found.auto_class.removeprefix('AutoModelFor')}, which completes no text; use "
             f"`python -m adaptrank predict --model.adapter {found.adapter} ...`."
         )
-    prompts = options.prompt if options.prompt is not None else _lines()
+    prompts = _prompts(options)
     tokenizer, model = backbones.load_tokenizer(found.source), found.load(dtype)
+    streams = sys.stdout.isatty() and not options.json
     for given in prompts:
         prompt = given.replace("\\n", "\n")
-        text = complete(model, tokenizer, prompt, options.max_new_tokens, options.chat)
+        if streams and not options.chat:
+            print(prompt, end="", flush=True)
+        text = complete(model, tokenizer, prompt, options.max_new_tokens, options.chat, streams)
+        if streams:
+            continue
         if options.json:
             print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), flush=True)
         else:
             print(text if options.chat else prompt + text, flush=True)
+
+
+def _prompts(options: argparse.Namespace) -> Iterable[str]:
+    if options.prompt is not None and options.file is not None:
+        raise errors.ConfigError("--prompt and --file both give prompts; take one.")
+    if options.file is None:
+        return options.prompt if options.prompt is not None else _lines()
+    file = Path(options.file)
+    if not file.is_file():
+        raise errors.ConfigError(errors.missing_file(options.file, "file of prompts"))
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if file.suffix != ".jsonl":
+        return lines
+    try:
+        return [json.loads(line)["prompt"] for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise errors.ConfigError(f"--file {file}: each line has to be JSON with a field `prompt`.") from None
 
 
 def _lines() -> Iterator[str]:
@@ -403,9 +429,12 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool = False) -> str:
-    """The greedy continuation of one prompt, special tokens left out."""
+def complete(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool = False, show: bool = False
+) -> str:
+    """The greedy continuation of one prompt, special tokens left out; shown on standard output as it comes, if asked for."""
     import torch
+    from transformers import TextStreamer
 
     from adaptrank.data.base import render, tokens
 
@@ -420,6 +449,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None,
         )
     completion: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return completion
