@@ -305,6 +305,9 @@ def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "defau
                     f"{folder} adapts {path!r}, which is no layer of this model; was it made for another base?"
                 )
             maker, values = _maker(config, path, tensors, folder)
+            m, n = kinds.shape(getattr(layer, "innermost", layer))
+            if isinstance(maker.keywords.get("rank"), int) and maker.keywords["rank"] > 4 * (m + n):
+                raise ValueError(f"{folder}: a rank of {maker.keywords['rank']:,} for {path} of {m} x {n} is absurd.")
             adapt(model, f"^{re.escape(path)}$", maker, name=name, split_fused=False)
             wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
             for attribute, value in values.items():
@@ -357,6 +360,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: if it is damaged, or the adapter is of a kind that we have not.
     """
     for file in (CONFIG, WEIGHTS):
+        if (folder / file).is_symlink():
+            raise ValueError(f"{folder / file} is a symbolic link, which may lead anywhere; copy the file itself.")
         if not (folder / file).is_file():
             pickled = (
                 " adapter_model.bin is a pickle, which is never loaded."
@@ -366,7 +371,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"No PEFT adapter at {str(folder)!r}: it has no {file}.{pickled}")
     try:
         config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} is no JSON: {error}.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind is None:
@@ -384,8 +389,46 @@ def read_config(folder: Path) -> dict[str, Any]:
     ):
         if config.get(name, off) not in (off, None):
             raise ValueError(f"{folder} was trained with {name}={config[name]!r}, which none of our classes has.")
+    _check_config(config, folder)
     found: dict[str, Any] = config
     return found
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Types and ranges of all that is read of a configuration."""
+
+    def need(true: bool, name: str) -> None:
+        if not true:
+            raise ValueError(f"{folder / CONFIG} has {name}={config.get(name)!r}, which is not what PEFT writes.")
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    kind = config["peft_type"]
+    if kind != "ADALORA":
+        need(isinstance(config.get("r"), int) and not isinstance(config["r"], bool) and 1 <= config["r"] < 1 << 20, "r")
+    name = "alpha" if kind == "LOKR" else "lora_alpha"
+    need(config.get(name) is None or number(config[name]), name)
+    for name in ("use_rslora", "use_dora", "decompose_both"):
+        need(config.get(name) in (None, True, False), name)
+    factor = config.get("decompose_factor")
+    need(factor is None or (isinstance(factor, int) and -1 <= factor < 1 << 20), "decompose_factor")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        need(pattern is None or isinstance(pattern, dict), name)
+        for key, value in (pattern or {}).items():
+            fits = number(value) or (kind == "ADALORA" and isinstance(value, list))
+            need(fits and len(key) <= 1000 and _compiles(key), name)
+    named = config.get("base_model_name_or_path")
+    need(named is None or isinstance(named, str), "base_model_name_or_path")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 _OWN = re.compile(
@@ -412,17 +455,27 @@ def _maker(
     B = tensors.get("lora_B", tensors.get("lora_embedding_B"))
     if A is None or B is None:
         raise ValueError(f"{folder} has no lora_A or no lora_B of {path}; it has {', '.join(sorted(names))}.")
+    if A.dim() < 2 or B.dim() < 2 or not len(A) or not A.is_floating_point() or not B.is_floating_point():
+        raise ValueError(
+            f"{folder}: the factors of {path} are {tuple(A.shape)} and {tuple(B.shape)}, which are no matrices."
+        )
     A, B = A.flatten(1), B.flatten(1)
     r = len(A)
     if config["peft_type"] == "ADALORA":
-        alpha = float(config.get("lora_alpha", 8))
-        count = float(tensors["ranknum"]) if "ranknum" in tensors else _rank_of(config, path, r)
+        if "lora_E" not in tensors:
+            raise ValueError(f"{folder} is of AdaLoRA, and has no lora_E of {path}.")
+        alpha = float(config.get("lora_alpha") or 8)
+        count = (
+            float(tensors["ranknum"])
+            if tensors.get("ranknum", torch.empty(0)).numel() == 1
+            else _rank_of(config, path, r)
+        )
         scale = alpha / (count + 1e-5)  # as PEFT divides
         return partial(SVD, rank=r, alpha=scale * r), {"Q": A, "P": B, "l": tensors["lora_E"].flatten()}
     stated = _by_pattern(config.get("rank_pattern"), path, config["r"])
     if stated != r:
         raise ValueError(f"{folder} states a rank of {stated} for {path}, and its tensors have {r}.")
-    alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)))
+    alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha") or 8))
     if config.get("use_rslora"):
         alpha *= math.sqrt(r)  # a rank that an allocator changes later leaves the scale alone, so both forms are one
     if config.get("use_dora"):
@@ -441,9 +494,14 @@ def _lokr(
             f"{folder}: the large factor of {path} is whole, and our LoKr has it as a product; lower the rank in PEFT."
         )
     r = int(_by_pattern(config.get("rank_pattern"), path, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("alpha", 8)))
+    alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("alpha") or 8))
     both = "lokr_w1_a" in tensors
-    made = partial(LoKr, rank=r, alpha=alpha, factor=int(config.get("decompose_factor", -1)), decompose_both=both)
+    needed = {"lokr_w2_a", "lokr_w2_b", *({"lokr_w1_a", "lokr_w1_b"} if both else {"lokr_w1"})}
+    if missing := sorted(needed - tensors.keys()):
+        raise ValueError(f"{folder} has no {missing[0]} of {path}.")
+    if r > max(t.numel() for t in tensors.values()):
+        raise ValueError(f"{folder} states a rank of {r} for {path}, and its tensors are smaller.")
+    made = partial(LoKr, rank=r, alpha=alpha, factor=int(config.get("decompose_factor") or -1), decompose_both=both)
     coarse = {"A1": tensors["lokr_w1_a"], "A2": tensors["lokr_w1_b"]} if both else {"A": tensors["lokr_w1"]}
     return made, {**coarse, "B1": tensors["lokr_w2_a"], "B2": tensors["lokr_w2_b"]}
 

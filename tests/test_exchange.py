@@ -308,3 +308,78 @@ def test_scales_survive():
         LoRA(nn.Linear(4, 4), rank=4, alpha=3 * math.sqrt(4)).scale,
         LoRA(nn.Linear(4, 4), rank=4, alpha=3, rslora=True).scale,
     )
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    10**12,
+    -(10**30),
+    1.5,
+    float("nan"),
+    "",
+    "x" * 3000,
+    "(",
+    ".*",
+    [],
+    {},
+    [None],
+    {"(": 1},
+    {".*": "x"},
+    {".*": 10**9},
+]
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "lokr"])
+def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, kind):
+    import random
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    config = {
+        "lora": peft.LoraConfig(r=3, target_modules=ALL, rank_pattern={"q_proj": 2}),
+        "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, target_modules=ALL, total_step=10),
+        "lokr": peft.LoKrConfig(r=2, target_modules=ALL),
+    }[kind]
+    theirs(config).save_pretrained(tmp_path / "good")
+    draw, refused = random.Random(kind), 0
+    for number in range(100):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", folder)
+        file, said = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        how = draw.randrange(4)
+        if how == 0:
+            data = bytearray(file.read_bytes())
+            data[draw.randrange(min(len(data), 4000))] ^= 1 << draw.randrange(8)
+            file.write_bytes(data)
+        elif how == 1:
+            tensors = load_file(file)
+            key = draw.choice(sorted(tensors))
+            value = tensors.pop(key)
+            if draw.random() < 0.7:
+                other = draw.choice([key, f"{key}x", "x", "base_model.model.lm_head.weight"])
+                tensors[other] = draw.choice(
+                    [value.flatten(), value[:0], value.to(torch.int64), torch.zeros(5, 3), torch.zeros(())]
+                )
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+        else:
+            settings = json.loads(said.read_text())
+            settings[draw.choice(sorted(settings))] = draw.choice(HOSTILE)
+            said.write_text(json.dumps(settings))
+        model = llama()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        error = None
+        try:
+            import_peft(model, folder)
+        except Exception as raised:
+            error = raised
+        assert error is None or type(error) in (ValueError, FileNotFoundError), (number, how, repr(error))
+        if error is not None:
+            refused += 1
+            assert "\n" not in str(error).strip(), (number, how, str(error))
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert not wrapped_layers(model)
+    assert refused > 20
