@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptrank import layers as kinds
 from adaptrank.artifacts.adapter import trained_modules
 from adaptrank.composition.changes import Change, Dense, Product, rank_for, truncated
+from adaptrank.composition.monitor import change_of
 from adaptrank.inject import adapt, undone_on_error
 from adaptrank.parameterizations.base import Parameterization, named_layers, wrapped_layers
 from adaptrank.parameterizations.dora import DoRA
@@ -127,7 +128,7 @@ def _forms(
         if own is not None and not (uniform and ("use_dora" in own[0] or own[0]["peft_type"] != "LORA")):
             forms[path], facts[path] = own, {"rank": own[0]["r"], "error": 0.0}
         else:
-            forms[path], facts[path] = _as_lora(_change(layer), path, rank, error)
+            forms[path], facts[path] = _as_lora(change_of(layer), path, rank, error)
     return forms, facts
 
 
@@ -141,14 +142,6 @@ def _fused(model: nn.Module) -> dict[str, str]:
     }
 
 
-@torch.no_grad()
-def _change(layer: Parameterization) -> Change:
-    factors = layer.low_rank()
-    if factors is not None:
-        return Product(*factors)
-    return Dense(layer.dense() - kinds.dense(layer.innermost, layer.adapter_dtype))
-
-
 def _joined(model: nn.Module, owner: str, layers: Mapping[str, Parameterization]) -> Change:
     """The change of a fused layer from those of its parts, one below the other."""
     parts = model.get_submodule(owner)
@@ -158,7 +151,9 @@ def _joined(model: nn.Module, owner: str, layers: Mapping[str, Parameterization]
         layer = layers.get(f"{owner}.{name}" if owner else name)
         (m, n), dtype = kinds.shape(plain), torch.promote_types(torch.float32, kinds.dtype(plain))
         found.append(
-            Product(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype)) if layer is None else _change(layer)
+            Product(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype))
+            if layer is None
+            else change_of(layer)
         )
     products = [change for change in found if isinstance(change, Product)]
     if len(products) == len(found):
