@@ -84,7 +84,7 @@ def undone_on_error(model: nn.Module, fused: Mapping[kinds.Parts, nn.Module]) ->
         yield
     except BaseException:
         for path, layer in named_layers(model).items():
-            if layer is not before[path]:
+            if layer is not before.get(path, layer):  # a part of a layer that was split has no place in what was
                 replace_layer(model, layer, before[path])
         for parts, layer in fused.items():
             replace_layer(model, parts, layer)

@@ -573,6 +573,31 @@ def test_a_composed_adapter_merges_and_composes_again(tmp_path):
         torch.testing.assert_close(_matrix(merged.get_submodule(path)), want, **EXACT)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_parts_of_a_fused_layer(tmp_path, merged):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def base():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)).double().eval()
+
+    for seed, name in enumerate("ab"):
+        model = adapt(base(), r".*c_attn\.[qv]", partial(LoRA, rank=2), split_fused=True)
+        perturb(model, 0.3, seed)
+        save_adapter(model, tmp_path / name)
+    ids = torch.arange(6)[None]
+    both = load_adapter(load_adapter(base(), tmp_path / "a", "a"), tmp_path / "b", "b")
+    model = base()
+    compose(model, [tmp_path / "a", tmp_path / "b"], merged=merged)
+    torch.testing.assert_close(model(ids).logits, both(ids).logits, rtol=1e-9, atol=1e-9)
+    assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D) == merged
+    plain, keys = base(), set(base().state_dict())
+    with pytest.raises(ValueError, match="one direction for each"):
+        compose(plain, [tmp_path / "a", tmp_path / "b"], compression=Compression(parameters=2), merged=merged)
+    assert set(plain.state_dict()) == keys
+    assert torch.equal(plain(ids).logits, base()(ids).logits)
+
+
 def test_a_weak_change_merged_into_half_precision_is_reported(tmp_path, caplog):
     a, _ = made(tmp_path / "a", partial(LoRA, rank=2, alpha=1e-3), 1, dtype=torch.bfloat16)
     compose(Base(torch.bfloat16), [a, a], merged=True)

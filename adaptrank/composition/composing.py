@@ -21,7 +21,7 @@ from adaptrank.backbones import fingerprint
 from adaptrank.composition.changes import Change, Dense, Product, inner, rank_for, shared_ranks, total, truncated
 from adaptrank.composition.operators import OPERATORS, options_of
 from adaptrank.composition.similarity import Similarity
-from adaptrank.inject import undone_on_error
+from adaptrank.inject import join_fused, undone_on_error
 from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
 from adaptrank.parameterizations.lora import LoRA
 
@@ -307,54 +307,67 @@ def _distance(a: Change, b: Change) -> float:
 def _in_delta_space(
     model: nn.Module, count: int, similarity: Similarity, combine: Combine, compression: Compression, merged: bool
 ) -> dict[str, dict[str, Any]]:
-    facts: dict[str, dict[str, Any]] = {}
     layers = wrapped_layers(model)
+    result = _Result(model, merged)
     waiting: dict[str, Change] = {}  # where ranks are chosen over all layers
-    written: list[tuple[nn.Module, Mapping[str, Tensor | None]]] = []
-    lost = changed = 0.0
-    try:
+    with result:
         for path in list(layers):
             layer = layers.pop(path)
-            plain = layer.innermost
             found = changes(layer, count)
             similarity.add(path, found, _weight_norm(layer))
-            result, distance = combine(found, path)
-            facts[path] = {"from_sum": distance}
-            replace_layer(model, layer, plain)  # its factors are free as soon as they are used
+            change, distance = combine(found, path)
+            result.facts[path] = {"from_sum": distance}
+            replace_layer(model, layer, layer.innermost)  # its factors are free as soon as they are used
             del found, layer
             if compression.parameters is not None:
-                waiting[path] = result
-                continue
-            if compression:
-                rank = compression.rank or rank_for(result, compression.energy, compression.error)
-                result = _compressed(result, rank, facts[path])
-            if merged:
-                values, missing, whole = _folded(plain, result, path)
-                lost, changed = lost + missing, changed + whole
-                written.append((plain, values))
+                waiting[path] = change
+            elif compression:
+                result.put(path, change, compression.rank or rank_for(change, compression.energy, compression.error))
             else:
-                _put(model, path, plain, result, facts[path])
+                result.put(path, change)
         if waiting:
             ranks = shared_ranks(list(waiting.values()), int(compression.parameters or 0))
-            for (path, result), rank in zip(waiting.items(), ranks, strict=True):
-                plain = model.get_submodule(path)
-                small = _compressed(result, rank, facts[path])
-                if merged:
-                    values, missing, whole = _folded(plain, small, path)
-                    lost, changed = lost + missing, changed + whole
-                    written.append((plain, values))
-                else:
-                    _put(model, path, plain, small, facts[path])
-    except BaseException:
-        for plain, values in reversed(written):
-            kinds.write(plain, values)
-        raise
-    if lost > 0.04 * changed > 0:
-        log.warning(
-            "Merging lost %.0f %% of the change to rounding; compose on a float32 base to keep it.",
-            100 * (lost / changed) ** 0.5,
-        )
-    return facts
+            for (path, change), rank in zip(waiting.items(), ranks, strict=True):
+                result.put(path, change, rank)
+    return result.facts
+
+
+class _Result:
+    """Where the changes go: a LoRA beside each layer, or into its weight. After an error the weights are what they were."""
+
+    def __init__(self, model: nn.Module, merged: bool) -> None:
+        self.model, self.merged = model, merged
+        self.facts: dict[str, dict[str, Any]] = {}
+        self._written: list[tuple[nn.Module, Mapping[str, Tensor | None]]] = []
+        self._lost = self._changed = 0.0
+
+    def __enter__(self) -> "_Result":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            for plain, values in reversed(self._written):
+                kinds.write(plain, values)
+            return
+        if self.merged:
+            join_fused(self.model)
+        if self._lost > 0.04 * self._changed > 0:
+            log.warning(
+                "Merging lost %.0f %% of the change to rounding; compose on a float32 base to keep it.",
+                100 * (self._lost / self._changed) ** 0.5,
+            )
+
+    def put(self, path: str, change: Change, rank: int | None = None) -> None:
+        """One layer's; of this rank, if one is given."""
+        plain = self.model.get_submodule(path)
+        if rank is not None:
+            change = _compressed(change, rank, self.facts[path])
+        if not self.merged:
+            _put(self.model, path, plain, change, self.facts[path])
+            return
+        values, lost, changed = _folded(plain, change, path)
+        self._lost, self._changed = self._lost + lost, self._changed + changed
+        self._written.append((plain, values))
 
 
 def _compressed(result: Change, rank: int, facts: dict[str, Any]) -> Product:
