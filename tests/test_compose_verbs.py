@@ -155,6 +155,9 @@ def test_what_only_comes_near_says_by_how_much(two, cli):  # noqa: F811
     assert code == 0, err
     assert "relative error of the changes: mean" in out
     assert "KL divergence" in out
+    each = json.loads((two / "p" / "export.json").read_text())["layers"]
+    assert len(each) == 14
+    assert all(0 < facts["error"] <= 0.5 for facts in each.values())
     config = json.loads((two / "p" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"]
 

@@ -239,9 +239,9 @@ def test_the_report(tmp_path):
     for words in (
         "# Some <title>",
         "Small & quick.",
-        "selected on `loss`",
+        "selected by `loss` on a slice of train",
         "Reported on `accuracy`",
-        "| A | - | 100 | 90 | 4 | 0.01 | 0.7600 ± 0.0707",
+        "| A | - | 100 | 90 | 4 | 0.01 | a slice of train | validation | 0.7600 ± 0.0707",
     ):
         assert words in text
     assert "2 failed" in text
@@ -357,7 +357,7 @@ class Ordered(Counted):
             yield result
 
 
-def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama):
+def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
     """Each in a process of the cluster, and at once."""
     import ray
 
@@ -375,6 +375,7 @@ def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama):
     asked = read_study(
         study(tmp_path, config=config, methods={"A": {}}, budgets=None, lrs=None, selection=None, metric="loss")
     )
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         record = run_study(asked, tmp_path / "out", lambda config: 1, on_ray(), lambda line: None)

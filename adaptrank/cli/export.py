@@ -42,6 +42,7 @@ def export(args: Sequence[str]) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from adaptrank.artifacts import read_adapter
+    from adaptrank.artifacts.run import write_json
     from adaptrank.exchange import export_peft
 
     if options.format == "gguf":
@@ -70,6 +71,7 @@ def _export(options: argparse.Namespace) -> None:
     def write(folder: Path) -> None:
         nonlocal report
         report = export_peft(model, folder, base, options.format == "lora-uniform", options.rank, options.error)
+        write_json(folder / "export.json", report)
 
     write_folder(out, write)
     layers = report["layers"]
@@ -80,7 +82,7 @@ def _export(options: argparse.Namespace) -> None:
     if lossy:
         worst = max(lossy, key=lambda path: lossy[path])
         print(
-            f"  relative error of the changes: mean {sum(lossy.values()) / len(lossy):.3f}, largest {lossy[worst]:.3f} at {worst}"
+            f"  relative error of the changes: mean {sum(lossy.values()) / len(lossy):.3f}, largest {lossy[worst]:.3f} at {worst}; each in export.json"
         )
         if found.auto_class == "AutoModelForCausalLM":
             print(f"  {_effect(found, model, out)}")

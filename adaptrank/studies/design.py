@@ -21,7 +21,7 @@ Count = Callable[[Config], int]
 
 KEYS = (
     "title", "limits", "config", "overlay", "methods", "allocators", "budgets", "lrs", "seeds", "lr_key", "seed_keys", "selection",
-    "metric", "mode", "baseline",
+    "metric", "mode", "baseline", "reported_on",
 )  # fmt: skip
 BUDGET, DATA = "$budget", "$data"
 LARGEST = 1 << 14
@@ -41,9 +41,11 @@ class Study:
         lrs: learning rates to select from, by equal trials for every method; empty for the configuration's own.
         seeds: of the reported runs.
         lr_key, seed_keys: where these go, as dotted paths.
-        selection: what is laid over a configuration for a trial: data of which nothing is reported on; and the metric.
+        selection: `overlay`, what is laid over a configuration for a trial, data of which nothing is reported on; `metric` and `mode`; `name`
+            of those data, by default "a slice of train".
         metric, mode: what is reported, "max" or "min".
         baseline: name of the method that others are tested against.
+        reported_on: name of the split that the metric is of.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Study:
     metric: str
     mode: str
     baseline: str | None
+    reported_on: str
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def read_study(file: Path, data: str | None = None, overrides: Mapping[str, Any]
         metric=said["metric"],
         mode=said.get("mode") or "max",
         baseline=said.get("baseline"),
+        reported_on=said.get("reported_on") or "validation",
     )
     _check(study, file)
     return replace(

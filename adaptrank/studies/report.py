@@ -85,6 +85,8 @@ HEAD = (
     "trainable",
     "units peak",
     "lr",
+    "selected on",
+    "reported on",
     "metric",
     "against baseline",
     "p",
@@ -94,14 +96,14 @@ HEAD = (
 )
 
 
-def cells(row: Row, metric: str) -> list[str]:
+def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
     """A row as texts, in the order of HEAD."""
     if "metric" not in row:
         return [
             row["method"],
             _dash(row["allocator"]),
             _count(row["budget"]),
-            *["-"] * 3,
+            *["-"] * 5,
             f"{row['failed']} failed",
             *["-"] * 5,
         ]
@@ -113,6 +115,8 @@ def cells(row: Row, metric: str) -> list[str]:
         _count(row["num_trainable_params"]),
         _count(row["units_peak"]) if row["units_peak"] else "-",
         "-" if row["lr"] is None else f"{row['lr']:g}",
+        record["selected_on"] or "-",
+        record["reported_on"],
         value + (f" ({row['failed']} failed)" if row["failed"] else ""),
         "-" if row["difference"] is None else f"{row['difference']:+.4f}",
         "-" if row["p"] is None else f"{row['p']:.3f}",
@@ -138,7 +142,7 @@ def markdown(record: Mapping[str, Any], found: Sequence[Row]) -> str:
     lines += [record["limits"].strip(), ""] if record["limits"] else []
     lines += [_how(record), ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(cells(row, record['metric']))} |" for row in found]
+    lines += [f"| {' | '.join(cells(row, record))} |" for row in found]
     if record["left_out"]:
         lines += ["", "Left out:", "", *(f"- {why}" for why in record["left_out"])]
     failed = [r for r in [*record["trials"], *record["results"]] if r["status"] == "failed"]
@@ -150,7 +154,7 @@ def markdown(record: Mapping[str, Any], found: Sequence[Row]) -> str:
 def _how(record: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, record["seeds"]))
     selected = (
-        f"Learning rates selected on `{record['selected_on']}` of data that is not reported on, by {len(record['lrs'])} trials for each row "
+        f"Learning rates selected by `{record['selected_by']}` on {record['selected_on']}, which is not reported on, by {len(record['lrs'])} trials for each row "
         f"({', '.join(f'{lr:g}' for lr in record['lrs'])})."
         if record["selected_on"]
         else "Learning rates as configured."
@@ -269,9 +273,7 @@ def page(record: Mapping[str, Any], found: Sequence[Row], pictures: Mapping[str,
     head = [record["metric"] if name == "metric" else name for name in HEAD]
     table = "\n".join(
         "<tr>"
-        + "".join(
-            f"<td{'' if i < 2 else ' class=n'}>{esc(cell)}</td>" for i, cell in enumerate(cells(row, record["metric"]))
-        )
+        + "".join(f"<td{'' if i < 2 else ' class=n'}>{esc(cell)}</td>" for i, cell in enumerate(cells(row, record)))
         + "</tr>"
         for row in found
     )

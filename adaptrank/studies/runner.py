@@ -56,7 +56,9 @@ def run_study(study: Study, out: Path, count: Count, engine: Engine, say: Say = 
         "metric": study.metric,
         "mode": study.mode,
         "baseline": study.baseline,
-        "selected_on": study.selection.get("metric") if len(study.lrs) > 1 else None,
+        "selected_on": (study.selection.get("name") or "a slice of train") if len(study.lrs) > 1 else None,
+        "selected_by": study.selection.get("metric") if len(study.lrs) > 1 else None,
+        "reported_on": study.reported_on,
         "lrs": list(study.lrs),
         "seeds": list(study.seeds),
         "left_out": left_out,
@@ -255,6 +257,7 @@ def on_ray(address: str | None = None, cpus: float = 1, gpus: float = 0) -> Engi
         raise ModuleNotFoundError("Studies on a cluster need Ray: pip install 'adaptrank[ray]'.") from error
 
     def engine(function: Callable[[Point, Path], Result], points: Sequence[Point], out: Path) -> Iterable[Result]:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default it makes way for everything else on the machine
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(function)
