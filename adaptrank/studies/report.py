@@ -198,7 +198,7 @@ def draw(record: Mapping[str, Any], found: Sequence[Row], folder: Path) -> dict[
             xs, ys = [row[key] / unit for row in own], [row["metric"] for row in own]
             bars = [row["deviation"] or 0.0 for row in own]
             style = {
-                "fmt": f"{marks[number % len(marks)]}-",
+                "fmt": marks[number % len(marks)] + ("-" if key == "num_trainable_params" else ""),
                 "ms": 5,
                 "lw": 1,
                 "capsize": 2,
@@ -214,7 +214,9 @@ def draw(record: Mapping[str, Any], found: Sequence[Row], folder: Path) -> dict[
     panels[-1].legend(frameon=False, fontsize=8)
     files["pareto"] = folder / "pareto.png"
     figure.savefig(files["pareto"], dpi=120)
-    ranked = [row for row in good if row["ranks"]]
+    ranked = [
+        row for row in good if len(set(row["ranks"].values())) > 1
+    ]  # of one size everywhere there is nothing to see
     if ranked:
         files["ranks"] = folder / "ranks.png"
         _draw_ranks(ranked, files["ranks"])
@@ -290,7 +292,8 @@ def page(record: Mapping[str, Any], found: Sequence[Row], pictures: Mapping[str,
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(record["title"])}</title><style>{STYLE}td {{ white-space: nowrap; }} figure {{ margin: 1rem 0; }}</style></head><body>
+<title>{esc(record["title"])}</title><style>{STYLE}td {{ white-space: nowrap; }} figure {{ margin: 1rem 0; }}
+body {{ max-width: 78rem; }} .wide img {{ min-width: 46rem; }}</style></head><body>
 <h1>{esc(record["title"])}</h1>
 {f"<p>{esc(record['limits'])}</p>" if record["limits"] else ""}
 <p>{esc(_how(record)).replace("`", "")}</p>
