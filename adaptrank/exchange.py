@@ -14,14 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers as kinds
-from adaptrank.artifacts.adapter import trained_modules
-from adaptrank.composition.changes import Change, Dense, Product, rank_for, truncated
-from adaptrank.composition.monitor import change_of
+from adaptrank.artifacts.adapter import CONFIG, WEIGHTS, trained_modules, write_files
+from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
 from adaptrank.inject import adapt, undone_on_error
 from adaptrank.parameterizations.base import Parameterization, named_layers, wrapped_layers
 from adaptrank.parameterizations.dora import DoRA
@@ -31,7 +29,6 @@ from adaptrank.parameterizations.svd import SVD
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
 
@@ -77,29 +74,21 @@ def export_peft(
         "target_modules": _targets(model, list(forms)),
         "inference_mode": True,
     }
-    if any(isinstance(_plain(model, path), Conv1D) for path in forms):
+    modules = named_layers(model)
+    plain = {path: _plain(modules[path]) for path in forms}
+    if any(isinstance(layer, Conv1D) for layer in plain.values()):
         config["fan_in_fan_out"] = True
-    tensors = dict(_laid_out(model, key, value) for key, value in tensors.items())
+    tensors = dict(_laid_out(plain, key, value) for key, value in tensors.items())
     whole = trained_modules(model)
     if whole:
         config["modules_to_save"] = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole})
         tensors |= {f"{PREFIX}{name}": value for name, value in whole.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, text = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
-    try:
-        save_file(
-            {key: value.detach().contiguous().clone() for key, value in tensors.items()},
-            weights,
-            metadata={"format": "pt", "ranks": json.dumps(ranks)},
-        )
-        text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights.chmod(text.stat().st_mode)
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(text, folder / CONFIG)
-    finally:
-        weights.unlink(missing_ok=True)
-        text.unlink(missing_ok=True)
+    write_files(
+        Path(folder),
+        {key: value.detach().contiguous().clone() for key, value in tensors.items()},
+        {"format": "pt", "ranks": json.dumps(ranks)},
+        json.dumps(config, indent=2),
+    )
     return {"type": config["peft_type"], "layers": facts}
 
 
@@ -226,10 +215,10 @@ def _fill(forms: Mapping[str, Form], uniform: bool) -> tuple[dict[str, Any], dic
     return config, tensors, ranks
 
 
-def _laid_out(model: nn.Module, key: str, value: Tensor) -> tuple[str, Tensor]:
+def _laid_out(layers: Mapping[str, nn.Module], key: str, value: Tensor) -> tuple[str, Tensor]:
     """An embedding's factors have names of their own in PEFT, a convolution's the shape of kernels."""
     path, name = _split(key, Path())
-    plain = _plain(model, path)
+    plain = layers[path]
     if name in ("lora_A", "lora_B") and isinstance(plain, nn.Embedding):
         return f"{PREFIX}{path}.{name.replace('lora_', 'lora_embedding_')}", value
     if name in ("lora_A", "lora_B") and isinstance(plain, nn.Conv2d):
@@ -249,8 +238,8 @@ def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def _plain(model: nn.Module, path: str) -> nn.Module:
-    module = named_layers(model)[path]
+def _plain(module: nn.Module) -> nn.Module:
+    """The layer under its wrappers; of one that was split a part, which is of its kind."""
     if isinstance(module, kinds.Parts):
         module = module.plain[0]
     return module.innermost if isinstance(module, Parameterization) else module

@@ -83,19 +83,24 @@ def save_adapter(
         return folder
     # Readers compare it: a file that was cut, changed or put together from two is refused.
     description["digest"] = digest_of(json.loads(json.dumps(description)), tensors)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2)
+    write_files(folder, tensors, {"adaptrank": text}, text)  # one key: of several the order would be random
+    return folder
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str) -> None:
+    """Write an adapter's two files, each whole or not at all: tensors with what their header says, and the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
     try:
         config.write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, weights, metadata={"adaptrank": text})  # one key: of several the order would be random
+        save_file(dict(tensors), weights, metadata=dict(metadata))
         weights.chmod(config.stat().st_mode)  # readable as other files are; safetensors writes for the owner alone
         os.replace(weights, folder / WEIGHTS)
         os.replace(config, folder / CONFIG)
     finally:
         weights.unlink(missing_ok=True)
         config.unlink(missing_ok=True)
-    return folder
 
 
 def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None = None) -> Model:
@@ -428,25 +433,17 @@ def _check_allocations(model: nn.Module, description: Mapping[str, Any], file: P
             if (number, type(plain), sizes) in seen:
                 continue
             seen.add((number, type(plain), sizes))
-            if kinds.quantized(plain):  # it has no twin on the meta device; counts are looked at all the same
-                for wrapper in entry["nest"]:
-                    _check_counts(
-                        wrapper["init_args"],
-                        4 * sum(p.numel() for p in plain.parameters()) + (1 << 20),
-                        wrapper["class"],
-                        file,
-                    )
-                continue
-            nest = copy.deepcopy(
-                plain, {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in plain.parameters()}
-            )
             room = 4 * sum(p.numel() for p in plain.parameters()) + (1 << 20)
             for wrapper in entry["nest"]:
-                cls, arguments = PARAMETERIZATIONS[wrapper["class"]], wrapper["init_args"]
-                _check_counts(arguments, room, wrapper["class"], file)
+                _check_counts(wrapper["init_args"], room, wrapper["class"], file)
+            if kinds.quantized(plain):
+                continue  # it has no twin on the meta device
+            meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in plain.parameters()}
+            nest = copy.deepcopy(plain, meta)
+            for wrapper in entry["nest"]:
                 try:
                     with torch.random.fork_rng(devices=[]):
-                        nest = cls(nest, **arguments)
+                        nest = PARAMETERIZATIONS[wrapper["class"]](nest, **wrapper["init_args"])
                 except Exception as error:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise ValueError(

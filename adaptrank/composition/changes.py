@@ -1,4 +1,4 @@
-"""The change of one weight, as a product of two factors or as a matrix, and the algebra of changes. Pure.
+"""The change of one weight, as a product of two factors or as a matrix, and the algebra of changes. Nothing is written to.
 
 No (m, n) matrix is formed of products unless `dense()` is asked for. What is summed is summed in float64.
 """
@@ -11,6 +11,9 @@ from typing import Union
 
 import torch
 from torch import Tensor
+
+from adaptrank import layers as kinds
+from adaptrank.parameterizations.base import Parameterization
 
 Change = Union["Product", "Dense"]
 """W' - W of one layer, (m, n)."""
@@ -96,6 +99,15 @@ class Dense:
     def spectrum(self) -> Spectrum:
         """Its singular value decomposition."""
         return _signed(*torch.linalg.svd(self.D.double(), full_matrices=False))
+
+
+@torch.no_grad()
+def change_of(layer: Parameterization) -> Change:
+    """W' - W (m, n) of a nest, as far as it is switched on: a product where it has one, in the adapter's dtype."""
+    factors = layer.low_rank()
+    if factors is not None:
+        return Product(*factors)
+    return Dense(layer.dense() - kinds.dense(layer.innermost, layer.adapter_dtype))
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:

@@ -18,7 +18,7 @@ from adaptrank import layers as kinds
 from adaptrank.artifacts import load_adapter, read_adapter
 from adaptrank.artifacts.adapter import WEIGHTS, frozen_weights
 from adaptrank.backbones import fingerprint
-from adaptrank.composition.changes import Change, Dense, Product, inner, rank_for, shared_ranks, total, truncated
+from adaptrank.composition.changes import Change, Product, change_of, inner, rank_for, shared_ranks, total, truncated
 from adaptrank.composition.operators import OPERATORS, options_of
 from adaptrank.composition.similarity import Similarity
 from adaptrank.inject import join_fused, undone_on_error
@@ -81,7 +81,7 @@ def compose(
 
     In mode "delta" each adapter's change is taken at the original base, D_i = f_i(W) - W, and W' = W + operator(w_i, D_i). That does not
     depend on an order. Where all changes are products and the operator is the sum, the result is a LoRA of the sum of their ranks,
-    exactly; no (m, n) matrix is formed. Layers that an adapter does not change count as zero there.
+    exactly; no change is formed as an (m, n) matrix. Layers that an adapter does not change count as zero there.
 
     In mode "sequential" W' = f_k(... f_1(W)), the adapters stay what they are, and weights make no sense. Where one of them reads the
     weight that it changes, the order matters, and has to be said: a LoRA D in a HyperAdapt p, q is diag(p) (W + D) diag(q), a
@@ -244,22 +244,15 @@ def _check_layers(model: nn.Module, folders: Sequence[Path], mode: str, order: S
 @torch.no_grad()
 def changes(layer: Parameterization, count: int) -> list[Change | None]:
     """What each of the adapters called composed-0, composed-1, ... changes by itself at the original weight; None where it has none here."""
-    nest, dtype = layer.nest, layer.adapter_dtype
+    nest = layer.nest
     before = [wrapper.enabled for wrapper in nest]
     found: list[Change | None] = []
-    base: Tensor | None = None
     try:
         for position in range(count):
             own = [wrapper for wrapper in nest if wrapper.name == _own(position)]
             for wrapper in nest:
                 wrapper.enabled = wrapper in own
-            if not own:
-                found.append(None)
-            elif (factors := layer.low_rank()) is not None:
-                found.append(Product(*factors))
-            else:
-                base = kinds.dense(layer.innermost, dtype) if base is None else base
-                found.append(Dense(layer.dense() - base))
+            found.append(change_of(layer) if own else None)
     finally:
         for wrapper, flag in zip(nest, before, strict=True):
             wrapper.enabled = flag

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank.composition.changes import Change, Dense, Product
+from adaptrank.composition.changes import change_of
 from adaptrank.composition.spectral import COLUMNS, diagnose, summed_up
 from adaptrank.distributed import first
-from adaptrank.parameterizations.base import Parameterization, wrapped_layers
+from adaptrank.parameterizations.base import wrapped_layers
 
 
 class SpectralMonitor(Callback):
@@ -34,10 +34,10 @@ class SpectralMonitor(Callback):
         self.history: list[dict[str, Any]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not first():
+        if trainer.sanity_checking:
             return
-        found = spectra(pl_module, self.layers, self.intruders)
-        if not found:
+        found = spectra(pl_module, self.layers, self.intruders)  # on every process: a sharded weight takes all of them
+        if not found or not first():
             return
         summary = summed_up(found, {path: kind_of(path) for path in found})
         record = {"step": trainer.global_step, "layers": found}
@@ -67,15 +67,6 @@ def spectra(model: nn.Module, layers: str | None = None, intruders: bool = True)
         if isinstance(layer.innermost, kinds.MATRICES) and all(w.mergeable for w in layer.nest if w.enabled):
             found[path] = diagnose(change_of(layer), kinds.dense(layer.innermost, layer.adapter_dtype), intruders)
     return found
-
-
-@torch.no_grad()
-def change_of(layer: Parameterization) -> Change:
-    """W' - W of a nest: a product where it has one."""
-    factors = layer.low_rank()
-    if factors is not None:
-        return Product(*factors)
-    return Dense(layer.dense() - kinds.dense(layer.innermost, layer.adapter_dtype))
 
 
 def kind_of(path: str) -> str:
