@@ -4,7 +4,7 @@
 
 For every seed: an adapter for each domain, one for each pair of domains and one for all, the latter on the merged data, with the sum of
 the examples and one pass over them. Then the adapters of one domain are summed by `adaptrank.compose`, and everything is evaluated on the same
-validation examples. What is finished is kept in --out and not done again. Writes docs/results/summation.md and
+validation examples. What is finished is kept in --out and not done again; the minutes of a study that was stopped are those of its last part. Writes docs/results/summation.md and
 benchmarks/results/summation.json from all seeds that are there.
 
 The perplexity of several domains is exp of the mean loss over the completion tokens of all their examples.
@@ -26,10 +26,11 @@ from typing import Any
 
 import lightning
 import torch
+import transformers
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from adaptrank import compose, load_adapter, save_adapter
+from adaptrank import backbones, compose, load_adapter, save_adapter
 from adaptrank.data.base import CompletionTask
 from adaptrank.data.collate import causal_batch
 from adaptrank.modules import Adapter, CausalLM
@@ -145,14 +146,7 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
     evaluate = Evaluation(config, root, task)
 
     def base() -> torch.nn.Module:
-        from adaptrank import backbones
-
-        return backbones.load_model(task.source, _auto(), task.frozen_dtype)
-
-    def _auto() -> Any:
-        import transformers
-
-        return transformers.AutoModelForCausalLM
+        return backbones.load_model(task.source, transformers.AutoModelForCausalLM, task.frozen_dtype)
 
     start = time.time()
     result: dict[str, Any] = {"base": done(out / "base.json", lambda: evaluate(base())), "trained": {}, "summed": {}}
@@ -183,7 +177,6 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
             "sum": done(folder / f"sum {name}.json", partial(summed, 1.0)),
             "mean": done(folder / f"mean {name}.json", partial(summed, 1 / len(group))),
         }
-    result["seconds"] = sum(one["seconds"] for one in result["trained"].values())
     result["minutes"] = done(folder / "minutes.json", lambda: (time.time() - start) / 60)
     return result
 

@@ -42,6 +42,8 @@ def _compare(options: argparse.Namespace) -> None:
     from adaptrank.studies.report import markdown, rows, write_study
     from adaptrank.studies.runner import here, on_ray
 
+    if not Path(options.study).is_file():
+        raise errors.ConfigError(errors.missing_file(options.study, "study file"))
     if options.jobs < 1:
         raise errors.ConfigError(f"--jobs {options.jobs}: 1 or more.")
     try:
