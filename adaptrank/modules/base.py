@@ -181,6 +181,7 @@ class AdaptedModule(LightningModule):
 
         groups = parameter_groups(self.model, self.lora_plus_ratio)
         optimizer = self.optimizer(groups)
+        fuse(optimizer)
         for group in optimizer.param_groups:
             if group.pop("closing"):
                 group["lr"] = group["lr"] * self.lora_plus_ratio
@@ -319,6 +320,15 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
         {"params": parameters, "closing": plus, **({} if decays else {"weight_decay": 0.0})}
         for (decays, plus), parameters in groups.items()
     ]
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of PyTorch step all tensors in one call, where it can and nobody has said how it should."""
+    for group in optimizer.param_groups:
+        unsaid = "fused" in group and group["fused"] is None and group.get("foreach") is None
+        fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+        if unsaid and fits and not group.get("differentiable") and not group.get("capturable"):
+            group["fused"] = True
 
 
 def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:

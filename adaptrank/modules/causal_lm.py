@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from adaptrank.losses import linear_cross_entropy
 from adaptrank.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.base import AdaptedModule
 
@@ -36,6 +37,7 @@ class CausalLM(AdaptedModule):
         self.exact_match = ExactMatch()
         self.choice = MultipleChoice()
         self.choice_norm = MultipleChoice(normalize=True)
+        self._split: tuple[nn.Module, tuple[nn.Module, nn.Linear] | None] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
@@ -46,6 +48,11 @@ class CausalLM(AdaptedModule):
             )
         targets = labels[:, 1:]
         wanted = targets != -100
+        if self._head is not None:
+            body, head = self._head
+            hidden = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
+            losses = linear_cross_entropy(hidden[wanted], head.weight, head.bias, targets[wanted])
+            return losses, wanted.nonzero()[:, 0]
         columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs
         if "logits_to_keep" in self._forward_arguments:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns).logits
@@ -54,6 +61,19 @@ class CausalLM(AdaptedModule):
         wanted, targets = wanted[:, columns], targets[:, columns]
         losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
         return losses, wanted.nonzero()[:, 0]
+
+    @property
+    def _head(self) -> tuple[nn.Module, nn.Linear] | None:
+        """(body, head) where the logits are nothing but head(body), the head is a frozen linear layer, and nobody looks on; else None.
+
+        Then the loss is computed without logits. Asked of the model itself, once: with its body in the place of which some hidden
+        states stand, does it return what the head makes of them? Models that scale or cap logits do not.
+        """
+        model = self.model
+        if self._split is None or self._split[0] is not model:
+            self._split = (model, split_head(model))
+        found = self._split[1]
+        return found if found is not None and is_free(found[1]) and not model._forward_hooks else None
 
     @property
     def _forward_arguments(self) -> Mapping[str, Any]:
@@ -108,3 +128,42 @@ class CausalLM(AdaptedModule):
         )
         texts: list[str] = self.tokenizer.batch_decode(output[:, prompt_ids.shape[1] :], skip_special_tokens=True)
         return texts
+
+
+def is_free(head: nn.Module) -> bool:
+    """Whether a head is a plain frozen linear layer that nobody would notice is not called."""
+    weight = getattr(head, "weight", None)
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    return type(head) is nn.Linear and type(weight) is nn.Parameter and frozen and not head._forward_hooks
+
+
+def split_head(model: Any) -> tuple[nn.Module, nn.Linear] | None:
+    """(body, head) of a causal language model whose logits are head(body(...).last_hidden_state), or None of any other."""
+    body, head = getattr(model, getattr(model, "base_model_prefix", "") or " ", None), model.get_output_embeddings()
+    if not isinstance(body, nn.Module) or body is model or not is_free(head):
+        return None
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Output(BaseModelOutput):
+        def __getattr__(
+            self, name: str
+        ) -> None:  # caches, router logits and whatever else a body may return: there are none
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    weight = head.weight
+    hidden = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=weight.device)
+    own = vars(body).get("forward")
+    body.forward = lambda *args, **kwargs: Output(last_hidden_state=hidden)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            return (body, head) if torch.equal(logits, head(hidden)) else None
+    except (AttributeError, KeyError, TypeError, ValueError):  # it reads more of its body than the last hidden state
+        return None
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own

@@ -1,11 +1,13 @@
 """ALoRE: low-rank experts in hypercomplex form, summed and folded into the weight."""
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank import products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -76,16 +78,24 @@ class ALoRE(Parameterization):
         return self.base_weight + (self.base_weight @ D if self.placement == "pre" else D)
 
     def adapted(self, x: Tensor) -> Tensor:
+        if self.multiplies(x):
+            z, U = self._thin(x), self.scale * self.U.transpose(0, 1).flatten(1)
+            if self.placement == "parallel":
+                return self.accumulated(x, z, U)
+            return self.base(products.accumulate(x, z, U))  # type: ignore[no-any-return]
         if self.placement == "parallel":
-            y: Tensor = super().adapted(x)
-            return y
+            return cast(Tensor, super().adapted(x))
         return self.base(x + self.delta(x.to(self.U.dtype), x).to(x.dtype))  # type: ignore[no-any-return]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        X = self.dropout(x).unflatten(-1, (self.S.shape[-1], -1))  # (..., b, n/b)
-        z = torch.einsum("...uv,krv->...ukr", X, self.V)
-        z = torch.einsum("...ukr,kpu->...pkr", z, self.S)
-        return self.scale * torch.einsum("...pkr,kor->...po", z, self.U).flatten(-2)
+        return self.scale * F.linear(self._thin(x), self.U.transpose(0, 1).flatten(1)).flatten(-2)
+
+    def _thin(self, x: Tensor) -> Tensor:
+        """What the experts' U multiply, (..., b, K r), in the dtype of x."""
+        X = self.dropped(x).reshape(*x.shape[:-1], self.S.shape[-1], self.V.shape[-1])  # (..., b, n/b)
+        z = F.linear(X, self.V.to(x.dtype).flatten(0, 1))
+        z = z.view(*z.shape[:-1], *self.V.shape[:2])
+        return torch.einsum("...ukr,kpu->...pkr", z, self.S.to(x.dtype)).flatten(-2)
 
     def cost(self) -> Cost:
         n, (K, rows, r), b = self.shape[1], self.U.shape, self.S.shape[1]

@@ -9,10 +9,11 @@ from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaptrank import layers
+from adaptrank import layers, products
 from adaptrank.registry import Registry
 
 PARAMETERIZATIONS: Registry["Parameterization"] = Registry("parameterization")
@@ -37,7 +38,7 @@ class Cost:
 class Parameterization(nn.Module, ABC):
     """A frozen `base` layer and a small trainable change of its weight W (m, n) = (out, in).
 
-    A method states itself twice: `weight` is the paper's formula, slow and exact; `delta` (or `forward`) is the
+    A method states itself twice: `weight` is the paper's formula, slow and exact; `product`, `delta` or `adapted` is the
     cheapest way to compute W' x. `base` may itself be a parameterization: wrappers nest, and each adds its change to the
     effective weight of what it wraps. The innermost bias is added exactly once and never scaled.
 
@@ -79,6 +80,9 @@ class Parameterization(nn.Module, ABC):
     input_factor: Mapping[str, str] = {}
     """Axis -> its trained tensor (units, n) that multiplies the input: its axes are "input_factor", and "input_init" as well where
     that is not the closing one and may start anywhere."""
+    by_product: ClassVar[bool] = False
+    """Whether the forward pass adds U V x, with (U, V) = `product()`: so where a class has a `product` and says neither `delta` nor
+    `adapted`. `products` computes it together with the layer's own product."""
     parts: int = 1
     """Parts of the layer that its units are spread over: where a rule chooses how many there are, it is a multiple of them."""
     no_decay: ClassVar[tuple[str, ...]] = ()
@@ -108,6 +112,8 @@ class Parameterization(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         PARAMETERIZATIONS.add(cls)
+        if "by_product" not in cls.__dict__ and not {"product", "delta", "adapted"}.isdisjoint(cls.__dict__):
+            cls.by_product = "product" in cls.__dict__ and {"delta", "adapted"}.isdisjoint(cls.__dict__)
         formula = cls.__dict__.get("weight")
         if formula is None and not cls.mergeable:
             # A property cannot be wrapped in the class body of a subclass; mypy has no word for doing it here.
@@ -193,18 +199,26 @@ class Parameterization(nn.Module, ABC):
         """
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        """What to add to y = base(x), (..., m).
+        """What to add to y = base(x), (..., m): U V x of the `product` unless a method knows a cheaper way.
 
         Args:
             x: (..., n), in the adapter's dtype; of an embedding the tokens, of a convolution its input. `self.project(x, A)`
                 is A x for all of them.
             y: (..., m), as the base returned it, bias included; channels last for a convolution too.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define delta(x, y) or adapted(x).")
+        product = self.product()
+        if product is None:
+            raise NotImplementedError(f"{type(self).__name__} must define product(), delta(x, y) or adapted(x).")
+        U, V = product
+        return F.linear(self.project(self.dropped(x), V), U)
 
     def adapted(self, *args: Any, **kwargs: Any) -> Any:
         """W' x + bias: (..., n) -> (..., m). Overridden by methods that do more than add to the output."""
         (x,) = args
+        if self.by_product and self.multiplies(x):
+            product = self.product()
+            if product is not None:
+                return self.with_product(x, *product)
         y = cast(Tensor, self.base(x))
         own = x.to(self._own_dtype()) if x.is_floating_point() else x
         change = self.delta(own, layers.channels_last(self.innermost, y))
@@ -250,7 +264,8 @@ class Parameterization(nn.Module, ABC):
     def product(self) -> tuple[Tensor, Tensor] | None:
         """(U (m, k), V (k, n)) of what this method adds, W' = W + U V whatever W is; None where it has no such form.
 
-        What composition, spectra and exports work on, without a matrix of the layer's size. `low_rank` reads it.
+        What composition, spectra and exports work on, without a matrix of the layer's size (`low_rank`), and what most methods
+        compute their forward pass with (`by_product`).
         """
         return None
 
@@ -288,6 +303,30 @@ class Parameterization(nn.Module, ABC):
                 f"{name} takes the weight of what it wraps, and {formless[0]} has none; put {formless[0]} outermost, "
                 f"[{name}, {formless[0]}]."
             )
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether `products` is what to compute with: the layer is linear, in a dtype that is safe to sum in, and there is no autocast."""
+        return isinstance(self.innermost, layers.LINEAR) and products.fits(x)
+
+    def with_product(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """base(x) + U V x, (..., m), of U (m, k) and V (k, n) in the adapter's dtype."""
+        dropped = self.dropped(x)
+        plain = products.plain(self.base) if dropped is x else None
+        if plain is not None and plain[0].dtype == x.dtype:
+            return products.linear(x, *plain, U, V)
+        return self.accumulated(x, F.linear(dropped, V.to(x.dtype)), U)
+
+    def accumulated(self, x: Tensor, z: Tensor, U: Tensor) -> Tensor:
+        """base(x) + U z, (..., m); of z and U see `products.accumulate`."""
+        y = cast(Tensor, self.base(x))
+        return products.accumulate(y, z.to(y.dtype), U, fresh=products.plain(self.base) is not None)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input with `self.dropout` applied, if the method has one; x itself where nothing is dropped, as of tokens."""
+        dropout = self._modules.get("dropout")
+        if not isinstance(dropout, nn.Dropout) or not dropout.p or not dropout.training or not x.is_floating_point():
+            return x
+        return cast(Tensor, dropout(x))
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         """A x: what the innermost layer would compute with A (k, n) for its weight, without a bias; (..., k)."""

@@ -1,13 +1,13 @@
 """DoRA: LoRA on the direction of every row, and a trained magnitude for each."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import layers
+from adaptrank import layers, products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -70,6 +70,13 @@ class DoRA(Parameterization):
         scale: Tensor = self.m / (norm.detach() if self.detach_norm else norm)
         return scale[:, None] * V
 
+    def adapted(self, x: Tensor) -> Tensor:
+        if not self.multiplies(x) or self.dropped(x) is not x:
+            return cast(Tensor, super().adapted(x))
+        y = self.with_product(x, self.scale * self.B, self.A)
+        # The bias is subtracted inside the deviation, so that k = 1 is the identity to the last bit.
+        return products.scale_output(y, self.m / self._norm() - 1, self.bias)
+
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         k = self.m / self._norm()
         if x.is_floating_point() and self.dropout.p and self.training:
@@ -80,7 +87,7 @@ class DoRA(Parameterization):
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
-        return Cost(flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + 2 * m)
+        return Cost(flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + m)
 
     def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         r = len(self.A)
@@ -92,14 +99,16 @@ class DoRA(Parameterization):
 
     def _norm(self) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            W, s = self.base_weight, self.scale
-            A, B = self.A.to(W.dtype), self.B.to(W.dtype)
-            squares = self.squares
-            if squares is None:
+            s, A, B, squares = self.scale, self.A, self.B, self.squares
+            if isinstance(self.base, Parameterization):  # it trains, and its norms change
+                W = self.base_weight
                 squares = W.square().sum(1)
-                if not isinstance(self.base, Parameterization):  # a wrapper inside trains, and its norms change
-                    self.squares = squares
+            else:  # of a bf16 weight the product is taken in bf16, like the layer's own
+                dtype = layers.dtype(self.base)
+                W = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype)
+                if squares is None:
+                    squares = self.squares = self.base_weight.square().sum(1)
             # Summed in float64: the terms may cancel, and a fresh unit must not change the order of rounding.
-            exact = squares.double() + 2 * s * ((W @ A.T) * B).sum(1, dtype=torch.float64)
+            exact = squares.double() + 2 * s * ((W @ A.to(W.dtype).T) * B).sum(1, dtype=torch.float64)
             exact = exact + s * s * ((B @ (A @ A.T)) * B).sum(1, dtype=torch.float64)
             return exact.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().to(squares.dtype)

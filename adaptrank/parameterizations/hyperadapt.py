@@ -1,11 +1,8 @@
 """HyperAdapt: a trained scale for every row and every column of a frozen weight."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from adaptrank import layers
+from adaptrank import layers, products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -59,69 +56,13 @@ class HyperAdapt(Parameterization):
                 y = y + y * self.dc[x][..., None].to(y.dtype)
         else:
             if self.dc is not None:
-                x = layers.channels_first(plain, _ScaleInput.apply(layers.channels_last(plain, x), self.dc))  # type: ignore[no-untyped-call]
+                x = layers.channels_first(plain, products.scale_input(layers.channels_last(plain, x), self.dc))
             y = self.base(x)
         # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
         if self.da is not None:
-            y = layers.channels_first(plain, _ScaleOutput.apply(layers.channels_last(plain, y), self.da, self.bias))  # type: ignore[no-untyped-call]
+            y = layers.channels_first(plain, products.scale_output(layers.channels_last(plain, y), self.da, self.bias))
         return y
 
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(kept=(n if self.dc is not None else 0) + (m if self.da is not None else 0))
-
-
-class _ScaleInput(torch.autograd.Function):
-    """x (1 + d), keeping only x, which other projections of the same input keep anyway.
-
-    The deviation is rounded to the dtype of x, not 1 + d: near 1 half precision would lose it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor) -> Tensor:
-        ctx.save_for_backward(x, d)
-        return torch.addcmul(x, x, d.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (x, d) = grads, ctx.saved_tensors
-        grad_x = torch.addcmul(g, g, d.to(g.dtype)) if ctx.needs_input_grad[0] else None
-        grad_d = _sum_to(g * x, d) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_d
-
-
-class _ScaleOutput(torch.autograd.Function):
-    """y + d (y - b), keeping only its own output where y can be had back from it.
-
-    With z = y - b, the gradient of d is sum(g z), and without a bias z = out / (1 + d). The next operation usually keeps
-    `out` already. A bias would leave the rounding of `out` in z, and a scale near 0 may be
-    0 in half precision: both keep y instead.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
-        z = y if bias is None else y - bias.to(y.dtype)
-        out = torch.addcmul(y, z, d.to(y.dtype))
-        ctx.invertible = bias is None and ctx.needs_input_grad[1] and not bool(((1 + d).abs() < 0.1).any())
-        ctx.save_for_backward(out if ctx.invertible else y, d, bias)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (kept, d, bias) = grads, ctx.saved_tensors
-        grad_y = torch.addcmul(g, g, d.to(g.dtype)) if ctx.needs_input_grad[0] else None
-        grad_d = None
-        if ctx.needs_input_grad[1]:
-            z = kept if bias is None else kept - bias.to(kept.dtype)
-            grad_d = _sum_to(g * z, d)
-            if ctx.invertible:
-                grad_d = grad_d / (1 + d.to(kept.dtype).to(d.dtype))  # the scale that was applied, rounding included
-        grad_bias = None
-        if ctx.needs_input_grad[2]:  # a method inside trains it
-            grad_bias = -d.to(bias.dtype) * _sum_to(g, bias)
-        return grad_y, grad_d, grad_bias
-
-
-def _sum_to(values: Tensor, like: Tensor) -> Tensor:
-    """Sum over all leading dimensions, accumulated in the adapter's dtype."""
-    return values.reshape(-1, values.shape[-1]).sum(0, dtype=like.dtype)

@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product whose large factor is of low rank."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,15 @@ class LoKr(Parameterization):
     @property
     def weight(self) -> Tensor:
         return self.base_weight + self.scale * torch.kron(self.coarse.contiguous(), self.B1 @ self.B2)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        if not self.multiplies(x):
+            return cast(Tensor, super().adapted(x))
+        A = self.coarse.to(x.dtype)
+        z = F.linear(
+            self.dropped(x).reshape(*x.shape[:-1], A.shape[1], self.B2.shape[1]), self.B2.to(x.dtype)
+        )  # (..., n1, r)
+        return self.accumulated(x, F.linear(z.mT, A).mT, self.scale * self.B1)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         A = self.coarse

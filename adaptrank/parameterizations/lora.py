@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
@@ -77,11 +76,6 @@ class LoRA(Parameterization):
     @property
     def weight(self) -> Tensor:
         return self.base_weight + self.scale * self.B @ self.A
-
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        # Dropout is for inputs that are numbers: an embedding's are tokens.
-        x = self.dropout(x) if x.is_floating_point() else x
-        return self.scale * F.linear(self.project(x, self.A), self.B)
 
     def product(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.A

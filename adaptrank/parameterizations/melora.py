@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank.parameterizations.base import Cost, Parameterization
@@ -80,6 +81,11 @@ class MELoRA(Parameterization):
         self.register_buffer("scales", scales, persistent=False)
 
     @property
+    def by_product(self) -> bool:  # type: ignore[override]
+        """Few units are one thin product, zeros included; many are one for each mini."""
+        return len(self.block) <= 64
+
+    @property
     def weight(self) -> Tensor:
         scaled = self.B * self.scales.to(self.B.dtype)[self.block]
         blocks = (scaled[:, self.block == j] @ self.A[self.block == j] for j in range(self.minis))
@@ -97,17 +103,16 @@ class MELoRA(Parameterization):
 
     def product(self) -> tuple[Tensor, Tensor]:
         """Each unit with zeros outside of its slices."""
-        (m, n), units = self.shape, torch.arange(len(self.block), device=self.block.device)
-        U, V = (
-            self.B.new_zeros(self.minis, m // self.minis, len(units)),
-            self.A.new_zeros(len(units), self.minis, n // self.minis),
-        )
-        U[self.block, :, units] = (self.B * self.scales.to(self.B.dtype)[self.block]).T
-        V[units, self.block] = self.A
+        own = F.one_hot(self.block, self.minis).to(self.A.dtype)  # (R, k)
+        scaled = own * self.scales.to(self.B.dtype)
+        U = scaled.T[:, None] * self.B  # (k, m/k, R)
+        V = own[:, :, None] * self.A[:, None]  # (R, k, n/k)
         return U.flatten(0, 1), V.flatten(1)
 
     def cost(self) -> Cost:
-        (m, n), widest = self.shape, self.units.shape[1]
+        (m, n), widest, units = self.shape, self.units.shape[1], len(self.block)
+        if self.by_product:
+            return Cost(flops=2 * units * (m + n), kept=n + units)
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
 
     def of_inputs(self, axis: str, values: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class MiSS(Parameterization):
     source = "arXiv:2409.15371"
     axes = {"rank": {"slots": 0, "D": 0}}
     capabilities = frozenset({"grow", "pattern", "matrix_rank"})
+    by_product = True
     slots: Tensor
 
     def __init__(
@@ -90,21 +91,16 @@ class MiSS(Parameterization):
         return weight
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.dropout(x)
-        if self.variant == "bat":
-            return F.linear(x, self._bat())
-        short = -x.shape[-1] % self.period
-        blocks = (F.pad(x, (0, short)) if short else x).reshape(*x.shape[:-1], self.blocks, self.period)
-        z: Tensor = self.scale * blocks.sum(-2).index_select(-1, self.slots) @ self.D
-        return z.repeat(*[1] * (z.dim() - 1), y.shape[-1] // z.shape[-1]) if self.variant == "mini" else z
+        return F.linear(self.dropped(x), self._bat()) if self.variant == "bat" else super().delta(x, y)
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """A tiled identity on the input side; "bat" has no such form."""
         if self.variant == "bat":
             return None
         m, n = self.shape
-        S = F.one_hot(torch.arange(n, device=self.D.device) % self.period, self.period).to(self.D.dtype).T
-        return self.scale * self.D.repeat(1, m // self.D.shape[1]).T, S[self.slots]
+        D = self.D if self.variant == "linear" else self.D.repeat(1, m // self.D.shape[1])
+        tiles = self.slots[:, None] == torch.arange(n, device=self.D.device) % self.period
+        return self.scale * D.T, tiles.to(self.D.dtype)
 
     def _bat(self) -> Tensor:
         """s (W_jt D_j + D_j) as one matrix (m, n)."""
@@ -114,10 +110,10 @@ class MiSS(Parameterization):
         return self.scale * change.reshape(m, n)
 
     def cost(self) -> Cost:
-        (m, n), (r, columns) = self.shape, self.D.shape[-2:]
+        (m, n), r = self.shape, self.D.shape[-2]
         if self.variant == "bat":
             return Cost(flops=2 * m * n, flops_once=2 * m * n * r, kept=n)
-        return Cost(flops=2 * r * columns, kept=r)
+        return Cost(flops=2 * r * (m + n), kept=r)
 
     def max_units(self, axis: str) -> int:
         return self.period

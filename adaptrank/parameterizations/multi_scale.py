@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
@@ -77,22 +76,13 @@ class MultiScale(Parameterization):
     def weight(self) -> Tensor:
         return self.base_weight + self.scale * self.B2b @ self.B2a @ torch.diag(self.e) @ self.B1 @ self.A
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.dropout(x) if x.is_floating_point() else x
-        core = (self.scale * self.B2a * self.e) @ self.B1  # (k, k)
-        return F.linear(F.linear(self.project(x, self.A), core), self.B2b)
-
     def product(self) -> tuple[Tensor, Tensor]:
         core = (self.scale * self.B2a * self.e) @ self.B1
         return self.B2b @ core, self.A
 
     def cost(self) -> Cost:
         (m, n), q, inner, outer = self.shape, len(self.e), len(self.A), len(self.B2a)
-        return Cost(
-            flops=2 * (n * inner + inner * outer + outer * m),
-            flops_once=2 * outer * q * inner,
-            kept=n + inner + outer,
-        )
+        return Cost(flops=2 * inner * (m + n), flops_once=2 * outer * inner * (q + m), kept=n + inner)
 
     def max_units(self, axis: str) -> int | None:
         m, n = self.shape

@@ -83,11 +83,10 @@ class NEAT(Parameterization):
             return W + self.scale * (self.B @ self._network(self.A @ W.T)).T
         return W + self.scale * self.B @ self._network(self.A @ W)
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.dropout(x) if x.is_floating_point() else x
-        if self.side == "input":
-            return self.scale * F.linear(self.project(x, self.B.T), self._network(self._read()).T)
-        return self.scale * F.linear(self.project(x, self._network(self._read())), self.B)
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The hidden layer is one of the factors."""
+        H = self._network(self._read())
+        return (self.scale * H.T, self.B.T) if self.side == "input" else (self.scale * self.B, H)
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
@@ -110,12 +109,16 @@ class NEAT(Parameterization):
     def _read(self) -> Tensor:
         """A W, or A W^T for the input side."""
 
+        if isinstance(self.base, Parameterization):  # what trains inside gets a gradient through it
+            inner = self.base_weight.to(self.A.dtype)
+            return self.A @ (inner.T if self.side == "input" else inner)
+
         def W() -> Tensor:
-            dense = self.base_weight.to(self.A.dtype)
+            # Of a bf16 weight the product is taken in bf16, like the layer's own.
+            dtype = layers.dtype(self.base)
+            dense = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.A.dtype)
             return dense.T if self.side == "input" else dense
 
-        if isinstance(self.base, Parameterization):  # what trains inside gets a gradient through it
-            return self.A @ W()
         return _Read.apply(self.A, W)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -125,9 +128,11 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, W: Callable[[], Tensor]) -> Tensor:
         ctx.W = W
-        return A @ W()
+        ctx.dtype = A.dtype
+        dense = W()
+        return (A.to(dense.dtype) @ dense).to(A.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         W = ctx.W()
-        return grads[0].to(W.dtype) @ W.T, None  # of autocast's product the gradient comes in half precision
+        return (grads[0].to(W.dtype) @ W.T).to(ctx.dtype), None

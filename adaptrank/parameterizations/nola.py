@@ -112,13 +112,6 @@ class NOLA(Parameterization):
         A = A if self.A0 is None else self.A0 + A
         return W + self.scale * combined("b", self.beta, self.c[1]) @ A
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.dropout(x) if x.is_floating_point() else x
-        A = self._combined("a", self.alpha, self.c[0])
-        A = A if self.A0 is None else self.A0 + A
-        B = self._combined("b", self.beta, self.c[1])
-        return self.scale * F.linear(self.project(x, A), B)
-
     def product(self) -> tuple[Tensor, Tensor]:
         A = self._combined("a", self.alpha, self.c[0])
         A = A if self.A0 is None else self.A0 + A

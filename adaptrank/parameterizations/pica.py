@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
@@ -68,10 +67,6 @@ class PiCa(Parameterization):
     @property
     def weight(self) -> Tensor:
         return self.base_weight + (self.M @ self.P if self.side == "input" else self.P @ self.M)
-
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        first, second = (self.P, self.M) if self.side == "input" else (self.M, self.P)
-        return F.linear(self.project(x, first), second)
 
     def product(self) -> tuple[Tensor, Tensor]:
         return (self.M, self.P) if self.side == "input" else (self.P, self.M)

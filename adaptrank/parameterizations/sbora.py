@@ -1,6 +1,6 @@
 """SBoRA: some columns, or some rows, of a frozen weight are trained, and nothing else."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class SBoRA(Parameterization):
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
     capabilities = frozenset({"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"})
+    by_product = True
     index: Tensor
 
     def __init__(
@@ -71,13 +72,10 @@ class SBoRA(Parameterization):
         return self.base_weight.index_add(0, self.index, self.scale * self.A)
 
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if self.variant == "fa":  # gathered first: the slice is all that is cast, dropped and kept
-            some = self.dropout(x.index_select(-1, self.index).to(self.B.dtype))
-            return y + (self.scale * F.linear(some, self.B)).to(y.dtype)
-        rows = self.scale * F.linear(self.dropout(x.to(self.A.dtype)), self.A)
-        # Not index_add, which would keep the rows for its backward pass.
-        return y.scatter_add(-1, self.index.expand_as(rows), rows.to(y.dtype))
+        if self.variant == "fa" and self.multiplies(x) and self.dropout.p and self.training:
+            some = x.index_select(-1, self.index)  # gathered first: the slice is all that is dropped and kept
+            return self.accumulated(x, self.dropout(some), self.scale * self.B)
+        return cast(Tensor, super().adapted(x))
 
     def product(self) -> tuple[Tensor, Tensor]:
         """The other factor is rows of the identity."""
@@ -87,7 +85,7 @@ class SBoRA(Parameterization):
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)
-        return Cost(flops=2 * r * m, kept=r) if self.variant == "fa" else Cost(flops=2 * r * n, kept=n)
+        return Cost(flops=2 * r * (m + n), kept=r if self.variant == "fa" else n)
 
     def max_units(self, axis: str) -> int:
         m, n = self.shape

@@ -1,7 +1,6 @@
 """The SVD form: a sum of rank-one triplets whose middle factor says how much each counts."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank.parameterizations.base import Cost, Parameterization
@@ -59,15 +58,12 @@ class SVD(Parameterization):
     def weight(self) -> Tensor:
         return self.base_weight + self.scale * self.P @ torch.diag(self.l) @ self.Q
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x), self.Q) * (self.scale * self.l), self.P)
-
     def product(self) -> tuple[Tensor, Tensor]:
         return self.P * (self.scale * self.l), self.Q
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.l)
-        return Cost(flops=2 * r * (m + n), kept=n + 2 * r)
+        return Cost(flops=2 * r * (m + n), kept=n + r)
 
     def max_units(self, axis: str) -> int:
         return min(self.shape)  # beyond that no direction is orthogonal to the living ones

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank.parameterizations import _trains as trains
@@ -85,23 +84,18 @@ class TensorTrain(Parameterization):
         A, B = trains.dense(self.cores("A"), self.shape[1]), trains.dense(self.cores("B"), self.modes["B"][0])
         return self.base_weight + self.scale * (A @ B).T
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The two trains, cut at the first bond of B."""
         (*inputs, last), (first, *outputs) = self.cores("A"), self.cores("B")
         with trains.unrounded(last):
             between = self.scale * last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
-        z = self.dropout(x) @ trains.left(inputs) @ between
-        return F.linear(z, trains.right(outputs).T)
-
-    def product(self) -> tuple[Tensor, Tensor]:
-        """The two trains, written out."""
-        A, B = trains.dense(self.cores("A"), self.shape[1]), trains.dense(self.cores("B"), self.modes["B"][0])
-        return self.scale * B.T, A.T
+            return trains.right(outputs).T, (trains.left(inputs) @ between).T
 
     def cost(self) -> Cost:
         (m, n), (*inputs, last), (first, *outputs) = self.shape, self.cores("A"), self.cores("B")
         a, r, b = last.shape[0], first.shape[1], first.shape[2]
-        once = trains.flops_left(inputs) + trains.flops_right(outputs) + 2 * a * r * b
-        return Cost(flops=2 * (n * a + a * b + b * m), flops_once=once, kept=n + a + b)
+        once = trains.flops_left(inputs) + trains.flops_right(outputs) + 2 * a * b * (r + n)
+        return Cost(flops=2 * b * (m + n), flops_once=once, kept=n + b)
 
     def max_units(self, axis: str) -> int:
         return trains.bonds(self.modes[axis[0].upper()])[int(axis[1:]) - 1]

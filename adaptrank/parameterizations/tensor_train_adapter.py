@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank import products
 from adaptrank.parameterizations import _trains as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -121,9 +122,11 @@ class TensorTrainAdapter(Parameterization):
 
     def _change(self, h: Tensor) -> Tensor:
         """s (f(h D + d) U + u), through the bonds in the middle of both trains."""
-        z = F.linear(self.dropout(h.to(self.down.dtype)) @ self._left("D"), self._right("D").T, self.down)
-        z = ACTIVATIONS[self.activation](z) @ self._left("U")
-        return F.linear(z, (self.scale * self._right("U")).T, self.scale * self.up).to(h.dtype)
+        dtype = h.dtype if products.fits(h) else self.down.dtype  # the trains are contracted in their own
+        z = self.dropout(h.to(dtype)) @ self._left("D").to(dtype)
+        z = ACTIVATIONS[self.activation](F.linear(z, self._right("D").T.to(dtype), self.down.to(dtype)))
+        z = z @ self._left("U").to(dtype)
+        return F.linear(z, (self.scale * self._right("U")).T.to(dtype), (self.scale * self.up).to(dtype)).to(h.dtype)
 
     def _left(self, name: str) -> Tensor:
         return trains.left(self.cores(name)[: self.split[name]])
