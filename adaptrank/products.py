@@ -5,8 +5,8 @@ adapter's dtype, a scaled copy of the change, one to add it, and the same again 
 into the output by the product itself, and the gradient of the input into that of the frozen product.
 
 Over a bf16 layer the products are taken in bf16, as the layer's own are: the input is bf16 already, and the sum is rounded to bf16 in any
-case. U, V and their gradients are float32 outside of the products. What is never built is W + U V in bf16: there most of
-a small change would be lost in the rounding of W.
+case. U, V and their gradients are float32 outside of the products. A change below 2^-9 of what the layer puts out is lost in that
+rounding in part, here as wherever an adapter's output is added to a bf16 layer's.
 """
 
 from typing import Any

@@ -211,9 +211,7 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
     run.callbacks.append(Watch())
     run.fit(ours_, datamodule=data)
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        backbones.resolve(common.SMOLLM2).path, dtype=torch.float32
-    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(backbones.resolve(common.SMOLLM2).path, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=common.LINEAR))
     for path, A in start.items():
         model.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
@@ -254,22 +252,28 @@ def page(found: dict[str, Any]) -> str:
         for name, (_, _, asked) in PAIRS.items()
     ]
     ours_, theirs_ = found["curves"]["ours"], found["curves"]["theirs"]
-    steps = [[str(i + 1), f"{a:.6f}", f"{b:.6f}", f"{a - b:+.1e}"] for i, (a, b) in enumerate(zip(ours_, theirs_, strict=True))]
-    return "\n\n".join(
-        [
-            "# A fine-tuning run",
-            f"SmolLM2-135M in bf16, LoRA of rank {RANK} on all linear layers, {found['examples']} examples of gsm8k and medquad in batches\n"
-            f"of {BATCH}: {tokens['mean']:.0f} tokens on average, {tokens['completion']:.0%} of them in completions. Each run is a process of its own;\n"
-            f"they took turns, {found['rounds']} times. Written by `python benchmarks/fine_tuning_run.py --examples {found['examples']}\n"
-            f"--rounds {found['rounds']}`, which says what each way is.",
-            common.on(found["machine"]),
-            common.table(["way", "seconds", "MiB above the loaded model, at the peak"], rows),
-            "Ours over HF PEFT in HF's Trainer, within a round:",
-            common.table(["settings", "time", "memory", "asked"], pairs),
-            "## The same loss curve\n\nFloat32, the same batches in the same order with the same padding, the same factors to start from:",
-            common.table(["step", "ours", "HF PEFT", "difference"], steps),
-        ]
-    ) + "\n"
+    steps = [
+        [str(i + 1), f"{a:.6f}", f"{b:.6f}", f"{a - b:+.1e}"]
+        for i, (a, b) in enumerate(zip(ours_, theirs_, strict=True))
+    ]
+    return (
+        "\n\n".join(
+            [
+                "# A fine-tuning run",
+                f"SmolLM2-135M in bf16, LoRA of rank {RANK} on all linear layers, {found['examples']} examples of gsm8k and medquad in batches\n"
+                f"of {BATCH}: {tokens['mean']:.0f} tokens on average, {tokens['completion']:.0%} of them in completions. Each run is a process of its own;\n"
+                f"they took turns, {found['rounds']} times. Written by `python benchmarks/fine_tuning_run.py --examples {found['examples']}\n"
+                f"--rounds {found['rounds']}`, which says what each way is.",
+                common.on(found["machine"]),
+                common.table(["way", "seconds", "MiB above the loaded model, at the peak"], rows),
+                "Ours over HF PEFT in HF's Trainer, within a round:",
+                common.table(["settings", "time", "memory", "asked"], pairs),
+                "## The same loss curve\n\nFloat32, the same batches in the same order with the same padding, the same factors to start from:",
+                common.table(["step", "ours", "HF PEFT", "difference"], steps),
+            ]
+        )
+        + "\n"
+    )
 
 
 def main() -> None:

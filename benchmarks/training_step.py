@@ -237,7 +237,7 @@ def page(found: Mapping[str, Any]) -> str:
         "Time of a training step of every method that wraps linear layers, over the **frozen floor**: the same backbone, forward and\n"
         "backward, with gradients through the activations, without adapter and optimizer. Medians and quartiles of ratios within\n"
         f"{found['rounds']} interleaved rounds; rank {RANK} where there is a rank, all linear layers. Written by\n"
-        f"`python benchmarks/training_step.py --rounds {found['rounds']}`, which says what the workloads are.",
+        f"`python benchmarks/training_step.py --workloads {' '.join(found['workloads'])} --rounds {found['rounds']}`, which says what the workloads are.",
         common.on(found["machine"]),
     ]
     for workload, by_dtype in found["workloads"].items():
@@ -261,7 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtypes", nargs="*", choices=common.DTYPES, default=list(common.DTYPES))
-    parser.add_argument("--methods", nargs="*", default=None, help="default: all")
+    parser.add_argument(
+        "--methods", nargs="*", default=None, help="default: all on stack in bf16, elsewhere those with a target"
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
@@ -270,7 +272,9 @@ def main() -> None:
     for workload in options.workloads:
         by_dtype = found["workloads"][workload] = {}
         for dtype in options.dtypes:
-            methods = options.methods or (linear_methods() if workload == "stack" else ["HyperAdapt", *ASKED])
+            methods = options.methods or (
+                linear_methods() if (workload, dtype) == ("stack", "bf16") else ["HyperAdapt", *ASKED]
+            )
             by_dtype[dtype] = measure(workload, dtype, options.rounds, options.data, methods)
             gc.collect()
             if options.dry:

@@ -1,0 +1,220 @@
+"""What methods compute with, against its definition: one autograd step each for thin products, blocks, scales, and the head's loss."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from transformers import Cohere2Config, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from adaptrank import PARAMETERIZATIONS, adapt, losses, products, regularize, testing
+from adaptrank.modules.base import fuse
+from adaptrank.modules.causal_lm import split_head
+from adaptrank.parameterizations import SVD, DoRA, Parameterization
+from adaptrank.parameterizations.base import wrappers
+
+N = (2, 3)
+
+
+def draw(*shape, grad=True):
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", ["UV", "U", "V"])
+def test_a_thin_product_has_its_first_and_second_derivatives(bias, trained):
+    x, W, b = draw(*N, 6), draw(4, 6, grad=False), draw(4, grad=False) if bias else None
+    U, V = draw(4, 2, grad="U" in trained), draw(2, 6, grad="V" in trained)
+    torch.testing.assert_close(products.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12)
+    function = partial(products.linear, x, W, b)
+    leaves = [t for t in (U, V) if t.requires_grad]
+    called = {"UV": function, "U": lambda u: function(u, V), "V": lambda v: function(U, v)}[trained]
+    assert gradcheck(called, leaves)
+    assert gradgradcheck(called, leaves)
+    assert gradcheck(lambda x: products.linear(x, W, b, U, V), x)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, blocks):
+    y, z, U = draw(*N, 4 * blocks), draw(*N, blocks, 2), draw(4, 2)
+    function = lambda y, z, U: products.accumulate(y * 1, z, U, fresh)  # noqa: E731
+    torch.testing.assert_close(function(y, z, U), y + F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12)
+    assert gradcheck(function, (y, z, U))
+    assert gradgradcheck(function, (y, z, U))
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(0, 2), (5, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_and_no_units(tokens, rank, dtype):
+    x, W = torch.randn(tokens, 6, dtype=dtype, requires_grad=True), torch.randn(4, 6, dtype=dtype)
+    U, V = torch.randn(4, rank, requires_grad=True), torch.randn(rank, 6, requires_grad=True)
+    for y in (products.linear(x, W, None, U, V), products.accumulate(F.linear(x, W), F.linear(x, V.to(dtype)), U)):
+        assert torch.equal(y, F.linear(x, W))
+        y.sum().backward()
+        assert U.grad.shape == U.shape
+        assert V.grad.shape == V.shape
+
+
+def test_only_a_layer_that_nobody_watches_is_not_called():
+    layer = nn.Linear(6, 4).requires_grad_(False)
+    assert products.plain(layer) is not None
+    assert products.plain(Conv1D(4, 6).requires_grad_(False))[0].shape == (4, 6)
+    assert products.plain(nn.Linear(6, 4)) is None
+    handle = layer.register_forward_hook(lambda *args: None)
+    assert products.plain(layer) is None
+    handle.remove()
+    assert products.plain(layer) is not None
+    layer.forward = lambda x: x
+    assert products.plain(layer) is None
+
+
+def by_product():
+    built = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
+    return [
+        name
+        for name, cls in built.items()
+        if cls.wraps(nn.Linear(48, 24)) and (cls.by_product or cls.adapted is not Parameterization.adapted)
+    ]
+
+
+def run(layer, x, weights):
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    (y * weights).sum().backward()
+    return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in testing.trainable(layer).items()}}
+
+
+@pytest.mark.parametrize("method", by_product())
+def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch):
+    layer = PARAMETERIZATIONS[method](nn.Linear(48, 24))
+    testing.perturb(layer, 0.1)
+    x, weights = torch.randn(50, 48), torch.randn(50, 24)
+    fast = run(layer, x, weights)
+    monkeypatch.setattr(products, "fits", lambda x: False)
+    plain = run(layer, x, weights)
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("method", by_product())
+def test_over_bf16_it_is_as_exact_as_its_rounding(method):
+    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-9), and no more; of a smooth
+    function, as a ReLU that rounding turns on or off has another gradient."""
+    cls = PARAMETERIZATIONS[method]
+    smooth = {"activation": "gelu"} if "activation" in inspect.signature(cls).parameters else {}
+    layer = cls(nn.Linear(768, 96).bfloat16(), **smooth)
+    testing.perturb(layer, 0.02)
+    x, weights = torch.randn(200, 768).bfloat16(), torch.randn(200, 96).bfloat16()
+    have = run(layer, x, weights)
+    want = run(layer.double(), x.double(), weights.double())
+    for name, value in want.items():
+        if name in have and value is not None:
+            error = (have[name].double() - value).norm() / value.norm()
+            assert error < 2**-6, f"{name}: {error}"
+
+
+def test_dora_starts_at_its_layer_to_the_bit_in_bf16():
+    layer = DoRA(nn.Linear(96, 48).bfloat16())
+    x = torch.randn(7, 96).bfloat16()
+    assert torch.equal(layer(x), layer.base(x))
+
+
+# ---- the head's loss
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_of_a_head_in_chunks_is_the_cross_entropy_of_its_logits(bias, monkeypatch):
+    h, W, b = draw(7, 5), draw(11, 5, grad=False), draw(11, grad=False) if bias else None
+    targets = torch.randint(11, (7,))
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 3 * 11 * 8)  # three tokens at a time
+    function = lambda h: losses.linear_cross_entropy(h, W, b, targets)  # noqa: E731
+    torch.testing.assert_close(function(h), losses.plain_cross_entropy(h, W, b, targets), rtol=1e-12, atol=1e-12)
+    assert gradcheck(function, h)
+    assert gradgradcheck(function, h)
+
+
+def test_no_logits_of_all_tokens_are_held(monkeypatch):
+    seen = []
+    plain = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda x, *args, **kw: seen.append(len(x)) or plain(x, *args, **kw))
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 10 * 64 * 4)
+    h = torch.randn(35, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.linear_cross_entropy(h, torch.randn(64, 8), None, torch.randint(64, (35,)))
+    assert seen == [10, 10, 10, 5]
+    assert not [t for t in kept if t.shape == (35, 64)]
+
+
+def llama(**more):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=64, **more)).requires_grad_(False)
+
+
+def test_a_model_whose_logits_are_more_than_its_head_keeps_them():
+    assert split_head(llama()) is not None
+    scaled = Cohere2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+        logit_scale=0.5,
+    )
+    assert split_head(AutoModelForCausalLM.from_config(scaled).requires_grad_(False)) is None
+    trained = llama()
+    trained.lm_head.weight.requires_grad_(True)
+    assert split_head(trained) is None
+    model = llama()
+    split_head(model)
+    assert "forward" not in vars(model.model)  # the body is itself again
+
+
+# ---- optimizers and penalties
+
+
+def test_an_optimizer_is_fused_unless_someone_said_how_it_steps():
+    p = [nn.Parameter(torch.ones(3))]
+    for optimizer, fused in (
+        (torch.optim.AdamW(p), True),
+        (torch.optim.AdamW(p, foreach=True), None),
+        (torch.optim.AdamW(p, fused=False), False),
+    ):
+        fuse(optimizer)
+        assert optimizer.param_groups[0]["fused"] is fused
+    fuse(torch.optim.LBFGS(p))  # has no such word
+
+
+def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
+    def gradients():
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)], nn.Linear(12, 20), nn.Linear(20, 12)).double()
+        adapt(model, "all-linear", partial(SVD, rank=3))
+        wrappers(model)[1].orth = 0.7
+        for wrapper in wrappers(model):
+            testing.perturb(wrapper, 0.3)
+        wrappers(model)[0].P.grad = torch.ones_like(wrappers(model)[0].P)
+        value = regularize.penalty_gradients(model)
+        return value, [p.grad for w in wrappers(model) for _, p in w.own_parameters()]
+
+    value, grads = gradients()
+    monkeypatch.setattr(regularize, "_together", lambda group: None)
+    plain, want = gradients()
+    torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
+    assert [g is None for g in grads] == [g is None for g in want]
+    for have, expected in zip(grads, want, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(have, expected, rtol=1e-10, atol=1e-12)
