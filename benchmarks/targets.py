@@ -20,7 +20,7 @@ OTHERS = [
     "- **The run at defaults**: both sides pad to the longest of a batch, and attention in bf16, which is the same for both, is a third of the\n"
     "  frozen floor on this processor. Completions are more of these tokens than the third that was asked for, so that the loss without\n"
     "  logits saves less than it would there.",
-    "- **Loading an adapter** takes hundreds of milliseconds for 210 layers, most of it wrapping them; switching takes 4.",
+    "- **Loading an adapter** takes hundreds of milliseconds for 210 layers; where they go was not looked into. Switching takes 4.",
     "- Not measured: the workloads smollm2, minilm and wide of `training_step.py` on this page, and how cost grows with size.",
 ]
 
