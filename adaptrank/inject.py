@@ -14,7 +14,14 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank.axes import RankAxis, generator, rank_axes
-from adaptrank.parameterizations.base import Parameterization, named_layers, replace_layer, wrapped_layers, wrappers
+from adaptrank.parameterizations.base import (
+    Parameterization,
+    named_layers,
+    replace_layer,
+    replace_layers,
+    wrapped_layers,
+    wrappers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -135,8 +142,7 @@ def _adapt(
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     wraps = {path: layer for path, layer in built.items() if layer is not None}
-    for path, layer in wraps.items():
-        replace_layer(model, modules[path], layer)
+    replace_layers(model, {modules[path]: layer for path, layer in wraps.items()})
     _tie(wraps, name)
     for module in extra.values():
         module.requires_grad_(True)

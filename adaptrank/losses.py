@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 24 << 20}
-"""Float32 logits at a time: what a processor's cache holds; elsewhere more, as each chunk is a launch."""
-_ELSEWHERE = 256 << 20
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+"""Float32 logits at a time: what a processor's cache holds; on a GPU more, as each chunk is a launch, which was not measured."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -39,6 +38,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         device = hidden.device.type
+        ctx.save_for_backward(hidden, weight, bias, targets)
         if torch.is_autocast_enabled(device):  # once, and not again for each chunk
             half = torch.get_autocast_dtype(device)
             weight, hidden = weight.to(half), hidden.to(half)
@@ -54,19 +54,19 @@ class _HeadLoss(torch.autograd.Function):
                 p = logp.exp_()
                 p.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))
                 grad[rows] = p.to(hidden.dtype) @ weight
-        ctx.save_for_backward(hidden, weight, bias, targets, grad)
+        ctx.grad = grad
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (hidden, weight, bias, targets, grad) = grads, ctx.saved_tensors
+        (g,), (hidden, weight, bias, targets) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: by the definition
             losses = plain_cross_entropy(hidden, weight, bias, targets)
             return torch.autograd.grad(losses, hidden, g, create_graph=True)[0], None, None, None
-        return (grad * g[:, None]).to(grad.dtype), None, None, None
+        return (ctx.grad * g[:, None]).to(hidden.dtype), None, None, None
 
 
 def _chunks(tokens: int, row_bytes: int, device: str) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES.get(device, _ELSEWHERE) // row_bytes)
+    size = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // row_bytes)
     for start in range(0, tokens, size):
         yield slice(start, start + size)

@@ -5,7 +5,7 @@ adapter's dtype, a scaled copy of the change, one to add it, and the same again 
 into the output by the product itself, and the gradient of the input into that of the frozen product.
 
 Over a bf16 layer the products are taken in bf16, as the layer's own are: the input is bf16 already, and the sum is rounded to bf16 in any
-case. U, V and their gradients are float32 outside of the products. A change below 2^-9 of what the layer puts out is lost in that
+case. U, V and their gradients are float32 outside of the products. A change below 2^-8 of what the layer puts out is lost in that
 rounding in part, here as wherever an adapter's output is added to a bf16 layer's.
 """
 
@@ -18,16 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
 
+_GROUPS = 32
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 would overflow in a gradient summed over tokens
 
 
 def fits(x: Tensor) -> bool:
     """Whether products over this input are taken here: of numbers in a dtype that is safe to sum in, and without autocast."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # the meta device knows none
-    return x.dtype in _DTYPES and not autocast
+    knows = torch.amp.is_autocast_available(device)  # the meta device knows none
+    return x.dtype in _DTYPES and not (knows and torch.is_autocast_enabled(device))
 
 
 def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -200,9 +199,15 @@ class _ScaleOutput(torch.autograd.Function):
 def _sum_to(values: Tensor, like: Tensor) -> Tensor:
     """Sum over all leading dimensions in the adapter's dtype.
 
-    PyTorch accumulates a half-precision sum in float32 and rounds the result once; a float32 result was measured to take 15 times as long.
+    PyTorch accumulates a half-precision sum in float32 and rounds its result; a float32 result was measured to take 2 to 10 times as
+    long. Here the sums of `_GROUPS` groups are rounded, and added in float32, which leaves a fifth of the error.
     """
-    return values.reshape(-1, values.shape[-1]).sum(0).to(like.dtype)
+    rows = values.reshape(-1, values.shape[-1])
+    if rows.dtype == like.dtype:
+        return rows.sum(0)
+    even = len(rows) - len(rows) % _GROUPS
+    groups = rows[:even].view(_GROUPS, -1, rows.shape[1]).sum(1)
+    return groups.sum(0, dtype=like.dtype) + rows[even:].sum(0, dtype=like.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

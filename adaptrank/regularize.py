@@ -59,13 +59,14 @@ _Penalties = tuple[list[Tensor], list[tuple[nn.Parameter, Tensor]]]
 
 def _alike(wrapper: Parameterization) -> Hashable:
     """Equal for wrappers whose penalties are one function of tensors of the same shapes; unique where that cannot be told."""
-    own = [(name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in wrapper.own_parameters()]
-    more = [b for b in wrapper._buffers.values() if b is not None]
-    modules = [m for name, m in wrapper._modules.items() if name != "base" and not isinstance(m, nn.Dropout)]
-    if more or modules or wrapper.gates or isinstance(wrapper.base, Parameterization):
+    plain = {k: v for k, v in vars(wrapper).items() if not k.startswith("_") and k not in ("name", "training")}
+    told = all(isinstance(v, int | float | str | tuple | list | dict | None) for v in plain.values())
+    more: list[object] = [b for b in wrapper._buffers.values() if b is not None]
+    more += [m for name, m in wrapper._modules.items() if name != "base" and not isinstance(m, nn.Dropout)]
+    if more or wrapper.gates or isinstance(wrapper.base, Parameterization) or not told:
         return id(wrapper)
-    plain = (type(wrapper), *own, *((k, v) for k, v in vars(wrapper).items() if isinstance(v, int | float | str)))
-    return tuple(item for item in plain if not (isinstance(item, tuple) and item[0] == "name"))
+    own = [(name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in wrapper.own_parameters()]
+    return (type(wrapper), repr(plain), *own)
 
 
 def _together(group: list[Parameterization]) -> _Penalties | None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from adaptrank.allocators.adalora import AdaLoRA
 from adaptrank.allocators.elalora import ElaLoRA
@@ -14,7 +15,7 @@ from adaptrank.artifacts import save_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.data import ArithmeticProblems, CausalLMData, ClassificationData
 from adaptrank.modules import Adapter, CausalLM, SequenceClassification
-from adaptrank.modules.base import parameter_groups
+from adaptrank.modules.base import fuse, parameter_groups
 from adaptrank.parameterizations.base import wrapped_layers
 from adaptrank.parameterizations.dora import DoRA
 from adaptrank.parameterizations.hyperadapt import HyperAdapt
@@ -457,3 +458,15 @@ def test_a_checkpoint_of_other_adapters_is_refused(tiny_llama, tmp_path):
     (file,) = tmp_path.glob("*.ckpt")
     with pytest.raises(ValueError, match=r"The checkpoint has no .*da .*saved under other adapters"):
         fit(causal(tiny_llama, HyperAdapt), problems(), ckpt_path=file, max_steps=4)
+
+
+def test_an_optimizer_is_fused_unless_someone_said_how_it_steps():
+    p = [nn.Parameter(torch.ones(3))]
+    for optimizer, fused in (
+        (torch.optim.AdamW(p), True),
+        (torch.optim.AdamW(p, foreach=True), None),
+        (torch.optim.AdamW(p, fused=False), False),
+    ):
+        fuse(optimizer)
+        assert optimizer.param_groups[0]["fused"] is fused
+    fuse(torch.optim.LBFGS(p))  # has no such word

@@ -1,4 +1,4 @@
-"""What methods compute with, against its definition: one autograd step each for thin products, blocks, scales, and the head's loss."""
+"""What methods compute with, against its definition: one autograd step each for thin products, blocks and scales."""
 
 import inspect
 from functools import partial
@@ -8,15 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from transformers import Cohere2Config, LlamaConfig
-from transformers.models.auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank import PARAMETERIZATIONS, adapt, losses, products, regularize, testing
-from adaptrank.modules.base import fuse
-from adaptrank.modules.causal_lm import split_head
-from adaptrank.parameterizations import SVD, DoRA, Parameterization
-from adaptrank.parameterizations.base import wrappers
+from adaptrank import PARAMETERIZATIONS, products, testing
+from adaptrank.parameterizations import DoRA, Parameterization
 
 N = (2, 3)
 
@@ -110,7 +105,7 @@ def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch)
 
 @pytest.mark.parametrize("method", by_product())
 def test_over_bf16_it_is_as_exact_as_its_rounding(method):
-    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-9), and no more; of a smooth
+    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and no more; of a smooth
     function, as a ReLU that rounding turns on or off has another gradient."""
     cls = PARAMETERIZATIONS[method]
     smooth = {"activation": "gelu"} if "activation" in inspect.signature(cls).parameters else {}
@@ -129,92 +124,3 @@ def test_dora_starts_at_its_layer_to_the_bit_in_bf16():
     layer = DoRA(nn.Linear(96, 48).bfloat16())
     x = torch.randn(7, 96).bfloat16()
     assert torch.equal(layer(x), layer.base(x))
-
-
-# ---- the head's loss
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_loss_of_a_head_in_chunks_is_the_cross_entropy_of_its_logits(bias, monkeypatch):
-    h, W, b = draw(7, 5), draw(11, 5, grad=False), draw(11, grad=False) if bias else None
-    targets = torch.randint(11, (7,))
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 3 * 11 * 8)  # three tokens at a time
-    function = lambda h: losses.linear_cross_entropy(h, W, b, targets)  # noqa: E731
-    torch.testing.assert_close(function(h), losses.plain_cross_entropy(h, W, b, targets), rtol=1e-12, atol=1e-12)
-    assert gradcheck(function, h)
-    assert gradgradcheck(function, h)
-
-
-def test_no_logits_of_all_tokens_are_held(monkeypatch):
-    seen = []
-    plain = torch.log_softmax
-    monkeypatch.setattr(torch, "log_softmax", lambda x, *args, **kw: seen.append(len(x)) or plain(x, *args, **kw))
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 10 * 64 * 4)
-    h = torch.randn(35, 8, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        losses.linear_cross_entropy(h, torch.randn(64, 8), None, torch.randint(64, (35,)))
-    assert seen == [10, 10, 10, 5]
-    assert not [t for t in kept if t.shape == (35, 64)]
-
-
-def llama(**more):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=64, **more)).requires_grad_(False)
-
-
-def test_a_model_whose_logits_are_more_than_its_head_keeps_them():
-    assert split_head(llama()) is not None
-    scaled = Cohere2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-        logit_scale=0.5,
-    )
-    assert split_head(AutoModelForCausalLM.from_config(scaled).requires_grad_(False)) is None
-    trained = llama()
-    trained.lm_head.weight.requires_grad_(True)
-    assert split_head(trained) is None
-    model = llama()
-    split_head(model)
-    assert "forward" not in vars(model.model)  # the body is itself again
-
-
-# ---- optimizers and penalties
-
-
-def test_an_optimizer_is_fused_unless_someone_said_how_it_steps():
-    p = [nn.Parameter(torch.ones(3))]
-    for optimizer, fused in (
-        (torch.optim.AdamW(p), True),
-        (torch.optim.AdamW(p, foreach=True), None),
-        (torch.optim.AdamW(p, fused=False), False),
-    ):
-        fuse(optimizer)
-        assert optimizer.param_groups[0]["fused"] is fused
-    fuse(torch.optim.LBFGS(p))  # has no such word
-
-
-def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
-    def gradients():
-        torch.manual_seed(0)
-        model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)], nn.Linear(12, 20), nn.Linear(20, 12)).double()
-        adapt(model, "all-linear", partial(SVD, rank=3))
-        wrappers(model)[1].orth = 0.7
-        for wrapper in wrappers(model):
-            testing.perturb(wrapper, 0.3)
-        wrappers(model)[0].P.grad = torch.ones_like(wrappers(model)[0].P)
-        value = regularize.penalty_gradients(model)
-        return value, [p.grad for w in wrappers(model) for _, p in w.own_parameters()]
-
-    value, grads = gradients()
-    monkeypatch.setattr(regularize, "_together", lambda group: None)
-    plain, want = gradients()
-    torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
-    assert [g is None for g in grads] == [g is None for g in want]
-    for have, expected in zip(grads, want, strict=True):
-        if expected is not None:
-            torch.testing.assert_close(have, expected, rtol=1e-10, atol=1e-12)

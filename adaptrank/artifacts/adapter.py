@@ -132,7 +132,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         _check_fingerprint(model, description)
         for entry in description["adapters"]:
             for own, makers in _runs(entry["nest"]):
-                missing = [path for path in entry["layers"] if not _carries(model, path, own)]
+                layers = named_layers(model)
+                missing = [path for path in entry["layers"] if not _carries(layers[path], own)]
                 if missing:
                     wanted = "|".join(re.escape(path) for path in missing)
                     adapt(model, wanted, makers, name=own, split_fused=False)
@@ -372,8 +373,7 @@ def _runs(nest: list[dict[str, Any]]) -> Iterator[tuple[str, list[Parameterizati
             makers = []
 
 
-def _carries(model: nn.Module, path: str, name: str) -> bool:
-    layer = named_layers(model)[path]
+def _carries(layer: nn.Module, name: str) -> bool:
     return isinstance(layer, Parameterization) and any(w.name == name for w in layer.nest)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from adaptrank import products
 from adaptrank.losses import linear_cross_entropy
 from adaptrank.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.base import AdaptedModule
@@ -37,7 +38,7 @@ class CausalLM(AdaptedModule):
         self.exact_match = ExactMatch()
         self.choice = MultipleChoice()
         self.choice_norm = MultipleChoice(normalize=True)
-        self._split: tuple[nn.Module, tuple[nn.Module, nn.Linear] | None] | None = None
+        self._split: tuple[Any, nn.Module | None] = (None, None)  # the model that was asked, and its body
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
@@ -48,11 +49,11 @@ class CausalLM(AdaptedModule):
             )
         targets = labels[:, 1:]
         wanted = targets != -100
-        if self._head is not None:
-            body, head = self._head
+        split = self._body_and_head()
+        if split is not None:
+            body, head = split
             hidden = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
-            losses = linear_cross_entropy(hidden[wanted], head.weight, head.bias, targets[wanted])
-            return losses, wanted.nonzero()[:, 0]
+            return linear_cross_entropy(hidden[wanted], *head, targets[wanted]), wanted.nonzero()[:, 0]
         columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs
         if "logits_to_keep" in self._forward_arguments:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns).logits
@@ -62,18 +63,15 @@ class CausalLM(AdaptedModule):
         losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
         return losses, wanted.nonzero()[:, 0]
 
-    @property
-    def _head(self) -> tuple[nn.Module, nn.Linear] | None:
-        """(body, head) where the logits are nothing but head(body), the head is a frozen linear layer, and nobody looks on; else None.
-
-        Then the loss is computed without logits. Asked of the model itself, once: with its body in the place of which some hidden
-        states stand, does it return what the head makes of them? Models that scale or cap logits do not.
-        """
+    def _body_and_head(self) -> tuple[nn.Module, tuple[Tensor, Tensor | None]] | None:
+        """The body, and (W, bias) of the head, where the loss can be computed without logits; None where it cannot, or where
+        hooks would miss that the model is not called whole."""
         model = self.model
-        if self._split is None or self._split[0] is not model:
-            self._split = (model, split_head(model))
-        found = self._split[1]
-        return found if found is not None and is_free(found[1]) and not model._forward_hooks else None
+        if self._split[0] is not model:
+            self._split = (model, body_of(model))
+        body, head = self._split[1], products.plain(model.get_output_embeddings())
+        hooked = model._forward_hooks or model._forward_pre_hooks
+        return None if body is None or head is None or hooked else (body, head)
 
     @property
     def _forward_arguments(self) -> Mapping[str, Any]:
@@ -130,36 +128,34 @@ class CausalLM(AdaptedModule):
         return texts
 
 
-def is_free(head: nn.Module) -> bool:
-    """Whether a head is a plain frozen linear layer that nobody would notice is not called."""
-    weight = getattr(head, "weight", None)
-    frozen = not any(parameter.requires_grad for parameter in head.parameters())
-    return type(head) is nn.Linear and type(weight) is nn.Parameter and frozen and not head._forward_hooks
+def body_of(model: Any) -> nn.Module | None:
+    """The body of a causal language model whose logits are head(body(...).last_hidden_state) and nothing more, else None.
 
-
-def split_head(model: Any) -> tuple[nn.Module, nn.Linear] | None:
-    """(body, head) of a causal language model whose logits are head(body(...).last_hidden_state), or None of any other."""
-    body, head = getattr(model, getattr(model, "base_model_prefix", "") or " ", None), model.get_output_embeddings()
-    if not isinstance(body, nn.Module) or body is model or not is_free(head):
-        return None
+    Asked of the model itself: with hidden states in the place of its body, does it return what its head makes of them? Models that
+    scale or cap logits do not. The head must be a frozen linear layer.
+    """
     from transformers.modeling_outputs import BaseModelOutput
 
     class Output(BaseModelOutput):
-        def __getattr__(
-            self, name: str
-        ) -> None:  # caches, router logits and whatever else a body may return: there are none
+        """Has no caches, router logits or whatever else a body may return."""
+
+        def __getattr__(self, name: str) -> None:
             if name.startswith("_"):
                 raise AttributeError(name)
 
-    weight = head.weight
-    hidden = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
-    tokens = torch.zeros(1, 3, dtype=torch.long, device=weight.device)
+    body, head = getattr(model, model.base_model_prefix or "model", None), model.get_output_embeddings()
+    plain = products.plain(head)
+    if not isinstance(body, nn.Module) or body is model or plain is None:
+        return None
+    W = plain[0]
+    hidden = torch.linspace(-1, 1, 3 * W.shape[1], device=W.device, dtype=W.dtype).view(1, 3, -1)
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=W.device)
     own = vars(body).get("forward")
     body.forward = lambda *args, **kwargs: Output(last_hidden_state=hidden)
     try:
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-            return (body, head) if torch.equal(logits, head(hidden)) else None
+            return body if torch.equal(logits, head(hidden)) else None
     except (AttributeError, KeyError, TypeError, ValueError):  # it reads more of its body than the last hidden state
         return None
     finally:

@@ -601,9 +601,15 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever the model uses `old`: a layer may be shared."""
+    replace_layers(model, {old: new})
+
+
+def replace_layers(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> None:
+    """The same of many, {old: new}, in one walk through the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is old and parent is not new:
+            new = pairs.get(child) if child is not None else None
+            if new is not None and parent is not new:
                 setattr(parent, name, new)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import layers
+from adaptrank import layers, products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -63,21 +63,19 @@ class Kronecker(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        products = (torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(self.A, self.B, strict=True))
-        return self.base_weight + self.scale * sum(products, self.B.new_zeros(()))
+        terms = (torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(self.A, self.B, strict=True))
+        return self.base_weight + self.scale * sum(terms, self.B.new_zeros(()))
 
     def adapted(self, x: Tensor) -> Tensor:
-        plain, r = self.innermost, len(self.A)
-        if not isinstance(plain, layers.LINEAR) or r < 3 or r * (x.numel() // x.shape[-1]) < max(self.shape):
+        r = len(self.A)
+        if not isinstance(self.innermost, layers.LINEAR) or r < 3 or r * (x.numel() // x.shape[-1]) < max(self.shape):
             y: Tensor = super().adapted(x)
             return y
         change = torch.einsum("kpu,kqv->pquv", self.A, self.scale * self.B).reshape(self.shape)
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta knows none
-        in_half = autocast or x.dtype != change.dtype
-        if isinstance(self.base, nn.Linear) and _only_multiplies(self.base) and not (in_half or self.dropout.p):
-            return F.linear(x, self.base.weight + change, self.base.bias)
-        # In half precision a small change would vanish in the rounding of W + change: it has a product of its own.
+        plain = products.plain(self.base)
+        if plain is not None and products.fits(x) and x.dtype == change.dtype and not self.dropout.p:
+            return F.linear(x, plain[0] + change, plain[1])
+        # In half precision W + change would round a small change alike for all tokens: it has a product of its own.
         return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
@@ -108,13 +106,6 @@ class Kronecker(Parameterization):
         if self._coarse_first():
             return Cost(flops=2 * r * n2 * m1 * (n1 + m2), kept=n1 * n2 + r * m1 * n2)
         return Cost(flops=2 * r * n1 * m2 * (n2 + m1), kept=n1 * n2 + r * n1 * m2)
-
-
-def _only_multiplies(layer: nn.Linear) -> bool:
-    """Whether nobody would notice that the layer is not called: no hook, no forward in place of its own, nothing quantized."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    replaced = type(layer) is not nn.Linear or "forward" in vars(layer)
-    return not (replaced or any(hooks) or layers.quantized(layer))
 
 
 def divisor(size: int, factor: int) -> int:

@@ -1,0 +1,51 @@
+"""Penalties of all layers of a shape in one batch, against one layer at a time."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from adaptrank import adapt, regularize, testing
+from adaptrank.parameterizations import SVD
+from adaptrank.parameterizations.base import wrappers
+
+
+def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
+    def gradients():
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)], nn.Linear(12, 20), nn.Linear(20, 12)).double()
+        adapt(model, "all-linear", partial(SVD, rank=3))
+        wrappers(model)[1].orth = 0.7
+        for wrapper in wrappers(model):
+            testing.perturb(wrapper, 0.3)
+        wrappers(model)[0].P.grad = torch.ones_like(wrappers(model)[0].P)
+        value = regularize.penalty_gradients(model)
+        return value, [p.grad for w in wrappers(model) for _, p in w.own_parameters()]
+
+    value, grads = gradients()
+    monkeypatch.setattr(regularize, "_together", lambda group: None)
+    plain, want = gradients()
+    torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
+    assert [g is None for g in grads] == [g is None for g in want]
+    for have, expected in zip(grads, want, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(have, expected, rtol=1e-10, atol=1e-12)
+
+
+class Weighed(SVD):
+    """A penalty that depends on a list, as a method of somebody's own may."""
+
+    def __init__(self, layer: nn.Module, weights: list[float], **kwargs: object) -> None:
+        super().__init__(layer, **kwargs)
+        self.weights = weights
+
+    def penalty(self) -> Tensor:
+        return self.weights[0] * super().penalty()
+
+
+def test_layers_whose_penalties_differ_by_a_list_are_not_taken_for_alike():
+    layers = [Weighed(nn.Linear(12, 12), [float(weight)]) for weight in (1, 1, 5)]
+    for layer in layers:
+        testing.perturb(layer, 0.3)
+    want = torch.stack([layer.penalty() for layer in layers]).mean()
+    torch.testing.assert_close(regularize.penalty_gradients(nn.Sequential(*layers)), want.detach())
