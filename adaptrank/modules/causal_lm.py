@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from adaptrank import products
+from adaptrank import products, unpadded
 from adaptrank.losses import linear_cross_entropy
 from adaptrank.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.base import AdaptedModule
@@ -25,14 +25,24 @@ class CausalLM(AdaptedModule):
     Args:
         max_new_tokens: longest generation, in tokens.
         generate: whether to generate for exact match.
+        padding_free: in training, compute nothing for padding, where the model is one of `unpadded.MODEL_TYPES`: the same losses, but
+            for the numbers that a dropout draws.
         kwargs: as in `AdaptedModule`.
     """
 
     auto_class = "AutoModelForCausalLM"
     metrics_shown: ClassVar = ("loss", "perplexity", "exact_match", "accuracy", "accuracy_norm")
 
-    def __init__(self, *args: Any, max_new_tokens: int = 24, generate: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        max_new_tokens: int = 24,
+        generate: bool = True,
+        padding_free: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.padding_free = padding_free
         self.max_new_tokens, self.generate_answers = max_new_tokens, generate
         self.mean_loss = MeanMetric()
         self.exact_match = ExactMatch()
@@ -52,8 +62,8 @@ class CausalLM(AdaptedModule):
         split = self._body_and_head()
         if split is not None:
             body, head = split
-            hidden = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
-            return linear_cross_entropy(hidden[wanted], *head, targets[wanted]), wanted.nonzero()[:, 0]
+            hidden = self._hidden(body, input_ids, attention_mask, wanted)
+            return linear_cross_entropy(hidden, *head, targets[wanted]), wanted.nonzero()[:, 0]
         columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs
         if "logits_to_keep" in self._forward_arguments:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns).logits
@@ -62,6 +72,15 @@ class CausalLM(AdaptedModule):
         wanted, targets = wanted[:, columns], targets[:, columns]
         losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
         return losses, wanted.nonzero()[:, 0]
+
+    def _hidden(self, body: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
+        """Last hidden states where the next token is wanted: (tokens, d)."""
+        mask, here = attention_mask != 0, F.pad(wanted, (0, 1))
+        trains = self.training and torch.is_grad_enabled()
+        if self.padding_free and trains and unpadded.fits(body, mask) and not bool((here & ~mask).any()):
+            return unpadded.hidden_states(body, input_ids, mask)[here[mask]]
+        hidden: Tensor = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[here]
 
     def _body_and_head(self) -> tuple[nn.Module, tuple[Tensor, Tensor | None]] | None:
         """The body, and (W, bias) of the head, where the loss can be computed without logits; None where it cannot, or where
