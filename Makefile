@@ -28,11 +28,14 @@ docs: $(VENV)/.installed-dev
 tables: $(VENV)/.installed-dev
 	$(RUN) pytest -m tables --override-ini addopts=-q -n 2
 
-# Takes about an hour on two cores, with nothing else running. DATA is a folder of data sets as benchmarks/fine_tuning_run.py reads them.
-DATA ?= ../shared/data
+# Takes about an hour and a half on two cores, with nothing else running: make bench DATA=folder, where gsm8k/train.jsonl, medquad/train.jsonl
+# (rows of prompt and completion) and trec/train.jsonl (text and label) are.
 bench: $(VENV)/.installed-dev
+	@test -n "$(DATA)" || { echo 'make bench needs data sets; type: make bench DATA=folder'; exit 1; }
 	$(VENV)/bin/python benchmarks/layer_cost.py
 	$(VENV)/bin/python benchmarks/allocator_cost.py
+	$(VENV)/bin/python benchmarks/rank_memory.py
+	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/training_step.py --data $(DATA)
 	$(VENV)/bin/python benchmarks/fine_tuning_run.py --data $(DATA)
 	$(VENV)/bin/python benchmarks/waiting.py

@@ -17,15 +17,12 @@ Writes benchmarks/results/allocator_cost.json and docs/results/allocator_cost.md
 """
 
 import argparse
-import json
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,23 +33,12 @@ from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD
 from adaptrank.regularize import penalty_gradients
 
-ROOT = Path(__file__).parents[1]
 RANK, BATCH, LENGTH = 8, 8, 128
 
 
 def backbone(layers: int, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **common.SHAPES)).to(dtype)
 
 
 class Half(Allocator):
@@ -82,7 +68,7 @@ class Variant:
     ) -> None:
         self.model, self.before, self.after, self.penalized = model, before, after, penalized
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.parts: dict[str, float] = {}
 
     def step(self, batch: torch.Tensor) -> None:
@@ -120,9 +106,14 @@ def ours(importance: str | None, layers: int, dtype: torch.dtype, rounds: int) -
 def theirs(layers: int, dtype: torch.dtype, rounds: int) -> Variant:
     from peft import AdaLoraConfig, get_peft_model
 
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = AdaLoraConfig(
-        target_modules=names, init_r=RANK, target_r=RANK // 2, tinit=1, tfinal=1, deltaT=2, total_step=rounds + 3
+        target_modules=common.LINEAR,
+        init_r=RANK,
+        target_r=RANK // 2,
+        tinit=1,
+        tfinal=1,
+        deltaT=2,
+        total_step=rounds + 3,
     )
     model = get_peft_model(backbone(layers, dtype), config, autocast_adapter_dtype=True)
     steps = [0]
@@ -132,11 +123,6 @@ def theirs(layers: int, dtype: torch.dtype, rounds: int) -> Variant:
         model.base_model.update_and_allocate(steps[0])
 
     return Variant(model, lambda: None, after, penalized=False)  # it is in the forward pass
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return {"median": middle, "low": low, "high": high}
 
 
 def main() -> None:
@@ -175,26 +161,22 @@ def main() -> None:
             f"round {number}: {', '.join(f'{n} {sum(v.parts.values()):.2f}' for n, v in variants.items())}", flush=True
         )
 
-    table = {name: {part: spread(values) for part, values in row.items() if values} for name, row in measured.items()}
-    sizes = {name: sum(map(len, rank_axes(v.model).values())) for name, v in variants.items() if name != "PEFT AdaLoRA"}
-    machine = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": options.threads,
-        "dtype": str(dtype),
+    table = {
+        name: {part: common.quartiles(values) for part, values in row.items() if values}
+        for name, row in measured.items()
     }
+    sizes = {name: sum(map(len, rank_axes(v.model).values())) for name, v in variants.items() if name != "PEFT AdaLoRA"}
     result = {
-        "machine": machine,
+        "machine": common.machine(),
+        "dtype": str(dtype).removeprefix("torch."),
         "layers": options.layers,
-        "step_seconds": spread(base),
+        "step_seconds": common.quartiles(base),
         "ratios": table,
         "units": sizes,
     }
-    out = ROOT / "benchmarks" / "results" / "allocator_cost.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    (ROOT / "docs" / "results" / "allocator_cost.md").write_text(page(result, options))
-    print((ROOT / "docs" / "results" / "allocator_cost.md").read_text())
+    text = page(result, options)
+    common.write("allocator_cost", result, text)
+    print(text)
 
 
 def page(result: dict[str, Any], options: argparse.Namespace) -> str:
@@ -205,22 +187,21 @@ def page(result: dict[str, Any], options: argparse.Namespace) -> str:
         return f"{100 * values['median']:.2f} % ({100 * values['low']:.2f} to {100 * values['high']:.2f})"
 
     rows = [
-        f"| {name} | {cell(row, 'scoring')} | {cell(row, 'event')} | {row['step']['median']:.3f} |"
+        [name, cell(row, "scoring"), cell(row, "event"), f"{row['step']['median']:.3f}"]
         for name, row in result["ratios"].items()
         if name != "none"
     ]
     seconds = result["step_seconds"]
     return f"""# What an allocator costs
 
-A Llama of SmolLM2-135M's shapes ({result["layers"]} layers, random weights, {result["machine"]["dtype"].removeprefix("torch.")}), all
+A Llama of SmolLM2-135M's shapes ({result["layers"]} layers, random weights, {result["dtype"]}), all
 linear layers in the SVD form of rank {RANK}, {BATCH} x {LENGTH} tokens, AdamW. Shares of the step without allocator in the same round
 ({seconds["median"]:.2f} s, quartiles {seconds["low"]:.2f} to {seconds["high"]:.2f}): medians, and quartiles in brackets, of
-{options.rounds} interleaved rounds, {options.threads} threads, torch {result["machine"]["torch"]}. Written by
-`python benchmarks/allocator_cost.py --rounds {options.rounds}`.
+{options.rounds} interleaved rounds. Written by `python benchmarks/allocator_cost.py --rounds {options.rounds}`.
 
-| score | scoring, of a step | event, of a step | whole step, ratio |
-|---|---|---|---|
-{chr(10).join(rows)}
+{common.on(result["machine"])}
+
+{common.table(["score", "scoring, of a step", "event, of a step", "whole step, ratio"], rows)}
 
 PEFT's `update_and_allocate` scores in every call; where it also masks, its row counts the call as an event. Asked: scoring at most
 3 % of a step, an event no longer than a step.

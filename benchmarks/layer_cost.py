@@ -18,18 +18,16 @@ Writes benchmarks/results/layer_cost.json and docs/results/layer_cost.md.
 import argparse
 import gc
 import inspect
-import json
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports every start and stop
 
+import common
 import torch
+from common import quartiles
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,8 +35,6 @@ from adaptrank import PARAMETERIZATIONS, testing
 from adaptrank.parameterizations import Parameterization
 
 SIDE, TOKENS, RANK = 768, 1024, 8
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROOT = Path(__file__).parents[1]
 MIB = 2**20
 
 
@@ -103,11 +99,6 @@ def time_ratios(frozen: nn.Module, layers: dict[str, Parameterization], x: Tenso
     return {name: quartiles(values) for name, values in found.items()}
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
-
-
 # ---- memory
 
 
@@ -157,7 +148,7 @@ def measure(rounds: int) -> dict[str, Any]:
     on_linear = [name for name, cls in methods.items() if cls.wraps(nn.Linear(SIDE, SIDE))]
     rows: dict[str, dict[str, Any]] = {name: {"linear": name in on_linear} for name in methods}
     frozen: dict[str, Any] = {}
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name, dtype in common.DTYPES.items():
         plain, built = linear(dtype), {}
         for name in on_linear:
             try:
@@ -194,23 +185,14 @@ def measure(rounds: int) -> dict[str, Any]:
                 rows[name]["parameters"] = sum(p.numel() for p in testing.trainable(layer).values())
                 cost = layer.cost()
                 rows[name]["cost"] = None if cost is None else vars(cost)
-    return {"machine": machine(), "rounds": rounds, "tokens": TOKENS, "side": SIDE, "frozen": frozen, "methods": rows}
-
-
-def machine() -> dict[str, Any]:
-    models = [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "machine": common.machine(),
+        "rounds": rounds,
+        "tokens": TOKENS,
+        "side": SIDE,
+        "frozen": frozen,
+        "methods": rows,
     }
-
-
-def cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.is_file() else []
 
 
 def page(found: dict[str, Any]) -> str:
@@ -226,7 +208,7 @@ def page(found: dict[str, Any]) -> str:
     refused = [f"{name} is left out: {r['refused']}" for name, r in found["methods"].items() if "refused" in r]
     milliseconds = " and ".join(
         f"{frozen[dtype]['milliseconds']['median']:.1f} ms in {dtype} ({frozen[dtype]['peak'] / MIB:.1f} MiB at its peak)"
-        for dtype in DTYPES
+        for dtype in common.DTYPES
     )
     parts = [
         "# Cost of one layer",
@@ -234,7 +216,7 @@ def page(found: dict[str, Any]) -> str:
         f"frozen, whose input takes a gradient as well: {milliseconds}.\n"
         f"Default arguments, but rank {RANK} where there is a rank. Written by\n"
         f"`python benchmarks/layer_cost.py --rounds {found['rounds']} --threads {here['threads']}`.",
-        f"{here['processor']}, {here['cores']} cores, {here['threads']} used; Python {here['python']}, PyTorch {here['torch']}.",
+        common.on(here),
         "- **FLOPs** are those of the products of a forward, for each token, and once a call; **kept** is how many numbers each token\n"
         "  keeps for the backward pass, the layer's input included where the method needs it. Both are closed formulas, which the\n"
         "  tests measure.\n"
@@ -242,12 +224,12 @@ def page(found: dict[str, Any]) -> str:
         "- **Held** and **peak** are MiB that PyTorch's CPU allocator reports above the frozen layer: alive between forward and backward,\n"
         "  which adds up over the layers of a model; and the most at any moment of this one layer, which does not. The input, which was\n"
         "  there before, counts in neither; a copy of it in another dtype does, and a gradient of the adapter counts in the peak.",
-        table(on_linear),
+        common.table(HEADER, on_linear),
     ]
     if others:
         parts += [
             f"Methods that wrap something else, each on its own small example with {TOKENS} rows of input, against that example frozen:",
-            table(others),
+            common.table(HEADER, others),
         ]
     if tokens:
         parts += [
@@ -259,35 +241,27 @@ def page(found: dict[str, Any]) -> str:
 def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
     cost = one["cost"] or {}
     figures = [f"{cost[key]:,}" if cost else "not said" for key in ("flops", "flops_once", "kept")]
-    times = ["{median:.2f} ({low:.2f} to {high:.2f})".format(**one[dtype]["time"]) for dtype in DTYPES]
-    bytes_ = [f"{one[dtype][what] / MIB:.2f}" for what in ("held", "peak") for dtype in DTYPES]
+    times = [common.spread(one[dtype]["time"]) for dtype in common.DTYPES]
+    bytes_ = [f"{one[dtype][what] / MIB:.2f}" for what in ("held", "peak") for dtype in common.DTYPES]
     example = f" on `{one['example']}`" if "example" in one else ""
     return f"{name}{example}", f"{one['parameters']:,}", *figures, *times, *bytes_
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    header = (
-        *("method", "parameters", "FLOPs/token", "FLOPs/call", "kept/token", "time fp32", "time bf16"),
-        *("held fp32", "held bf16", "peak fp32", "peak bf16"),
-    )
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+HEADER = (
+    *("method", "parameters", "FLOPs/token", "FLOPs/call", "kept/token", "time fp32", "time bf16"),
+    *("held fp32", "held bf16", "peak fp32", "peak bf16"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "layer_cost.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "layer_cost.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = measure(args.rounds)
-    text = page(found)
-    for file, content in ((args.json, json.dumps(found, indent=1) + "\n"), (args.page, text)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-    print(text)
+    common.write("layer_cost", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Do ranks really fall? Bytes of adapter parameters, gradients and optimizer state, and resident memory, before and after.
 
-    python benchmarks/rank_memory.py [--backbone HuggingFaceTB/SmolLM2-135M-Instruct] [--start 64] [--end 8]
+    python benchmarks/rank_memory.py [--start 64] [--end 8] [--rounds 9]
 
-Trains LoRA at the start rank on all linear layers for a few steps, lets AdaLoRA prune to the end rank in one event, and trains
-on. Everything is measured in the one process, between steps, through an ordinary Lightning run.
+- Memory: LoRA at the start rank on all linear layers of SmolLM2 trains for a few steps, AdaLoRA prunes to what the end rank costs in one event,
+  and it trains on. Everything is measured in the one process, between steps, through an ordinary Lightning run.
+- Half: 8 blocks of SmolLM2's shapes in bf16 with LoRA of rank 64, 4 x 128 tokens; once as it is, and once after AdaLoRA's plan has
+  pruned half of the ranks, unevenly. Time, and bytes kept for the backward pass, each above the frozen floor in the same round.
+
+Writes benchmarks/results/rank_memory.json and docs/results/rank_memory.md.
 """
 
 import argparse
@@ -14,9 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
+import growth
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from adaptrank import adapt
 from adaptrank.allocators.adalora import AdaLoRA
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.data import ArithmeticProblems
@@ -49,33 +56,99 @@ class Measure(Callback):
         self.rows.append(sizes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--start", type=int, default=64)
-    parser.add_argument("--end", type=int, default=8)
-    args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
+def memory(start: int, end: int) -> dict[str, Any]:
+    """Bytes before an event and after it, in a run on SmolLM2."""
     torch.manual_seed(0)
-    module = CausalLM(args.backbone, [Adapter([partial(LoRA, rank=args.start)])], generate=False)
+    module = CausalLM(common.SMOLLM2, [Adapter([partial(LoRA, rank=start)])], generate=False)
     module.configure_model()
-    budget = cost_model(module).total(dict.fromkeys(rank_axes(module), args.end))
+    budget = cost_model(module).total(dict.fromkeys(rank_axes(module), end))
     measure = Measure()
     trainer = Trainer(
         max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[AdaLoRA(budget, soft=False, importance="magnitude", unit="parameters", every=1, warmup=2, final=3), measure],
     )  # fmt: skip
     trainer.fit(module, datamodule=ArithmeticProblems(batch_size=2, train_size=40, val_size=4))
+    axes = rank_axes(module)
+    return {
+        "layers": len(axes),
+        "ranks": sum(map(len, axes.values())),
+        "before": measure.rows[2],
+        "after": measure.rows[-1],
+    }
 
-    before, after = measure.rows[2], measure.rows[-1]
-    ranks = sum(len(axis) for axis in rank_axes(module).values())
-    print(
-        f"{len(rank_axes(module))} layers of rank {args.start}, pruned to the parameters of rank {args.end}: {ranks} ranks left"
-    )
-    print(f"{'bytes':18}{'before':>14}{'after':>14}{'ratio':>8}")
-    for name in before:
-        print(f"{name:18}{before[name]:>14,}{after[name]:>14,}{after[name] / before[name]:>8.3f}")
+
+def half(rounds: int) -> dict[str, Any]:
+    """What an adapter adds to the floor, whole and after half of its ranks are gone."""
+    models = {"floor": growth.llama(8)}
+    for name in ("rank 64", "half of it"):
+        models[name] = growth.perturbed(adapt(growth.llama(8), "all-linear", growth.lora(64)))
+    pruned = models["half of it"]
+    optimizer = torch.optim.AdamW([p for p in pruned.parameters() if p.requires_grad], lr=0.0)
+    count = sum(map(len, rank_axes(pruned).values()))
+    allocator = AdaLoRA(count // 2, soft=False, importance="magnitude", every=1, warmup=0, final=1)
+    allocator.start(pruned, optimizer, 2)
+    x = growth.inputs(pruned, 4, 128)
+    pruned(inputs_embeds=x).last_hidden_state.square().mean().backward()
+    allocator.before_step()
+    optimizer.step()
+    allocator.step()
+    optimizer.zero_grad()
+    ranks = [len(axis) for axis in rank_axes(pruned).values()]
+    seconds = common.interleaved({name: growth.step(model, x) for name, model in models.items()}, rounds, warm=2)
+    floor = growth.kept(models["floor"], x)
+    found: dict[str, Any] = {"ranks": {"sum": sum(ranks), "of": count, "least": min(ranks), "most": max(ranks)}}
+    for name in ("rank 64", "half of it"):
+        own = [1000 * (a - b) for a, b in zip(seconds[name], seconds["floor"], strict=True)]
+        parameters = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
+        found[name] = {
+            "parameters": parameters,
+            "kept": growth.kept(models[name], x) - floor,
+            "ms": common.quartiles(own),
+        }
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    run, cut = found["memory"], found["half"]
+    rows = [
+        [name, f"{run['before'][name]:,}", f"{run['after'][name]:,}", f"{run['after'][name] / run['before'][name]:.3f}"]
+        for name in run["before"]
+    ]
+    whole, halved = cut["rank 64"], cut["half of it"]
+    parts = [
+        [what, f"{whole[key]:,}", f"{halved[key]:,}", f"{halved[key] / whole[key]:.3f}"]
+        for what, key in (("parameters", "parameters"), ("bytes kept for the backward pass", "kept"))
+    ]
+    times = common.spread(whole["ms"]), common.spread(halved["ms"])
+    parts.append(["milliseconds of a step", *times, f"{halved['ms']['median'] / whole['ms']['median']:.3f}"])
+    ranks = cut["ranks"]
+    text = [
+        "# What falling ranks free",
+        "Written by `python benchmarks/rank_memory.py`, which says how it is measured.",
+        common.on(found["machine"]),
+        f"## A run\n\nLoRA of rank {found['start']} on all {run['layers']} linear layers of SmolLM2-135M, pruned by AdaLoRA (`soft=False`, a budget in parameters)\n"
+        f"to what rank {found['end']} costs, in one event: {run['ranks']} ranks are left. Bytes after a backward pass before the event, and after it. The\n"
+        "resident figure includes the frozen weights, the libraries and the activations.",
+        common.table(["bytes", "before", "after", "ratio"], rows),
+        f"## Half of the ranks\n\nLoRA of rank 64 on the 56 linear layers of 8 blocks of SmolLM2's shapes, in bf16, 4 x 128 tokens: {ranks['of']} ranks, and\n"
+        f"{ranks['sum']} after AdaLoRA's plan, from {ranks['least']} to {ranks['most']} in a layer. What each adds to the frozen floor, in {found['rounds']} interleaved rounds. Not all of\n"
+        "the time is in proportion to the rank: each layer's input and output are read and written all the same.",
+        common.table(["added to the floor", "rank 64", "half of it", "ratio"], parts),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=int, default=64)
+    parser.add_argument("--end", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    found = {"machine": common.machine(), "start": args.start, "end": args.end, "rounds": args.rounds}
+    found |= {"memory": memory(args.start, args.end), "half": half(args.rounds)}
+    common.write("rank_memory", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":

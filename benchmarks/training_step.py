@@ -1,6 +1,6 @@
 """A training step of every method: against the frozen floor, and against HF PEFT's where it has the method.
 
-    python benchmarks/training_step.py [--workloads stack smollm2 minilm wide] [--rounds 12] [--data ../shared/data]
+    python benchmarks/training_step.py [--workloads stack smollm2 minilm wide] [--rounds 12] --data FOLDER
 
 The floor is the same backbone, forward and backward, with gradients through the activations and no adapter: the embeddings take
 the gradient. It has no optimizer step. Everything else makes whole steps: forward, backward, the penalty of the SVD form, clipping
@@ -46,7 +46,7 @@ FLOOR = {"HyperAdapt": 1.10, "LoRA": 1.10}
 Loss = Callable[[nn.Module], Tensor]
 
 
-def theirs(method: str, names: list[str]) -> Any:
+def theirs(method: str, names: str | list[str]) -> Any:
     """HF PEFT's configuration of one of our methods."""
     import peft
 
@@ -85,10 +85,10 @@ def step(model: nn.Module, loss: Loss, trains: bool) -> Callable[[], float]:
     return run
 
 
-# ---- workloads: (backbone, loss of ours, loss of theirs, names of the linear layers)
+# ---- workloads: (backbone, loss of ours, loss of theirs, targets of both)
 
 
-def stack(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, list[str]]:
+def stack(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import LlamaConfig, LlamaModel
 
     def build() -> nn.Module:
@@ -106,7 +106,7 @@ def stack(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss
     return build, loss, loss, common.LINEAR
 
 
-def smollm2(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, list[str]]:
+def smollm2(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForCausalLM
 
     from adaptrank import backbones
@@ -138,7 +138,7 @@ def smollm2(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Lo
     return build, our_loss, lambda model: model(**batch).loss, common.LINEAR
 
 
-def minilm(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, list[str]]:
+def minilm(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForSequenceClassification
 
     from adaptrank import backbones
@@ -156,10 +156,10 @@ def minilm(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Los
     def loss(model: nn.Module) -> Tensor:
         return nn.functional.cross_entropy(model(**batch).logits.float(), labels)
 
-    return build, loss, loss, ["query", "key", "value", "dense"]
+    return build, loss, loss, r".*encoder.*\.(query|key|value|dense)"
 
 
-def wide(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, list[str]]:
+def wide(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(*(nn.Linear(*sides, bias=False) for sides in [(2048, 4096), (4096, 2048)] * 2)).to(dtype)
@@ -183,14 +183,12 @@ def variants(
     """(name, a step of it): the floor, ours, theirs, and full fine-tuning."""
     from peft import get_peft_model
 
-    build, our_loss, their_loss, names = WORKLOADS[workload](dtype, data)
+    build, our_loss, their_loss, targets = WORKLOADS[workload](dtype, data)
     frozen = build().requires_grad_(False)
     embed(frozen)
     yield "floor", step(frozen, our_loss, trains=False)
-    targets = [n for n in names if n != "dense"] if workload == "minilm" else names
     for method in methods:
         torch.manual_seed(0)
-        targets = r".*encoder.*\.(query|key|value|dense)" if workload == "minilm" else names
         try:
             model = adapt(build(), targets, ours(PARAMETERIZATIONS[method]))
         except ValueError as error:
@@ -202,7 +200,7 @@ def variants(
         yield method, step(model, our_loss, trains=True)
     for method in ASKED.keys() & set(methods):
         torch.manual_seed(0)
-        model = get_peft_model(build(), theirs(method, targets if workload == "minilm" else names))
+        model = get_peft_model(build(), theirs(method, targets))
         yield f"PEFT {method}", step(model, their_loss, trains=True)
     whole = build()
     yield "full", step(whole, our_loss, trains=True)
@@ -265,9 +263,11 @@ def main() -> None:
         "--methods", nargs="*", default=None, help="default: all on stack in bf16, elsewhere those with a target"
     )
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, help="folder of data sets: gsm8k, medquad, trec")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
+    if options.data is None and {"smollm2", "minilm"} & set(options.workloads):
+        parser.error("--data FOLDER is needed: where gsm8k/train.jsonl and trec/train.jsonl are")
     found: dict[str, Any] = {"machine": common.machine(), "rounds": options.rounds, "workloads": {}}
     for workload in options.workloads:
         by_dtype = found["workloads"][workload] = {}
