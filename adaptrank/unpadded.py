@@ -29,7 +29,7 @@ def fits(body: nn.Module, mask: Tensor) -> bool:
     """Whether a batch with this mask (rows, tokens) has padding, and the body can be given its tokens as one row.
 
     It is a model of `MODEL_TYPES` that attends by PyTorch's `scaled_dot_product_attention` and, at this length, to every earlier token;
-    its wrappers are around single layers, not around attention or more; and no block is computed a second time in the backward
+    its wrappers are around single layers, not around attention or more, and serve every row; and no block is computed a second time in the backward
     pass, when nobody would tell it where examples begin.
     """
     config: Any = getattr(body, "config", None)
@@ -39,8 +39,10 @@ def fits(body: nn.Module, mask: Tensor) -> bool:
     again = any(getattr(module, "gradient_checkpointing", False) for module in body.modules())
     if again or (window is not None and window < mask.shape[1]):
         return False
-    single = all(not any(True for _ in wrapper.innermost.children()) for wrapper in wrappers(body))
-    return single and not bool(mask.all())
+    for wrapper in wrappers(body):
+        if wrapper.rows is not None or any(True for _ in wrapper.innermost.children()):
+            return False
+    return not bool(mask.all())
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
-from adaptrank import adapt, testing, unpadded
+from adaptrank import adapt, select_rows, testing, unpadded
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import AttentionScale, LoRA, Prefix
 from adaptrank.parameterizations.base import adapter_parameters, wrappers
@@ -90,6 +90,10 @@ def test_what_does_not_fit_is_given_its_padding():
     model.gradient_checkpointing_enable()
     assert not fits(model.train())
     assert not fits(tiny("bloom"))
+    model = adapt(tiny("llama"), "all-linear", partial(LoRA, rank=2))
+    assert fits(model)
+    with select_rows(model, ["default", None, None, "default"]):
+        assert not fits(model)
 
 
 @pytest.mark.parametrize("masked_label", [False, True])
