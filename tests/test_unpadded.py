@@ -1,12 +1,14 @@
 """A batch as one row of its tokens, against the same batch with its padding."""
 
+import inspect
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
-from adaptrank import adapt, select_rows, testing, unpadded
+from adaptrank import PARAMETERIZATIONS, adapt, select_rows, testing, unpadded
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import AttentionScale, LoRA, Prefix
 from adaptrank.parameterizations.base import adapter_parameters, wrappers
@@ -90,10 +92,35 @@ def test_what_does_not_fit_is_given_its_padding():
     model.gradient_checkpointing_enable()
     assert not fits(model.train())
     assert not fits(tiny("bloom"))
+    assert fits(tiny("llama", attention_dropout=0.1))  # in evaluation nothing is dropped
+    assert not fits(tiny("llama", attention_dropout=0.1).train())
     model = adapt(tiny("llama"), "all-linear", partial(LoRA, rank=2))
     assert fits(model)
     with select_rows(model, ["default", None, None, "default"]):
         assert not fits(model)
+
+
+def drops():
+    built = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
+    return [n for n, c in built.items() if "dropout" in inspect.signature(c).parameters and c.wraps(nn.Linear(32, 32))]
+
+
+@pytest.mark.parametrize("method", drops())
+def test_dropouts_draw_what_they_draw_for_the_padded_batch(method):
+    model = tiny("llama").train()
+    some = {"rank": 4, "factor": 4} if method == "LoKr" else {"rank": 4}
+    known = inspect.signature(PARAMETERIZATIONS[method]).parameters
+    given = {key: value for key, value in some.items() if key in known}
+    adapt(model, ["q_proj", "down_proj"], partial(PARAMETERIZATIONS[method], dropout=0.4, **given))
+    for wrapper in wrappers(model):
+        testing.perturb(wrapper, 0.3)
+    assert unpadded.fits(model.base_model, MASK)
+    torch.manual_seed(1)
+    ours = unpadded.hidden_states(model.base_model, IDS, MASK)
+    torch.manual_seed(1)
+    padded = model.base_model(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state[MASK]
+    torch.testing.assert_close(ours, padded, rtol=1e-8, atol=1e-10)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("masked_label", [False, True])

@@ -25,8 +25,7 @@ class CausalLM(AdaptedModule):
     Args:
         max_new_tokens: longest generation, in tokens.
         generate: whether to generate for exact match.
-        padding_free: in training, compute nothing for padding, where the model is one of `unpadded.MODEL_TYPES`: the same losses, but
-            for the numbers that a dropout draws.
+        padding_free: in training, compute nothing for padding, where the model is one of `unpadded.MODEL_TYPES`; losses are the same.
         kwargs: as in `AdaptedModule`.
     """
 
