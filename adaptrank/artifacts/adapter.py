@@ -146,40 +146,40 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
 def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: Collection[str]) -> None:
     """Give every axis of these adapters its stored size, and every tensor its stored value; each of both, and no other."""
     with safe_open(file, framework="pt") as stored:
-        keys = set(stored.keys())
-        targets = dict(_adapter_tensors(model, names))
+        keys, keyed = set(stored.keys()), list(_keyed(model, names))
+        targets = {key for key, _, _ in keyed}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         others = parameters | dict(model.named_buffers())
-        extra = sorted((keys | tied.keys()) - set(targets))
+        extra = sorted((keys | tied.keys()) - targets)
         unknown = [key for key in extra if key not in others]
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
         for what, wrong in (("an unexpected tensor", unknown), ("no tensor", absent)):
             if wrong:
                 raise ValueError(f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such).")
-        _tie_as_stored(model, tied, names)
-        in_state = _state_keys(model, names)
-        fit_ranks(model, {in_state[key]: stored.get_tensor(tied.get(key, key)) for key in targets})
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
-    targets = {**dict(_adapter_tensors(model, names)), **{key: others[key] for key in extra}}
+    _tie_as_stored(keyed, tied)
+    where = {module: path for path, module in model.named_modules()}
+    fit_ranks(model, {f"{where[w]}.{name}".removeprefix("."): values[key] for key, w, name in keyed})
+    tensors = {key: _get(wrapper, name) for key, wrapper, name in keyed} | {key: others[key] for key in extra}
     for key, value in values.items():
-        if value.shape != targets[key].shape:
-            raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(targets[key].shape)}.")
-        if value.is_floating_point() != targets[key].is_floating_point():
-            raise ValueError(f"{file}: {key} is {value.dtype}, this model's is {targets[key].dtype}.")
+        if value.shape != tensors[key].shape:
+            raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(tensors[key].shape)}.")
+        if value.is_floating_point() != tensors[key].is_floating_point():
+            raise ValueError(f"{file}: {key} is {value.dtype}, this model's is {tensors[key].dtype}.")
     with torch.no_grad():
         for key, value in values.items():
-            targets[key].copy_(value)
+            tensors[key].copy_(value)
     for key in extra:
         others[key].requires_grad_(others[key].is_floating_point() and key in parameters)
     for wrapper in wrappers(model):
         wrapper.refresh()
 
 
-def _tie_as_stored(model: nn.Module, tied: Mapping[str, str], names: Collection[str]) -> None:
+def _tie_as_stored(keyed: Iterable[tuple[str, Parameterization, str]], tied: Mapping[str, str]) -> None:
     """Tie what was tied when the adapter was saved and nothing else: `adapt` ties by one call, and there may have been several."""
     stored: dict[str, Tensor] = {}
     taken: set[int] = set()
-    for key, wrapper, name in _keyed(model, names):
+    for key, wrapper, name in keyed:
         path, _, last = name.rpartition(".")
         owner, tensor = wrapper.get_submodule(path), _get(wrapper, name)
         if key in tied:
@@ -337,12 +337,6 @@ def _get(module: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), last)
     return tensor
-
-
-def _state_keys(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Key in an adapter's file -> key in `model.state_dict()`."""
-    where = {id(module): path for path, module in model.named_modules()}
-    return {key: f"{where[id(w)]}.{name}".removeprefix(".") for key, w, name in _keyed(model, names)}
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> Path:

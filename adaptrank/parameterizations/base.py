@@ -104,7 +104,7 @@ class Parameterization(nn.Module, ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> "Parameterization":
         self = super().__new__(cls)
         if args or kwargs:  # copy and unpickling call __new__ without arguments and restore init_args themselves
-            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+            bound = _signature(cls).bind(self, *args, **kwargs)
             bound.apply_defaults()
             self.__dict__["init_args"] = dict(list(bound.arguments.items())[2:])
         return self
@@ -550,6 +550,11 @@ def _nothing(layer: nn.Module, arguments: object) -> None:
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     cast(Parameterization, layer).refresh()
+
+
+@cache
+def _signature(cls: type[Parameterization]) -> inspect.Signature:
+    return inspect.signature(cls.__init__)
 
 
 @cache
