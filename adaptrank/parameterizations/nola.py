@@ -156,16 +156,22 @@ class NOLA(Parameterization):
 
 def _draw(seed: int, side: str, j: int, shape: tuple[int, int]) -> Tensor:
     """Matrix j of a side, uniform in (-1, 1), float32."""
+    return _fill(torch.empty(shape, device="cpu", dtype=torch.float32), seed, side, j)
+
+
+def _fill(out: Tensor, seed: int, side: str, j: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{side}/{j}".encode(), digest_size=8).digest()
     own = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-1, 1, generator=own)
+    return out.uniform_(-1, 1, generator=own)
 
 
 def _chunks(seed: int, side: str, ids: Sequence[int], shape: tuple[int, int], chunk: int) -> Iterator[Tensor]:
     for start in range(0, len(ids), chunk):
-        some = torch.zeros(chunk, math.prod(shape), device="cpu", dtype=torch.float32)
-        for row, j in zip(some, ids[start : start + chunk], strict=False):
-            row.copy_(_draw(seed, side, j, shape).flatten())
+        here = ids[start : start + chunk]
+        some = torch.empty(chunk, math.prod(shape), device="cpu", dtype=torch.float32)
+        some[len(here) :] = 0
+        for row, j in zip(some, here, strict=False):
+            _fill(row, seed, side, j)
         yield some
 
 
