@@ -14,7 +14,13 @@ DENSE = {
     "NOLA": "draws its random matrices anew, forward and backward; `materialize=True` keeps them",
 }
 
-OTHERS: list[str] = []
+OTHERS = [
+    "- **Half of the ranks** halves parameters, gradients and optimizer state. Of what LoRA keeps for the backward pass most is its layers' input,\n"
+    "  which does not depend on the rank, and of its time what each layer costs at any rank ([growth](growth.md#rank-of-lora-on-all-56-linear-layers-of-8-blocks-4-x-128-tokens)).",
+    "- **Attention** in bf16 is a quarter of the floor on this processor ([profile](step_profile.md)), the same for everybody: PyTorch's bf16\n"
+    "  kernel takes longer there than its float32 one.",
+    "- **Not done**: projections that read one input each multiply by their own factor; `torch.compile`; a cache of tokenized data sets.",
+]
 
 MILLISECONDS = 100
 """What "in milliseconds" is taken for: less than a tenth of a second."""
