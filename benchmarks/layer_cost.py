@@ -158,9 +158,8 @@ def measure(rounds: int) -> dict[str, Any]:
         x = torch.randn(TOKENS, SIDE, generator=random).to(dtype)
         held, peak = memory(plain, x)
         output = TOKENS * SIDE * dtype.itemsize
-        if (
-            held != output or not 0 <= peak - 2 * output < 0.1 * output
-        ):  # the output, the input's gradient, and oneDNN's scratch
+        # The output, the input's gradient, and oneDNN's scratch, which grows with the threads.
+        if held != output or not 0 <= peak - 2 * output < 0.1 * output * torch.get_num_threads():
             raise RuntimeError(
                 f"The allocator's report is not to be trusted: {held} and {peak} bytes of a frozen layer."
             )

@@ -87,7 +87,7 @@ def main() -> None:
             "# Targets",
             "What was asked of speed and memory, and what is measured: medians, with quartiles in brackets. The scripts in `benchmarks/` write the\n"
             "figures, each on a page of its own, and `python benchmarks/targets.py` this table. How cost grows with size is on [another](growth.md).",
-            common.on(read("training_step")["machine"]),
+            common.on(steps["stack"]["machine"]),
             common.table(["target", "measured", "asked, at most", ""], rows),
             "## Where it falls short, and why",
             "\n".join(short),

@@ -11,7 +11,8 @@ at 1, fused AdamW (the default of both sides), and gradients dropped.
 - minilm: MiniLM-L6 classifying TREC's questions, 32 a batch;
 - wide: four linear layers between 2048 and 4096, 512 tokens, where nothing hides the adapter.
 
-In a round every variant makes one step; ratios are taken within a round, and the table has medians and quartiles.
+In a round every variant makes one step; ratios are taken within a round, and the table has medians and quartiles. What was measured
+before of other workloads stays on the page.
 Writes benchmarks/results/training_step.json and docs/results/training_step.md.
 """
 
@@ -234,15 +235,15 @@ def page(found: Mapping[str, Any]) -> str:
         "# A training step",
         "Time of a training step of every method that wraps linear layers, over the **frozen floor**: the same backbone, forward and\n"
         "backward, with gradients through the activations, without adapter and optimizer. Medians and quartiles of ratios within\n"
-        f"{found['rounds']} interleaved rounds; rank {RANK} where there is a rank, all linear layers. Written by\n"
-        f"`python benchmarks/training_step.py --workloads {' '.join(found['workloads'])} --rounds {found['rounds']}`, which says what the workloads are.",
-        common.on(found["machine"]),
+        f"interleaved rounds; rank {RANK} where there is a rank, all linear layers. Written by `python benchmarks/training_step.py`, which says what\n"
+        "the workloads are.",
     ]
     for workload, by_dtype in found["workloads"].items():
-        floors = " and ".join(f"{by_dtype[d]['floor_ms']['median']:.0f} ms in {d}" for d in dtypes if d in by_dtype)
+        have_dtypes = [d for d in dtypes if d in by_dtype]
+        floors = " and ".join(f"{by_dtype[d]['floor_ms']['median']:.0f} ms in {d}" for d in have_dtypes)
         names = sorted(
-            {n for d in by_dtype.values() for n in d["methods"]},
-            key=lambda n: min(d["methods"][n]["floor"]["median"] for d in by_dtype.values() if n in d["methods"]),
+            {n for d in have_dtypes for n in by_dtype[d]["methods"]},
+            key=lambda n: min(m["floor"]["median"] for d in have_dtypes if (m := by_dtype[d]["methods"].get(n))),
         )
         rows = []
         for name in names:
@@ -251,7 +252,8 @@ def page(found: Mapping[str, Any]) -> str:
                 [name, *(common.spread(h.get("floor")) for h in have), *(common.spread(h.get("peft")) for h in have)]
             )
         header = ["method", *(f"over the floor, {d}" for d in dtypes), *(f"over PEFT's, {d}" for d in dtypes)]
-        parts += [f"## {workload}", f"The floor takes {floors}.", common.table(header, rows)]
+        said = f"The floor takes {floors}; {by_dtype['rounds']} rounds. {common.on(by_dtype['machine'])}"
+        parts += [f"## {workload}", said, common.table(header, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -268,22 +270,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is None and {"smollm2", "minilm"} & set(options.workloads):
         parser.error("--data FOLDER is needed: where gsm8k/train.jsonl and trec/train.jsonl are")
-    found: dict[str, Any] = {"machine": common.machine(), "rounds": options.rounds, "workloads": {}}
+    file = common.ROOT / "benchmarks" / "results" / "training_step.json"
+    before = json.loads(file.read_text())["workloads"] if file.is_file() else {}
+    workloads: dict[str, Any] = {name: before[name] for name in WORKLOADS if name in before}
     for workload in options.workloads:
-        by_dtype = found["workloads"][workload] = {}
+        by_dtype = workloads[workload] = {"rounds": options.rounds, "machine": common.machine()}
         for dtype in options.dtypes:
             methods = options.methods or (
                 linear_methods() if (workload, dtype) == ("stack", "bf16") else ["HyperAdapt", *ASKED]
             )
             by_dtype[dtype] = measure(workload, dtype, options.rounds, options.data, methods)
             gc.collect()
-            if options.dry:
-                print(workload, dtype, by_dtype[dtype]["floor_ms"])
-                for name, row in by_dtype[dtype]["methods"].items():
-                    print(f"  {name:22} {common.spread(row['floor']):24} {common.spread(row.get('peft'))}", flush=True)
-    if not options.dry:
-        common.write("training_step", found, page(found))
-        print(page(found))
+            print(workload, dtype, by_dtype[dtype]["floor_ms"])
+            for name, row in by_dtype[dtype]["methods"].items():
+                print(f"  {name:22} {common.spread(row['floor']):24} {common.spread(row.get('peft'))}", flush=True)
+        if not options.dry:
+            found = {"workloads": {name: workloads[name] for name in WORKLOADS if name in workloads}}
+            common.write("training_step", found, page(found))
 
 
 if __name__ == "__main__":
