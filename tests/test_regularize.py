@@ -35,16 +35,16 @@ def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
 class Weighed(SVD):
     """A penalty that depends on a list, as a method of somebody's own may."""
 
-    def __init__(self, layer: nn.Module, weights: list[float], **kwargs: object) -> None:
-        super().__init__(layer, **kwargs)
-        self.weights = weights
+    def __init__(self, base: nn.Module, *, weights: tuple[float, ...] = (1.0,), **kwargs: object) -> None:
+        super().__init__(base, **kwargs)
+        self.weights = list(weights)
 
     def penalty(self) -> Tensor:
         return self.weights[0] * super().penalty()
 
 
 def test_layers_whose_penalties_differ_by_a_list_are_not_taken_for_alike():
-    layers = [Weighed(nn.Linear(12, 12), [float(weight)]) for weight in (1, 1, 5)]
+    layers = [Weighed(nn.Linear(12, 12), weights=(float(weight),)) for weight in (1, 1, 5)]
     for layer in layers:
         testing.perturb(layer, 0.3)
     want = torch.stack([layer.penalty() for layer in layers]).mean()
