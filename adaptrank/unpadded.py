@@ -27,7 +27,7 @@ _NAME = "adaptrank_examples"
 
 
 def fits(body: nn.Module, mask: Tensor) -> bool:
-    """Whether a batch with this mask (rows, tokens) has padding, and the body can be given its tokens as one row.
+    """Whether a batch with this mask (rows, tokens) has padding, on the right, and the body can be given its tokens as one row.
 
     It is a model of `MODEL_TYPES` that attends by PyTorch's `scaled_dot_product_attention` and, at this length, to every earlier token,
     without a dropout of its own; its wrappers are around single layers, not around attention or more, and serve every row; and no block is
@@ -44,7 +44,8 @@ def fits(body: nn.Module, mask: Tensor) -> bool:
     for wrapper in wrappers(body):
         if wrapper.rows is not None or any(True for _ in wrapper.innermost.children()):
             return False
-    return not bool(mask.all())
+    begins_again = mask[:, 1:] & ~mask[:, :-1]
+    return not bool(mask.all() | begins_again.any())
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def test_what_does_not_fit_is_given_its_padding():
 
     assert fits(tiny("llama"))
     assert not unpadded.fits(tiny("llama").base_model, torch.ones(2, 3, dtype=torch.bool))  # has no padding
+    assert not unpadded.fits(tiny("llama").base_model, MASK.flip(1))  # positions of padding count there
     assert not fits(tiny("mistral", sliding_window=4))
     assert fits(tiny("mistral", sliding_window=16))
     for targets, method in (("all", Prefix), ("all-attention", AttentionScale)):
