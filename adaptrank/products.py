@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
 
-_GROUPS = 32
+_GROUPS = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 would overflow in a gradient summed over tokens
 
 
@@ -199,15 +199,15 @@ class _ScaleOutput(torch.autograd.Function):
 def _sum_to(values: Tensor, like: Tensor) -> Tensor:
     """Sum over all leading dimensions in the adapter's dtype.
 
-    PyTorch accumulates a half-precision sum in float32 and rounds its result; a float32 result was measured to take 2 to 10 times as
-    long. Here the sums of `_GROUPS` groups are rounded, and added in float32, which leaves a fifth of the error.
+    PyTorch accumulates a half-precision sum in float32 and rounds its result; a float32 result was measured to take 5 times as long. Here
+    the sums of `_GROUPS` groups are rounded, and added in float32: no slower, and where values agree in sign a third of the error.
     """
     rows = values.reshape(-1, values.shape[-1])
     if rows.dtype == like.dtype:
         return rows.sum(0)
     even = len(rows) - len(rows) % _GROUPS
-    groups = rows[:even].view(_GROUPS, -1, rows.shape[1]).sum(1)
-    return groups.sum(0, dtype=like.dtype) + rows[even:].sum(0, dtype=like.dtype)
+    total = rows[:even].view(_GROUPS, -1, rows.shape[1]).sum(1).sum(0, dtype=like.dtype)
+    return total if even == len(rows) else total + rows[even:].sum(0, dtype=like.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
