@@ -79,6 +79,9 @@ def test_what_does_not_fit_is_given_its_padding():
 
     assert fits(tiny("llama"))
     assert not unpadded.fits(tiny("llama").base_model, torch.ones(2, 3, dtype=torch.bool))  # has no padding
+    for tokens, short, worth in ((9, 1, False), (9, 6, True), (90, 1, True), (90, 0, False)):
+        mask = torch.arange(tokens) < torch.tensor([tokens, tokens - short])[:, None]
+        assert unpadded.fits(tiny("llama").base_model, mask) is worth
     assert not unpadded.fits(tiny("llama").base_model, MASK.flip(1))  # positions of padding count there
     assert not fits(tiny("mistral", sliding_window=4))
     assert fits(tiny("mistral", sliding_window=16))
