@@ -25,7 +25,7 @@ MODEL_TYPES = frozenset({
 
 _NAME = "adaptrank_examples"
 _SHORT = 64
-"""Mean tokens of a row from which attention example by example was measured to be faster than in one call with a mask (on a CPU)."""
+"""Mean tokens of a row below which attention example by example costs more than one call with a mask; tried on one CPU, and not tuned."""
 
 
 def fits(body: nn.Module, mask: Tensor) -> bool:

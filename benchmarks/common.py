@@ -4,11 +4,13 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2, MINILM = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
@@ -40,6 +42,27 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, warm: int 
             if number >= 0:
                 found[name].append(seconds)
     return found
+
+
+def step(
+    model: nn.Module, loss: Callable[[], Tensor], after_backward: Callable[[], object] = lambda: None
+) -> Callable[[], float]:
+    """A function that makes one step and returns its seconds; where nothing trains, forward and backward alone."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
+
+    def run() -> float:
+        start = time.perf_counter()
+        loss().backward()
+        if optimizer is not None:
+            after_backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return run
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], name: str, over: str) -> dict[str, float]:

@@ -23,7 +23,6 @@ import gc
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +38,6 @@ from adaptrank.distributed import average_gradients
 from adaptrank.parameterizations import Parameterization
 
 RANK = 8
-Step = Callable[[], float]
 
 
 def llama(layers: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, **more: Any) -> nn.Module:
@@ -71,24 +69,12 @@ def inputs(model: nn.Module, rows: int, tokens: int) -> Tensor:
     return x.to(torch.bfloat16).requires_grad_()
 
 
-def step(model: nn.Module, x: Tensor, average: bool = False) -> Step:
-    """A function that makes one step and returns its seconds; without an optimizer where nothing trains."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
-
-    def run() -> float:
-        start = time.perf_counter()
+def step(model: nn.Module, x: Tensor, after_backward: Callable[[], object] = lambda: None) -> Callable[[], float]:
+    def loss() -> Tensor:
         x.grad = None
-        model(inputs_embeds=x).last_hidden_state.square().mean().backward()
-        if optimizer is not None:
-            if average:
-                average_gradients(parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
+        return model(inputs_embeds=x).last_hidden_state.square().mean()
 
-    return run
+    return common.step(model, loss, after_backward)
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
@@ -228,7 +214,8 @@ def one_process(number: int, count: int, rounds: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=number, world_size=count)
     for name, method in (("LoRA", lora()), ("HyperAdapt", PARAMETERIZATIONS["HyperAdapt"])):
         model = perturbed(adapt(llama(8), "all-linear", method))
-        run = step(model, inputs(model, 4, 64), average=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        run = step(model, inputs(model, 4, 64), partial(average_gradients, trained))
         seconds = [run() for _ in range(rounds + 1)][1:]
         if number == 0:
             with open(f"{folder}/{count}-{name}", "w") as file:

@@ -18,11 +18,11 @@ OTHERS = [
     "- **stack** is the workload the figures were asked of; its ratios move by 0.05 and more from run to run of this script, with what else runs on\n"
     "  the host: LoRA, SVD, DoRA and MiSS are bound by memory, and stand at their lines. DoRA scales every output, forward and backward, which is two\n"
     "  passes over memory that LoRA does not make.",
-    "- **minilm** has 320 tokens and small layers: what an adapter costs at any size, a third of a millisecond a layer, is much of it.",
+    "- **minilm** has 32 x 20 tokens and small layers: what an adapter costs a layer at any size ([growth](growth.md), where tokens are few) is much of it.",
     "- **wide** is the other end: products are nearly all of a step, for PEFT as well, and there is little around them to save.",
     "- **Half of the ranks** halves parameters, gradients and optimizer state. Of what LoRA keeps for the backward pass most is its layers' input,\n"
     "  which does not depend on the rank, and of its time what each layer costs at any rank ([growth](growth.md)).",
-    "- **Saving and loading** 210 layers is half a millisecond a layer, in Python.",
+    "- **Saving and loading** is 210 layers, one by one, in Python.",
     "- **Attention** in bf16 is a quarter of the floor on this processor ([profile](step_profile.md)), the same for everybody: PyTorch's bf16\n"
     "  kernel takes longer there than its float32 one.",
     "- **Not done**: projections that read one input each multiply by their own factor; `torch.compile`; a cache of tokenized data sets.",

@@ -20,7 +20,6 @@ import argparse
 import gc
 import inspect
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -65,25 +64,10 @@ def ours(cls: type[Parameterization]) -> Callable[[nn.Module], Parameterization]
     return partial(cls, rank=RANK) if "rank" in inspect.signature(cls).parameters else cls
 
 
-def step(model: nn.Module, loss: Loss, trains: bool) -> Callable[[], float]:
-    """A function that makes one step and returns its seconds."""
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def step(model: nn.Module, loss: Loss) -> Callable[[], float]:
     penalized = any(isinstance(m, Parameterization) and m.penalty() is not None for m in model.modules())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if trains else None
-
-    def run() -> float:
-        start = time.perf_counter()
-        loss(model).backward()
-        if optimizer is not None:
-            if penalized:
-                penalty_gradients(model)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return run
+    penalty = partial(penalty_gradients, model) if penalized else lambda: None
+    return common.step(model, partial(loss, model), penalty)
 
 
 # ---- workloads: (backbone, loss of ours, loss of theirs, targets of both)
@@ -187,7 +171,7 @@ def variants(
     build, our_loss, their_loss, targets = WORKLOADS[workload](dtype, data)
     frozen = build().requires_grad_(False)
     embed(frozen)
-    yield "floor", step(frozen, our_loss, trains=False)
+    yield "floor", step(frozen, our_loss)
     for method in methods:
         torch.manual_seed(0)
         try:
@@ -198,13 +182,13 @@ def variants(
         for module in model.modules():
             if isinstance(module, Parameterization):
                 testing.perturb(module, std=0.01)
-        yield method, step(model, our_loss, trains=True)
+        yield method, step(model, our_loss)
     for method in ASKED.keys() & set(methods):
         torch.manual_seed(0)
         model = get_peft_model(build(), theirs(method, targets))
-        yield f"PEFT {method}", step(model, their_loss, trains=True)
+        yield f"PEFT {method}", step(model, their_loss)
     whole = build()
-    yield "full", step(whole, our_loss, trains=True)
+    yield "full", step(whole, our_loss)
 
 
 def embed(model: nn.Module) -> None:
