@@ -7,34 +7,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptrank.allocators import ALLOCATORS, Allocator
+    from adaptrank.allocation import ALLOCATORS, Allocator
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
     from adaptrank.composition import compose
-    from adaptrank.inject import adapt, delete_adapter, describe, disabled, select_rows, set_enabled
+    from adaptrank.injection import (
+        adapt,
+        delete_adapter,
+        describe,
+        disabled,
+        select_rows,
+        set_enabled,
+    )
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ALLOCATORS": "allocators",
+    "ALLOCATORS": "allocation",
     "Adapter": "modules",
-    "Allocator": "allocators",
+    "Allocator": "allocation",
     "PARAMETERIZATIONS": "parameterizations",
     "Parameterization": "parameterizations",
-    "adapt": "inject",
+    "adapt": "injection",
     "compose": "composition",
-    "delete_adapter": "inject",
-    "describe": "inject",
-    "disabled": "inject",
+    "delete_adapter": "injection",
+    "describe": "injection",
+    "disabled": "injection",
     "fit_ranks": "axes",
     "load_adapter": "artifacts",
     "merge": "artifacts",
     "rank_axes": "axes",
     "save_adapter": "artifacts",
-    "select_rows": "inject",
-    "set_enabled": "inject",
+    "select_rows": "injection",
+    "set_enabled": "injection",
     "unmerge": "artifacts",
 }
 __all__ = [

@@ -42,7 +42,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return cls
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(name for name, cls in self._classes.items() if not inspect.isabstract(cls)))
+        return iter(
+            sorted(name for name, cls in self._classes.items() if not inspect.isabstract(cls))
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

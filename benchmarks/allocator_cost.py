@@ -28,10 +28,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank import Allocator, adapt, backbones
-from adaptrank.allocators.scores import IMPORTANCES
+from adaptrank.allocation.scores.gradient import IMPORTANCES
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD
-from adaptrank.regularize import penalty_gradients
+from adaptrank.training.penalties import penalty_gradients
 
 RANK, BATCH, LENGTH = 8, 8, 128
 
@@ -64,7 +64,11 @@ class Variant:
     """A model that makes steps; `parts` are the seconds of its last one."""
 
     def __init__(
-        self, model: nn.Module, before: Callable[[], None], after: Callable[[], Any], penalized: bool = True
+        self,
+        model: nn.Module,
+        before: Callable[[], None],
+        after: Callable[[], Any],
+        penalized: bool = True,
     ) -> None:
         self.model, self.before, self.after, self.penalized = model, before, after, penalized
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -139,7 +143,9 @@ def main() -> None:
     variants["PEFT AdaLoRA"] = theirs(options.layers, dtype, options.rounds)
     batch = torch.randint(49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
-    measured: dict[str, dict[str, list[float]]] = {name: {"scoring": [], "event": [], "step": []} for name in variants}
+    measured: dict[str, dict[str, list[float]]] = {
+        name: {"scoring": [], "event": [], "step": []} for name in variants
+    }
     base: list[float] = []
     for number in range(options.rounds + 1):
         for name, variant in variants.items():
@@ -154,18 +160,25 @@ def main() -> None:
             row["step"].append(sum(parts.values()) / base[-1])
             if event and name != "none":
                 row["event"].append(parts["after"] / base[-1])
-                row["scoring"].append(parts["before"] / base[-1]) if name != "PEFT AdaLoRA" else None
+                row["scoring"].append(
+                    parts["before"] / base[-1]
+                ) if name != "PEFT AdaLoRA" else None
             else:
                 row["scoring"].append((parts["before"] + parts["after"]) / base[-1])
         print(
-            f"round {number}: {', '.join(f'{n} {sum(v.parts.values()):.2f}' for n, v in variants.items())}", flush=True
+            f"round {number}: {', '.join(f'{n} {sum(v.parts.values()):.2f}' for n, v in variants.items())}",
+            flush=True,
         )
 
     table = {
         name: {part: common.quartiles(values) for part, values in row.items() if values}
         for name, row in measured.items()
     }
-    sizes = {name: sum(map(len, rank_axes(v.model).values())) for name, v in variants.items() if name != "PEFT AdaLoRA"}
+    sizes = {
+        name: sum(map(len, rank_axes(v.model).values()))
+        for name, v in variants.items()
+        if name != "PEFT AdaLoRA"
+    }
     result = {
         "machine": common.machine(),
         "dtype": str(dtype).removeprefix("torch."),

@@ -29,11 +29,17 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 3
+    )
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
+) -> dict[str, list[float]]:
     """Name -> its seconds in each round. In a round each runs once, so that a slow spell meets all of them; the order turns."""
     names, found = list(runs), {name: [] for name in runs}
     for number in range(-warm, rounds):
@@ -45,7 +51,9 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, warm: int 
 
 
 def step(
-    model: nn.Module, loss: Callable[[], Tensor], after_backward: Callable[[], object] = lambda: None
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    after_backward: Callable[[], object] = lambda: None,
 ) -> Callable[[], float]:
     """A function that makes one step and returns its seconds; where nothing trains, forward and backward alone."""
     model.train()

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from adaptrank import adapt, backbones, compose, save_adapter
-from adaptrank.parameterizations.lora import LoRA
+from adaptrank.parameterizations import LoRA
 
 ROOT = Path(__file__).parents[1]
 BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -54,7 +54,11 @@ def resident() -> int:
 
 
 def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -69,7 +73,9 @@ def files(data: Path, examples: int, folder: Path) -> Path:
     for row in (json.loads(row) for pair in zip(*rows, strict=True) for row in pair):
         words = f"{row['prompt']} {row['completion']}".split(" ")
         cut = len(words) - max(1, len(words) // 3)
-        lines.append(json.dumps({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])}))
+        lines.append(
+            json.dumps({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])})
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for split, some in (("train", lines), ("validation", lines[:BATCH])):
         (folder / f"{split}.jsonl").write_text("\n".join(some) + "\n")
@@ -126,13 +132,16 @@ def ours(folder: Path, grouped: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     run = trainer()
     run.callbacks.append(Watch())
-    run.fit(module("bf16"), datamodule=CausalLMData(sources=str(folder), batch_size=BATCH, group_by_length=grouped))
+    run.fit(
+        module("bf16"),
+        datamodule=CausalLMData(sources=str(folder), batch_size=BATCH, group_by_length=grouped),
+    )
     return found
 
 
 def encoded(folder: Path) -> tuple[list[dict[str, list[int]]], Any]:
     """The training rows, tokenized as CausalLMData does, and the tokenizer."""
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
     from adaptrank.data import CausalLMData
 
     tokenizer = backbones.load_tokenizer(backbones.resolve(common.SMOLLM2))
@@ -144,13 +153,21 @@ def encoded(folder: Path) -> tuple[list[dict[str, list[int]]], Any]:
 
 def theirs(folder: Path, more: list[str]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
 
     rows, tokenizer = encoded(folder)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(backbones.resolve(common.SMOLLM2).path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        backbones.resolve(common.SMOLLM2).path, dtype=torch.bfloat16
+    )
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=common.LINEAR))
     found: dict[str, Any] = {"losses": []}
 
@@ -191,9 +208,9 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_scheduler
 
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
     from adaptrank.data import CausalLMData
-    from adaptrank.parameterizations.base import wrapped_layers
+    from adaptrank.parameterizations import wrapped_layers
 
     torch.manual_seed(0)
     ours_ = module("float32")
@@ -206,7 +223,12 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
 
     class Watch(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            start.update({path: layer.A.detach().clone() for path, layer in wrapped_layers(module.model).items()})
+            start.update(
+                {
+                    path: layer.A.detach().clone()
+                    for path, layer in wrapped_layers(module.model).items()
+                }
+            )
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             batches.append({key: value.clone() for key, value in batch.items()})
@@ -218,7 +240,9 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
     run.callbacks.append(Watch())
     run.fit(ours_, datamodule=data)
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(backbones.resolve(common.SMOLLM2).path, dtype=torch.float32)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        backbones.resolve(common.SMOLLM2).path, dtype=torch.float32
+    )
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=common.LINEAR))
     for path, A in start.items():
         model.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
@@ -238,7 +262,9 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
 
 
 def in_a_process(*arguments: str) -> Any:
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -294,7 +320,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of the loss curves")
     parser.add_argument("--data", type=Path, help="folder of data sets: gsm8k, medquad, trec")
     parser.add_argument("--ways", nargs="*", default=WAYS)
-    parser.add_argument("--one", nargs=2, help="used by the script itself: a way, and the folder of the data")
+    parser.add_argument(
+        "--one", nargs=2, help="used by the script itself: a way, and the folder of the data"
+    )
     parser.add_argument("--curves", help="used by the script itself: the folder of the data")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
@@ -324,7 +352,9 @@ def main() -> None:
     pairs = {"defaults": ("ours", "theirs"), "best": ("ours, grouped", best)}
     ratios = {
         name: {
-            what: common.quartiles([a[what] / b[what] for a, b in zip(runs[mine], runs[other], strict=True)])
+            what: common.quartiles(
+                [a[what] / b[what] for a, b in zip(runs[mine], runs[other], strict=True)]
+            )
             for what in ("seconds", "bytes")
         }
         for name, (mine, other) in pairs.items()

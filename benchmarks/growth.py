@@ -34,21 +34,35 @@ from torch import Tensor, nn
 
 from adaptrank import PARAMETERIZATIONS, adapt, testing
 from adaptrank.artifacts import planning
-from adaptrank.distributed import average_gradients
 from adaptrank.parameterizations import Parameterization
+from adaptrank.training.distributed import average_gradients
 
 RANK = 8
 
 
-def llama(layers: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, **more: Any) -> nn.Module:
+def llama(
+    layers: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, **more: Any
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
     heads = max(width // 64, 1)
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 4 or 1}
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 4 or 1,
+    }
     inside = 1536 if width == 576 else 4 * width
-    known = {"hidden_size": width, "intermediate_size": inside, "vocab_size": 64, "use_cache": False, **sizes, **more}
-    return LlamaModel(LlamaConfig(num_hidden_layers=layers, **known)).to(dtype).requires_grad_(False)
+    known = {
+        "hidden_size": width,
+        "intermediate_size": inside,
+        "vocab_size": 64,
+        "use_cache": False,
+        **sizes,
+        **more,
+    }
+    return (
+        LlamaModel(LlamaConfig(num_hidden_layers=layers, **known)).to(dtype).requires_grad_(False)
+    )
 
 
 def lora(rank: int = RANK) -> Callable[[nn.Module], Parameterization]:
@@ -69,7 +83,9 @@ def inputs(model: nn.Module, rows: int, tokens: int) -> Tensor:
     return x.to(torch.bfloat16).requires_grad_()
 
 
-def step(model: nn.Module, x: Tensor, after_backward: Callable[[], object] = lambda: None) -> Callable[[], float]:
+def step(
+    model: nn.Module, x: Tensor, after_backward: Callable[[], object] = lambda: None
+) -> Callable[[], float]:
     def loss() -> Tensor:
         x.grad = None
         return model(inputs_embeds=x).last_hidden_state.square().mean()
@@ -99,7 +115,9 @@ def kept(model: nn.Module, x: Tensor) -> int:
 Points = Iterator[tuple[int, dict[str, tuple[nn.Module, Tensor]]]]
 
 
-def three(build: Callable[[], nn.Module], rows: int, tokens: int) -> dict[str, tuple[nn.Module, Tensor]]:
+def three(
+    build: Callable[[], nn.Module], rows: int, tokens: int
+) -> dict[str, tuple[nn.Module, Tensor]]:
     models = {
         "floor": build(),
         "LoRA": perturbed(adapt(build(), "all-linear", lora())),
@@ -122,7 +140,10 @@ def rank() -> Points:
     base = llama(8)
     x = inputs(base, 4, 128)
     for size in (1, 2, 4, 8, 16, 32, 64):
-        yield size, {"floor": (base, x), "LoRA": (perturbed(adapt(llama(8), "all-linear", lora(size))), x)}
+        yield (
+            size,
+            {"floor": (base, x), "LoRA": (perturbed(adapt(llama(8), "all-linear", lora(size))), x)},
+        )
 
 
 def tokens() -> Points:
@@ -177,16 +198,26 @@ def measure(curve: Callable[[], Points], rounds: int) -> dict[str, Any]:
             point["ms"][name] = common.quartiles([1000 * s for s in seconds[name]])
             point["MiB"][name] = round(bytes_[name] / 2**20, 3)
             if name != "floor":
-                added = [1000 * (a - b) for a, b in zip(seconds[name], seconds["floor"], strict=True)]
+                added = [
+                    1000 * (a - b) for a, b in zip(seconds[name], seconds["floor"], strict=True)
+                ]
                 point["own_ms"][name] = common.quartiles(added)
                 point["own_MiB"][name] = round((bytes_[name] - bytes_["floor"]) / 2**20, 3)
         points.append(point)
         del models
         gc.collect()
-        print(size, {name: round(ms["median"], 1) for name, ms in point["ms"].items()}, point["own_MiB"], flush=True)
+        print(
+            size,
+            {name: round(ms["median"], 1) for name, ms in point["ms"].items()},
+            point["own_MiB"],
+            flush=True,
+        )
     sizes = [point["size"] for point in points]
     exponents = {
-        what: {name: exponent(sizes, [median(p[what][name]) for p in points]) for name in points[0][what]}
+        what: {
+            name: exponent(sizes, [median(p[what][name]) for p in points])
+            for name in points[0][what]
+        }
         for what in ("ms", "own_ms", "MiB", "own_MiB")
     }
     return {"points": points, "exponents": exponents}
@@ -202,7 +233,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
         return None
     xs, ys = [math.log(s) for s in sizes], [math.log(v) for v in values]
     mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
+    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum(
+        (x - mx) ** 2 for x in xs
+    )
     return round(slope, 2)
 
 
@@ -211,7 +244,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
 
 def one_process(number: int, count: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=number, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{count}", rank=number, world_size=count
+    )
     for name, method in (("LoRA", lora()), ("HyperAdapt", PARAMETERIZATIONS["HyperAdapt"])):
         model = perturbed(adapt(llama(8), "all-linear", method))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -236,7 +271,9 @@ def processes(rounds: int) -> dict[str, Any]:
                 means = {}
                 for count in (1, 2):
                     with open(f"{folder}/{count}-{name}") as file:
-                        means[count] = common.quartiles([float(s) for s in file.read().split()])["median"]
+                        means[count] = common.quartiles([float(s) for s in file.read().split()])[
+                            "median"
+                        ]
                 ratios.append(means[2] / means[1])
     return {name: common.quartiles(ratios) for name, ratios in found.items()}
 
@@ -288,7 +325,9 @@ def block(sizes: Mapping[str, Any]) -> nn.Module:
     return llama(1, own.pop("hidden_size"), **own)
 
 
-def on_meta(sizes: Mapping[str, Any], targets: Any, method: Callable[[nn.Module], Parameterization]) -> Any:
+def on_meta(
+    sizes: Mapping[str, Any], targets: Any, method: Callable[[nn.Module], Parameterization]
+) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -307,7 +346,9 @@ def predict(name: str) -> dict[str, Any]:
         made = lora() if method == "LoRA" else cls
         one = perturbed(adapt(model, "all-linear", made))
         own = kept(one, x) / SEEN - floor
-        for path, layer in [(p, m) for p, m in one.named_modules() if isinstance(m, Parameterization)]:
+        for path, layer in [
+            (p, m) for p, m in one.named_modules() if isinstance(m, Parameterization)
+        ]:
             parent, _, last = path.rpartition(".")
             setattr(one.get_submodule(parent), last, layer.innermost)
         size = on_meta(sizes, "all-linear", made)
@@ -319,19 +360,31 @@ def predict(name: str) -> dict[str, Any]:
             "frozen": size.frozen,
         }
         gc.collect()
-        print(name, method, {key: round(value / 2**30, 2) for key, value in rows[method].items()}, flush=True)
+        print(
+            name,
+            method,
+            {key: round(value / 2**30, 2) for key, value in rows[method].items()},
+            flush=True,
+        )
     return {"floor": floor * layers_ * TOKENS, "methods": rows}
 
 
 def against_published() -> list[list[str]]:
     rows, found = [], {}
     for label, (method, arguments, count) in PUBLISHED.items():
-        found[label] = on_meta(MODELS["3B"], ["q_proj", "v_proj"], partial(PARAMETERIZATIONS[method], **arguments))
+        found[label] = on_meta(
+            MODELS["3B"], ["q_proj", "v_proj"], partial(PARAMETERIZATIONS[method], **arguments)
+        )
         ours = found[label].trainable
-        rows.append([f"{label}, trainable numbers", f"{ours:,}", f"{count:,}", f"{ours / count:.3f}"])
+        rows.append(
+            [f"{label}, trainable numbers", f"{ours:,}", f"{count:,}", f"{ours / count:.3f}"]
+        )
     lora_ = found["LoRA r=32"]
     between = lora_.frozen + lora_.parameters + lora_.optimizer
-    more = sum(getattr(found["LoRA r=64"], k) - getattr(lora_, k) for k in ("parameters", "gradients", "optimizer"))
+    more = sum(
+        getattr(found["LoRA r=64"], k) - getattr(lora_, k)
+        for k in ("parameters", "gradients", "optimizer")
+    )
     rows += [
         ["LoRA r=32, bytes of the file", f"{lora_.file:,}", f"{FILE:,}", f"{lora_.file / FILE:.3f}"],
         ["LoRA r=32, GiB between steps", f"{between / 2**30:.2f}", f"{BETWEEN_STEPS / 2**30:.2f}", f"{between / BETWEEN_STEPS:.3f}"],
@@ -355,7 +408,13 @@ WORDS = {
 def curve_section(name: str, found: Mapping[str, Any]) -> str:
     points, exponents = found["points"], found["exponents"]
     names = [n for n in points[0]["ms"] if n != "floor"]
-    header = [name, "floor, ms", *(f"{n}, own ms" for n in names), "floor, MiB", *(f"{n}, own MiB" for n in names)]
+    header = [
+        name,
+        "floor, ms",
+        *(f"{n}, own ms" for n in names),
+        "floor, MiB",
+        *(f"{n}, own MiB" for n in names),
+    ]
     rows = [
         [
             str(p["size"]),
@@ -392,7 +451,9 @@ def page(found: Mapping[str, Any]) -> str:
         *(curve_section(name, one) for name, one in found["curves"].items()),
         "### Processes\n\nA step in two processes of one thread, over one process of one thread, each with 4 x 64 tokens of its own: 1 is perfect, and\n"
         "the two share a memory bus here.",
-        common.table(["method", "ratio"], [[n, common.spread(r)] for n, r in found["processes"].items()]),
+        common.table(
+            ["method", "ratio"], [[n, common.spread(r)] for n, r in found["processes"].items()]
+        ),
         "## What it predicts",
         f"GiB for Llama 3's shapes in bf16, {TOKENS} tokens a step, all linear layers, rank {RANK} where there is a rank (LoKr: its default), no\n"
         "checkpointing: activations are those of a block of the true shapes, measured, times the number of blocks; all else is from\n"
@@ -412,7 +473,15 @@ def page(found: Mapping[str, Any]) -> str:
         parts += [
             f"### {name}\n\nFrozen weights {frozen / 2**30:.1f} GiB, activations of the frozen model {one['floor'] / 2**30:.1f} GiB.",
             common.table(
-                ["method", "trainable", "parameters and gradients", "optimizer", "activations, own", "all in all"], rows
+                [
+                    "method",
+                    "trainable",
+                    "parameters and gradients",
+                    "optimizer",
+                    "activations, own",
+                    "all in all",
+                ],
+                rows,
             ),
         ]
     parts += [
@@ -426,12 +495,16 @@ def page(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--curves", nargs="*", choices=[*CURVES, "processes", "predictions"], default=None)
+    parser.add_argument(
+        "--curves", nargs="*", choices=[*CURVES, "processes", "predictions"], default=None
+    )
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     wanted = options.curves
     found: dict[str, Any] = {"machine": common.machine(), "rounds": options.rounds}
-    found["curves"] = {n: measure(c, options.rounds) for n, c in CURVES.items() if wanted is None or n in wanted}
+    found["curves"] = {
+        n: measure(c, options.rounds) for n, c in CURVES.items() if wanted is None or n in wanted
+    }
     if wanted is None or "processes" in wanted:
         found["processes"] = processes(options.rounds)
     if wanted is None or "predictions" in wanted:

@@ -52,7 +52,9 @@ def linear(dtype: torch.dtype) -> nn.Module:
     return nn.Linear(SIDE, SIDE).to(dtype).requires_grad_(False)
 
 
-def passes(module: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]:
+def passes(
+    module: nn.Module, x: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]:
     """(forward, backward, forget the gradients) of a module at one input."""
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     with torch.no_grad():
@@ -88,7 +90,9 @@ def seconds(module: nn.Module, x: Tensor) -> Callable[[], float]:
     return run
 
 
-def time_ratios(frozen: nn.Module, layers: dict[str, Parameterization], x: Tensor, rounds: int) -> dict[str, Any]:
+def time_ratios(
+    frozen: nn.Module, layers: dict[str, Parameterization], x: Tensor, rounds: int
+) -> dict[str, Any]:
     """Method -> quartiles of its time over the frozen layer's, which stands there under "" with milliseconds."""
     runs = {name: seconds(module, x) for name, module in {"": frozen, **layers}.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -117,7 +121,9 @@ def memory(module: nn.Module, x: Tensor) -> tuple[int, int]:
 
     events = allocated(both)
     if sum(events):
-        raise RuntimeError(f"{type(module).__name__}: {sum(events)} bytes more are alive after a pass than before.")
+        raise RuntimeError(
+            f"{type(module).__name__}: {sum(events)} bytes more are alive after a pass than before."
+        )
     return sum(forwards), running_peak(events)
 
 
@@ -144,7 +150,11 @@ def running_peak(events: list[int]) -> int:
 def measure(rounds: int) -> dict[str, Any]:
     """Everything, as plain data."""
     random = torch.Generator().manual_seed(0)
-    methods = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
+    methods = {
+        name: cls
+        for name, cls in PARAMETERIZATIONS.items()
+        if cls.__module__.startswith("adaptrank.")
+    }
     on_linear = [name for name, cls in methods.items() if cls.wraps(nn.Linear(SIDE, SIDE))]
     rows: dict[str, dict[str, Any]] = {name: {"linear": name in on_linear} for name in methods}
     frozen: dict[str, Any] = {}
@@ -176,7 +186,11 @@ def measure(rounds: int) -> dict[str, Any]:
                 frozen[dtype_name] = of_frozen
             for name, layer in layers.items():
                 has = memory(layer, sample)
-                rows[name][dtype_name] = {"time": times[name], "held": has[0] - held, "peak": has[1] - peak}
+                rows[name][dtype_name] = {
+                    "time": times[name],
+                    "held": has[0] - held,
+                    "peak": has[1] - peak,
+                }
                 if base is not plain:
                     rows[name][dtype_name]["frozen"] = of_frozen
                     rows[name]["example"] = type(base).__name__
@@ -201,10 +215,20 @@ def page(found: dict[str, Any]) -> str:
         (name for name in found["methods"] if "fp32" in found["methods"][name]),
         key=lambda name: found["methods"][name]["fp32"]["time"]["median"],
     )
-    on_linear = [row(name, found["methods"][name]) for name in ordered if found["methods"][name]["linear"]]
-    others = [row(name, found["methods"][name]) for name in ordered if not found["methods"][name]["linear"]]
+    on_linear = [
+        row(name, found["methods"][name]) for name in ordered if found["methods"][name]["linear"]
+    ]
+    others = [
+        row(name, found["methods"][name])
+        for name in ordered
+        if not found["methods"][name]["linear"]
+    ]
     tokens = [name for name, one in found["methods"].items() if one.get("reads_tokens")]
-    refused = [f"{name} is left out: {r['refused']}" for name, r in found["methods"].items() if "refused" in r]
+    refused = [
+        f"{name} is left out: {r['refused']}"
+        for name, r in found["methods"].items()
+        if "refused" in r
+    ]
     milliseconds = " and ".join(
         f"{frozen[dtype]['milliseconds']['median']:.1f} ms in {dtype} ({frozen[dtype]['peak'] / MIB:.1f} MiB at its peak)"
         for dtype in common.DTYPES
@@ -241,7 +265,9 @@ def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
     cost = one["cost"] or {}
     figures = [f"{cost[key]:,}" if cost else "not said" for key in ("flops", "flops_once", "kept")]
     times = [common.spread(one[dtype]["time"]) for dtype in common.DTYPES]
-    bytes_ = [f"{one[dtype][what] / MIB:.2f}" for what in ("held", "peak") for dtype in common.DTYPES]
+    bytes_ = [
+        f"{one[dtype][what] / MIB:.2f}" for what in ("held", "peak") for dtype in common.DTYPES
+    ]
     example = f" on `{one['example']}`" if "example" in one else ""
     return f"{name}{example}", f"{one['parameters']:,}", *figures, *times, *bytes_
 

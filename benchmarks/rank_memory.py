@@ -24,11 +24,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adaptrank import adapt
-from adaptrank.allocators.adalora import AdaLoRA
+from adaptrank.allocation.methods.adalora import AdaLoRA
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.data import ArithmeticProblems
 from adaptrank.modules import Adapter, CausalLM
-from adaptrank.parameterizations.lora import LoRA
+from adaptrank.parameterizations import LoRA
 
 
 def resident() -> int:
@@ -44,7 +44,9 @@ class Measure(Callback):
     def __init__(self) -> None:
         self.rows: list[dict[str, int]] = []
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
         state = [v for p in parameters for v in optimizer.state[p].values() if torch.is_tensor(v)]
         sizes = {
@@ -94,9 +96,13 @@ def half(rounds: int) -> dict[str, Any]:
     allocator.step()
     optimizer.zero_grad()
     ranks = [len(axis) for axis in rank_axes(pruned).values()]
-    seconds = common.interleaved({name: growth.step(model, x) for name, model in models.items()}, rounds, warm=2)
+    seconds = common.interleaved(
+        {name: growth.step(model, x) for name, model in models.items()}, rounds, warm=2
+    )
     floor = growth.kept(models["floor"], x)
-    found: dict[str, Any] = {"ranks": {"sum": sum(ranks), "of": count, "least": min(ranks), "most": max(ranks)}}
+    found: dict[str, Any] = {
+        "ranks": {"sum": sum(ranks), "of": count, "least": min(ranks), "most": max(ranks)}
+    }
     for name in ("rank 64", "half of it"):
         own = [1000 * (a - b) for a, b in zip(seconds[name], seconds["floor"], strict=True)]
         parameters = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
@@ -111,16 +117,26 @@ def half(rounds: int) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     run, cut = found["memory"], found["half"]
     rows = [
-        [name, f"{run['before'][name]:,}", f"{run['after'][name]:,}", f"{run['after'][name] / run['before'][name]:.3f}"]
+        [
+            name,
+            f"{run['before'][name]:,}",
+            f"{run['after'][name]:,}",
+            f"{run['after'][name] / run['before'][name]:.3f}",
+        ]
         for name in run["before"]
     ]
     whole, halved = cut["rank 64"], cut["half of it"]
     parts = [
         [what, f"{whole[key]:,}", f"{halved[key]:,}", f"{halved[key] / whole[key]:.3f}"]
-        for what, key in (("parameters", "parameters"), ("bytes kept for the backward pass", "kept"))
+        for what, key in (
+            ("parameters", "parameters"),
+            ("bytes kept for the backward pass", "kept"),
+        )
     ]
     times = common.spread(whole["ms"]), common.spread(halved["ms"])
-    parts.append(["milliseconds of a step", *times, f"{halved['ms']['median'] / whole['ms']['median']:.3f}"])
+    parts.append(
+        ["milliseconds of a step", *times, f"{halved['ms']['median'] / whole['ms']['median']:.3f}"]
+    )
     ranks = cut["ranks"]
     text = [
         "# What falling ranks free",
@@ -145,7 +161,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    found = {"machine": common.machine(), "start": args.start, "end": args.end, "rounds": args.rounds}
+    found = {
+        "machine": common.machine(),
+        "start": args.start,
+        "end": args.end,
+        "rounds": args.rounds,
+    }
     found |= {"memory": memory(args.start, args.end), "half": half(args.rounds)}
     common.write("rank_memory", found, page(found))
     print(page(found))

@@ -43,7 +43,9 @@ def operations(run: object) -> dict[str, float]:
             run()  # type: ignore[operator]
     found = dict.fromkeys([*GROUPS, "other"], 0.0)
     for event in profiler.key_averages():
-        group = next((g for g, names in GROUPS.items() if any(n in event.key for n in names)), "other")
+        group = next(
+            (g for g, names in GROUPS.items() if any(n in event.key for n in names)), "other"
+        )
         found[group] += event.self_cpu_time_total / 1000 / STEPS
     return {name: round(value, 1) for name, value in found.items()}
 

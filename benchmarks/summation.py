@@ -30,11 +30,12 @@ import transformers
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from adaptrank import backbones, compose, load_adapter, save_adapter
-from adaptrank.data.base import CompletionTask
+from adaptrank.backbones import compose, load_adapter, save_adapter
+from adaptrank.backbones import sources as backbones
 from adaptrank.data.collate import causal_batch
+from adaptrank.data.task import CompletionTask
 from adaptrank.modules import Adapter, CausalLM
-from adaptrank.parameterizations.lora import LoRA
+from adaptrank.parameterizations import LoRA
 
 ROOT = Path(__file__).parents[1]
 PAPER = {"mathematics+medicine": -9.10, "mathematics+finance": 4.54, "medicine+finance": 27.56}
@@ -51,7 +52,9 @@ class Rows(CompletionTask):
         return self.given
 
 
-def read(root: Path, tasks: list[str], split: str, count: int, seed: object) -> list[dict[str, Any]]:
+def read(
+    root: Path, tasks: list[str], split: str, count: int, seed: object
+) -> list[dict[str, Any]]:
     """`count` rows of a domain: as many of each of its tasks, drawn by the seed."""
     found = []
     for i, task in enumerate(tasks):
@@ -59,9 +62,13 @@ def read(root: Path, tasks: list[str], split: str, count: int, seed: object) -> 
         rows = [json.loads(line) for line in lines]
         share = count // len(tasks) + (i < count % len(tasks))
         if len(rows) < share:
-            raise SystemExit(f"{task} has {len(rows)} {split} rows, and {share} are asked for; lower `examples`.")
+            raise SystemExit(
+                f"{task} has {len(rows)} {split} rows, and {share} are asked for; lower `examples`."
+            )
         random.Random(f"{task}/{split}/{seed}").shuffle(rows)
-        found += [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows[:share]]
+        found += [
+            {"prompt": row["prompt"], "completion": row["completion"]} for row in rows[:share]
+        ]
     return found
 
 
@@ -76,11 +83,19 @@ def module(config: dict[str, Any]) -> CausalLM:
     )
 
 
-def train(config: dict[str, Any], rows: list[dict[str, Any]], seed: int, folder: Path) -> dict[str, Any]:
+def train(
+    config: dict[str, Any], rows: list[dict[str, Any]], seed: int, folder: Path
+) -> dict[str, Any]:
     """Fit one adapter and save it; returns what it took."""
     lightning.seed_everything(seed, verbose=False)
     model = module(config)
-    data = Rows(rows, batch_size=config["batch_size"], max_length=config["max_length"], seed=seed, group_by_length=True)
+    data = Rows(
+        rows,
+        batch_size=config["batch_size"],
+        max_length=config["max_length"],
+        seed=seed,
+        group_by_length=True,
+    )
     trainer = lightning.Trainer(
         max_epochs=1,
         logger=False,
@@ -94,7 +109,9 @@ def train(config: dict[str, Any], rows: list[dict[str, Any]], seed: int, folder:
     )
     start = time.time()
     trainer.fit(model, data)
-    save_adapter(model.model, folder, {"name": config["backbone"], "auto_class": "AutoModelForCausalLM"})
+    save_adapter(
+        model.model, folder, {"name": config["backbone"], "auto_class": "AutoModelForCausalLM"}
+    )
     return {"examples": len(rows), "steps": trainer.global_step, "seconds": time.time() - start}
 
 
@@ -104,9 +121,14 @@ class Evaluation:
     def __init__(self, config: dict[str, Any], root: Path, task: CausalLM) -> None:
         self.task, self.examples = task, {}
         for domain, tasks in config["domains"].items():
-            data = Rows(read(root, tasks, "validation", config["validation"], 0), max_length=config["max_length"])
+            data = Rows(
+                read(root, tasks, "validation", config["validation"], 0),
+                max_length=config["max_length"],
+            )
             data.tokenizer = task.tokenizer
-            self.examples[domain] = sorted(data.encode(data.given, "val"), key=lambda e: len(e["input_ids"]))
+            self.examples[domain] = sorted(
+                data.encode(data.given, "val"), key=lambda e: len(e["input_ids"])
+            )
         self.pad = data.pad_id
 
     @torch.no_grad()
@@ -146,10 +168,16 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
     evaluate = Evaluation(config, root, task)
 
     def base() -> torch.nn.Module:
-        return backbones.load_model(task.source, transformers.AutoModelForCausalLM, task.frozen_dtype)
+        return backbones.load_model(
+            task.source, transformers.AutoModelForCausalLM, task.frozen_dtype
+        )
 
     start = time.time()
-    result: dict[str, Any] = {"base": done(out / "base.json", lambda: evaluate(base())), "trained": {}, "summed": {}}
+    result: dict[str, Any] = {
+        "base": done(out / "base.json", lambda: evaluate(base())),
+        "trained": {},
+        "summed": {},
+    }
     rows = {d: read(root, config["domains"][d], "train", config["examples"], seed) for d in domains}
     groups = [group for size in range(1, len(domains) + 1) for group in combinations(domains, size)]
     for group in groups:
@@ -157,9 +185,14 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
         adapter = folder / name
         facts = done(
             folder / f"train {name}.json",
-            lambda group=group, adapter=adapter: train(config, [row for d in group for row in rows[d]], seed, adapter),
+            lambda group=group, adapter=adapter: train(
+                config, [row for d in group for row in rows[d]], seed, adapter
+            ),
         )
-        losses = done(folder / f"evaluate {name}.json", lambda adapter=adapter: evaluate(load_adapter(base(), adapter)))
+        losses = done(
+            folder / f"evaluate {name}.json",
+            lambda adapter=adapter: evaluate(load_adapter(base(), adapter)),
+        )
         result["trained"][name] = {**facts, "losses": losses}
     for group in groups:
         if len(group) == 1:
@@ -170,7 +203,9 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
             model = base()
             report = compose(model, [folder / d for d in group], [weight] * len(group))
             layers = report.pop("layers")
-            report["interference"] = statistics.mean(facts["interference"] for facts in layers.values())
+            report["interference"] = statistics.mean(
+                facts["interference"] for facts in layers.values()
+            )
             return {"losses": evaluate(model), "report": report}
 
         result["summed"][name] = {
@@ -214,17 +249,28 @@ def rows_of(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def spread(values: list[float], spec: str) -> str:
     shown = format(statistics.mean(values), spec)
-    return shown if len(values) == 1 else f"{shown} ± {format(statistics.stdev(values), spec.replace('+', ''))}"
+    return (
+        shown
+        if len(values) == 1
+        else f"{shown} ± {format(statistics.stdev(values), spec.replace('+', ''))}"
+    )
 
 
-def page(config: dict[str, Any], results: dict[int, dict[str, Any]], table: list[dict[str, Any]], command: str) -> str:
+def page(
+    config: dict[str, Any],
+    results: dict[int, dict[str, Any]],
+    table: list[dict[str, Any]],
+    command: str,
+) -> str:
     names = list(dict.fromkeys(row["domains"] for row in table))
     of = {name: [row for row in table if row["domains"] == name] for name in names}
     lines = []
     for name in names:
         rows = of[name]
         paper = f"{PAPER[name]:+.2f} %" if name in PAPER else "not stated"
-        cells = [spread([row[key] for row in rows], ".3f") for key in ("base", "own", "merged", "sum")]
+        cells = [
+            spread([row[key] for row in rows], ".3f") for key in ("base", "own", "merged", "sum")
+        ]
         cells += [spread([row["sum_change"] for row in rows], "+.2f") + " %", paper]
         cells += [
             spread([row["mean"] for row in rows], ".3f"),
@@ -299,14 +345,25 @@ def main() -> None:
     same = {k: v for k, v in config.items() if k != "seeds"}
     kept = done(options.out / "config.json", lambda: same)
     if kept != same:
-        raise SystemExit(f"{options.out} holds a study with another configuration; name another folder with --out.")
+        raise SystemExit(
+            f"{options.out} holds a study with another configuration; name another folder with --out."
+        )
     results = {seed: study(config, options.root, seed, options.out) for seed in seeds}
     table = rows_of(results)
     command = f"python benchmarks/summation.py --config {options.config} --data.root FOLDER --seeds {' '.join(map(str, seeds))}"
     text = page(config, results, table, command)
     (ROOT / "docs/results/summation.md").write_text(text)
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    record = {"config": config, "machine": machine, "rows": table, "results": {str(s): r for s, r in results.items()}}
+    machine = {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    record = {
+        "config": config,
+        "machine": machine,
+        "rows": table,
+        "results": {str(s): r for s, r in results.items()},
+    }
     (ROOT / "benchmarks/results/summation.json").write_text(json.dumps(record, indent=1) + "\n")
     print(text)
 

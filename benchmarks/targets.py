@@ -54,19 +54,36 @@ def main() -> None:
             methods = by_dtype.get(dtype, {"methods": {}})["methods"]
             for name, asked in ASKED.items():
                 label = "AdaLoRA's SVD form" if name == "SVD" else name
-                add(f"1. {label} over PEFT's, {workload}, {dtype}", methods.get(name, {}).get("peft"), asked[index])
+                add(
+                    f"1. {label} over PEFT's, {workload}, {dtype}",
+                    methods.get(name, {}).get("peft"),
+                    asked[index],
+                )
         methods = by_dtype.get("bf16", {"methods": {}})["methods"]
         for name, row in methods.items():
             if name != "full" and not name.startswith("PEFT"):
-                add(f"2. {name} over the floor, {workload}, bf16", row["floor"], FLOOR.get(name, 1.5))
+                add(
+                    f"2. {name} over the floor, {workload}, bf16",
+                    row["floor"],
+                    FLOOR.get(name, 1.5),
+                )
     run = read("fine_tuning_run")
     if run is not None:
         for name, asked in (("defaults", 0.5), ("best", 0.7)):
             add(f"3. run, {name}, time", run["ratios"][name]["seconds"], asked)
         for name in ("defaults", "best"):
             add(f"4. run, {name}, memory", run["ratios"][name]["bytes"], 0.6)
-        worst = max(abs(a - b) for a, b in zip(run["curves"]["ours"], run["curves"]["theirs"], strict=True))
-        rows.append(["3. largest difference of losses, float32", f"{worst:.1e}", "1e-4", verdict(worst, 1e-4)])
+        worst = max(
+            abs(a - b) for a, b in zip(run["curves"]["ours"], run["curves"]["theirs"], strict=True)
+        )
+        rows.append(
+            [
+                "3. largest difference of losses, float32",
+                f"{worst:.1e}",
+                "1e-4",
+                verdict(worst, 1e-4),
+            ]
+        )
     scores = read("allocator_cost")
     for name, row in scores["ratios"].items() if scores else ():
         if name != "none" and not name.startswith("PEFT"):
@@ -80,11 +97,20 @@ def main() -> None:
             ("activations of its own", left["kept"] / whole["kept"]),
             ("time of its own", left["ms"]["median"] / whole["ms"]["median"]),
         ):
-            rows.append([f"5. half of the ranks, {what}", f"{ratio:.2f}", "0.5", verdict(round(ratio, 2), 0.5)])
+            rows.append(
+                [
+                    f"5. half of the ranks, {what}",
+                    f"{ratio:.2f}",
+                    "0.5",
+                    verdict(round(ratio, 2), 0.5),
+                ]
+            )
     waiting = read("waiting")
     if waiting is not None:
         limits = (0.5, 1.2, *[MILLISECONDS] * 3, 2)
-        for (what, value), number, asked in zip(waiting["measured"].items(), "667777", limits, strict=True):
+        for (what, value), number, asked in zip(
+            waiting["measured"].items(), "667777", limits, strict=True
+        ):
             add(f"{number}. {what}", value, asked)
     short = [f"- **{name}** above 1.5: {why}." for name, why in DENSE.items()]
     short += OTHERS

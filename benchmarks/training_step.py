@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from adaptrank import PARAMETERIZATIONS, adapt, testing
 from adaptrank.parameterizations import Parameterization
-from adaptrank.regularize import penalty_gradients
+from adaptrank.training.penalties import penalty_gradients
 
 RANK = 8
 ASKED = {  # ratio to HF PEFT, (fp32, bf16)
@@ -54,7 +54,9 @@ def theirs(method: str, names: str | list[str]) -> Any:
     return {
         "LoRA": lambda: peft.LoraConfig(r=RANK, lora_alpha=16, **common_),
         "DoRA": lambda: peft.LoraConfig(r=RANK, lora_alpha=16, use_dora=True, **common_),
-        "SVD": lambda: peft.AdaLoraConfig(init_r=RANK, target_r=RANK, lora_alpha=16, total_step=10**6, **common_),
+        "SVD": lambda: peft.AdaLoraConfig(
+            init_r=RANK, target_r=RANK, lora_alpha=16, total_step=10**6, **common_
+        ),
         "LoKr": lambda: peft.LoKrConfig(r=RANK, alpha=16, **common_),
         "MiSS": lambda: peft.MissConfig(r=RANK, **common_),
     }[method]()
@@ -65,7 +67,9 @@ def ours(cls: type[Parameterization]) -> Callable[[nn.Module], Parameterization]
 
 
 def step(model: nn.Module, loss: Loss) -> Callable[[], float]:
-    penalized = any(isinstance(m, Parameterization) and m.penalty() is not None for m in model.modules())
+    penalized = any(
+        isinstance(m, Parameterization) and m.penalty() is not None for m in model.modules()
+    )
     penalty = partial(penalty_gradients, model) if penalized else lambda: None
     return common.step(model, partial(loss, model), penalty)
 
@@ -73,12 +77,16 @@ def step(model: nn.Module, loss: Loss) -> Callable[[], float]:
 # ---- workloads: (backbone, loss of ours, loss of theirs, targets of both)
 
 
-def stack(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
+def stack(
+    dtype: torch.dtype, data: Path
+) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import LlamaConfig, LlamaModel
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return LlamaModel(LlamaConfig(num_hidden_layers=8, **{**common.SHAPES, "vocab_size": 64})).to(dtype)
+        return LlamaModel(
+            LlamaConfig(num_hidden_layers=8, **{**common.SHAPES, "vocab_size": 64})
+        ).to(dtype)
 
     random = torch.Generator().manual_seed(0)
     x = torch.randn(8, 128, 576, generator=random).to(dtype).requires_grad_()
@@ -91,10 +99,12 @@ def stack(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss
     return build, loss, loss, common.LINEAR
 
 
-def smollm2(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
+def smollm2(
+    dtype: torch.dtype, data: Path
+) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForCausalLM
 
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
     from adaptrank.data.collate import causal_batch
     from adaptrank.modules import Adapter, CausalLM
 
@@ -123,14 +133,18 @@ def smollm2(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Lo
     return build, our_loss, lambda model: model(**batch).loss, common.LINEAR
 
 
-def minilm(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
+def minilm(
+    dtype: torch.dtype, data: Path
+) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForSequenceClassification
 
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
 
     source = backbones.resolve(common.MINILM)
     tokenizer = backbones.load_tokenizer(source)
-    lines = [json.loads(line) for line in (data / "trec" / "train.jsonl").read_text().splitlines()[:32]]
+    lines = [
+        json.loads(line) for line in (data / "trec" / "train.jsonl").read_text().splitlines()[:32]
+    ]
     batch = dict(tokenizer([line["text"] for line in lines], padding=True, return_tensors="pt"))
     labels = torch.tensor([line["label"] for line in lines])
 
@@ -144,10 +158,14 @@ def minilm(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Los
     return build, loss, loss, r".*encoder.*\.(query|key|value|dense)"
 
 
-def wide(dtype: torch.dtype, data: Path) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
+def wide(
+    dtype: torch.dtype, data: Path
+) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(*(nn.Linear(*sides, bias=False) for sides in [(2048, 4096), (4096, 2048)] * 2)).to(dtype)
+        return nn.Sequential(
+            *(nn.Linear(*sides, bias=False) for sides in [(2048, 4096), (4096, 2048)] * 2)
+        ).to(dtype)
 
     random = torch.Generator().manual_seed(0)
     x = torch.randn(512, 2048, generator=random).to(dtype).requires_grad_()
@@ -194,7 +212,9 @@ def variants(
 def embed(model: nn.Module) -> None:
     """Let the embeddings' output take a gradient, where the model starts from tokens."""
     if hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_()
+        )
 
 
 def linear_methods() -> list[str]:
@@ -203,10 +223,14 @@ def linear_methods() -> list[str]:
     return [name for name, cls in known.items() if cls.wraps(nn.Linear(768, 768))]
 
 
-def measure(workload: str, dtype: str, rounds: int, data: Path, methods: list[str]) -> dict[str, Any]:
+def measure(
+    workload: str, dtype: str, rounds: int, data: Path, methods: list[str]
+) -> dict[str, Any]:
     runs = dict(variants(workload, common.DTYPES[dtype], data, methods))
     seconds = common.interleaved(runs, rounds, warm=2)
-    rows = {name: {"floor": common.ratios(seconds, name, "floor")} for name in runs if name != "floor"}
+    rows = {
+        name: {"floor": common.ratios(seconds, name, "floor")} for name in runs if name != "floor"
+    }
     for name in rows:
         if f"PEFT {name}" in runs:
             rows[name]["peft"] = common.ratios(seconds, name, f"PEFT {name}")
@@ -224,18 +248,30 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     for workload, by_dtype in found["workloads"].items():
         have_dtypes = [d for d in dtypes if d in by_dtype]
-        floors = " and ".join(f"{by_dtype[d]['floor_ms']['median']:.0f} ms in {d}" for d in have_dtypes)
+        floors = " and ".join(
+            f"{by_dtype[d]['floor_ms']['median']:.0f} ms in {d}" for d in have_dtypes
+        )
         names = sorted(
             {n for d in have_dtypes for n in by_dtype[d]["methods"]},
-            key=lambda n: min(m["floor"]["median"] for d in have_dtypes if (m := by_dtype[d]["methods"].get(n))),
+            key=lambda n: min(
+                m["floor"]["median"] for d in have_dtypes if (m := by_dtype[d]["methods"].get(n))
+            ),
         )
         rows = []
         for name in names:
             have = [by_dtype.get(d, {"methods": {}})["methods"].get(name, {}) for d in dtypes]
             rows.append(
-                [name, *(common.spread(h.get("floor")) for h in have), *(common.spread(h.get("peft")) for h in have)]
+                [
+                    name,
+                    *(common.spread(h.get("floor")) for h in have),
+                    *(common.spread(h.get("peft")) for h in have),
+                ]
             )
-        header = ["method", *(f"over the floor, {d}" for d in dtypes), *(f"over PEFT's, {d}" for d in dtypes)]
+        header = [
+            "method",
+            *(f"over the floor, {d}" for d in dtypes),
+            *(f"over PEFT's, {d}" for d in dtypes),
+        ]
         said = f"The floor takes {floors}; {by_dtype['rounds']} rounds. {common.on(by_dtype['machine'])}"
         parts += [f"## {workload}", said, common.table(header, rows)]
     return "\n\n".join(parts) + "\n"
@@ -246,7 +282,10 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtypes", nargs="*", choices=common.DTYPES, default=list(common.DTYPES))
     parser.add_argument(
-        "--methods", nargs="*", default=None, help="default: all on stack in bf16, elsewhere those with a target"
+        "--methods",
+        nargs="*",
+        default=None,
+        help="default: all on stack in bf16, elsewhere those with a target",
     )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--data", type=Path, help="folder of data sets: gsm8k, medquad, trec")
@@ -261,15 +300,22 @@ def main() -> None:
         by_dtype = workloads[workload] = {"rounds": options.rounds, "machine": common.machine()}
         for dtype in options.dtypes:
             methods = options.methods or (
-                linear_methods() if (workload, dtype) == ("stack", "bf16") else ["HyperAdapt", *ASKED]
+                linear_methods()
+                if (workload, dtype) == ("stack", "bf16")
+                else ["HyperAdapt", *ASKED]
             )
             by_dtype[dtype] = measure(workload, dtype, options.rounds, options.data, methods)
             gc.collect()
             print(workload, dtype, by_dtype[dtype]["floor_ms"])
             for name, row in by_dtype[dtype]["methods"].items():
-                print(f"  {name:22} {common.spread(row['floor']):24} {common.spread(row.get('peft'))}", flush=True)
+                print(
+                    f"  {name:22} {common.spread(row['floor']):24} {common.spread(row.get('peft'))}",
+                    flush=True,
+                )
         if not options.dry:
-            found = {"workloads": {name: workloads[name] for name in WORKLOADS if name in workloads}}
+            found = {
+                "workloads": {name: workloads[name] for name in WORKLOADS if name in workloads}
+            }
             common.write("training_step", found, page(found))
 
 

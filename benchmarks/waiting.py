@@ -47,7 +47,9 @@ ASKED = {
 def process(*arguments: str) -> Callable[[], float]:
     def run() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=common.ROOT)
+        subprocess.run(
+            [sys.executable, *arguments], check=True, capture_output=True, cwd=common.ROOT
+        )
         return time.perf_counter() - start
 
     return run
@@ -64,11 +66,12 @@ def adapters(rounds: int, folder: str) -> dict[str, dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
     from adaptrank import adapt, backbones, load_adapter, merge, save_adapter, set_enabled, testing
-    from adaptrank.parameterizations import LoRA
-    from adaptrank.parameterizations.base import wrappers
+    from adaptrank.parameterizations import LoRA, wrappers
 
     def build() -> Any:
-        model = backbones.load_model(backbones.resolve(common.SMOLLM2), AutoModelForCausalLM, torch.bfloat16)
+        model = backbones.load_model(
+            backbones.resolve(common.SMOLLM2), AutoModelForCausalLM, torch.bfloat16
+        )
         return model
 
     model = adapt(build(), "all-linear", partial(LoRA, rank=8))
@@ -79,7 +82,9 @@ def adapters(rounds: int, folder: str) -> dict[str, dict[str, float]]:
         found["save"].append(1000 * timed(lambda n=number: save_adapter(model, f"{folder}/{n}")))
     for number in range(rounds):
         other = build()
-        found["load"].append(1000 * timed(lambda o=other, n=number: load_adapter(o, f"{folder}/{n}", name="a")))
+        found["load"].append(
+            1000 * timed(lambda o=other, n=number: load_adapter(o, f"{folder}/{n}", name="a"))
+        )
         load_adapter(other, f"{folder}/{number}", name="b")
         for name in ("a", "b"):
             found["switch"].append(1000 * timed(lambda o=other, n=name: set_enabled(o, n)))
@@ -92,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
 
     path = str(backbones.resolve(common.SMOLLM2).path)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +112,11 @@ def main() -> None:
     measured = dict(
         zip(
             ASKED,
-            [common.quartiles(seconds["help"]), common.ratios(seconds, "first step", "libraries"), *own.values()],
+            [
+                common.quartiles(seconds["help"]),
+                common.ratios(seconds, "first step", "libraries"),
+                *own.values(),
+            ],
             strict=True,
         )
     )

@@ -40,7 +40,9 @@ class Doc:
         for entry in re.split(r"\n(?= {4}\w)", "\n" + self.sections.get("Args", "")):
             names, colon, text = entry.strip().partition(": ")
             if colon:
-                found.update({name.strip().lstrip("*"): " ".join(text.split()) for name in names.split(",")})
+                found.update(
+                    {name.strip().lstrip("*"): " ".join(text.split()) for name in names.split(",")}
+                )
         return found
 
 
@@ -69,16 +71,34 @@ def read(docstring: str) -> Doc:
 
 def arguments(cls: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
     """(name, type, default, meaning) of the arguments that a class adds to those it hands on."""
-    bases = [read(base.__dict__.get("__doc__") or "").arguments() for base in getattr(cls, "__mro__", [cls])]
+    bases = [
+        read(base.__dict__.get("__doc__") or "").arguments()
+        for base in getattr(cls, "__mro__", [cls])
+    ]
     meanings = {
-        name: next((text for said in bases if (text := said.get(name, "as in")) and not text.startswith("as in")), "")
+        name: next(
+            (
+                text
+                for said in bases
+                if (text := said.get(name, "as in")) and not text.startswith("as in")
+            ),
+            "",
+        )
         for said in bases
         for name in said
     }
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.name != "base" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.name != "base" and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             default = "" if parameter.default is parameter.empty else spell(parameter.default)
-            yield parameter.name, spell_type(parameter.annotation), default, meanings.get(parameter.name, "")
+            yield (
+                parameter.name,
+                spell_type(parameter.annotation),
+                default,
+                meanings.get(parameter.name, ""),
+            )
 
 
 def spell(value: Any) -> str:
@@ -104,7 +124,10 @@ def spell_type(annotation: Any) -> str:
 def plain(text: str) -> str:
     """Markdown that shows a text as it is; `code` stays code, and arXiv ids become links."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
-    shown = [part if part.startswith("`") else re.sub(r"([\\*_<>|$\[\]{}#~^])", r"\\\1", part) for part in parts]
+    shown = [
+        part if part.startswith("`") else re.sub(r"([\\*_<>|$\[\]{}#~^])", r"\\\1", part)
+        for part in parts
+    ]
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(shown))
 
 
@@ -130,7 +153,10 @@ def table(rows: list[tuple[str, ...]], *header: str) -> str:
 
 def argument_table(cls: Callable[..., Any]) -> str:
     """The arguments of a class as a table."""
-    rows = [(code(n), code(kind), code(default), plain(what)) for n, kind, default, what in arguments(cls)]
+    rows = [
+        (code(n), code(kind), code(default), plain(what))
+        for n, kind, default, what in arguments(cls)
+    ]
     return table(rows, "argument", "type", "default", "meaning") if rows else "There are none."
 
 
@@ -158,7 +184,9 @@ def axis_words(layer: Any, axis: str) -> str:
     dims: dict[str, list[str]] = {}
     for tensor, dim in layer.factors(axis):
         dims.setdefault(tensor, []).append(str(dim))
-    said = [f"`{t}` (dimension{'s' if len(d) > 1 else ''} {' and '.join(d)})" for t, d in dims.items()]
+    said = [
+        f"`{t}` (dimension{'s' if len(d) > 1 else ''} {' and '.join(d)})" for t, d in dims.items()
+    ]
     opening, closing = ", ".join(said[:-1]), f"{said[-1]}, which closes"
     return f"`{axis}`: {opening} and {closing}" if opening else f"`{axis}`: {closing}"
 
@@ -167,7 +195,9 @@ def cost_rows(cost: Any) -> dict[str, str]:
     """What is added to that layer, by the closed formulas that the tests measure."""
     return {
         "FLOPs per token": f"{cost.flops:,} there, in the products of a forward",
-        "FLOPs per call": f"{cost.flops_once:,} there, however many tokens" if cost.flops_once else "",
+        "FLOPs per call": f"{cost.flops_once:,} there, however many tokens"
+        if cost.flops_once
+        else "",
         "Kept per token": f"{cost.kept:,} numbers there, for the backward pass",
     }
 
@@ -175,9 +205,9 @@ def cost_rows(cost: Any) -> dict[str, str]:
 def parameterization_page(name: str, cls: Any) -> str:
     """The page of a parameterization."""
     from adaptrank import layers
-    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocation import ALLOCATORS
     from adaptrank.axes import cost_model, rank_axes
-    from adaptrank.parameterizations.base import on_example
+    from adaptrank.parameterizations import on_example
 
     doc = read(cls.__doc__)
     layer = on_example(cls)
@@ -198,19 +228,30 @@ def parameterization_page(name: str, cls: Any) -> str:
     facts = {
         "Source": plain(doc.sections.get("Source", cls.source)),
         "Shapes": plain(doc.sections.get("Shapes", "")),
-        "Rank axes": "; ".join(axis_words(layer, axis) for axis in layer.axes) or "none: its cost is fixed",
-        where: "; ".join([f"{parameters.total(sizes):,} parameters with default arguments", *units]),
+        "Rank axes": "; ".join(axis_words(layer, axis) for axis in layer.axes)
+        or "none: its cost is fixed",
+        where: "; ".join(
+            [f"{parameters.total(sizes):,} parameters with default arguments", *units]
+        ),
         **({} if cost is None else cost_rows(cost)),
         "Merges into the weight": "yes" if layer.mergeable else "no",
         "Wraps": cls.wraps_what(),
-        "Reads the weight": "yes: what it wraps must have a dense one" if layer.reads_weight else "",
-        "Splits fused projections": "yes, unless `split_fused` is false" if layer.reads_blocks else "",
+        "Reads the weight": "yes: what it wraps must have a dense one"
+        if layer.reads_weight
+        else "",
+        "Splits fused projections": "yes, unless `split_fused` is false"
+        if layer.reads_blocks
+        else "",
         "Starts at the base": "" if layer.starts_at_base else "no",
         "Tied across layers": ", ".join(f"`{t}`" for t in layer.shared),
         "Exempt from weight decay": ", ".join(f"`{t}`" for t in layer.no_decay),
         "Axes can": ", ".join(["shrink", *sorted(layer.capabilities)]) if layer.axes else "",
         "Allocators that work": links(allocators),
-        **{k: plain(v) for k, v in doc.sections.items() if k not in ("Source", "Shapes", "Args", "Raises")},
+        **{
+            k: plain(v)
+            for k, v in doc.sections.items()
+            if k not in ("Source", "Shapes", "Args", "Raises")
+        },
         "Errors": plain(doc.sections.get("Raises", "")),
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
     }
@@ -239,8 +280,13 @@ def allocator_page(name: str, cls: Any) -> str:
     facts = {
         "Source": plain(doc.sections.get("Source", cls.source)),
         "Works with": links([m for m, cell in cells.items() if cell == "works"]),
-        **{f"Works with `{cell}`": links([m for m in methods if cells[m] == cell]) for cell in options_of(cells)},
-        "Does not work with": f"{links(refused)}, unless nested with one that does" if refused else "",
+        **{
+            f"Works with `{cell}`": links([m for m in methods if cells[m] == cell])
+            for cell in options_of(cells)
+        },
+        "Does not work with": f"{links(refused)}, unless nested with one that does"
+        if refused
+        else "",
         "Needs axes that": ", ".join(["shrink", *sorted(cls.requires)]),
         "Errors": plain(doc.sections.get("Raises", "")),
         "File": f"`{cls.__module__.replace('.', '/')}.py`",
@@ -272,15 +318,23 @@ def cell(pair: str) -> str:
 
 def index_page() -> str:
     """Both registries in two tables, and which pairs work."""
-    from adaptrank.allocators import ALLOCATORS
-    from adaptrank.allocators.pairs import rows
+    from adaptrank.allocation import ALLOCATORS
+    from adaptrank.allocation.compatibility import rows
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
-    made = [(links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source)) for n, c in methods.items()]
-    movers = [(links([n]), plain(read(c.__doc__).summary), plain(c.source)) for n, c in allocators.items()]
+    made = [
+        (links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source))
+        for n, c in methods.items()
+    ]
+    movers = [
+        (links([n]), plain(read(c.__doc__).summary), plain(c.source)) for n, c in allocators.items()
+    ]
     pairs = [
-        (" on ".join(links([m]) for m in reversed(nest)), *(cell(c.pair(*nest)) for c in allocators.values()))
+        (
+            " on ".join(links([m]) for m in reversed(nest)),
+            *(cell(c.pair(*nest)) for c in allocators.values()),
+        )
         for nest in rows()
     ]
     toctree = "\n".join([*methods, *allocators])
@@ -303,11 +357,13 @@ def index_page() -> str:
 
 def write_pages(folder: Path) -> list[Path]:
     """Write every page; what stood in the folder before is gone."""
-    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocation import ALLOCATORS
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     pages = {"index": index_page()}
-    pages |= {name: parameterization_page(name, cls) for name, cls in own(PARAMETERIZATIONS).items()}
+    pages |= {
+        name: parameterization_page(name, cls) for name, cls in own(PARAMETERIZATIONS).items()
+    }
     pages |= {name: allocator_page(name, cls) for name, cls in own(ALLOCATORS).items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -334,19 +390,35 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
     text = "\n".join(lines)
     text = re.sub(
         r"^( *)```(\w+)\n(.*?)\n\1```",
-        lambda m: f"{m[1]}.. code-block:: {m[2]}\n\n" + re.sub(r"^", "    ", m[3], flags=re.MULTILINE) + "\n",
+        lambda m: (
+            f"{m[1]}.. code-block:: {m[2]}\n\n"
+            + re.sub(r"^", "    ", m[3], flags=re.MULTILINE)
+            + "\n"
+        ),
         text,
         flags=re.MULTILINE | re.DOTALL,
     )
     parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
-    shown = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|]|_(?!\w))", r"\\\1", p) for p in parts]
-    text = re.sub(r"^(?=(?:Source|Shapes|Penalty|Args|Raises|Returns):)", "\n", "".join(shown), flags=re.MULTILINE)
+    shown = [
+        f"`{p}`" if p.startswith("`") else re.sub(r"([*|]|_(?!\w))", r"\\\1", p) for p in parts
+    ]
+    text = re.sub(
+        r"^(?=(?:Source|Shapes|Penalty|Args|Raises|Returns):)",
+        "\n",
+        "".join(shown),
+        flags=re.MULTILINE,
+    )
     lines[:] = text.splitlines()
-    if what in ("attribute", "property"):  # napoleon would take what stands before a colon for the type
+    if what in (
+        "attribute",
+        "property",
+    ):  # napoleon would take what stands before a colon for the type
         KEPT[name] = list(lines)
 
 
-def keep_attributes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def keep_attributes(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     """Undo what napoleon did to an attribute."""
     lines[:] = KEPT.pop(name, lines)
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaptrank.allocators import ALLOCATORS
+from adaptrank.allocation import ALLOCATORS
 from adaptrank.parameterizations import PARAMETERIZATIONS
 from adaptrank.testing import perturb
 
@@ -19,7 +19,9 @@ METHODS = [PARAMETERIZATIONS[name] for name in PARAMETERIZATIONS]
 LINEAR_METHODS = [cls for cls in METHODS if cls.wraps(torch.nn.Linear(48, 24))]
 """Those that wrap linear layers; others wrap norms, attention, or a whole body."""
 
-torch.set_num_threads(1)  # several workers share two cores, and summation order must not depend on their number
+torch.set_num_threads(
+    1
+)  # several workers share two cores, and summation order must not depend on their number
 
 __all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
 
@@ -60,10 +62,18 @@ def _tokenizer(words):
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+        ]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>", model_max_length=64
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=64,
     )
 
 

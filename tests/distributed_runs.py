@@ -18,9 +18,19 @@ from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adaptrank.allocators import EVA, AdaLoRA, ALoRA, BeamLoRA, DyLoRA, ElaLoRA, PRILoRA, SoRA, SubLoRA
-from adaptrank.distributed import shard_frozen
+from adaptrank.allocation import (
+    EVA,
+    AdaLoRA,
+    ALoRA,
+    BeamLoRA,
+    DyLoRA,
+    ElaLoRA,
+    PRILoRA,
+    SoRA,
+    SubLoRA,
+)
 from adaptrank.parameterizations import HyperAdapt, LoRA
+from adaptrank.training.distributed import shard_frozen
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -39,7 +49,10 @@ class Shared(Toy):
         random = torch.Generator().manual_seed(index)
         x = torch.randn(8, 16, generator=random, dtype=torch.float64)[RANK::WORLD]
         y = [layer(x) for layer in self.maps]
-        total = sum(((i + 1) * one - x[:, torch.arange(one.shape[1]) % 16]).square().mean() for i, one in enumerate(y))
+        total = sum(
+            ((i + 1) * one - x[:, torch.arange(one.shape[1]) % 16]).square().mean()
+            for i, one in enumerate(y)
+        )
         return total if self.head is None else total + (self.head(sum(y)) - 1).square().mean()
 
     def configure_model(self):
@@ -86,17 +99,33 @@ SCENARIOS = {
     "elalora": (partial(Shared, LoRA), lambda: ElaLoRA(**PHASES), {"accumulate_grad_batches": 2}),
     "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
-    "inputs": (partial(Shared, LoRA), lambda: PRILoRA(2, 6, every=3, final=6), {"accumulate_grad_batches": 2}),
-    "sora": (partial(Shared, partial(LoRA, rank=4)), lambda: SoRA(6, l1=1.0, **PHASES), {"accumulate_grad_batches": 2}),
+    "inputs": (
+        partial(Shared, LoRA),
+        lambda: PRILoRA(2, 6, every=3, final=6),
+        {"accumulate_grad_batches": 2},
+    ),
+    "sora": (
+        partial(Shared, partial(LoRA, rank=4)),
+        lambda: SoRA(6, l1=1.0, **PHASES),
+        {"accumulate_grad_batches": 2},
+    ),
     "beamlora": (
         partial(Shared, partial(LoRA, rank=4)),
         lambda: BeamLoRA(p0=0.5, until=1.0, **PHASES),
         {"accumulate_grad_batches": 2},
     ),
-    "dylora": (partial(Shared, partial(LoRA, rank=4)), lambda: DyLoRA(truncate=2), {"accumulate_grad_batches": 2}),
+    "dylora": (
+        partial(Shared, partial(LoRA, rank=4)),
+        lambda: DyLoRA(truncate=2),
+        {"accumulate_grad_batches": 2},
+    ),
     "ablation": (partial(Shared, partial(LoRA, rank=4)), lambda: ALoRA(**PHASES), {}),
     "hessian": (Shared, lambda: SubLoRA(6, **PHASES), {"accumulate_grad_batches": 2}),
-    "variance": (partial(Shared, partial(LoRA, rank=4)), lambda: Variance(budget=6, soft=False, **PHASES), {}),
+    "variance": (
+        partial(Shared, partial(LoRA, rank=4)),
+        lambda: Variance(budget=6, soft=False, **PHASES),
+        {},
+    ),
     "directions": (partial(Shared, partial(LoRA, rank=4)), lambda: EVA(rho=4, max_batches=1), {}),
     "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
 }
@@ -118,18 +147,25 @@ def strategy():
 
 def left(folder, name, model, trainer, allocator):
     tensors = {key: value.detach().clone() for key, value in everything(model, trainer).items()}
-    tensors = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()}
+    tensors = {
+        key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()
+    }
     torch.save((tensors, allocator.events), folder / f"{name}.{WORLD}.{RANK}.pt")
 
 
 def run(folder, name):
     make, allocate, arguments = SCENARIOS[name]
     model, allocator = make(), allocate()
-    checkpoint = ModelCheckpoint(folder / f"{name}.{WORLD}", "{step}", every_n_train_steps=12, save_top_k=-1)
+    checkpoint = ModelCheckpoint(
+        folder / f"{name}.{WORLD}", "{step}", every_n_train_steps=12, save_top_k=-1
+    )
     trainer = fit(model, allocator, checkpoint, **arguments, **settings())
     if os.environ.get("SHARDED") and WORLD > 1:
         frozen = [layer.innermost.weight for layer in model.maps]
-        assert all(isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel() for weight in frozen)
+        assert all(
+            isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel()
+            for weight in frozen
+        )
     left(folder, name, model, trainer, allocator)
     model, allocator = make(), allocate()
     path = folder / f"{name}.{WORLD}" / "step=12.ckpt"

@@ -8,11 +8,12 @@ from test_allocators import SVD4, Toy, fit
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from adaptrank.allocators import AdaLoRA, ElaLoRA, ablation
-from adaptrank.allocators.ablation import exact, first_order
-from adaptrank.allocators.base import evaluating
+from adaptrank.allocation import AdaLoRA, ElaLoRA
+from adaptrank.allocation.allocator import evaluating
+from adaptrank.allocation.scores import ablation
+from adaptrank.allocation.scores.ablation import exact, first_order
 from adaptrank.axes import rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA, DoRA, HyperAdapt, LoRA, PiCa, TensorTrain
 from adaptrank.testing import perturb
 
@@ -52,12 +53,20 @@ def llama(layers=3, dropout=0.0, method=LORA2):
         if hasattr(layer, "gates"):
             perturb(layer, std=0.3)
     ids = torch.randint(32, (2, 5))
-    return Here(model, lambda batch: model(input_ids=batch, labels=batch).loss, [ids, ids.flip(0) // 2])
+    return Here(
+        model, lambda batch: model(input_ids=batch, labels=batch).loss, [ids, ids.flip(0) // 2]
+    )
 
 
 def bert():
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
     model = adapt(BertForSequenceClassification(config).double(), ["query", "dense"], LORA2)
     for layer in model.modules():
         if hasattr(layer, "gates"):
@@ -68,7 +77,13 @@ def bert():
 
 @pytest.mark.parametrize(
     "make",
-    [llama, partial(llama, dropout=0.5), partial(llama, method=[HyperAdapt, LORA2]), partial(llama, method=PiCa), bert],
+    [
+        llama,
+        partial(llama, dropout=0.5),
+        partial(llama, method=[HyperAdapt, LORA2]),
+        partial(llama, method=PiCa),
+        bert,
+    ],
 )
 def test_cached_prefixes_change_nothing(make):
     run = make()
@@ -94,7 +109,13 @@ def test_blocks_before_the_unit_are_not_computed():
     exact(axes, run, cached=False)
     assert len(calls) == 2 * 2 * 12 * (units + 1)
     tried = sum(12 - upto for upto in range(1, 12))  # every prefix once, before it is trusted
-    assert saved == 2 * 2 * (sum(len(axis) * (12 - int(key.split(".")[2])) for key, axis in axes.items()) + 12) + tried
+    assert (
+        saved
+        == 2
+        * 2
+        * (sum(len(axis) * (12 - int(key.split(".")[2])) for key, axis in axes.items()) + 12)
+        + tried
+    )
     assert saved < 0.58 * len(calls)
 
 
@@ -120,7 +141,15 @@ def test_the_score_is_the_analytic_one_on_a_linear_model():
 
 
 @pytest.mark.parametrize(
-    "method", [LORA2, SVD4, partial(DoRA, **DoRA.exact_gradient), [HyperAdapt, LORA2], partial(TensorTrain), PiCa]
+    "method",
+    [
+        LORA2,
+        SVD4,
+        partial(DoRA, **DoRA.exact_gradient),
+        [HyperAdapt, LORA2],
+        partial(TensorTrain),
+        PiCa,
+    ],
 )
 def test_first_order_is_the_derivative_of_the_ablations(method):
     """Against finite differences of the gates."""
@@ -156,7 +185,10 @@ def test_first_order_is_the_derivative_of_the_ablations(method):
 def test_gates_come_back_after_an_exception(score, mode):
     run = llama(dropout=0.5)
     run.model.train(mode)
-    state, kept = torch.random.get_rng_state(), {k: v.clone() for k, v in run.model.state_dict().items()}
+    state, kept = (
+        torch.random.get_rng_state(),
+        {k: v.clone() for k, v in run.model.state_dict().items()},
+    )
     axes, count = rank_axes(run.model), [0]
 
     def fails(batch):
@@ -241,7 +273,8 @@ def leaves_a_sum(layer, x, left):
 
 
 @pytest.mark.parametrize(
-    ("block", "replays"), [(plain, True), (in_place, False), (leaves_something, False), (leaves_a_sum, False)]
+    ("block", "replays"),
+    [(plain, True), (in_place, False), (leaves_something, False), (leaves_a_sum, False)],
 )
 def test_a_prefix_is_used_only_where_replaying_it_gives_the_same_loss(block, replays):
     """The forward passes of these blocks are patched already, as accelerate does it: they are found as they were."""
@@ -257,7 +290,9 @@ def test_a_prefix_is_used_only_where_replaying_it_gives_the_same_loss(block, rep
     for key in axes:
         torch.testing.assert_close(cached[key], whole[key], rtol=0, atol=1e-12)
     own = next(iter(axes.values()))
-    assert (model.ran.count(0) == 2 * (1 + len(own))) is replays, "in the two clean passes, and for its own units"
+    assert (model.ran.count(0) == 2 * (1 + len(own))) is replays, (
+        "in the two clean passes, and for its own units"
+    )
     assert [one.__dict__["forward"] for one in model.blocks] == patched
 
 
@@ -271,7 +306,9 @@ def test_without_a_list_of_blocks_every_pass_is_whole():
     assert run.calls == 2 * 2 * (1 + sum(map(len, axes.values())))
 
 
-@pytest.mark.parametrize("importance", ["ablation", "ablation_first_order", "random", "uniform", "ablation_per_cost"])
+@pytest.mark.parametrize(
+    "importance", ["ablation", "ablation_first_order", "random", "uniform", "ablation_per_cost"]
+)
 @pytest.mark.parametrize("make", [lambda **k: AdaLoRA(6, soft=False, **k), ElaLoRA])
 def test_any_allocator_takes_any_score(importance, make):
     allocator = make(importance=importance, every=4, warmup=6, final=6)
@@ -283,7 +320,8 @@ def test_any_allocator_takes_any_score(importance, make):
 def test_too_many_units_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr(ablation, "MAX_UNITS", 100)
     with pytest.raises(
-        ValueError, match=r"each of 192 units, and takes at most 100; use importance='ablation_first_order'"
+        ValueError,
+        match=r"each of 192 units, and takes at most 100; use importance='ablation_first_order'",
     ):
         fit(Toy(NOLA), AdaLoRA(importance="ablation"))
     fit(Toy(NOLA), AdaLoRA(importance="ablation_first_order", every=4, warmup=6, final=6))
@@ -291,6 +329,7 @@ def test_too_many_units_are_refused_at_the_start(monkeypatch):
 
 def test_a_score_that_does_not_exist():
     with pytest.raises(
-        ValueError, match=r"importance='sensitivty' is no score. Did you mean 'sensitivity'\? There are "
+        ValueError,
+        match=r"importance='sensitivty' is no score. Did you mean 'sensitivity'\? There are ",
     ):
         fit(Toy(), AdaLoRA(importance="sensitivty"))

@@ -9,9 +9,8 @@ import transformers
 from torch import nn
 
 from adaptrank.axes import rank_axes
-from adaptrank.inject import adapt, apply_rank_pattern, describe, set_enabled
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import adapt, apply_rank_pattern, describe, set_enabled
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
 from adaptrank.testing import perturb
 
 
@@ -79,7 +78,10 @@ def test_targets(targets, exclude, found):
         ),
         (["q_proj", "k_proj"], "No layer matches targets='k_proj'"),
         (r"block\..*", r"No layer matches targets='block\\..*'"),
-        ("q_proj", "A string is a regular expression over whole paths; for the last component write [q_proj]"),
+        (
+            "q_proj",
+            "A string is a regular expression over whole paths; for the last component write [q_proj]",
+        ),
         ("all_linear", "or say 'all-linear'"),
         ("(", "targets='(' is not a regular expression"),
     ],
@@ -91,7 +93,9 @@ def test_nothing_matched(targets, sentence):
 
 
 def test_everything_excluded():
-    with pytest.raises(ValueError, match=r"targets='q_proj' less exclude='layers.*' leaves no layer"):
+    with pytest.raises(
+        ValueError, match=r"targets='q_proj' less exclude='layers.*' leaves no layer"
+    ):
         adapt(Net(), ["q_proj"], LoRA, exclude="layers.*")
 
 
@@ -100,16 +104,22 @@ def test_a_model_without_linear_layers_says_so():
         adapt(nn.Sequential(nn.Conv2d(3, 3, 1)), "all-linear", LoRA)
 
 
-@pytest.mark.parametrize(("target", "kind"), [("norm", "LayerNorm"), ("conv", "Conv1d"), ("0", "Block")])
+@pytest.mark.parametrize(
+    ("target", "kind"), [("norm", "LayerNorm"), ("conv", "Conv1d"), ("0", "Block")]
+)
 def test_a_layer_of_another_kind_is_refused_by_name(target, kind):
     model = Net()
-    with pytest.raises(TypeError, match=rf"layers\.0.*LoRA wraps Linear, Conv1D, Embedding or Conv2d, not {kind}"):
+    with pytest.raises(
+        TypeError, match=rf"layers\.0.*LoRA wraps Linear, Conv1D, Embedding or Conv2d, not {kind}"
+    ):
         adapt(model, [target], LoRA)
     assert not paths(model)
 
 
 def test_a_value_that_does_not_fit_names_the_layer():
-    with pytest.raises(ValueError, match=r"layers\.0\.q_proj: rank=9 does not fit a 8x8 layer; use 1 to 8"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.q_proj: rank=9 does not fit a 8x8 layer; use 1 to 8"
+    ):
         adapt(Net(), "all-linear", partial(SVD, rank=9))
 
 
@@ -140,19 +150,29 @@ def test_it_starts_at_the_model_and_is_the_model():
 
 def test_training_mode_is_kept():
     model = Net().eval()
-    assert not adapt(model, "all-linear", partial(LoRA, dropout=0.5)).layers[0].q_proj.dropout.training
+    assert (
+        not adapt(model, "all-linear", partial(LoRA, dropout=0.5)).layers[0].q_proj.dropout.training
+    )
 
 
 def test_a_second_call_changes_nothing():
-    call = partial(adapt, targets="all-linear", parameterization=[HyperAdapt, partial(LoRA, rank=2)])
+    call = partial(
+        adapt, targets="all-linear", parameterization=[HyperAdapt, partial(LoRA, rank=2)]
+    )
     model = call(Net(), train_modules=["norm"])
     perturb(model)
     rank_axes(model)["layers.0.q_proj:rank"].resize([0])
-    modules, state, trains = list(model.modules()), copy.deepcopy(model.state_dict()), trainable(model)
+    modules, state, trains = (
+        list(model.modules()),
+        copy.deepcopy(model.state_dict()),
+        trainable(model),
+    )
     call(model, train_modules=["norm"])
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert trainable(model) == trains
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True)
+    )
 
 
 def test_a_second_call_does_not_undo_what_an_allocator_did():
@@ -168,7 +188,9 @@ def test_a_second_call_does_not_undo_what_an_allocator_did():
 @pytest.mark.parametrize("other", [DoRA, partial(LoRA, rank=3), [LoRA, LoRA]])
 def test_the_same_name_in_another_form_is_refused(other):
     model = adapt(Net(), "all-linear", LoRA)
-    with pytest.raises(ValueError, match=r"layers\.0\.q_proj already carries adapter 'default' \(LoRA\)"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.q_proj already carries adapter 'default' \(LoRA\)"
+    ):
         adapt(model, "all-linear", other)
 
 
@@ -176,7 +198,9 @@ def test_an_earlier_entry_goes_on_training():
     model = adapt(Net(), ["q_proj"], LoRA, train_modules=["classifier"])
     first = trainable(model)
     adapt(model, ["v_proj"], HyperAdapt)
-    assert trainable(model) == first | {f"layers.{i}.v_proj.{name}" for i in range(3) for name in ("da", "dc")}
+    assert trainable(model) == first | {
+        f"layers.{i}.v_proj.{name}" for i in range(3) for name in ("da", "dc")
+    }
 
 
 def test_extra_modules_train_whole_and_are_not_wrapped():
@@ -184,7 +208,9 @@ def test_extra_modules_train_whole_and_are_not_wrapped():
     assert paths(model) == QV
     assert {"classifier.weight", "classifier.bias", "layers.1.norm.weight"} <= trainable(model)
     assert "layers.0.norm.weight" not in trainable(model)
-    with pytest.raises(ValueError, match=r"train_modules names 'classifer', .*\. Did you mean 'classifier'\?"):
+    with pytest.raises(
+        ValueError, match=r"train_modules names 'classifer', .*\. Did you mean 'classifier'\?"
+    ):
         adapt(Net(), "all-linear", LoRA, train_modules=["classifer"])
 
 
@@ -200,13 +226,22 @@ def test_two_named_adapters_are_switched_by_flags():
             model.layers[i].q_proj.da.add_(0.1)
     both = model(x).detach()
     modules = list(model.modules())
-    for on, want in ((["a"], with_a), ([], base), (["a", "b"], both), (False, base), (True, both), ("a", with_a)):
+    for on, want in (
+        (["a"], with_a),
+        ([], base),
+        (["a", "b"], both),
+        (False, base),
+        (True, both),
+        ("a", with_a),
+    ):
         set_enabled(model, on)
         assert torch.equal(model(x), want)
     set_enabled(model, "b")
     assert not torch.equal(model(x), both)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    with pytest.raises(ValueError, match=r"No adapter is called 'aa'; there are .*\. Did you mean 'a'\?"):
+    with pytest.raises(
+        ValueError, match=r"No adapter is called 'aa'; there are .*\. Did you mean 'a'\?"
+    ):
         set_enabled(model, ["aa"])
     adapt(model, "all-linear", LoRA, name="a")  # still idempotent, under another wrapper
     assert list(model.modules()) == modules
@@ -223,7 +258,10 @@ def test_two_named_adapters_are_switched_by_flags():
         ({"q_proj": 7}, {f"layers.{i}.q_proj": 7 for i in range(3)}),
         ({r"layers\.[01]\..*": 1}, {p: 1 for p in QV if ".2." not in p}),
         ({"q_proj": {"rank": 6}}, {f"layers.{i}.q_proj": 6 for i in range(3)}),
-        ({".*": 1, "layers.2.v_proj": 3, "layers.2.v_proj:rank": 9}, {**dict.fromkeys(QV, 1), "layers.2.v_proj": 9}),
+        (
+            {".*": 1, "layers.2.v_proj": 3, "layers.2.v_proj:rank": 9},
+            {**dict.fromkeys(QV, 1), "layers.2.v_proj": 9},
+        ),
     ],
 )
 def test_rank_pattern(pattern, sizes):
@@ -249,7 +287,8 @@ def test_what_a_rank_pattern_grows_depends_on_the_seed_alone():
 
 def test_a_wrong_rank_pattern():
     with pytest.raises(
-        ValueError, match=r"names 'q_porj', .*; axes here: layers.0.q_proj:rank,.*\. Did you mean 'q_proj'\?"
+        ValueError,
+        match=r"names 'q_porj', .*; axes here: layers.0.q_proj:rank,.*\. Did you mean 'q_proj'\?",
     ):
         adapt(Net(), QV, LoRA, rank_pattern={"q_porj": 2})
     with pytest.raises(ValueError, match=r"asks layers.0.q_proj:rank for 9 units; it holds 1 to 8"):
@@ -288,27 +327,44 @@ def llama():
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, pad_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, pad_token_id=0
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
     )
     return transformers.BertForMaskedLM(config)
 
 
 def vit():
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
     )
     return transformers.ViTForImageClassification(config)
 
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -334,7 +390,12 @@ def test_any_model_starts_at_itself_and_trains(case, linear_method):
     _, model, batch = case
     with torch.no_grad():  # a product of another kind may be chosen where gradients are needed
         want = model(**batch).logits
-        adapt(model, "all-linear", linear_method, exclude=["classifier"] if hasattr(model, "classifier") else ())
+        adapt(
+            model,
+            "all-linear",
+            linear_method,
+            exclude=["classifier"] if hasattr(model, "classifier") else (),
+        )
         assert torch.equal(model(**batch).logits, want)
     out = model(**batch)
     out.loss.backward()
@@ -359,22 +420,37 @@ def test_any_model_computes_the_same_with_the_weights_put_back(case):
         target = plain.get_submodule(path)
         with torch.no_grad():
             target.weight.copy_(
-                layer.weight.T if isinstance(target, transformers.pytorch_utils.Conv1D) else layer.weight
+                layer.weight.T
+                if isinstance(target, transformers.pytorch_utils.Conv1D)
+                else layer.weight
             )
     have, want = model(**batch).logits, plain(**batch).logits
     torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-8)
 
 
 def test_all_linear_finds_the_linear_layers_of_each_model():
-    kinds = {make.__name__: {p.rsplit(".", 1)[-1] for p in paths(adapt(make(), "all-linear", LoRA))} for make in MODELS}
-    assert kinds["llama"] == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    kinds = {
+        make.__name__: {p.rsplit(".", 1)[-1] for p in paths(adapt(make(), "all-linear", LoRA))}
+        for make in MODELS
+    }
+    assert kinds["llama"] == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert kinds["gpt2"] == {"c_attn", "c_proj", "c_fc"}
     assert kinds["t5"] == {"q", "k", "v", "o", "wi", "wo"}
     assert "decoder" not in kinds["bert"]
     assert {"query", "key", "value", "dense"} <= kinds["bert"]
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"model": m})], ids=["bare", "inside a module"])
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: nn.ModuleDict({"model": m})], ids=["bare", "inside a module"]
+)
 def test_a_tied_head_is_left_out_and_stays_tied(wrap):
     model = llama()
     adapt(wrap(model), "all-linear", LoRA)
@@ -413,7 +489,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, linear_method):
             model.activation_checkpointing_enable()
         model.zero_grad()
         model(**batch).loss.backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        grads.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        )
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
@@ -424,14 +502,20 @@ def test_a_half_precision_backbone_trains_float32_adapters(linear_method):
     adapt(model, "all-linear", linear_method)
     assert torch.equal(model(**batch).logits, want)
     model(**batch).loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad and p.grad is not None)
+    assert all(
+        p.grad.dtype == torch.float32
+        for p in model.parameters()
+        if p.requires_grad and p.grad is not None
+    )
 
 
 def test_exclude_takes_parts_of_the_model_and_names_what_it_does_not_find():
     model = llama()
     adapt(model, "all-linear", [LoRA], exclude=["mlp", r"model\.layers\.0\..*"])
     assert set(wrapped_layers(model)) == {f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"}
-    with pytest.raises(ValueError, match=r"exclude='q_pro' names nothing in this model. Did you mean 'q_proj'\?"):
+    with pytest.raises(
+        ValueError, match=r"exclude='q_pro' names nothing in this model. Did you mean 'q_proj'\?"
+    ):
         adapt(llama(), "all-linear", [LoRA], exclude="q_pro")
 
 

@@ -20,8 +20,16 @@ from adaptrank import (
     set_enabled,
     unmerge,
 )
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, PiCa, TensorTrainAdapter
-from adaptrank.parameterizations.base import wrapped_layers, wrappers
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    PiCa,
+    TensorTrainAdapter,
+    wrapped_layers,
+    wrappers,
+)
 from adaptrank.testing import perturb
 
 IDS = torch.arange(3, 21).reshape(3, 6)
@@ -91,7 +99,10 @@ def test_an_exception_inside_gives_the_state_back():
         raise KeyError
     with pytest.raises(ValueError, match="reads 2 rows"), select_rows(model, ["a", "b", "c"]):
         logits(model, IDS[:2])
-    with pytest.raises(ValueError, match="No adapter is called 'd'"), select_rows(model, ["a", "d", None]):
+    with (
+        pytest.raises(ValueError, match="No adapter is called 'd'"),
+        select_rows(model, ["a", "d", None]),
+    ):
         pass
     assert all(w.enabled and w.rows is None for w in wrappers(model))
     assert torch.equal(logits(model), want)
@@ -110,7 +121,9 @@ def test_a_merged_model_cannot_be_switched_off():
 
 
 @pytest.mark.parametrize(
-    "names", [("a", "b", "c"), ("c", None, "a"), (None, None, None), ("b", "b", "b"), ("c", "b", "b")], ids=str
+    "names",
+    [("a", "b", "c"), ("c", None, "a"), (None, None, None), ("b", "b", "b"), ("c", "b", "b")],
+    ids=str,
 )
 def test_each_row_runs_with_its_own_adapter_alone(names):
     model = three()
@@ -164,7 +177,11 @@ def test_gradients_reach_each_adapter_from_its_rows_alone():
     model = three()
     with select_rows(model, ["a", None, "b"]):
         model(IDS, labels=IDS).loss.backward()
-    got = {w.name for w in wrappers(model) if any(p.grad is not None and p.grad.any() for _, p in w.own_parameters())}
+    got = {
+        w.name
+        for w in wrappers(model)
+        if any(p.grad is not None and p.grad.any() for _, p in w.own_parameters())
+    }
     assert got == {"a", "b"}
 
 
@@ -173,7 +190,9 @@ def test_recomputed_activations_see_the_same_rows_while_the_selection_lasts():
     for checkpointed in (False, True):
         model = three().train()
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         with select_rows(model, ["a", None, "b"]):
             model(IDS, labels=IDS, use_cache=False).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -229,7 +248,9 @@ def test_adapters_are_deleted_in_any_order(order):
         assert delete_adapter(model, name) is model
         assert {w.name for w in wrappers(model)} == set(rest)
         for other, logits_before in zip(rest, want, strict=True):
-            assert torch.equal(alone(model, other), logits_before), f"{other} changed when {name} went"
+            assert torch.equal(alone(model, other), logits_before), (
+                f"{other} changed when {name} went"
+            )
     assert {path: type(module) for path, module in model.named_modules()} == kinds
     assert torch.equal(logits(model), logits(plain))
     with pytest.raises(ValueError, match="No adapter is called 'a'"):
@@ -239,7 +260,9 @@ def test_adapters_are_deleted_in_any_order(order):
 def test_deleting_an_unknown_name_changes_nothing():
     model = three()
     modules = list(model.modules())
-    with pytest.raises(ValueError, match=r"No adapter is called 'aa'; there are a, b, c\. Did you mean 'a'\?"):
+    with pytest.raises(
+        ValueError, match=r"No adapter is called 'aa'; there are a, b, c\. Did you mean 'a'\?"
+    ):
         delete_adapter(model, "aa")
     assert list(model.modules()) == modules
 
@@ -260,7 +283,12 @@ def test_what_lost_what_it_wrapped_is_told_to_refresh(monkeypatch):
     model, told = three(), []
     for method in (HyperAdapt, LoRA, DoRA):
         monkeypatch.setattr(method, "refresh", lambda self: told.append(self))
-    outside = [w for layer in wrapped_layers(model).values() for w in layer.nest if getattr(w.base, "name", "") == "a"]
+    outside = [
+        w
+        for layer in wrapped_layers(model).values()
+        for w in layer.nest
+        if getattr(w.base, "name", "") == "a"
+    ]
     delete_adapter(model, "a")
     assert outside
     assert told == outside
@@ -360,7 +388,9 @@ def test_a_file_keeps_the_order_of_names_in_a_nest(tmp_path):
     save_adapter(model, tmp_path)
     again = load_adapter(llama(), tmp_path)
     for path, layer in wrapped_layers(model).items():
-        assert [(type(w), w.name) for w in wrapped_layers(again)[path].nest] == [(type(w), w.name) for w in layer.nest]
+        assert [(type(w), w.name) for w in wrapped_layers(again)[path].nest] == [
+            (type(w), w.name) for w in layer.nest
+        ]
     for on in (["a"], ["b"], ["c"], ["a", "c"], ["c", "b"], True, False):
         set_enabled(model, on)
         set_enabled(again, on)
@@ -381,16 +411,28 @@ def test_copies_are_switched_by_themselves():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"targets": ["q_proj", "v_proj"], "parameterization": partial(SVD, rank=20)}, "does not fit"),
-        ({"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"x_proj": 3}}, "names 'x_proj'"),
-        ({"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"q_proj": 0}}, "for 0 units"),
+        (
+            {"targets": ["q_proj", "v_proj"], "parameterization": partial(SVD, rank=20)},
+            "does not fit",
+        ),
+        (
+            {"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"x_proj": 3}},
+            "names 'x_proj'",
+        ),
+        (
+            {"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"q_proj": 0}},
+            "for 0 units",
+        ),
         ({"targets": ["q_proj"], "parameterization": LoRA, "name": "b"}, "already carries"),
     ],
     ids=["value", "unknown pattern", "size", "another form"],
 )
 def test_a_failing_adapt(arguments, sentence):
     model = three()
-    modules, trains = list(model.modules()), {n for n, p in model.named_parameters() if p.requires_grad}
+    modules, trains = (
+        list(model.modules()),
+        {n for n, p in model.named_parameters() if p.requires_grad},
+    )
     with pytest.raises(ValueError, match=sentence):
         adapt(model, **{"name": "d", **arguments})
     assert list(model.modules()) == modules

@@ -8,16 +8,27 @@ from functools import partial
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
-from adaptrank.allocators import ALLOCATORS, AdaLoRA, Allocator, ElaLoRA
-from adaptrank.allocators.plans import Close, Resize
+from adaptrank.allocation import ALLOCATORS, AdaLoRA, Allocator, ElaLoRA
+from adaptrank.allocation.plans import Close, Resize
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import PARAMETERIZATIONS, SVD, DoRA, HyperAdapt, LoRA, Parameterization
-from adaptrank.regularize import Regularize
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import (
+    PARAMETERIZATIONS,
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    Parameterization,
+)
 from adaptrank.testing import trainable
+from adaptrank.training.penalties import Regularize
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 TOTAL, PHASES = 24, {"every": 4, "warmup": 6, "final": 6}  # events at 10, 14, 18
@@ -29,7 +40,9 @@ SVD4 = partial(SVD, rank=4)
 class Toy(lightning.LightningModule):
     """Three independent layers, each with a target of its own; batch b is drawn from seed b."""
 
-    def __init__(self, method=SVD4, dtype=torch.float32, make=torch.optim.Adam, widths=(12, 12, 12)):
+    def __init__(
+        self, method=SVD4, dtype=torch.float32, make=torch.optim.Adam, widths=(12, 12, 12)
+    ):
         super().__init__()
         torch.manual_seed(0)
         self.maps = nn.ModuleList(nn.Linear(16, m, dtype=dtype) for m in widths)
@@ -54,7 +67,10 @@ class Toy(lightning.LightningModule):
     def configure_optimizers(self):
         optimizer = self.make([p for p in self.parameters() if p.requires_grad], lr=1e-2)
         return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=TOTAL), "interval": "step"}
+            {
+                "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=TOTAL),
+                "interval": "step",
+            }
         ]
 
 
@@ -115,7 +131,9 @@ def scratch():
 
 def test_axes_that_depend_on_arguments_are_those_of_the_default_ones(scratch):
     class Variants(LoRA):
-        axes = property(lambda self: {"rank": {"A": 0, "B": 1}} if self.init_args["rank"] > 1 else {})
+        axes = property(
+            lambda self: {"rank": {"A": 0, "B": 1}} if self.init_args["rank"] > 1 else {}
+        )
 
     class Fixed(Variants):
         def __init__(self, base, *, rank=1):
@@ -130,9 +148,14 @@ def test_axes_that_depend_on_arguments_are_those_of_the_default_ones(scratch):
     assert not AdaLoRA.works_with("Fixed")
     assert AdaLoRA.works_with("Stiff")
     assert not ElaLoRA.works_with("Stiff")
-    with pytest.raises(ValueError, match=r"Fixed has no rank axis; use one of (?![^:]*Fixed)[^:]*Variants"):
+    with pytest.raises(
+        ValueError, match=r"Fixed has no rank axis; use one of (?![^:]*Fixed)[^:]*Variants"
+    ):
         fit(Toy(Fixed), ALL["AdaLoRA"]())
-    with pytest.raises(ValueError, match=r"can grow, and Stiff at maps\.0:rank cannot; use one of (?!.*Stiff).*LoRA"):
+    with pytest.raises(
+        ValueError,
+        match=r"can grow, and Stiff at maps\.0:rank cannot; use one of (?!.*Stiff).*LoRA",
+    ):
         fit(Toy(Stiff), ALL["ElaLoRA"]())
 
 
@@ -195,7 +218,11 @@ def test_scores_see_whole_unclipped_gradients_once_a_step_and_events_follow_the_
     assert len(model.seen) == 4 * TOTAL
     want = []
     for step in range(1, TOTAL + 1):
-        want += ["observe"] * (step <= 18) + ["step", "after_step"] + [f"event {step}"] * (step in (10, 14, 18))
+        want += (
+            ["observe"] * (step <= 18)
+            + ["step", "after_step"]
+            + [f"event {step}"] * (step in (10, 14, 18))
+        )
     assert order == want
     sum(twin.loss(i) / 4 for i in range(4)).backward()
     own = [s.tensor.grad for axis in rank_axes(twin).values() for s in axis.slots()]
@@ -205,7 +232,9 @@ def test_scores_see_whole_unclipped_gradients_once_a_step_and_events_follow_the_
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("method", [SVD, LoRA, DoRA, [HyperAdapt, LoRA]], ids=["SVD", "LoRA", "DoRA", "hybrid"])
+@pytest.mark.parametrize(
+    "method", [SVD, LoRA, DoRA, [HyperAdapt, LoRA]], ids=["SVD", "LoRA", "DoRA", "hybrid"]
+)
 @pytest.mark.parametrize("unit", ["ranks", "parameters"])
 def test_the_budget_holds_at_every_event(name, method, unit):
     methods = method if isinstance(method, list) else [method]
@@ -342,16 +371,22 @@ def test_resume_is_exact_to_the_bit(name, accumulate, tmp_path):
         different = [key for key in want if not torch.equal(have[key], want[key])]
         assert not different, f"cut at {step}: {different}"
         assert resumed.events == allocator.events
-        assert again.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+        assert (
+            again.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+        )
 
 
 def test_a_run_with_other_steps_or_another_budget_is_no_resume(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=12, save_top_k=-1)
     fit(Toy(), ALL["AdaLoRA"](), checkpoint)
     path = tmp_path / "step=12.ckpt"
-    with pytest.raises(ValueError, match=r"The checkpoint's AdaLoRA does not fit this run: it had Phases\(total=24"):
+    with pytest.raises(
+        ValueError, match=r"The checkpoint's AdaLoRA does not fit this run: it had Phases\(total=24"
+    ):
         fit(Toy(), ALL["AdaLoRA"](), ckpt_path=path, steps=30)
-    with pytest.raises(ValueError, match=r"its budget was \[6, 'ranks'\], this run's is \[7, 'ranks'\]"):
+    with pytest.raises(
+        ValueError, match=r"its budget was \[6, 'ranks'\], this run's is \[7, 'ranks'\]"
+    ):
         fit(Toy(), AdaLoRA(budget=7, **PHASES), ckpt_path=path)
 
 
@@ -367,7 +402,10 @@ def test_a_checkpoint_of_other_ranks_can_be_evaluated(tmp_path):
     fit(Toy(), ALL["AdaLoRA hard"](), checkpoint)
     model = Tested()
     trainer = lightning.Trainer(
-        callbacks=[ALL["AdaLoRA hard"]()], logger=False, enable_progress_bar=False, accelerator="cpu"
+        callbacks=[ALL["AdaLoRA hard"]()],
+        logger=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -407,8 +445,14 @@ def test_a_second_run_with_one_allocator_starts_anew():
             r"a budget of 2 ranks is below 3, the cost of 1 unit\(s\) on each of 3 axes",
         ),
         (lambda: AdaLoRA(budget=6, floor=3, **PHASES), "a budget of 6 ranks is below 9"),
-        (lambda: AdaLoRA(budget=13, **PHASES), "a budget of 13 ranks is above the 12 the run starts with"),
-        (lambda: AdaLoRA(budget=50, unit="parameters", **PHASES), "a budget of 50 parameters is below 87"),
+        (
+            lambda: AdaLoRA(budget=13, **PHASES),
+            "a budget of 13 ranks is above the 12 the run starts with",
+        ),
+        (
+            lambda: AdaLoRA(budget=50, unit="parameters", **PHASES),
+            "a budget of 50 parameters is below 87",
+        ),
     ],
 )
 def test_impossible_schedules_and_budgets(make, sentence):
@@ -437,7 +481,8 @@ def test_arguments_out_of_range(arguments, sentence):
 
 def test_a_model_with_nothing_to_allocate():
     with pytest.raises(
-        ValueError, match=r"HyperAdapt has no rank axis; use one of .*LoRA.*, or nest one: \[HyperAdapt, \w+\]"
+        ValueError,
+        match=r"HyperAdapt has no rank axis; use one of .*LoRA.*, or nest one: \[HyperAdapt, \w+\]",
     ):
         fit(Toy(HyperAdapt), ALL["AdaLoRA"]())
     bare = Toy()
@@ -463,21 +508,31 @@ def test_two_allocators():
 
 
 @pytest.mark.parametrize(
-    "averaging", [lambda: EMAWeightAveraging(), lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)]
+    "averaging",
+    [
+        lambda: EMAWeightAveraging(),
+        lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+    ],
 )
 def test_averaged_weights_cannot_follow(averaging):
-    with pytest.raises(ValueError, match="WeightAveraging keeps a copy of the weights that cannot follow a rank"):
+    with pytest.raises(
+        ValueError, match="WeightAveraging keeps a copy of the weights that cannot follow a rank"
+    ):
         fit(Toy(), ALL["AdaLoRA"](), averaging())
 
 
 @pytest.mark.parametrize("make", [torch.optim.Rprop, torch.optim.ASGD])
 def test_an_optimizer_that_cannot_follow(make):
-    with pytest.raises(TypeError, match=rf"{make.__name__} keeps state that cannot follow a rank; use Adam,"):
+    with pytest.raises(
+        TypeError, match=rf"{make.__name__} keeps state that cannot follow a rank; use Adam,"
+    ):
         fit(Toy(make=make), ALL["AdaLoRA"]())
 
 
 def test_a_run_without_an_end():
-    with pytest.raises(ValueError, match="needs to know where training ends; set max_steps or max_epochs"):
+    with pytest.raises(
+        ValueError, match="needs to know where training ends; set max_steps or max_epochs"
+    ):
         fit(Toy(), ALL["AdaLoRA"](), steps=-1, max_epochs=-1)
 
 
@@ -485,8 +540,14 @@ def test_a_run_without_an_end():
     ("plan", "sentence"),
     [
         (lambda s: {}, "planned 12 ranks, above the budget|the budget of"),
-        (lambda s: {k: Resize((0,)) for k in s}, "planned 3 ranks; the budget of .* is met exactly"),
-        (lambda s: {k: Close((0, 1, 2, 3)) for k in s}, "planned 0 units for maps.0:rank, outside 1 to"),
+        (
+            lambda s: {k: Resize((0,)) for k in s},
+            "planned 3 ranks; the budget of .* is met exactly",
+        ),
+        (
+            lambda s: {k: Close((0, 1, 2, 3)) for k in s},
+            "planned 0 units for maps.0:rank, outside 1 to",
+        ),
         (lambda s: {"9:rank": Resize((0,))}, "planned for '9:rank', which is no axis"),
     ],
 )
@@ -508,7 +569,9 @@ class Spiky(Toy):
     bad = range(0)
 
     def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) * (float("inf") if self.global_step in self.bad else 1)
+        return super().training_step(batch, batch_idx) * (
+            float("inf") if self.global_step in self.bad else 1
+        )
 
     def on_before_optimizer_step(self, optimizer):
         for p in self.parameters():
@@ -559,7 +622,11 @@ def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
     fit(model, allocator)
     end = allocator.phases.end
     assert end == 18
-    assert [(e["step"], "skipped" in e) for e in allocator.events][-3:] == [(18, True), (19, True), (20, False)]
+    assert [(e["step"], "skipped" in e) for e in allocator.events][-3:] == [
+        (18, True),
+        (19, True),
+        (20, False),
+    ]
     assert sum(sizes(model).values()) == 6
 
 
@@ -585,18 +652,25 @@ def test_elalora_at_its_floor_is_refused():
 # ---- regularizers
 
 
-@pytest.mark.parametrize("callbacks", [lambda: [Regularize()], lambda: [Regularize(), ALL["AdaLoRA"](), Regularize()]])
+@pytest.mark.parametrize(
+    "callbacks", [lambda: [Regularize()], lambda: [Regularize(), ALL["AdaLoRA"](), Regularize()]]
+)
 def test_a_penalty_is_added_once_a_step_and_logged(callbacks):
     grads = []
 
     class Watch(Toy):
-        def on_before_optimizer_step(self, optimizer):  # Lightning calls the module after the callbacks
+        def on_before_optimizer_step(
+            self, optimizer
+        ):  # Lightning calls the module after the callbacks
             if not grads:
                 grads.append([layer.P.grad.clone() for layer in self.maps])
 
     model, twin = Watch(), Toy()
     trainer = fit(model, *callbacks(), accumulate_grad_batches=2)
-    total = sum(twin.loss(i) / 2 for i in range(2)) + torch.stack([layer.penalty() for layer in twin.maps]).mean()
+    total = (
+        sum(twin.loss(i) / 2 for i in range(2))
+        + torch.stack([layer.penalty() for layer in twin.maps]).mean()
+    )
     total.backward()
     for have, layer in zip(grads[0], twin.maps, strict=True):
         torch.testing.assert_close(have, layer.P.grad, rtol=1e-5, atol=1e-7)

@@ -7,9 +7,19 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import Toy, everything, fit, sizes
 
-from adaptrank.allocators import ALoRA
+from adaptrank.allocation import ALoRA
 from adaptrank.axes import cost_model
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, MELoRA, MiSS, PiCa, SBoRA, TensorTrain
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    MELoRA,
+    MiSS,
+    PiCa,
+    SBoRA,
+    TensorTrain,
+)
 
 PHASES = {"every": 4, "warmup": 6, "final": 6}
 LORA4 = partial(LoRA, rank=4)
@@ -18,7 +28,17 @@ LORA4 = partial(LoRA, rank=4)
 @pytest.mark.parametrize("importance", ["ablation", "ablation_first_order"])
 @pytest.mark.parametrize(
     "method",
-    [LORA4, partial(SVD, rank=4), DoRA, [HyperAdapt, LORA4], TensorTrain, partial(MELoRA, minis=4), SBoRA, PiCa, MiSS],
+    [
+        LORA4,
+        partial(SVD, rank=4),
+        DoRA,
+        [HyperAdapt, LORA4],
+        TensorTrain,
+        partial(MELoRA, minis=4),
+        SBoRA,
+        PiCa,
+        MiSS,
+    ],
     ids=["LoRA", "SVD", "DoRA", "hybrid", "TT", "MELoRA", "SBoRA", "PiCa", "MiSS"],
 )
 def test_the_total_never_exceeds_the_start(method, importance):
@@ -72,7 +92,10 @@ def test_scores_are_the_mean_over_batches(importance):
             return self.loss(int(batch[0]))
 
     def first_round(batches):
-        model, allocator = Numbered(LORA4), Keeping(batches=batches, importance=importance, **PHASES)
+        model, allocator = (
+            Numbered(LORA4),
+            Keeping(batches=batches, importance=importance, **PHASES),
+        )
         fit(model, allocator)
         return allocator
 
@@ -113,7 +136,9 @@ def test_the_examples_are_in_the_checkpoint(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="ALoRA would never act: every axis starts at its floor of 1"):
+    with pytest.raises(
+        ValueError, match="ALoRA would never act: every axis starts at its floor of 1"
+    ):
         fit(Toy(partial(LoRA, rank=1)), ALoRA(**PHASES))
     for arguments in ({"units": 0}, {"units": 1.5}, {"rounds": 0}, {"batches": 0}):
         with pytest.raises(ValueError, match="prune at least one unit"):

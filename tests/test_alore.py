@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.artifacts import merge
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import PARAMETERIZATIONS, ALoRE
 
 VIT_B = {"attn": (768, 768), "mlp": (768, 768)}  # two modules of the width in each of 12 blocks
@@ -32,7 +32,9 @@ def test_before_the_layer(bias):
     testing.check_gradients(build)
     testing.check_contract(build, count=lambda m, n: 4 * (16 + 4 * 2 * n // 4))
     testing.check_cost(testing.builder(ALoRE, nn.Linear(48, 24), placement="pre"))
-    testing.check_low_precision(testing.builder(ALoRE, nn.Linear(48, 24).bfloat16(), placement="pre"))
+    testing.check_low_precision(
+        testing.builder(ALoRE, nn.Linear(48, 24).bfloat16(), placement="pre")
+    )
     testing.check_conv1d_twin(ALoRE, arguments={"placement": "pre"})
 
 
@@ -40,7 +42,9 @@ def test_re_parameterization():
     """W' = W (I + s D), and the bias stays."""
     layer = ALoRE(nn.Linear(48, 24).double(), placement="pre", scale=0.5)
     testing.perturb(layer)
-    D = sum(torch.kron(s.contiguous(), u @ v) for s, u, v in zip(layer.S, layer.U, layer.V, strict=True))
+    D = sum(
+        torch.kron(s.contiguous(), u @ v) for s, u, v in zip(layer.S, layer.U, layer.V, strict=True)
+    )
     want = layer.base.weight @ (torch.eye(48) + 0.5 * D)
     torch.testing.assert_close(layer.weight, want, rtol=1e-12, atol=1e-12)
     holder = nn.Sequential(layer)
@@ -56,7 +60,8 @@ def test_row_vector_code_is_the_same_with_transposed_factors():
     layer = ALoRE(nn.Linear(48, 24).double())
     testing.perturb(layer)
     H = sum(
-        torch.kron(s.T.contiguous(), (u @ v).T.contiguous()) for s, u, v in zip(layer.S, layer.U, layer.V, strict=True)
+        torch.kron(s.T.contiguous(), (u @ v).T.contiguous())
+        for s, u, v in zip(layer.S, layer.U, layer.V, strict=True)
     )
     torch.testing.assert_close(H.T, layer.weight - layer.base.weight, rtol=1e-12, atol=1e-12)
 
@@ -67,7 +72,9 @@ def test_experts_are_independent_of_the_number_of_blocks():
 
 
 @pytest.mark.parametrize("placement", ["parallel", "pre"])
-@pytest.mark.parametrize("arguments", [{"experts": 3, "blocks": 2, "rank": 2}, {"experts": 2, "blocks": 6, "rank": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{"experts": 3, "blocks": 2, "rank": 2}, {"experts": 2, "blocks": 6, "rank": 1}]
+)
 def test_any_number_of_experts(placement, arguments):
     """Where experts, blocks and rank differ, a formula that mixes them up is wrong."""
     build = testing.builder(ALoRE, nn.Linear(48, 24).double(), placement=placement, **arguments)
@@ -101,16 +108,19 @@ def test_dropout_leaves_what_the_frozen_layer_reads(placement):
 
 def test_errors():
     with pytest.raises(
-        ValueError, match=r"blocks=5 does not divide a 24x48 change; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"
+        ValueError,
+        match=r"blocks=5 does not divide a 24x48 change; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]",
     ):
         ALoRE(nn.Linear(48, 24), blocks=5)
     with pytest.raises(
-        ValueError, match="rank=7, experts=4 with 4 blocks do not fit a 24x48 change; use ranks of 1 to 6"
+        ValueError,
+        match="rank=7, experts=4 with 4 blocks do not fit a 24x48 change; use ranks of 1 to 6",
     ):
         ALoRE(nn.Linear(48, 24), rank=7)
     with pytest.raises(ValueError, match="placement='post' is unknown"):
         ALoRE(nn.Linear(48, 24), placement="post")
     with pytest.raises(
-        ValueError, match=r"ALoRE takes the weight of what it wraps, .* put TensorTrainAdapter outermost"
+        ValueError,
+        match=r"ALoRE takes the weight of what it wraps, .* put TensorTrainAdapter outermost",
     ):
         ALoRE(PARAMETERIZATIONS["TensorTrainAdapter"](nn.Linear(48, 24)), placement="pre")

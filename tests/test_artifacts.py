@@ -12,16 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
-from adaptrank.artifacts.description import digest_of
+from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import rounding_error
 from adaptrank.axes import generator, rank_axes
-from adaptrank.inject import adapt, set_enabled
-from adaptrank.parameterizations import Parameterization
-from adaptrank.parameterizations.base import wrapped_layers
-from adaptrank.parameterizations.hyperadapt import HyperAdapt
-from adaptrank.parameterizations.lora import LoRA
+from adaptrank.injection import adapt, set_enabled
+from adaptrank.parameterizations import HyperAdapt, LoRA, Parameterization, wrapped_layers
 
-NESTS = [[cls] for cls in LINEAR_METHODS] + [[HyperAdapt, partial(LoRA, rank=2)], [partial(LoRA, rank=2), HyperAdapt]]
+NESTS = [[cls] for cls in LINEAR_METHODS] + [
+    [HyperAdapt, partial(LoRA, rank=2)],
+    [partial(LoRA, rank=2), HyperAdapt],
+]
 
 
 def nest_name(nest):
@@ -39,7 +39,11 @@ def llama(seed=0, dtype=torch.float64, **changes):
 
 def gpt2(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)).to(dtype).eval()
+    return (
+        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16))
+        .to(dtype)
+        .eval()
+    )
 
 
 def logits(model):
@@ -67,7 +71,9 @@ def test_save_and_load_is_the_identity_under_another_seed(make, nest, tmp_path):
     torch.manual_seed(99)
     loaded = load_adapter(make(), tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
-    assert {k: len(a) for k, a in rank_axes(loaded).items()} == {k: len(a) for k, a in rank_axes(model).items()}
+    assert {k: len(a) for k, a in rank_axes(loaded).items()} == {
+        k: len(a) for k, a in rank_axes(model).items()
+    }
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
@@ -165,7 +171,9 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was():
     last = model.model.layers[1].mlp.down_proj
     last.B.data.fill_(float("inf"))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: the merged weight is not finite"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.down_proj: the merged weight is not finite"
+    ):
         merge(model)
     assert len(wrapped_layers(model)) == 14
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -232,7 +240,12 @@ def test_the_file_says_all_and_holds_no_frozen_weight(tmp_path):
     save_adapter(model, tmp_path, {"name": "tiny"})
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     path = "model.layers.0.self_attn.q_proj"
-    assert {k for k in tensors if k.startswith(path)} == {f"{path}.0.da", f"{path}.0.dc", f"{path}.1.A", f"{path}.1.B"}
+    assert {k for k in tensors if k.startswith(path)} == {
+        f"{path}.0.da",
+        f"{path}.0.dc",
+        f"{path}.1.A",
+        f"{path}.1.B",
+    }
     description = read_adapter(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == description
     assert description["base"]["name"] == "tiny"
@@ -241,8 +254,13 @@ def test_the_file_says_all_and_holds_no_frozen_weight(tmp_path):
     assert entry["nest"][1]["init_args"]["rank"] == 2
     assert entry["layers"][path] == [32, 32]
     assert description["ranks"] == {key: len(axis) for key, axis in rank_axes(model).items()}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1, "whoever can read one can read both"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1, (
+        "whoever can read one can read both"
+    )
 
 
 def test_extra_trained_modules_travel_with_the_adapter(tmp_path):
@@ -286,7 +304,9 @@ def test_another_base_is_said_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "adaptrank"):
         load_adapter(llama(seed=1), tmp_path)
     assert [
-        r.getMessage().startswith("The base differs from the one this adapter was trained on (tiny;")
+        r.getMessage().startswith(
+            "The base differs from the one this adapter was trained on (tiny;"
+        )
         for r in caplog.records
     ] == [True]
 
@@ -304,7 +324,9 @@ def test_a_base_of_another_shape_is_refused_before_anything_is_wrapped(tmp_path)
             vocab_size=50,
         )
     )
-    with pytest.raises(ValueError, match=r"q_proj of shape \(32, 32\), and this model's is \(16, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"q_proj of shape \(32, 32\), and this model's is \(16, 16\)"
+    ):
         load_adapter(small, tmp_path)
     other_names = gpt2()
     with pytest.raises(ValueError, match="which this model does not have"):
@@ -317,7 +339,9 @@ def test_files_that_are_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No adapter at .*adapter_model.safetensors"):
         load_adapter(llama(), tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin is a pickle, which is never loaded"):
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_model.bin is a pickle, which is never loaded"
+    ):
         load_adapter(llama(), tmp_path)
     save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="is no adaptrank adapter"):
@@ -346,10 +370,26 @@ def test_missing_unexpected_and_uneven_tensors_are_named(tmp_path):
     made = adapt(llama(), "all-linear", [LoRA])
     for folder, change, words in (
         ("missing", lambda t, d: t.pop(key), rf"it has no tensor {key}"),
-        ("extra", lambda t, d: t.update({"strange": torch.zeros(1)}), r"it has an unexpected tensor strange"),
-        ("uneven", lambda t, d: t.update({key: torch.zeros(3, 32)}), r"stored with different ranks"),
-        ("class", lambda t, d: d["adapters"][0]["nest"][0].update({"class": "LoRX"}), r"'LoRX', which is not defined"),
-        ("future", lambda t, d: d.update({"format_version": 99}), r"has format 99; .* reads up to 2"),
+        (
+            "extra",
+            lambda t, d: t.update({"strange": torch.zeros(1)}),
+            r"it has an unexpected tensor strange",
+        ),
+        (
+            "uneven",
+            lambda t, d: t.update({key: torch.zeros(3, 32)}),
+            r"stored with different ranks",
+        ),
+        (
+            "class",
+            lambda t, d: d["adapters"][0]["nest"][0].update({"class": "LoRX"}),
+            r"'LoRX', which is not defined",
+        ),
+        (
+            "future",
+            lambda t, d: d.update({"format_version": 99}),
+            r"has format 99; .* reads up to 2",
+        ),
     ):
         save_adapter(made, tmp_path / folder)
         edit(tmp_path / folder, change)
@@ -398,7 +438,9 @@ def test_a_tied_tensor_is_written_once_and_tied_again(tmp_path):
 
 
 def test_a_merged_model_is_a_plain_transformers_model(tmp_path):
-    model = train_a_little(adapt(llama(dtype=torch.float32), "all-linear", [HyperAdapt, partial(LoRA, rank=2)]))
+    model = train_a_little(
+        adapt(llama(dtype=torch.float32), "all-linear", [HyperAdapt, partial(LoRA, rank=2)])
+    )
     before = logits(model)
     merge(model).save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)

@@ -21,9 +21,8 @@ from transformers import (
 from adaptrank import testing
 from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import cost_model
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import AttentionScale, LoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import AttentionScale, LoRA, wrapped_layers
 
 FORMS = {"scalar": {}, "lite": {"form": "lite", "tokens": 4}, "full": {"form": "full", "tokens": 4}}
 
@@ -51,7 +50,9 @@ def by_hand(layer, q, k, v, mask=None, causal=False):
     if causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        logits = (
+            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        )
     return logits.softmax(-1) @ v
 
 
@@ -69,11 +70,15 @@ def test_the_contract_of_the_other_forms(form, count):
     ):  # fmt: skip
         check(build)
     testing.check_parameter_count(build, lambda: count)
-    testing.check_low_precision(testing.builder(AttentionScale, copy.deepcopy(base).to(torch.bfloat16), **FORMS[form]))
+    testing.check_low_precision(
+        testing.builder(AttentionScale, copy.deepcopy(base).to(torch.bfloat16), **FORMS[form])
+    )
     layer = build()
     assert not layer.mergeable
     x = testing.normal_input(layer, (2,))
-    torch.testing.assert_close(testing.output(layer, x), testing.output(layer.base, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        testing.output(layer, x), testing.output(layer.base, x), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,13 +90,22 @@ def test_the_formula_and_masks(form, kind):
     plain.is_causal = kind == "causal"
     testing.perturb(layer, 0.5)
     with torch.no_grad():
-        layer.da[0, 0, 0] = -1.5  # a factor below zero: on minus infinity it would open what is masked
+        layer.da[
+            0, 0, 0
+        ] = -1.5  # a factor below zero: on minus infinity it would open what is masked
     x = torch.randn(2, 4, 24, dtype=torch.float64)
-    q, k, v = (getattr(plain, name)(x).view(2, 4, 3, 8).transpose(1, 2) for name in ("query", "key", "value"))
+    q, k, v = (
+        getattr(plain, name)(x).view(2, 4, 3, 8).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
     mask = None
     if kind in ("bool", "float"):
         mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()[:, None, None].expand(2, 1, 4, 4)
-        mask = mask if kind == "bool" else torch.zeros(2, 1, 4, 4).double().masked_fill(~mask, -torch.inf)
+        mask = (
+            mask
+            if kind == "bool"
+            else torch.zeros(2, 1, 4, 4).double().masked_fill(~mask, -torch.inf)
+        )
     have = layer(x, attention_mask=mask)[0]
     want = by_hand(layer, q, k, v, mask, kind == "causal").transpose(1, 2).flatten(2)
     assert have.isfinite().all()
@@ -101,7 +115,9 @@ def test_the_formula_and_masks(form, kind):
 @pytest.mark.parametrize("form", ["lite", "full"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.float32])
 def test_a_row_that_is_masked_whole_is_finite(form, dtype):
-    layer = AttentionScale(AttentionScale.example().to(torch.float32 if dtype == torch.bool else dtype), **FORMS[form])
+    layer = AttentionScale(
+        AttentionScale.example().to(torch.float32 if dtype == torch.bool else dtype), **FORMS[form]
+    )
     x = torch.randn(1, 4, 24).to(layer.innermost.query.weight.dtype).requires_grad_()
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     if dtype != torch.bool:
@@ -113,7 +129,9 @@ def test_a_row_that_is_masked_whole_is_finite(form, dtype):
 
 def test_counts_of_a_vit():
     """12 blocks of 197 tokens, 6 heads: the numbers of the closed formulas, h L, n^2 L and h n^2 L."""
-    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    )
     for arguments, count in (
         ({}, 72),
         ({"form": "lite", "tokens": 197}, 465_708),
@@ -154,7 +172,9 @@ def test_padding_in_a_model():
         full = model(IDS, attention_mask=mask).logits
         other = IDS.clone()
         other[0, :2] = 7
-        torch.testing.assert_close(model(other, attention_mask=mask).logits[0, 2:], full[0, 2:], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            model(other, attention_mask=mask).logits[0, 2:], full[0, 2:], rtol=1e-10, atol=1e-10
+        )
         assert full.isfinite().all()
 
 
@@ -166,7 +186,9 @@ def test_with_lora_inside_it_saves_loads_merges_and_generates(tmp_path):
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(llama(), tmp_path)(IDS).logits, want)
-    with pytest.raises(ValueError, match="folds into q_proj, which still carries LoRA; merge the whole model"):
+    with pytest.raises(
+        ValueError, match="folds into q_proj, which still carries LoRA; merge the whole model"
+    ):
         model.model.layers[0].self_attn.merged()
     state = {n: p.clone() for n, p in model.state_dict().items()}
     merge(model, keep_originals=True)
@@ -183,7 +205,9 @@ def test_checkpointed_layers_have_the_same_gradients():
         model = adapt(llama().train(), "all", AttentionScale)
         testing.perturb(model, 0.3)
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -191,7 +215,9 @@ def test_checkpointed_layers_have_the_same_gradients():
 
 def test_where_queries_cannot_be_reached_it_does_not_merge():
     torch.manual_seed(0)
-    fused = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=50)).double().eval()
+    fused = (
+        GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=50)).double().eval()
+    )
     normed = Qwen3ForCausalLM(
         Qwen3Config(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1, head_dim=8, vocab_size=50)
     ).double().eval()  # fmt: skip
@@ -201,7 +227,9 @@ def test_where_queries_cannot_be_reached_it_does_not_merge():
         assert torch.equal(model(IDS).logits, want)
         testing.perturb(model, 0.3)
         assert not torch.allclose(model(IDS).logits, want)
-        with pytest.raises(ValueError, match="AttentionScale has no dense form and cannot be merged"):
+        with pytest.raises(
+            ValueError, match="AttentionScale has no dense form and cannot be merged"
+        ):
             merge(model)
 
 
@@ -210,7 +238,8 @@ def test_lite_and_full_hold_one_number_of_tokens():
     want = vit()(IMAGES).last_hidden_state
     torch.testing.assert_close(model(IMAGES).last_hidden_state, want, rtol=1e-12, atol=1e-12)
     with pytest.raises(
-        ValueError, match=r"holds 5x5 pairs of positions, and this attention has 10x10; use form='scalar'"
+        ValueError,
+        match=r"holds 5x5 pairs of positions, and this attention has 10x10; use form='scalar'",
     ):
         model(torch.randn(1, 3, 48, 48, dtype=torch.float64), interpolate_pos_encoding=True)
     # The error did not leave a route behind.
@@ -223,15 +252,22 @@ def test_nests_multiply_whatever_their_forms():
         layer = AttentionScale(AttentionScale(base, **FORMS[forms[0]]), **FORMS[forms[1]])
         testing.perturb(layer, 0.3)
         x = testing.normal_input(layer, (2,))
-        q, k, v = (getattr(base, name)(x).view(2, 4, 3, 8).transpose(1, 2) for name in ("query", "key", "value"))
+        q, k, v = (
+            getattr(base, name)(x).view(2, 4, 3, 8).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
         factor = (1 + layer.da) * (1 + layer.base.da)
         want = (factor * (q @ k.mT / 8**0.5)).softmax(-1) @ v
-        torch.testing.assert_close(layer(x)[0], want.transpose(1, 2).flatten(2), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            layer(x)[0], want.transpose(1, 2).flatten(2), rtol=1e-10, atol=1e-10
+        )
 
 
 def test_what_it_refuses():
     attention = AttentionScale.example()
-    with pytest.raises(TypeError, match="AttentionScale wraps attention modules of transformers, not Linear"):
+    with pytest.raises(
+        TypeError, match="AttentionScale wraps attention modules of transformers, not Linear"
+    ):
         AttentionScale(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"form='lite', tokens=None\): say tokens=197"):
         AttentionScale(attention, form="lite")
@@ -242,5 +278,9 @@ def test_what_it_refuses():
     layer = AttentionScale(attention, **FORMS["lite"])
     with pytest.raises(ValueError, match="knows no mask of shape"):
         layer(torch.randn(1, 4, 24), attention_mask=torch.ones(1, 4))
-    bert = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32))
-    assert list(wrapped_layers(adapt(bert, "all", AttentionScale))) == ["encoder.layer.0.attention.self"]
+    bert = BertModel(
+        BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32)
+    )
+    assert list(wrapped_layers(adapt(bert, "all", AttentionScale))) == [
+        "encoder.layer.0.attention.self"
+    ]

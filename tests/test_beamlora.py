@@ -9,12 +9,21 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import ALL, Toy, everything, fit, sizes
 
-from adaptrank.allocators import BeamLoRA
-from adaptrank.allocators.beamlora import copies
-from adaptrank.allocators.plans import Resize
-from adaptrank.allocators.schedules import Phases
+from adaptrank.allocation import BeamLoRA
+from adaptrank.allocation.methods.beamlora import copies
+from adaptrank.allocation.plans import Resize
+from adaptrank.allocation.schedules import Phases
 from adaptrank.axes import rank_axes
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, Kronecker, LoRA, MELoRA, PiCa, TensorTrain
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    Kronecker,
+    LoRA,
+    MELoRA,
+    PiCa,
+    TensorTrain,
+)
 
 LORA4 = partial(LoRA, rank=4)
 PHASES = {"every": 4, "warmup": 0, "final": 4}  # of 24 steps: events at 4, 8, 12, 16, 20
@@ -28,7 +37,9 @@ PHASES = {"every": 4, "warmup": 0, "final": 4}  # of 24 steps: events at 4, 8, 1
 )
 def test_copies_are_of_the_strongest_over_the_weakest(values, kept, step, parts):
     """Exactly as many as the cumulated weight says, tie or no tie, but half of a part; sizes stay."""
-    scores = {f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) for i, v in enumerate(values)}
+    scores = {
+        f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) for i, v in enumerate(values)
+    }
     kinds = {axis: [(unit % parts,) for unit in range(len(v))] for axis, v in scores.items()}
     plan = copies(scores, kept, 0, step, kinds)
     assert plan == copies(dict(reversed(list(scores.items()))), kept, 0, step, kinds)
@@ -51,7 +62,9 @@ def test_copies_are_of_the_strongest_over_the_weakest(values, kept, step, parts)
             mine = [unit for unit in range(len(row)) if unit % parts == part]
             here = [(a, b) for a, b in pairs if b in mine]
             assert all(a in mine for a, _ in here)
-            assert len(here) == min(len([unit for unit in mine if (i, unit) in gone]), len(mine) // 2)
+            assert len(here) == min(
+                len([unit for unit in mine if (i, unit) in gone]), len(mine) // 2
+            )
             assert {b for _, b in here} <= {unit for unit in mine if (i, unit) in gone}
             if here:
                 assert min(row[a] for a, _ in here) >= max(row[b] for _, b in here)
@@ -75,7 +88,15 @@ def test_the_share_that_is_kept_is_half_a_cosine():
 
 @pytest.mark.parametrize(
     "method",
-    [LORA4, partial(SVD, rank=4), DoRA, [HyperAdapt, LORA4], TensorTrain, Kronecker, partial(MELoRA, rank=2, minis=4)],
+    [
+        LORA4,
+        partial(SVD, rank=4),
+        DoRA,
+        [HyperAdapt, LORA4],
+        TensorTrain,
+        Kronecker,
+        partial(MELoRA, rank=2, minis=4),
+    ],
     ids=["LoRA", "SVD", "DoRA", "hybrid", "TT", "Kronecker", "MELoRA"],
 )
 @pytest.mark.parametrize("split", ["snapshot", "exact"])
@@ -113,7 +134,9 @@ def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
     layer = model.maps[0]
     assert torch.equal(layer.B[:, 0], layer.B[:, 3])
     apart = (layer.A[0] - layer.A[3]).detach()
-    assert 1e-4 < float(apart.norm() / layer.A[0].detach().norm()) < 1e-2, "equal units would stay equal for ever"
+    assert 1e-4 < float(apart.norm() / layer.A[0].detach().norm()) < 1e-2, (
+        "equal units would stay equal for ever"
+    )
     torch.testing.assert_close((layer.A[0] + layer.A[3]).detach(), 2 * row, rtol=1e-6, atol=1e-7)
     now = allocator.gate(mine).detach()
     assert now[0] == now[3]
@@ -143,7 +166,9 @@ def test_copies_are_as_they_were_half_an_interval_ago(method):
                     units = plan[key].keep if key in plan else range(now.shape[dim])
                     old = old.index_select(dim, torch.tensor(units))
                     copied.index_fill_(
-                        dim, torch.tensor([b for b, a in enumerate(units) if a != b], dtype=torch.long), True
+                        dim,
+                        torch.tensor([b for b, a in enumerate(units) if a != b], dtype=torch.long),
+                        True,
                     )
                 both.append(len([key for key, _ in where if key in plan]) > 1)
                 assert torch.equal(now[copied], old[copied])
@@ -151,7 +176,11 @@ def test_copies_are_as_they_were_half_an_interval_ago(method):
             for key, change in plan.items():
                 for source, target in [(a, b) for b, a in enumerate(change.keep) if a != b]:
                     mean = (s[key][source] + s[key][target]) / 2
-                    assert self.logits(self._axes[key])[source] == self.logits(self._axes[key])[target] == mean
+                    assert (
+                        self.logits(self._axes[key])[source]
+                        == self.logits(self._axes[key])[target]
+                        == mean
+                    )
                     for moment in "mv":
                         assert not self.track(self._axes[key], moment, None)[[source, target]].any()
 
@@ -165,7 +194,9 @@ def test_a_copy_stays_in_the_part_of_its_layer():
     before = [layer.block.clone() for layer in model.maps]
     fit(model, allocator)
     assert any(event["pruned"] for event in allocator.events)
-    assert all(torch.equal(layer.block, block) for layer, block in zip(model.maps, before, strict=True))
+    assert all(
+        torch.equal(layer.block, block) for layer, block in zip(model.maps, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -178,9 +209,14 @@ def test_units_that_were_split_go_their_own_ways(told):
             if told:
                 super()._tell_apart(axis, sources, targets, step)
             pairs.extend((axis, *pair) for pair in zip(sources, targets, strict=True))
-            assert all(torch.equal(*axis.closing()[0].select([a, b]).unbind(1)) for axis, a, b in pairs)
+            assert all(
+                torch.equal(*axis.closing()[0].select([a, b]).unbind(1)) for axis, a, b in pairs
+            )
 
-    model, allocator = Toy(LORA4), Look(p0=0.9, until=5, split="exact", **PHASES)  # nothing moves after the first event
+    model, allocator = (
+        Toy(LORA4),
+        Look(p0=0.9, until=5, split="exact", **PHASES),
+    )  # nothing moves after the first event
     fit(model, allocator)
     assert pairs
     for axis, a, b in pairs:
@@ -205,7 +241,8 @@ def test_resume_is_exact_between_snapshot_and_event_too(split, tmp_path):
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match=r"BeamLoRA needs axes that can duplicate, and PiCa at .* cannot; use one of .*LoRA"
+        ValueError,
+        match=r"BeamLoRA needs axes that can duplicate, and PiCa at .* cannot; use one of .*LoRA",
     ):
         fit(Toy(partial(PiCa, rank=4)), BeamLoRA(**PHASES))
     with pytest.raises(ValueError, match="BeamLoRA tolerates no other; keep one"):

@@ -5,10 +5,10 @@ import torch
 from test_allocators import ALL, TOTAL, Toy, everything, fit, sizes
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from adaptrank.allocators import AdaLoRA, ElaLoRA
+from adaptrank.allocation import AdaLoRA, ElaLoRA
+from adaptrank.allocation.shells.transformers import AllocatorCallback
 from adaptrank.axes import rank_axes
-from adaptrank.hf_trainer import AllocatorCallback
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import SVD, LoRA
 
 
@@ -54,7 +54,8 @@ def test_an_allocator_that_evaluates_the_loss_says_when_it_has_none():
     allocator.before_step()
     optimizer.step()
     with pytest.raises(
-        ValueError, match=r"Evaluates evaluates the loss of whole batches; give `start` a function, loss="
+        ValueError,
+        match=r"Evaluates evaluates the loss of whole batches; give `start` a function, loss=",
     ):
         allocator.step()
 
@@ -75,7 +76,10 @@ def llama():
 def train(folder, allocator, resume=None, model=None):
     model = llama() if model is None else model
     random = torch.Generator().manual_seed(0)
-    data = [{"input_ids": (ids := torch.randint(32, (6,), generator=random)), "labels": ids} for _ in range(64)]
+    data = [
+        {"input_ids": (ids := torch.randint(32, (6,), generator=random)), "labels": ids}
+        for _ in range(64)
+    ]
     arguments = TrainingArguments(
         folder,
         max_steps=12,
@@ -88,7 +92,9 @@ def train(folder, allocator, resume=None, model=None):
         logging_steps=100,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AllocatorCallback(allocator)])
+    trainer = Trainer(
+        model, arguments, train_dataset=data, callbacks=[AllocatorCallback(allocator)]
+    )
     trainer.train(resume_from_checkpoint=resume)
     return model, trainer
 
@@ -99,7 +105,10 @@ def ranks(model):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: AdaLoRA(budget=30, every=2, warmup=4, final=4), lambda: ElaLoRA(every=2, warmup=4, final=4, swaps=6)],
+    [
+        lambda: AdaLoRA(budget=30, every=2, warmup=4, final=4),
+        lambda: ElaLoRA(every=2, warmup=4, final=4, swaps=6),
+    ],
     ids=["AdaLoRA", "ElaLoRA"],
 )
 def test_in_transformers_trainer_and_through_its_checkpoints(make, tmp_path):
@@ -120,8 +129,14 @@ def test_a_checkpoint_without_the_allocators_state_is_refused(tmp_path):
     allocator = AdaLoRA(budget=30, every=2, warmup=4, final=4)
     train(tmp_path, allocator)
     (tmp_path / "checkpoint-7" / "allocator.pt").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-7 holds no allocator\.pt, so the allocator cannot go on"):
-        train(tmp_path, AdaLoRA(budget=30, every=2, warmup=4, final=4), resume=str(tmp_path / "checkpoint-7"))
+    with pytest.raises(
+        ValueError, match=r"checkpoint-7 holds no allocator\.pt, so the allocator cannot go on"
+    ):
+        train(
+            tmp_path,
+            AdaLoRA(budget=30, every=2, warmup=4, final=4),
+            resume=str(tmp_path / "checkpoint-7"),
+        )
 
 
 def test_a_refusal_in_a_loop_changes_nothing():

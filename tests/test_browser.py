@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from test_studies import made
 
-from adaptrank.artifacts.report import History, write_report
-from adaptrank.studies.report import write_study
+from adaptrank.reports.ranks import History, write_report
+from adaptrank.reports.study import write_study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from adaptrank.artifacts.description import digest_of
+from adaptrank.artifacts.header import digest_of
 from adaptrank.cli import VERBS, main
 from adaptrank.cli.train import AdaptrankCLI, run_name
 from adaptrank.cli.verbs import write_folder
@@ -28,14 +28,22 @@ def write(folder, tiny, name="tiny.yaml", **changes):
             "class_path": "CausalLM",
             "init_args": {
                 "backbone": tiny,
-                "adapters": [{"targets": ["q_proj", "v_proj"], "parameterization": [{"class_path": "LoRA"}]}],
+                "adapters": [
+                    {"targets": ["q_proj", "v_proj"], "parameterization": [{"class_path": "LoRA"}]}
+                ],
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
                 "max_new_tokens": 2,
                 "dtype": "fp32",
             },
         },
-        "allocator": {"class_path": "ElaLoRA", "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2}},
-        "data": {"class_path": "ArithmeticProblems", "init_args": {"batch_size": 4, "train_size": 24, "val_size": 8}},
+        "allocator": {
+            "class_path": "ElaLoRA",
+            "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2},
+        },
+        "data": {
+            "class_path": "ArithmeticProblems",
+            "init_args": {"batch_size": 4, "train_size": 24, "val_size": 8},
+        },
         "trainer": {"max_steps": 8, "accelerator": "cpu", "check_val_every_n_epoch": 1000},
     }
     config.update(changes)
@@ -44,7 +52,9 @@ def write(folder, tiny, name="tiny.yaml", **changes):
 
 def same(first, second):
     """Whether two run folders hold the same adapter, tensor by tensor and bit by bit."""
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, second))
+    one, other = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, second)
+    )
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -79,7 +89,17 @@ def trained(tmp_path_factory, tiny_llama):
     """The adapter folder of a finished run."""
     folder = tmp_path_factory.mktemp("trained")
     write(folder, tiny_llama)
-    main(["fit", "--config", str(folder / "tiny.yaml"), "--runs", str(folder / "runs"), "--evaluate", "false"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(folder / "tiny.yaml"),
+            "--runs",
+            str(folder / "runs"),
+            "--evaluate",
+            "false",
+        ]
+    )
     return folder / "runs" / "tiny" / "0" / "adapter"
 
 
@@ -112,11 +132,18 @@ def test_a_run_leaves_a_folder_and_says_what_next(here, cli):
     code, _, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
     assert code == 0, err
     assert (here / "runs" / "tiny" / "1" / "summary.json").is_file()
-    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}, "a second run touched the first"
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}, (
+        "a second run touched the first"
+    )
 
 
 def test_the_saved_config_starts_the_same_run_again(here, cli):
-    assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false", "--model.optimizer.lr", "0.02")[0] == 0
+    assert (
+        cli("fit", "--config", "tiny.yaml", "--evaluate", "false", "--model.optimizer.lr", "0.02")[
+            0
+        ]
+        == 0
+    )
     first, second = here / "runs" / "tiny" / "0", here / "runs" / "tiny" / "1"
     code, _, err = cli("fit", "--config", first / "config.yaml")
     assert code == 0, err
@@ -133,7 +160,9 @@ def test_an_allocator_as_a_key_or_among_the_callbacks(here, cli, tiny_llama):
     for config in ("tiny", "listed"):
         code, _, err = cli("fit", "--config", f"{config}.yaml", "--evaluate", "false")
         assert code == 0, err
-    events = [(here / "runs" / config / "0" / "ranks.jsonl").read_text() for config in ("tiny", "listed")]
+    events = [
+        (here / "runs" / config / "0" / "ranks.jsonl").read_text() for config in ("tiny", "listed")
+    ]
     assert events[0] == events[1]
     assert events[0].count('"step"') >= 2
 
@@ -141,7 +170,9 @@ def test_an_allocator_as_a_key_or_among_the_callbacks(here, cli, tiny_llama):
 def test_the_allocator_comes_before_the_checkpoint(here, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        AdaptrankCLI, "fit", lambda cli, **_: seen.extend(type(c).__name__ for c in cli.trainer.callbacks)
+        AdaptrankCLI,
+        "fit",
+        lambda cli, **_: seen.extend(type(c).__name__ for c in cli.trainer.callbacks),
     )
     main(["fit", "--config", "tiny.yaml"])
     assert seen.index("ElaLoRA") < seen.index("RunFiles") < seen.index("StepCheckpoint")
@@ -150,7 +181,7 @@ def test_the_allocator_comes_before_the_checkpoint(here, monkeypatch):
 
 def test_an_allocator_from_the_users_own_file(here, cli, tiny_llama, monkeypatch):
     (here / "my_own_allocator.py").write_text(
-        "from adaptrank.allocators import Allocator\n"
+        "from adaptrank.allocation import Allocator\n"
         "class BiggestFirst(Allocator):\n"
         '    """Keep the units whose factors are largest."""\n'
         "    def score(self, axis):\n"
@@ -158,7 +189,9 @@ def test_an_allocator_from_the_users_own_file(here, cli, tiny_llama, monkeypatch
         "    def sizes_of(self, axis):\n"
         "        return [slot.tensor.movedim(slot.dim, 0) for slot in axis.slots()]\n"
     )
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(here))])  # as a console script starts
+    monkeypatch.setattr(
+        sys, "path", [p for p in sys.path if p not in ("", str(here))]
+    )  # as a console script starts
     own = {
         "class_path": "my_own_allocator.BiggestFirst",
         "init_args": {"budget": 24, "every": 2, "warmup": 2, "final": 2},
@@ -183,7 +216,11 @@ def test_ctrl_c_keeps_all_and_says_how_to_resume(here, cli, tiny_llama, monkeypa
         "            os.kill(os.getpid(), signal.SIGINT)\n"
     )
     monkeypatch.syspath_prepend(str(here))
-    trainer = {"max_steps": 8, "accelerator": "cpu", "callbacks": [{"class_path": "pressing.Press"}]}
+    trainer = {
+        "max_steps": 8,
+        "accelerator": "cpu",
+        "callbacks": [{"class_path": "pressing.Press"}],
+    }
     write(here, tiny_llama, trainer=trainer)
     handler = signal.getsignal(signal.SIGINT)
     assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false")[0] == 0
@@ -208,7 +245,10 @@ def test_ctrl_c_keeps_all_and_says_how_to_resume(here, cli, tiny_llama, monkeypa
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(here, cli, tiny_llama):
-    callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "every_n_train_steps": 4}}
+    callback = {
+        "class_path": "ModelCheckpoint",
+        "init_args": {"dirpath": "kept", "every_n_train_steps": 4},
+    }
     trainer = {"max_steps": 4, "accelerator": "cpu", "callbacks": [callback]}
     write(here, tiny_llama, allocator=None, trainer=trainer)
     assert cli("fit", "--config", "tiny.yaml", "--evaluate", "false")[0] == 0
@@ -229,14 +269,19 @@ def test_a_checkpoint_of_other_adapters_is_refused(here, cli, tiny_llama):
 
 
 def test_our_own_warnings_are_shown_plainly(here, cli, monkeypatch):
-    theirs, heard = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"), []
+    theirs, heard = (
+        ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"),
+        [],
+    )
 
     def fit(cli, **_):
         import warnings
 
         warnings.warn("a sentence of ours", stacklevel=1)
         logging.getLogger("adaptrank.data").warning("another sentence")
-        heard.extend(name for name in theirs if logging.getLogger(name).isEnabledFor(logging.WARNING))
+        heard.extend(
+            name for name in theirs if logging.getLogger(name).isEnabledFor(logging.WARNING)
+        )
 
     monkeypatch.setattr(AdaptrankCLI, "fit", fit)
     with pytest.warns(UserWarning, match="a sentence of ours"):
@@ -290,7 +335,10 @@ class Both(Data):
 def test_a_module_of_another_kind(here, cli, tiny_llama, monkeypatch, model, data, wanted, saved):
     (here / "own_modules.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(here))
-    classes = {"model": {"class_path": f"own_modules.{model}"}, "data": {"class_path": f"own_modules.{data}"}}
+    classes = {
+        "model": {"class_path": f"own_modules.{model}"},
+        "data": {"class_path": f"own_modules.{data}"},
+    }
     write(here, tiny_llama, "own.yaml", allocator=None, **classes)
     code, out, err = cli("fit", "--config", "own.yaml")
     assert code == 0, err
@@ -310,7 +358,13 @@ def test_go_on_is_a_whole_command(here, cli):
     code, out, err = cli("fit", *configs, "--evaluate", "false", "--model.optimizer.lr", "0.02")
     assert code == 0, err
     command = re.search(r"go on: +python -m adaptrank (.*)", out)[1].split()
-    assert command == ["fit", "--config", "runs/less/0/config.yaml", "--model.adapter", "runs/less/0/adapter"]
+    assert command == [
+        "fit",
+        "--config",
+        "runs/less/0/config.yaml",
+        "--model.adapter",
+        "runs/less/0/adapter",
+    ]
     code, out, err = cli(*command)
     assert code == 0, err
     saved = yaml.safe_load((here / "runs" / "less" / "1" / "config.yaml").read_text())
@@ -337,7 +391,17 @@ def test_a_run_keeps_its_last_step_and_resumes_from_it(here, cli):
 
 
 def test_a_run_of_whole_epochs_goes_on_after_them(here, cli):
-    fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false", "--allocator", "null", "--trainer.max_steps", "-1"]
+    fit = [
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--evaluate",
+        "false",
+        "--allocator",
+        "null",
+        "--trainer.max_steps",
+        "-1",
+    ]
     fit += ["--model.schedule", "constant", "--model.warmup", "0", "--trainer.max_epochs"]
     assert cli(*fit, "2")[0] == 0
     assert cli(*fit, "1")[0] == 0
@@ -375,7 +439,11 @@ def test_the_last_step_is_kept_once(here, cli, monkeypatch):
     from lightning.pytorch import Trainer
 
     saved, save = [], Trainer.save_checkpoint
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda t, *a, **k: (saved.append(t.global_step), save(t, *a, **k)))
+    monkeypatch.setattr(
+        Trainer,
+        "save_checkpoint",
+        lambda t, *a, **k: (saved.append(t.global_step), save(t, *a, **k)),
+    )
     fit = ["fit", "--config", "tiny.yaml", "--evaluate", "false", "--allocator", "null"]
     assert cli(*fit, "--trainer.max_steps", "50")[0] == 0
     assert cli(*fit, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")[0] == 0
@@ -384,15 +452,27 @@ def test_the_last_step_is_kept_once(here, cli, monkeypatch):
 
 def test_a_checkpoint_callback_without_a_folder(here, cli, tiny_llama):
     callback = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 4}}
-    write(here, tiny_llama, allocator=None, trainer={"max_steps": 4, "accelerator": "cpu", "callbacks": callback})
+    write(
+        here,
+        tiny_llama,
+        allocator=None,
+        trainer={"max_steps": 4, "accelerator": "cpu", "callbacks": callback},
+    )
     code, _, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
     assert code == 0, err
-    assert [str(p.parent.relative_to(here)) for p in here.rglob("*.ckpt")] == ["runs/tiny/0/checkpoints"]
+    assert [str(p.parent.relative_to(here)) for p in here.rglob("*.ckpt")] == [
+        "runs/tiny/0/checkpoints"
+    ]
 
 
 def test_a_single_callback_needs_no_list(here, cli, tiny_llama):
     allocator = yaml.safe_load((here / "tiny.yaml").read_text())["allocator"]
-    write(here, tiny_llama, allocator=None, trainer={"max_steps": 8, "accelerator": "cpu", "callbacks": allocator})
+    write(
+        here,
+        tiny_llama,
+        allocator=None,
+        trainer={"max_steps": 8, "accelerator": "cpu", "callbacks": allocator},
+    )
     code, out, err = cli("fit", "--config", "tiny.yaml", "--evaluate", "false")
     assert code == 0, err
     assert (here / "runs" / "tiny" / "0" / "ranks.jsonl").is_file()
@@ -429,7 +509,9 @@ def test_the_summary_stands_in_columns():
 
 
 def test_a_quick_look_offers_no_configuration(here, cli):
-    code, out, err = cli("fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true", "--allocator", "null")
+    code, out, err = cli(
+        "fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true", "--allocator", "null"
+    )
     assert code == 0, err
     assert "generate:" in out
     assert "go on:" not in out, "Lightning saves no config.yaml in a fast_dev_run"
@@ -449,7 +531,12 @@ def test_evaluating_an_adapter(here, cli, trained):
     config = ["--config", "tiny.yaml", "--model.adapters", "null", "--model.adapter", trained]
     code, out, err = cli("validate", *config)
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()] == ["Backbone", "loss", "perplexity", "exact_match"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "Backbone",
+        "loss",
+        "perplexity",
+        "exact_match",
+    ]
     code, tested, _ = cli("test", *config)
     assert code == 0
     assert "perplexity" in tested
@@ -478,7 +565,14 @@ def test_a_card_lies_beside_the_adapter(trained):
     matter = yaml.safe_load(front)
     assert matter["library_name"] == "adaptrank"
     assert "LoRA" in matter["tags"]
-    for words in ("trainable of", "## Layers", "## Ranks", "| layer |", "## Configuration", "class_path"):
+    for words in (
+        "trainable of",
+        "## Layers",
+        "## Ranks",
+        "| layer |",
+        "## Configuration",
+        "class_path",
+    ):
         assert words in body
 
 
@@ -486,7 +580,14 @@ def test_a_card_lies_beside_the_adapter(trained):
 
 
 def test_an_adapter_and_its_merged_model_say_the_same(here, cli, trained):
-    ask = ["--prompt", "Question: How many 1 2 3?\\nAnswer:", "--prompt", "7 + 8 =", "--max_new_tokens", "12"]
+    ask = [
+        "--prompt",
+        "Question: How many 1 2 3?\\nAnswer:",
+        "--prompt",
+        "7 + 8 =",
+        "--max_new_tokens",
+        "12",
+    ]
     ask += ["--dtype", "fp32", "--json"]
     code, adapted, err = cli("generate", trained, *ask)
     assert code == 0, err
@@ -499,9 +600,13 @@ def test_an_adapter_and_its_merged_model_say_the_same(here, cli, trained):
     assert "float32" in out
     assert err == ""
     assert cli("generate", "merged", *ask)[1] == adapted
-    assert cli("generate", trained.parent, *ask)[1] == adapted, "a run folder stands for its adapter"
+    assert cli("generate", trained.parent, *ask)[1] == adapted, (
+        "a run folder stands for its adapter"
+    )
     base = json.loads((trained / "adapter_config.json").read_text())["base"]["name"]
-    assert cli("generate", base, *ask)[1] != adapted, "the adapter changes nothing, so the test shows nothing"
+    assert cli("generate", base, *ask)[1] != adapted, (
+        "the adapter changes nothing, so the test shows nothing"
+    )
 
 
 def test_prompts_of_a_file_and_words_as_they_come(here, cli, trained, monkeypatch):
@@ -542,7 +647,9 @@ def test_merge_tells_what_rounding_loses(here, cli, trained):
         code, _, err = cli("merge", faint, "--out", f"merged-{dtype}", "--dtype", dtype)
         assert code == 0, err
         assert ("Rounding to bfloat16 is an error of" in err) == warned
-    assert "Rounding" not in cli("merge", trained, "--out", "merged", "--dtype", "bf16")[2], "a strong adapter survives"
+    assert "Rounding" not in cli("merge", trained, "--out", "merged", "--dtype", "bf16")[2], (
+        "a strong adapter survives"
+    )
 
 
 def test_merge_keeps_what_is_there(here, cli, trained):
@@ -573,17 +680,23 @@ def test_a_merge_that_from_pretrained_would_drop_is_refused(here, cli, tiny_llam
     save_adapter(model, here / "offsets", {"name": tiny_llama})
     code, _, err = cli("merge", here / "offsets", "--out", here / "merged")
     assert code == 2
-    assert re.search(r"would make model\.layers\.0\.self_attn\.o_proj\.bias \(2 such\).*Keep the adapter", err)
+    assert re.search(
+        r"would make model\.layers\.0\.self_attn\.o_proj\.bias \(2 such\).*Keep the adapter", err
+    )
     assert not (here / "merged").exists()
 
 
 def test_a_merge_that_fails_changes_nothing(here, cli, trained, monkeypatch):
     (here / "merged").mkdir()
     (here / "merged" / "mine.txt").write_text("mine")
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerBase.save_pretrained", lambda *_, **__: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         main(["merge", str(trained), "--out", "merged", "--force"])
-    assert [p.name for p in here.iterdir() if p.name.endswith("merged") or p.name.startswith(".")] == ["merged"]
+    assert [
+        p.name for p in here.iterdir() if p.name.endswith("merged") or p.name.startswith(".")
+    ] == ["merged"]
     assert (here / "merged" / "mine.txt").read_text() == "mine"
 
 
@@ -591,7 +704,9 @@ def test_a_folder_that_cannot_take_its_place_gives_it_back(tmp_path, monkeypatch
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if str(a).endswith(".new") else replace(a, b))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: 1 / 0 if str(a).endswith(".new") else replace(a, b)
+    )
     with pytest.raises(ZeroDivisionError):
         write_folder(tmp_path / "out", lambda folder: (folder / "theirs.txt").touch())
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine.txt"]
@@ -600,17 +715,28 @@ def test_a_folder_that_cannot_take_its_place_gives_it_back(tmp_path, monkeypatch
 def test_a_classifier_merges_with_its_head(here, cli, tiny_bert):
     model = {
         "class_path": "SequenceClassification",
-        "init_args": {"backbone": tiny_bert, "adapters": [{"parameterization": ["HyperAdapt"]}], "dtype": "fp32"},
+        "init_args": {
+            "backbone": tiny_bert,
+            "adapters": [{"parameterization": ["HyperAdapt"]}],
+            "dtype": "fp32",
+        },
     }
-    data = {"class_path": "GeneratedQuestions", "init_args": {"batch_size": 8, "train_size": 24, "val_size": 12}}
+    data = {
+        "class_path": "GeneratedQuestions",
+        "init_args": {"batch_size": 8, "train_size": 24, "val_size": 12},
+    }
     write(here, tiny_bert, "bert.yaml", model=model, data=data, allocator=None)
-    code, _, err = cli("fit", "--config", "bert.yaml", "--evaluate", "false", "--trainer.max_steps", "3")
+    code, _, err = cli(
+        "fit", "--config", "bert.yaml", "--evaluate", "false", "--trainer.max_steps", "3"
+    )
     assert code == 0, err
     adapter = here / "runs" / "bert" / "0" / "adapter"
     code, out, err = cli("merge", adapter, "--out", "merged")
     assert code == 0, err
     assert "AutoModelForSequenceClassification.from_pretrained('merged')" in out
-    code, out, err = cli("predict", "--config", "bert.yaml", "--model.adapters", "null", "--model.adapter", adapter)
+    code, out, err = cli(
+        "predict", "--config", "bert.yaml", "--model.adapters", "null", "--model.adapter", adapter
+    )
     assert code == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 12
@@ -663,7 +789,7 @@ def test_mistakes_with_the_other_verbs(here, cli, trained, args, wanted):
 
 
 def test_methods_lists_the_registries(cli):
-    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocation import ALLOCATORS
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     code, out, _ = cli("methods")
@@ -684,7 +810,9 @@ def test_methods_lists_the_registries(cli):
     assert max(map(len, out.splitlines())) <= 110
     for method in found["parameterizations"]:
         if method["module"].startswith("adaptrank."):
-            assert all(cost["closed"] in (cost["measured"], None) for cost in method["cost"].values()), method
+            assert all(
+                cost["closed"] in (cost["measured"], None) for cost in method["cost"].values()
+            ), method
     assert lora["arguments"]["alpha"] == 16.0
     cells = found["pairs"]["ElaLoRA"]
     assert cells == {nest: ALLOCATORS["ElaLoRA"].pair(*nest.split(" + ")) for nest in cells}
@@ -709,7 +837,9 @@ def test_help_imports_nothing_heavy():
         "main([]); main(['--help']); main(['fit', '--help'])\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers', 'jsonargparse')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: python -m adaptrank VERB") == 2
 
@@ -730,7 +860,7 @@ def test_the_help_of_fit_is_true(cli):
 
     from lightning.pytorch import Trainer
 
-    from adaptrank.allocators import ALLOCATORS
+    from adaptrank.allocation import ALLOCATORS
     from adaptrank.cli.errors import arguments
     from adaptrank.cli.help import TRAINER
     from adaptrank.modules import CausalLM
@@ -748,7 +878,10 @@ def test_the_help_of_fit_is_true(cli):
 
 @pytest.mark.parametrize(
     ("args", "wanted"),
-    [(["--help_all"], "--trainer.max_steps"), (["--allocator.help", "ElaLoRA"], "--allocator.swaps")],
+    [
+        (["--help_all"], "--trainer.max_steps"),
+        (["--allocator.help", "ElaLoRA"], "--allocator.swaps"),
+    ],
 )
 def test_lightnings_own_help_is_there(cli, args, wanted):
     code, out, _ = cli("fit", *args)

@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from adaptrank.cli import errors, main
-from adaptrank.cli.errors import ConfigError, check, collect, condense, explain, line_of, nearest, read_yaml, shorten
+from adaptrank.cli.errors import (
+    ConfigError,
+    check,
+    collect,
+    condense,
+    explain,
+    line_of,
+    nearest,
+    read_yaml,
+    shorten,
+)
 
 ENTRY = ("model", "init_args", "adapters", 0)
 METHODS = (*ENTRY, "parameterization")
@@ -25,7 +35,10 @@ def config(tiny_llama):
                 "adapters": [
                     {
                         "targets": "all-linear",
-                        "parameterization": ["HyperAdapt", {"class_path": "LoRA", "init_args": {"rank": 4}}],
+                        "parameterization": [
+                            "HyperAdapt",
+                            {"class_path": "LoRA", "init_args": {"rank": 4}},
+                        ],
                     }
                 ],
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
@@ -33,7 +46,10 @@ def config(tiny_llama):
                 "dtype": "fp32",
             },
         },
-        "allocator": {"class_path": "ElaLoRA", "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2}},
+        "allocator": {
+            "class_path": "ElaLoRA",
+            "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2},
+        },
         "data": {
             "class_path": "ArithmeticProblems",
             "init_args": {"batch_size": 4, "train_size": 24, "val_size": 4},
@@ -91,20 +107,48 @@ def mistake(tmp_path, monkeypatch, capsys):
 BROKEN = {
     "unknown key at the top": (("modle",), 1, ["'modle'", "did you mean 'model'", "c.yaml, line "]),
     "unknown key of the trainer": (("trainer", "max_step"), 3, ["trainer.max_step", "'max_steps'"]),
-    "unknown key of the model": (("model", "init_args", "backbon"), "x", ["init_args.backbon", "'backbone'"]),
+    "unknown key of the model": (
+        ("model", "init_args", "backbon"),
+        "x",
+        ["init_args.backbon", "'backbone'"],
+    ),
     "unknown key of an entry": ((*ENTRY, "target"), "x", ["adapters[0].target", "'targets'"]),
     "unknown key of a method": (
         (*METHODS, 1, "init_args", "rnak"),
         4,
         ["[1].init_args.rnak", "'rank'", "LoRA accepts"],
     ),
-    "unknown key of the allocator": (("allocator", "init_args", "swpas"), 4, ["swpas", "'swaps'", "ElaLoRA accepts"]),
-    "unknown key of the optimizer": (("model", "init_args", "optimizer", "init_args"), {"lrr": 1}, ["lrr", "'lr'"]),
-    "unknown key of the data": (("data", "init_args", "batchsize"), 1, ["batchsize", "'batch_size'"]),
-    "argument beside class_path": (("allocator", "every"), 3, ["allocator.every", "init_args, one level deeper"]),
-    "unknown model": (("model", "class_path"), "CausalML", ["'CausalML'", "'CausalLM'", "SequenceClassification"]),
+    "unknown key of the allocator": (
+        ("allocator", "init_args", "swpas"),
+        4,
+        ["swpas", "'swaps'", "ElaLoRA accepts"],
+    ),
+    "unknown key of the optimizer": (
+        ("model", "init_args", "optimizer", "init_args"),
+        {"lrr": 1},
+        ["lrr", "'lr'"],
+    ),
+    "unknown key of the data": (
+        ("data", "init_args", "batchsize"),
+        1,
+        ["batchsize", "'batch_size'"],
+    ),
+    "argument beside class_path": (
+        ("allocator", "every"),
+        3,
+        ["allocator.every", "init_args, one level deeper"],
+    ),
+    "unknown model": (
+        ("model", "class_path"),
+        "CausalML",
+        ["'CausalML'", "'CausalLM'", "SequenceClassification"],
+    ),
     "unknown data": (("data", "class_path"), "ArithmeticProblem", ["'ArithmeticProblems'"]),
-    "unknown allocator": (("allocator", "class_path"), "ElaLora", ["'ElaLora'", "did you mean 'ElaLoRA'"]),
+    "unknown allocator": (
+        ("allocator", "class_path"),
+        "ElaLora",
+        ["'ElaLora'", "did you mean 'ElaLoRA'"],
+    ),
     "unknown method": ((*METHODS, 0), "HyperAdpat", ["'HyperAdpat'", "'HyperAdapt'", "DoRA"]),
     "unknown optimizer": (
         ("model", "init_args", "optimizer", "class_path"),
@@ -126,14 +170,42 @@ BROKEN = {
         "adaptrank.parameterizations.LoRA",
         ["LoRA is no Allocator", "ElaLoRA"],
     ),
-    "no class_path": (("allocator",), {"init_args": {"swaps": 4}}, ["allocator has no class_path", "ElaLoRA"]),
-    "wrong type": ((*METHODS, 1, "init_args", "rank"), "eight", ["rank is 'eight'", "a whole number"]),
-    "wrong type in the trainer": (("trainer", "max_steps"), "many", ["trainer.max_steps is 'many'", "a whole number"]),
-    "wrong choice": (("model", "init_args", "schedule"), "cosin", ["'cosin'", "'linear'", "did you mean 'cosine'"]),
-    "text for a number": (("model", "init_args", "warmup"), "long", ["warmup is 'long'", "a number"]),
+    "no class_path": (
+        ("allocator",),
+        {"init_args": {"swaps": 4}},
+        ["allocator has no class_path", "ElaLoRA"],
+    ),
+    "wrong type": (
+        (*METHODS, 1, "init_args", "rank"),
+        "eight",
+        ["rank is 'eight'", "a whole number"],
+    ),
+    "wrong type in the trainer": (
+        ("trainer", "max_steps"),
+        "many",
+        ["trainer.max_steps is 'many'", "a whole number"],
+    ),
+    "wrong choice": (
+        ("model", "init_args", "schedule"),
+        "cosin",
+        ["'cosin'", "'linear'", "did you mean 'cosine'"],
+    ),
+    "text for a number": (
+        ("model", "init_args", "warmup"),
+        "long",
+        ["warmup is 'long'", "a number"],
+    ),
     "text for a list": (METHODS, "LoRA", ["'LoRA'", "must be a list", "write [LoRA]"]),
-    "mapping for a list": (ENTRY[:-1], {"targets": "all-linear"}, ["adapters is {'targets'", "a list"]),
-    "a number for a name": ((*ENTRY, "name"), 3, ["name is 3", "must be a string", 'quote it, as in "3"', "line "]),
+    "mapping for a list": (
+        ENTRY[:-1],
+        {"targets": "all-linear"},
+        ["adapters is {'targets'", "a list"],
+    ),
+    "a number for a name": (
+        (*ENTRY, "name"),
+        3,
+        ["name is 3", "must be a string", 'quote it, as in "3"', "line "],
+    ),
     "a boolean for a name": (
         (*ENTRY, "targets"),
         [False, "q_proj"],
@@ -142,13 +214,25 @@ BROKEN = {
     "none for null": (("allocator",), "none", ["no Allocator 'none'", "write null"]),
     "rank out of range": ((*METHODS, 1, "init_args", "rank"), 0, ["rank=0", "use rank >= 1"]),
     "every out of range": (("allocator", "init_args", "every"), 0, ["every=0", "at least 1"]),
-    "size out of range": (("data", "init_args", "batch_size"), 0, ["batch_size=0", "use 1 or more"]),
-    "learning rate out of range": (("model", "init_args", "optimizer", "init_args", "lr"), -1.0, ["learning rate: -1"]),
+    "size out of range": (
+        ("data", "init_args", "batch_size"),
+        0,
+        ["batch_size=0", "use 1 or more"],
+    ),
+    "learning rate out of range": (
+        ("model", "init_args", "optimizer", "init_args", "lr"),
+        -1.0,
+        ["learning rate: -1"],
+    ),
     "no such device": (("trainer", "accelerator"), "cpuu", ["cpuu"]),
     "nothing to train": (ENTRY[:-1], None, ["Nothing to train"]),
     "no layer": ((*ENTRY, "targets"), ["q_porj"], ["q_porj", "Did you mean 'q_proj'"]),
     "impossible schedule": (("trainer", "max_steps"), 3, ["would never act", "raise max_steps"]),
-    "nothing to allocate": (METHODS, ["HyperAdapt"], ["nothing to allocate", "or nest one: [HyperAdapt, "]),
+    "nothing to allocate": (
+        METHODS,
+        ["HyperAdapt"],
+        ["nothing to allocate", "or nest one: [HyperAdapt, "],
+    ),
     "two allocators": (
         ("trainer", "callbacks"),
         [{"class_path": "AdaLoRA"}],
@@ -186,7 +270,9 @@ def test_the_line_of_a_mistake(config, mistake):
     assert mistake(changed).startswith(f"adaptrank: c.yaml, line {line}: allocator.class_path")
     broken = put(config, ("allocator", "init_args", "swpas"), 4)
     text = mistake(broken, "--allocator", "ElaLoRA")
-    assert text.startswith("adaptrank: c.yaml, line "), "the option names the class; its arguments are the file's"
+    assert text.startswith("adaptrank: c.yaml, line "), (
+        "the option names the class; its arguments are the file's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,15 +289,24 @@ def test_the_line_of_a_mistake(config, mistake):
         (["--config"], ["--config needs a file"]),
         (["--config", "--trainer.max_steps", "3"], ["--config needs a file"]),
         (["--model.adapter", "c.yaml"], ["'c.yaml' is a file", "name the folder"]),
-        (["--trainer.fast_dev_run", "true"], ["fast_dev_run", "leave the allocator out", "--allocator null"]),
+        (
+            ["--trainer.fast_dev_run", "true"],
+            ["fast_dev_run", "leave the allocator out", "--allocator null"],
+        ),
         (["--allocator", "none"], ["adaptrank: --allocator: ", "no Allocator 'none'"]),
         (["--model", "CausalML"], ["adaptrank: --model: ", "'CausalLM'"]),
         (
             ["--model.adapters", "[{parameterization: [LoRA, LoRAA]}]"],
             ["adaptrank: --model.adapters: ", "parameterization[1]", "'LoRA'"],
         ),
-        (["--model.adapters", "[{parameterization: [LoRA], name: 3}]"], ["--model.adapters: ", 'quote it, as in "3"']),
-        (["--model.adapters", "null", "--config", "c.yaml", "--model.backbon", "x"], ["--model.backbon: "]),
+        (
+            ["--model.adapters", "[{parameterization: [LoRA], name: 3}]"],
+            ["--model.adapters: ", 'quote it, as in "3"'],
+        ),
+        (
+            ["--model.adapters", "null", "--config", "c.yaml", "--model.backbon", "x"],
+            ["--model.backbon: "],
+        ),
         (["--config", "cc.yaml"], ["'cc.yaml'", "did you mean 'c.yaml'"]),
         (["--ckpt_path", "last.ckpt"], ["ckpt_path", "no checkpoint 'last.ckpt'"]),
         (["--ckpt_path", "c.yaml"], ["c.yaml is no Lightning checkpoint"]),
@@ -224,7 +319,9 @@ def test_a_mistake_on_the_command_line(args, wanted, config, mistake):
 
 
 def test_broken_yaml_shows_file_line_and_column(tmp_path, mistake):
-    (tmp_path / "broken.yaml").write_text("model:\n  init_args: {backbone: tiny\ntrainer:\n  max_steps: 3\n")
+    (tmp_path / "broken.yaml").write_text(
+        "model:\n  init_args: {backbone: tiny\ntrainer:\n  max_steps: 3\n"
+    )
     text = mistake(None, "--config", "broken.yaml")
     assert "broken.yaml, line 3, column 8" in text
     assert "not YAML" in text
@@ -264,7 +361,9 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     config["model"]["init_args"]["adapters"][0]["targets"] = ["q_proj"]
     for name, expected in (("Early", "invalid literal"), ("Late", "deep in training")):
-        changed = put(config, ("trainer", "callbacks"), [{"class_path": f"faulty_callbacks.{name}"}])
+        changed = put(
+            config, ("trainer", "callbacks"), [{"class_path": f"faulty_callbacks.{name}"}]
+        )
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(changed))
         with pytest.raises(Exception, match=expected):
             main(["fit", "--config", "c.yaml", "--evaluate", "false"])
@@ -313,11 +412,17 @@ def test_nearest_ignores_case_and_folders():
 
 def test_collect_steps_into_classes_as_jsonargparse_does(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("model:\n  class_path: CausalLM\n  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n")
-    tree, files, options = collect(["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"])
+    file.write_text(
+        "model:\n  class_path: CausalLM\n  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n"
+    )
+    tree, files, options = collect(
+        ["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"]
+    )
     assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"lr": "2"}
     assert tree["trainer"] == {"max_steps": "5"}
-    assert tree["trainer"]["max_steps"].value == 5, "an option may be a text or a number: its type decides"
+    assert tree["trainer"]["max_steps"].value == 5, (
+        "an option may be a text or a number: its type decides"
+    )
     assert files == [str(file)]
     key = ("model", "init_args", "optimizer", "init_args", "lr")
     assert options[key] == "--model.optimizer.lr"
@@ -335,7 +440,7 @@ def test_another_class_forgets_the_old_arguments():
 def test_check_passes_what_is_right(config):
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-    from adaptrank.allocators import Allocator
+    from adaptrank.allocation import Allocator
 
     schema = {"model": LightningModule, "data": LightningDataModule, "allocator": Allocator}
     check(config, {**schema, "trainer": errors.Arguments(Trainer)})
@@ -360,7 +465,10 @@ def test_condense_tells_to_quote_a_string():
         "        - Expected a <class 'str'>. Got value: False\n"
     )
     assert condense(message) == "classes: it must be a string (quote it). Got value: False"
-    assert condense("Problem with given class_path 'a.Data':\n") == "Problem with given class_path 'a.Data':"
+    assert (
+        condense("Problem with given class_path 'a.Data':\n")
+        == "Problem with given class_path 'a.Data':"
+    )
 
 
 def test_long_lines_keep_their_ends():
@@ -370,22 +478,47 @@ def test_long_lines_keep_their_ends():
     assert cut.startswith("At the beginning of")
     assert cut.endswith("words comes the hint.")
     assert all(
-        word in ("At", "the", "beginning", "of", "many", "words", "...", "comes", "hint.") for word in cut.split()
+        word in ("At", "the", "beginning", "of", "many", "words", "...", "comes", "hint.")
+        for word in cut.split()
     )
 
 
 def test_an_option_before_a_file_counts_no_more(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("trainer: {max_steps: 3}\n")
-    options = collect(["--trainer.max_steps", "5", "--trainer.devices", "1", "--config", str(file)])[2]
+    options = collect(
+        ["--trainer.max_steps", "5", "--trainer.devices", "1", "--config", str(file)]
+    )[2]
     assert list(options) == [("trainer", "devices")]
 
 
 def test_an_option_may_be_a_text_of_digits():
     from pathlib import Path
 
-    tree = collect(["--runs", "3", "--steps", "3", "--on", "true", "--rate", "0.5", "--either", "4", "--word", "no"])[0]
-    kinds = {"runs": str, "steps": int, "on": bool, "rate": float, "either": int | None, "word": Path | str}
+    tree = collect(
+        [
+            "--runs",
+            "3",
+            "--steps",
+            "3",
+            "--on",
+            "true",
+            "--rate",
+            "0.5",
+            "--either",
+            "4",
+            "--word",
+            "no",
+        ]
+    )[0]
+    kinds = {
+        "runs": str,
+        "steps": int,
+        "on": bool,
+        "rate": float,
+        "either": int | None,
+        "word": Path | str,
+    }
     check(tree, kinds)
     with pytest.raises(ConfigError, match="must be true or false"):
         check(tree, {**kinds, "steps": bool})

@@ -16,12 +16,18 @@ from adaptrank.testing import perturb
 @pytest.fixture
 def two(here, tiny_llama):  # noqa: F811
     """Two adapters, LoRAs of rank 2 and 3, and a HyperAdapt."""
-    for name, method, seed in (("a", partial(LoRA, rank=2), 1), ("b", partial(LoRA, rank=3), 2), ("h", HyperAdapt, 3)):
+    for name, method, seed in (
+        ("a", partial(LoRA, rank=2), 1),
+        ("b", partial(LoRA, rank=3), 2),
+        ("h", HyperAdapt, 3),
+    ):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         torch.manual_seed(seed)
         adapt(model, "all-linear", method)
         perturb(model, 0.05, seed)
-        save_adapter(model, here / name, {"name": str(tiny_llama), "auto_class": "AutoModelForCausalLM"})
+        save_adapter(
+            model, here / name, {"name": str(tiny_llama), "auto_class": "AutoModelForCausalLM"}
+        )
     return here
 
 
@@ -88,7 +94,10 @@ def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
         (["a", "missing", "--out", "c"], "missing"),
         (["a", "b", "--out", "a"], "--out a is not empty"),
         (["a", "b", "--out", "a", "--force"], "--out a holds the adapter that this reads"),
-        (["a", "b", "--methd", "sum", "--out", "c"], "unknown option --methd; did you mean '--method'"),
+        (
+            ["a", "b", "--methd", "sum", "--out", "c"],
+            "unknown option --methd; did you mean '--method'",
+        ),
         (["a", "b", "--method", "tie", "--out", "c"], "Did you mean 'ties'?"),
         (["a", "b", "--weights", "1", "--out", "c"], "1 weights for 2 adapters"),
         (["a", "b", "--density", "0.5", "--out", "c"], "sum has no option 'density'"),
@@ -112,7 +121,9 @@ def test_inspect(two, cli):  # noqa: F811
     assert len(data["layers"]) == 14
     assert data["summary"]["all"]["share"] > 0.9, "a HyperAdapt has full rank"
     assert (two / "h" / "inspect" / "inspect.png").stat().st_size > 5000
-    code, out, _ = cli("inspect", "a", "--layers", r".*layers\.0\.self_attn.*", "--no-intruders", "--json")
+    code, out, _ = cli(
+        "inspect", "a", "--layers", r".*layers\.0\.self_attn.*", "--no-intruders", "--json"
+    )
     layers = json.loads(out)["layers"]
     assert len(layers) == 4
     assert all(facts["rank"] == 2 and "intruders" not in facts for facts in layers.values())
@@ -136,7 +147,9 @@ def test_export_and_import_are_a_round_trip(two, cli, tiny_llama):  # noqa: F811
     assert code == 0, err
     assert "Exported a as peft, LORA: p" in out
     want = logits(load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "a"))
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), two / "p")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), two / "p"
+    )
     torch.testing.assert_close(logits(theirs), want, rtol=1e-5, atol=1e-5)
     code, out, err = cli("import", "p", "--out", "back")
     assert code == 0, err

@@ -13,12 +13,30 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import adapt, compose, load_adapter, merge, save_adapter
-from adaptrank.composition.changes import Dense, Product, inner, rank_for, shared_ranks, total, truncated
+from adaptrank.composition.changes import (
+    Dense,
+    Product,
+    inner,
+    rank_for,
+    shared_ranks,
+    total,
+    truncated,
+)
 from adaptrank.composition.composing import Compression
 from adaptrank.composition.operators import OPERATORS, options_of
 from adaptrank.composition.similarity import Similarity, lines, sign_conflict
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, Kronecker, LNTune, LoRA, MELoRA, PiCa, SBoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    Kronecker,
+    LNTune,
+    LoRA,
+    MELoRA,
+    PiCa,
+    SBoRA,
+    wrapped_layers,
+)
 from adaptrank.testing import perturb
 
 SHAPE = (24, 40)
@@ -36,7 +54,9 @@ def product(rank, seed, shape=SHAPE):
 
 def regauged(change, seed=9):
     """The same matrix by other factors."""
-    T = torch.randn(change.rank, change.rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    T = torch.randn(
+        change.rank, change.rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return Product(change.U @ T, torch.linalg.solve(T, change.V))
 
 
@@ -80,7 +100,9 @@ def test_compression_is_the_best_of_its_rank_and_says_its_error(rank):
     change = product(5, 4)
     small = truncated(change, rank)
     U, S, Vh = torch.linalg.svd(change.dense())
-    torch.testing.assert_close(small.dense(), (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        small.dense(), (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=1e-9, atol=1e-9
+    )
     error = float((small.dense() - change.dense()).norm())
     assert math.isclose(error, float(S[rank:].norm()), rel_tol=1e-8, abs_tol=1e-9)
     torch.testing.assert_close(small.U.norm(dim=0), small.V.norm(dim=1))
@@ -113,7 +135,9 @@ def dense_ties(matrices, weights, density, elect="total"):
     trimmed = []
     for D in matrices:
         flat = D.flatten().tolist()
-        order = sorted(range(len(flat)), key=lambda i: (-abs(flat[i]), i))[: math.ceil(density * len(flat))]
+        order = sorted(range(len(flat)), key=lambda i: (-abs(flat[i]), i))[
+            : math.ceil(density * len(flat))
+        ]
         trimmed.append([v if i in set(order) else 0.0 for i, v in enumerate(flat)])
     out = []
     for entries in zip(*trimmed, strict=True):
@@ -130,14 +154,18 @@ def dense_ties(matrices, weights, density, elect="total"):
 def test_ties_is_what_the_paper_says_entry_by_entry(density, elect):
     weights = (1.0, 0.5, -2.0)
     have = OPERATORS["ties"](THREE, weights, density=density, elect=elect).dense()
-    torch.testing.assert_close(have, dense_ties([c.dense() for c in THREE], weights, density, elect), **EXACT)
+    torch.testing.assert_close(
+        have, dense_ties([c.dense() for c in THREE], weights, density, elect), **EXACT
+    )
 
 
 def test_ties_can_divide_by_weights_and_scale():
     one = product(2, 5)
     mean = OPERATORS["ties"]([one, one], (1.0, 3.0), density=1.0).dense()
     torch.testing.assert_close(mean, 2 * one.dense(), **EXACT)
-    by_weights = OPERATORS["ties"]([one, one], (1.0, 3.0), density=1.0, normalize="weights", scale=0.5).dense()
+    by_weights = OPERATORS["ties"](
+        [one, one], (1.0, 3.0), density=1.0, normalize="weights", scale=0.5
+    ).dense()
     torch.testing.assert_close(by_weights, 0.5 * one.dense(), **EXACT)
 
 
@@ -172,12 +200,16 @@ def test_no_operator_depends_on_how_a_product_is_factored(operator):
 
 def test_dare_is_the_sum_in_its_mean_and_a_function_of_its_seed():
     weights = (1.0, -0.5, 2.0)
-    drawn = [OPERATORS["dare"](THREE, weights, "k", drop=0.5, seed=seed).dense() for seed in range(2000)]
+    drawn = [
+        OPERATORS["dare"](THREE, weights, "k", drop=0.5, seed=seed).dense() for seed in range(2000)
+    ]
     mean, want = torch.stack(drawn).mean(0), total(THREE, weights).dense()
     deviation = torch.stack(drawn).std(0) / math.sqrt(2000)
     assert ((mean - want).abs() / deviation).max() < 5
     assert torch.equal(drawn[3], OPERATORS["dare"](THREE, weights, "k", drop=0.5, seed=3).dense())
-    assert not torch.equal(drawn[3], OPERATORS["dare"](THREE, weights, "other", drop=0.5, seed=3).dense())
+    assert not torch.equal(
+        drawn[3], OPERATORS["dare"](THREE, weights, "other", drop=0.5, seed=3).dense()
+    )
     twins = OPERATORS["dare"]([THREE[0], THREE[0]], (1.0, -1.0), "k", drop=0.5).dense()
     assert twins.abs().max() > 0, "each adapter draws its own"
 
@@ -273,7 +305,9 @@ def test_sign_conflicts():
     a = product(3, 0)
     assert sign_conflict(a, a) == 0
     assert sign_conflict(a, a.scaled(-1)) == 1
-    assert similar(a, product(3, 1), signs=True)["pairs"][0]["sign_conflict"] == sign_conflict(a, product(3, 1))
+    assert similar(a, product(3, 1), signs=True)["pairs"][0]["sign_conflict"] == sign_conflict(
+        a, product(3, 1)
+    )
 
 
 def test_layers_of_one_adapter_alone_and_changes_of_nothing():
@@ -330,7 +364,8 @@ LORA2, LORA5 = partial(LoRA, rank=2, alpha=4.0), partial(LoRA, rank=5, alpha=64.
 def result(model):
     base = Base(next(model.parameters()).dtype)
     return {
-        path: wrapped_layers(model)[path].dense() - _matrix(base.get_submodule(path)) for path in wrapped_layers(model)
+        path: wrapped_layers(model)[path].dense() - _matrix(base.get_submodule(path))
+        for path in wrapped_layers(model)
     }
 
 
@@ -345,7 +380,9 @@ def test_a_sum_of_products_is_one_lora_exactly(tmp_path, second, weights):
     report = compose(model, [a, b], weights)
     v, w = weights or (1.0, 1.0)
     for path, have in result(model).items():
-        torch.testing.assert_close(have, v * one[path] + (w * two[path] if path in two else 0), **EXACT)
+        torch.testing.assert_close(
+            have, v * one[path] + (w * two[path] if path in two else 0), **EXACT
+        )
     assert {type(layer) for layer in wrapped_layers(model).values()} == {LoRA}
     assert report["layers"]["third"]["rank"] == 2
     assert not any(p.requires_grad for p in model.parameters())
@@ -397,7 +434,13 @@ def test_a_matrix_becomes_a_lora_of_a_rank_with_its_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compression", [Compression(energy=0.9), Compression(error=0.4), Compression(parameters=150), Compression(rank=2)]
+    "compression",
+    [
+        Compression(energy=0.9),
+        Compression(error=0.4),
+        Compression(parameters=150),
+        Compression(rank=2),
+    ],
 )
 @pytest.mark.parametrize("merged", [False, True])
 def test_compressions(tmp_path, compression, merged):
@@ -410,13 +453,25 @@ def test_compressions(tmp_path, compression, merged):
     if compression.energy:
         assert all(facts["error"] ** 2 <= 0.1 + 1e-9 for facts in report["layers"].values())
     if compression.parameters and not merged:
-        assert sum(p.numel() for layer in wrapped_layers(model).values() for _, p in layer.own_parameters()) <= 150
+        assert (
+            sum(
+                p.numel()
+                for layer in wrapped_layers(model).values()
+                for _, p in layer.own_parameters()
+            )
+            <= 150
+        )
     for path in LAYERS:
         exact = one[path] + two[path]
         base = _matrix(Base().get_submodule(path))
-        have = (_matrix(model.get_submodule(path)) if merged else wrapped_layers(model)[path].dense()) - base
+        have = (
+            _matrix(model.get_submodule(path)) if merged else wrapped_layers(model)[path].dense()
+        ) - base
         assert math.isclose(
-            float((have - exact).norm() / exact.norm()), report["layers"][path]["error"], rel_tol=1e-6, abs_tol=1e-9
+            float((have - exact).norm() / exact.norm()),
+            report["layers"][path]["error"],
+            rel_tol=1e-6,
+            abs_tol=1e-9,
         )
 
 
@@ -453,7 +508,9 @@ def test_a_lora_in_a_hyperadapt_and_a_hyperadapt_in_a_lora(tmp_path):
         H = lambda M, layer=layer, W=W: M * (layer.dense() / W)  # noqa: E731  diag(p) M diag(q), entry by entry
         first, second = result(outside)[path], result(inside)[path]
         torch.testing.assert_close(first, changed[path] + H(D), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(second, changed[path] + D, rtol=1e-9, atol=1e-9)  # the sum in delta space
+        torch.testing.assert_close(
+            second, changed[path] + D, rtol=1e-9, atol=1e-9
+        )  # the sum in delta space
         torch.testing.assert_close(first - second, H(D) - D, rtol=1e-8, atol=1e-9)
 
 
@@ -469,7 +526,9 @@ def test_two_hyperadapts_commute_and_are_not_their_sum(tmp_path):
         torch.testing.assert_close(results[0][path], results[1][path], **EXACT)
         W = _matrix(Base().get_submodule(path))
         extra = one[path] * two[path] / W  # W M_1 M_2
-        torch.testing.assert_close(results[0][path] - one[path] - two[path], extra, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(
+            results[0][path] - one[path] - two[path], extra, rtol=1e-8, atol=1e-9
+        )
 
 
 def test_an_order_is_asked_for_where_it_matters_and_the_result_is_a_file(tmp_path):
@@ -478,7 +537,9 @@ def test_an_order_is_asked_for_where_it_matters_and_the_result_is_a_file(tmp_pat
     with pytest.raises(ValueError, match=r"HyperAdapt may read the weight .* order=\[0, 1\]"):
         compose(Base(), [h, d], mode="sequential")
     model = Base()
-    compose(model, [d, made(tmp_path / "e", LORA5, 3)[0]], mode="sequential")  # of two LoRAs it does not
+    compose(
+        model, [d, made(tmp_path / "e", LORA5, 3)[0]], mode="sequential"
+    )  # of two LoRAs it does not
     model = Base()
     report = compose(model, [h, d], mode="sequential", order=[0, 1])
     assert report["order"] == ["h", "d"]
@@ -515,7 +576,11 @@ def test_refusals_leave_the_model_as_it_was(tmp_path):
         (([a, a],), {"mode": "sequential", "order": [0, 0]}, "each of 0 to 1 once"),
         (([a, a], (1.0, 2.0)), {"mode": "sequential"}, "nests the adapters as they are"),
         (([a, h],), {}, "no product of small factors"),
-        (([a, h],), {"compression": Compression(parameters=3)}, "one direction for each of 3 layers"),
+        (
+            ([a, h],),
+            {"compression": Compression(parameters=3)},
+            "one direction for each of 3 layers",
+        ),
     ]
     for arguments, options, sentence in cases:
         model = Base()
@@ -551,7 +616,11 @@ def test_modules_trained_whole_follow_the_policy(tmp_path, others):
     heads = [load_adapter(Base(), folder).head.weight.detach() for folder in (a, b)]
     model = Base()
     compose(model, [a, b], (1.0, 3.0), others=others)
-    want = {"first": heads[0], "average": (heads[0] + 3 * heads[1]) / 4, "drop": Base().head.weight}[others]
+    want = {
+        "first": heads[0],
+        "average": (heads[0] + 3 * heads[1]) / 4,
+        "drop": Base().head.weight,
+    }[others]
     torch.testing.assert_close(model.head.weight, want, **EXACT)
     save_adapter(model, tmp_path / "c")
     assert torch.equal(load_adapter(Base(), tmp_path / "c").head.weight, model.head.weight)
@@ -579,7 +648,13 @@ def test_parts_of_a_fused_layer(tmp_path, merged):
 
     def base():
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)).double().eval()
+        return (
+            GPT2LMHeadModel(
+                GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+            )
+            .double()
+            .eval()
+        )
 
     for seed, name in enumerate("ab"):
         model = adapt(base(), r".*c_attn\.[qv]", partial(LoRA, rank=2), split_fused=True)
@@ -593,7 +668,12 @@ def test_parts_of_a_fused_layer(tmp_path, merged):
     assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D) == merged
     plain, keys = base(), set(base().state_dict())
     with pytest.raises(ValueError, match="one direction for each"):
-        compose(plain, [tmp_path / "a", tmp_path / "b"], compression=Compression(parameters=2), merged=merged)
+        compose(
+            plain,
+            [tmp_path / "a", tmp_path / "b"],
+            compression=Compression(parameters=2),
+            merged=merged,
+        )
     assert set(plain.state_dict()) == keys
     assert torch.equal(plain(ids).logits, base()(ids).logits)
 

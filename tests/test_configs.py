@@ -11,7 +11,7 @@ import yaml
 from adaptrank import ALLOCATORS, load_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.cli import main
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations import wrapped_layers
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 STEPS = 4
@@ -23,8 +23,15 @@ def short(config, backbones):
     arguments = config["model"]["init_args"]
     arguments["backbone"] = backbones[task]
     arguments["dtype"] = "fp32"
-    config["data"].setdefault("init_args", {}).update(batch_size=4, train_size=8 * STEPS, val_size=4)
-    config["trainer"] = {**config["trainer"], "max_epochs": None, "max_steps": STEPS, "accelerator": "cpu"}
+    config["data"].setdefault("init_args", {}).update(
+        batch_size=4, train_size=8 * STEPS, val_size=4
+    )
+    config["trainer"] = {
+        **config["trainer"],
+        "max_epochs": None,
+        "max_steps": STEPS,
+        "accelerator": "cpu",
+    }
     config["trainer"].update(enable_progress_bar=False, log_every_n_steps=1)
     for key in ("allocator", "initial_ranks"):
         if config.get(key):
@@ -42,7 +49,17 @@ def test_a_configuration_trains_and_leaves_an_adapter(file, tiny_llama, tiny_ber
     backbones = {"CausalLM": tiny_llama, "SequenceClassification": tiny_bert}
     config = short(yaml.safe_load(file.read_text(encoding="utf-8")), backbones)
     (tmp_path / file.name).write_text(yaml.safe_dump(config))
-    main(["fit", "--config", str(tmp_path / file.name), "--runs", str(tmp_path / "runs"), "--evaluate", "false"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(tmp_path / file.name),
+            "--runs",
+            str(tmp_path / "runs"),
+            "--evaluate",
+            "false",
+        ]
+    )
     folder = tmp_path / "runs" / file.stem / "0"
 
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -57,7 +74,9 @@ def test_a_configuration_trains_and_leaves_an_adapter(file, tiny_llama, tiny_ber
     if "Causal" in config["model"]["class_path"]:
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     else:
-        labels = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base"]["num_labels"]
+        labels = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base"][
+            "num_labels"
+        ]
         model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=labels)
     load_adapter(model, folder / "adapter")
     assert len(wrapped_layers(model)) == sum(

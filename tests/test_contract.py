@@ -58,12 +58,18 @@ def test_nests_of_two(inner, outer):
         build = nest(inner, outer, base)
         if number == 0:
             testing.check_contract(build)
-        for check in (testing.check_identity, testing.check_definition, testing.check_exact_gradients):
+        for check in (
+            testing.check_identity,
+            testing.check_definition,
+            testing.check_exact_gradients,
+        ):
             check(build)
         testing.check_low_precision(nest(inner, outer, copy.deepcopy(base).to(torch.bfloat16)))
 
 
-LINEAR_PAIRS = [(i, o) for i in LINEAR_METHODS for o in LINEAR_METHODS if i.mergeable or not o.reads_weight]
+LINEAR_PAIRS = [
+    (i, o) for i in LINEAR_METHODS for o in LINEAR_METHODS if i.mergeable or not o.reads_weight
+]
 
 
 @pytest.mark.parametrize(("inner", "outer"), LINEAR_PAIRS, ids=lambda cls: cls.__name__)
@@ -117,7 +123,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(layer):
     grads = []
     for checkpointed in (False, True):
         layer.zero_grad()
-        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        y = (
+            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+            if checkpointed
+            else layer(x)
+        )
         testing.first_tensor(y).square().sum().backward()
         grads.append([p.grad.clone() for p in testing.trainable(layer).values()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -154,22 +164,34 @@ def broken(**overrides):
     """A LoRA with something wrong in it; every call makes a class of another name."""
     lora = PARAMETERIZATIONS["LoRA"]
     name = f"Broken{len(PARAMETERIZATIONS)}"
-    globals()[name] = type(name, (lora,), {"__module__": __name__, **overrides})  # where pickle looks for it
+    globals()[name] = type(
+        name, (lora,), {"__module__": __name__, **overrides}
+    )  # where pickle looks for it
     return globals()[name]
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"delta": lambda self, x, y: y * 1e-9 + 0 * (x @ self.A.T) @ self.B.T}, "does not start at"),
+        (
+            {"delta": lambda self, x, y: y * 1e-9 + 0 * (x @ self.A.T) @ self.B.T},
+            "does not start at",
+        ),
         ({"delta": lambda self, x, y: (x @ self.A.T) @ self.B.T}, "differs from `weight`"),
-        ({"delta": lambda self, x, y: self.scale * (x @ self.A.T.detach()) @ self.B.T}, "not that of the definition"),
+        (
+            {"delta": lambda self, x, y: self.scale * (x @ self.A.T.detach()) @ self.B.T},
+            "not that of the definition",
+        ),
         ({"axes": {"rank": {"B": 1, "A": 0}}}, "zero"),
         ({"axes": {"rank": {"B": 1}}}, "cannot be multiplied"),
         ({"fresh": lambda self, axis, n, g: {"A": torch.zeros(n, 48)}}, "dead"),
         ({"fresh": lambda self, axis, n, g: {"A": torch.ones(48, n)}}, "fresh"),
         (
-            {"zeros": lambda self, *s: nn.Parameter(torch.zeros(*s, dtype=self.innermost.weight.dtype))},
+            {
+                "zeros": lambda self, *s: nn.Parameter(
+                    torch.zeros(*s, dtype=self.innermost.weight.dtype)
+                )
+            },
             r"A is torch\.bfloat16",
         ),
         ({"penalty": lambda self: self.A.sum(1)}, "must be one number"),
@@ -202,13 +224,19 @@ def test_an_abstract_class_is_not_in_the_registry():
 
 
 def test_an_attribute_error_in_a_formula_is_not_reported_as_a_missing_weight():
-    cls = type("Misspelt", (PARAMETERIZATIONS["LoRA"],), {"weight": property(lambda self: self.base_weigth)})
+    cls = type(
+        "Misspelt",
+        (PARAMETERIZATIONS["LoRA"],),
+        {"weight": property(lambda self: self.base_weigth)},
+    )
     with pytest.raises(RuntimeError, match=r"Misspelt\.weight failed: .*base_weigth"):
         _ = cls(nn.Linear(48, 24)).weight
 
 
 def test_the_cost_of_a_method_without_an_axis_is_fixed(layer):
-    on_axes = {id(slot.tensor) for axis in rank_axes(layer).values() for slot in axis.slots()}  # two may share a tensor
+    on_axes = {
+        id(slot.tensor) for axis in rank_axes(layer).values() for slot in axis.slots()
+    }  # two may share a tensor
     tensors = testing.trainable(layer).values()
     assert cost_model(layer).fixed == sum(p.numel() for p in tensors if id(p) not in on_axes)
 
@@ -218,23 +246,37 @@ def test_imports_point_one_way():
     root = Path(adaptrank.__file__).parent
     may = {
         "registry": set(),
-        "layers": set(),
-        "parameterizations": {"registry", "layers", "parameterizations"},
-        "axes": {"parameterizations"},
-        "inject": {"layers", "parameterizations", "axes"},
-        "regularize": {"parameterizations"},
-        "groups": {"parameterizations", "axes"},
-        "distributed": {"parameterizations", "axes"},
-        "allocators": {"parameterizations", "registry", "axes", "groups", "distributed", "regularize", "allocators"},
-        "testing": {"layers", "parameterizations", "axes"},
+        "layers": {"layers"},
+        "ops": {"layers", "ops"},
+        "parameterizations": {"registry", "layers", "ops", "parameterizations"},
+        "axes": {"parameterizations", "axes"},
+        "injection": {"layers", "parameterizations", "axes", "injection"},
+        "training": {"_collectives", "parameterizations", "axes", "training"},
+        "allocation": {
+            "_collectives",
+            "registry",
+            "parameterizations",
+            "axes",
+            "training",
+            "allocation",
+        },
+        "testing": {"layers", "parameterizations", "axes", "testing"},
     }
     for part, allowed in may.items():
-        files = [root / f"{part}.py"] if (root / f"{part}.py").exists() else sorted((root / part).glob("*.py"))
+        files = (
+            [root / f"{part}.py"]
+            if (root / f"{part}.py").exists()
+            else sorted((root / part).rglob("*.py"))
+        )
         assert files
         for file in files:
             for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adaptrank."):
-                    assert node.module.split(".")[1] in allowed, f"{file.name} imports {node.module}"
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                    "adaptrank."
+                ):
+                    assert node.module.split(".")[1] in allowed, (
+                        f"{file.name} imports {node.module}"
+                    )
 
 
 def test_a_model_cast_after_it_was_adapted_still_runs(method):

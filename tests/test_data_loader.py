@@ -11,15 +11,25 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adaptrank.data.base import TaskData
-from adaptrank.data.collate import causal_batch, choice_batch, class_batch, mask, pad, prompt_batch, validation_batch
+from adaptrank.data.collate import (
+    causal_batch,
+    choice_batch,
+    class_batch,
+    mask,
+    pad,
+    prompt_batch,
+    validation_batch,
+)
 from adaptrank.data.loader import BatchOrder, ResumableLoader, rounds
+from adaptrank.data.task import TaskData
 
 EXAMPLES = [torch.tensor([float(i)]) for i in range(11)]
 
 
 def loader(n=11, batch_size=2, workers=0, collate=torch.stack, **order):
-    return ResumableLoader(EXAMPLES[:n], collate, BatchOrder(n, batch_size, **order), num_workers=workers)
+    return ResumableLoader(
+        EXAMPLES[:n], collate, BatchOrder(n, batch_size, **order), num_workers=workers
+    )
 
 
 def read(batches):
@@ -30,12 +40,18 @@ def read(batches):
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_every_example_is_dealt_once_and_every_process_has_as_many_batches(n, batch_size, world_size, grouped):
+def test_every_example_is_dealt_once_and_every_process_has_as_many_batches(
+    n, batch_size, world_size, grouped
+):
     lengths = [i % 5 for i in range(n)] if grouped else None
     options = {"seed": 3, "epoch": 1, "lengths": lengths, "world_size": world_size}
     dealt = rounds(n, batch_size, **options)
     assert dealt == rounds(n, batch_size, **options)
-    assert len(dealt) == len(BatchOrder(n, batch_size, world_size=world_size)) == -(-n // (batch_size * world_size))
+    assert (
+        len(dealt)
+        == len(BatchOrder(n, batch_size, world_size=world_size))
+        == -(-n // (batch_size * world_size))
+    )
     assert all(len(r) == world_size and all(1 <= len(b) <= batch_size for b in r) for r in dealt)
     seen = Counter(i for r in dealt for b in r for i in b)
     assert set(seen) == set(range(n))
@@ -52,10 +68,14 @@ def test_order_depends_on_seed_and_epoch_and_not_on_their_sum():
 def test_grouped_batches_are_of_similar_length_in_random_order():
     lengths = [(i * 37) % 101 for i in range(256)]
     batches = [b[0] for b in rounds(256, 8, lengths=lengths)]
-    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(
+        batches
+    )
     assert spread < 20  # of 100; in random batches it is near 80
     first = [lengths[b[0]] for b in batches]
-    assert sum(a < b for a, b in itertools.pairwise(first)) < 24, "of 31 neighbours about half ascend in a random order"
+    assert sum(a < b for a, b in itertools.pairwise(first)) < 24, (
+        "of 31 neighbours about half ascend in a random order"
+    )
 
 
 def test_loader_leaves_the_global_generator_alone():
@@ -141,7 +161,9 @@ class Recorder(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append((self.current_epoch, batch_idx, *batch.flatten().int().tolist()))
-        torch.manual_seed(1000 * self.current_epoch + batch_idx)  # as if the global generator had been restored
+        torch.manual_seed(
+            1000 * self.current_epoch + batch_idx
+        )  # as if the global generator had been restored
         return self.layer(batch / 10).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -157,7 +179,9 @@ class Scheduled(Recorder):
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
         steps = self.trainer.estimated_stepping_batches
-        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)]
+        return [optimizer], [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+        ]
 
 
 class Tensors(TaskData):
@@ -184,7 +208,12 @@ def stacked(rows):
 def fit(path, module=None, ckpt=None, callbacks=(), data=None, **options):
     torch.manual_seed(0)
     module = module or Recorder()
-    settings = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    settings = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": "cpu",
+    }
     trainer = Trainer(default_root_dir=path, callbacks=list(callbacks), **settings, **options)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True if ckpt else None)
     return module, trainer
@@ -202,16 +231,27 @@ SITUATIONS = {
         {"max_epochs": 3, "accumulate_grad_batches": 4},
         {"every_n_train_steps": 1},
     ),
-    "accumulation, to a number of steps": ({"max_steps": 9, "accumulate_grad_batches": 2}, {"every_n_train_steps": 1}),
+    "accumulation, to a number of steps": (
+        {"max_steps": 9, "accumulate_grad_batches": 2},
+        {"every_n_train_steps": 1},
+    ),
     "limited epochs": ({"max_epochs": 3, "limit_train_batches": 4}, {"every_n_train_steps": 1}),
     "end of each epoch": ({"max_epochs": 3}, {"save_on_train_epoch_end": True}),
-    "end of each epoch, to a number of steps": ({"max_steps": 18}, {"save_on_train_epoch_end": True}),
-    "after each validation": ({"max_epochs": 3, "val_check_interval": 2}, {"save_on_train_epoch_end": False}),
+    "end of each epoch, to a number of steps": (
+        {"max_steps": 18},
+        {"save_on_train_epoch_end": True},
+    ),
+    "after each validation": (
+        {"max_epochs": 3, "val_check_interval": 2},
+        {"save_on_train_epoch_end": False},
+    ),
     "no validation": ({"max_epochs": 3, "limit_val_batches": 0}, {"every_n_train_steps": 1}),
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice about workers and checkpoint folders
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # Lightning's advice about workers and checkpoint folders
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(situation, tmp_path):
     options, when = SITUATIONS[situation]
@@ -222,7 +262,9 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(situation, tmp_path):
     saved = sorted((tmp_path / "all").glob("*.ckpt"))
     assert len(saved) >= 3
     for ckpt in saved:
-        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"][
+            "epoch_loop.batch_progress"
+        ]["total"]["ready"]
         resumed, _ = fit(tmp_path, ckpt=ckpt, **options)
         assert resumed.seen == whole.seen[done:], ckpt.name
         for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -236,9 +278,15 @@ DATA = {
     "loaders made anew": {},
 }
 MORE = {
-    "workers": ({"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 0}, {"every_n_train_steps": 1}),
+    "workers": (
+        {"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 0},
+        {"every_n_train_steps": 1},
+    ),
     "grouped by length": ({"max_epochs": 3}, {"every_n_train_steps": 1}),
-    "loaders made anew": ({"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}, {"every_n_train_steps": 1}),
+    "loaders made anew": (
+        {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
+        {"every_n_train_steps": 1},
+    ),
 }
 
 
@@ -252,7 +300,9 @@ def test_a_data_module_resumes_whenever_its_loader_is_built(situation, module, t
     saved = sorted((tmp_path / "all").glob("*.ckpt"))
     assert len(saved) >= 3
     for ckpt in saved:
-        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"][
+            "epoch_loop.batch_progress"
+        ]["total"]["ready"]
         resumed, _ = fit(tmp_path, module(), data=Tensors(**DATA[situation]), ckpt=ckpt, **options)
         assert resumed.seen == whole.seen[done:], ckpt.name
 
@@ -266,7 +316,9 @@ def test_parts_of_a_run_on_a_data_module_are_the_run(every, module, tmp_path):
     whole, _ = fit(tmp_path, module(), data=Tensors(), max_steps=27, **options)
     parts, ckpt = [], None
     for steps in (8, 15, 19, 27):
-        part, trainer = fit(tmp_path, module(), data=Tensors(), ckpt=ckpt, max_steps=steps, **options)
+        part, trainer = fit(
+            tmp_path, module(), data=Tensors(), ckpt=ckpt, max_steps=steps, **options
+        )
         ckpt = tmp_path / f"{steps}.ckpt"
         trainer.save_checkpoint(ckpt)
         parts += part.seen
@@ -285,7 +337,9 @@ class SaveBefore(Callback):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_checkpoint_from_before_a_batch_repeats_that_batch(tmp_path):
-    whole, _ = fit(tmp_path, Scheduled(), data=Tensors(), callbacks=[SaveBefore(tmp_path)], max_epochs=3)
+    whole, _ = fit(
+        tmp_path, Scheduled(), data=Tensors(), callbacks=[SaveBefore(tmp_path)], max_epochs=3
+    )
     for ckpt in sorted(tmp_path.glob("*.ckpt")):
         resumed, _ = fit(tmp_path, Scheduled(), data=Tensors(), ckpt=ckpt, max_epochs=3)
         assert resumed.seen == whole.seen[int(ckpt.stem) :], ckpt.name
@@ -301,11 +355,26 @@ class SaveAtStart(Callback):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_checkpoint_from_before_the_first_batch_of_a_resume_goes_on_there(tmp_path):
-    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=3)
+    whole, _ = fit(
+        tmp_path,
+        data=Tensors(),
+        callbacks=[keep_all(tmp_path, every_n_train_steps=1)],
+        max_epochs=3,
+    )
     again = tmp_path / "again.ckpt"
     ckpt = next(tmp_path.glob("*step=8.ckpt"))
-    fit(tmp_path, Scheduled(), data=Tensors(), ckpt=ckpt, callbacks=[SaveAtStart(again)], max_epochs=3)
-    for module in (Scheduled(), Recorder()):  # in the second, Lightning delivers the state of a loader that never began
+    fit(
+        tmp_path,
+        Scheduled(),
+        data=Tensors(),
+        ckpt=ckpt,
+        callbacks=[SaveAtStart(again)],
+        max_epochs=3,
+    )
+    for module in (
+        Scheduled(),
+        Recorder(),
+    ):  # in the second, Lightning delivers the state of a loader that never began
         resumed, _ = fit(tmp_path, module, data=Tensors(), ckpt=again, max_epochs=3)
         assert resumed.seen == whole.seen[8:]
 
@@ -328,7 +397,12 @@ class ReadsAlong(Callback):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("module", [Recorder, Scheduled])
 def test_only_the_trainers_own_loader_goes_on_from_a_checkpoint(module, tmp_path):
-    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=3)
+    whole, _ = fit(
+        tmp_path,
+        data=Tensors(),
+        callbacks=[keep_all(tmp_path, every_n_train_steps=1)],
+        max_epochs=3,
+    )
     ckpt = next(tmp_path.glob("*step=8.ckpt"))
     reads = ReadsAlong()
     resumed, _ = fit(tmp_path, module(), data=Tensors(), ckpt=ckpt, callbacks=[reads], max_epochs=3)
@@ -343,9 +417,19 @@ class Refuses(Scheduled):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_fit_without_a_checkpoint_starts_fresh_whatever_was_restored_before(tmp_path):
-    whole, _ = fit(tmp_path, data=Tensors(), callbacks=[keep_all(tmp_path, every_n_train_steps=1)], max_epochs=2)
+    whole, _ = fit(
+        tmp_path,
+        data=Tensors(),
+        callbacks=[keep_all(tmp_path, every_n_train_steps=1)],
+        max_epochs=2,
+    )
     ckpt = next(tmp_path.glob("*step=8.ckpt"))
-    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {
+        "enable_progress_bar": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+    }
     data = Tensors()
     for use in ("resumed", "resumed in vain", "validated", "nothing left to train"):
         if use == "resumed":
@@ -377,8 +461,15 @@ def test_half_a_run_and_the_rest_are_the_run(tmp_path):
     options = {"lengths": [i % 4 for i in range(11)], "workers": 1}
     whole, _ = fit(tmp_path, Recorder(**options), max_steps=27, limit_train_batches=5)
     parts, ckpt = [], None
-    for steps in (8, 15, 19, 27):  # mid-epoch, border, mid-epoch, end: here Lightning's own numbers of the epochs drift
-        part, trainer = fit(tmp_path, Recorder(**options), ckpt=ckpt, max_steps=steps, limit_train_batches=5)
+    for steps in (
+        8,
+        15,
+        19,
+        27,
+    ):  # mid-epoch, border, mid-epoch, end: here Lightning's own numbers of the epochs drift
+        part, trainer = fit(
+            tmp_path, Recorder(**options), ckpt=ckpt, max_steps=steps, limit_train_batches=5
+        )
         ckpt = tmp_path / f"{steps}.ckpt"
         trainer.save_checkpoint(ckpt)
         parts += part.seen
@@ -395,7 +486,11 @@ class Interrupt(Callback):
 def test_an_exception_in_mid_epoch_loses_no_batch(tmp_path):
     whole, _ = fit(tmp_path, max_epochs=3)
     with pytest.raises(ValueError, match="interrupted"):
-        fit(tmp_path, callbacks=[Interrupt(), keep_all(tmp_path / "all", every_n_train_steps=4)], max_epochs=3)
+        fit(
+            tmp_path,
+            callbacks=[Interrupt(), keep_all(tmp_path / "all", every_n_train_steps=4)],
+            max_epochs=3,
+        )
     ckpt = next((tmp_path / "all").glob("*step=8.ckpt"))
     rest, _ = fit(tmp_path, ckpt=ckpt, max_epochs=3)
     assert rest.seen == whole.seen[8:]
@@ -446,7 +541,11 @@ def test_padding_to_a_multiple_is_a_choice():
 
 def test_choices_are_rows_that_know_their_example():
     def choice(ids, characters):
-        return {"input_ids": torch.tensor([1, *ids]), "labels": torch.tensor([-100, *ids]), "characters": characters}
+        return {
+            "input_ids": torch.tensor([1, *ids]),
+            "labels": torch.tensor([-100, *ids]),
+            "characters": characters,
+        }
 
     a = example([1], [2], choices=[choice([2], 3), choice([3, 4], 8)], target=0)
     b = example([1], [5], choices=[choice([4], 1), choice([5], 2), choice([6], 4)], target=1)
@@ -462,13 +561,21 @@ def test_choices_are_rows_that_know_their_example():
         [-100, 6, -100],
     ]
     assert "choices" in validation_batch([a, b], 0)
-    assert set(validation_batch([a, example([1], [2])], 0)) == {"input_ids", "attention_mask", "labels"}
+    assert set(validation_batch([a, example([1], [2])], 0)) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+    }
 
 
 def test_class_batches_have_labels_and_types_where_examples_do():
     a, b = torch.tensor([1, 2]), torch.tensor([3])
     batch = class_batch(
-        [{"input_ids": a, "token_type_ids": a, "label": 1}, {"input_ids": b, "token_type_ids": b, "label": 0}], 7
+        [
+            {"input_ids": a, "token_type_ids": a, "label": 1},
+            {"input_ids": b, "token_type_ids": b, "label": 0},
+        ],
+        7,
     )
     assert batch["input_ids"].tolist() == [[1, 2], [3, 7]]
     assert batch["token_type_ids"].tolist() == [[1, 2], [3, 0]]

@@ -24,9 +24,14 @@ from adaptrank.data.synthetic import (
 def tiny_tokenizer():
     """One token a byte, whose end is also its padding."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *sorted(alphabet)])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(["<end>", *sorted(alphabet)])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
@@ -87,7 +92,9 @@ def test_the_seed_decides_everything():
 def test_more_rows_than_there_are():
     with pytest.raises(ValueError, match="train_size=3, but only about 1 different"):
         distinct(lambda: {"prompt": "same"}, "prompt", 3, "train_size")
-    with pytest.raises(ValueError, match="val_size=400 asks for more questions than there are; use 96"):
+    with pytest.raises(
+        ValueError, match="val_size=400 asks for more questions than there are; use 96"
+    ):
         GeneratedQuestions(val_size=400).rows("val")
 
 
@@ -114,11 +121,15 @@ def test_a_bag_of_words_learns_the_training_questions_and_fails_on_the_others():
     vocabulary = len(set().union(*counts))
 
     def predict(text):
-        scores = [sum(math.log((c[w] + 1) / (c.total() + vocabulary)) for w in words(text)) for c in counts]
+        scores = [
+            sum(math.log((c[w] + 1) / (c.total() + vocabulary)) for w in words(text))
+            for c in counts
+        ]
         return scores.index(max(scores))
 
     right = {
-        s: sum(predict(r["text"]) == r["label"] for r in data.rows(s)) / len(data.rows(s)) for s in ("train", "val")
+        s: sum(predict(r["text"]) == r["label"] for r in data.rows(s)) / len(data.rows(s))
+        for s in ("train", "val")
     }
     assert right["train"] > 0.9
     assert right["val"] < 0.45
@@ -153,7 +164,12 @@ class Model(LightningModule):
 
 
 def run(data, **options):
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    settings = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+    }
     trainer = Trainer(enable_model_summary=False, num_sanity_val_steps=0, **settings, **options)
     model = Model()
     trainer.fit(model, data)
@@ -162,13 +178,22 @@ def run(data, **options):
 
 @pytest.mark.filterwarnings("ignore:.*workers.*:UserWarning")
 def test_a_trainer_gets_the_batches_of_the_contract():
-    data = ArithmeticProblems(train_size=20, val_size=6, batch_size=4, eval_batch_size=3, max_length=200)
+    data = ArithmeticProblems(
+        train_size=20, val_size=6, batch_size=4, eval_batch_size=3, max_length=200
+    )
     model, trainer = run(data, max_epochs=2)
     assert data.tokenizer is model.tokenizer
     assert [len(model.batches[k]) for k in ("train", "val")] == [10, 4]
     assert set(model.batches["train"][0]) == {"input_ids", "attention_mask", "labels"}
     val = model.batches["val"][0]
-    assert set(val) == {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "answers"}
+    assert set(val) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "prompt_ids",
+        "prompt_mask",
+        "answers",
+    }
     assert val["answers"] == [row["answer"] for row in data.rows("val")[:3]]
     decode = model.tokenizer.decode
     kept = val["labels"][0][val["labels"][0] != -100]
@@ -203,10 +228,14 @@ def test_processes_share_the_rows(monkeypatch):
         data.tokenizer = model.tokenizer
         data.setup()
         data.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-        monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": rank})
+        monkeypatch.setattr(
+            Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": rank}
+        )
         loader = data.train_dataloader()
         assert len(loader) == 3
-        shares.append([row for batch in loader for row in model.tokenizer.batch_decode(batch["input_ids"])])
+        shares.append(
+            [row for batch in loader for row in model.tokenizer.batch_decode(batch["input_ids"])]
+        )
     assert not {t.rstrip("<end>") for t in shares[0]} & {t.rstrip("<end>") for t in shares[1]}
     assert len(shares[0]) + len(shares[1]) == 19
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from adaptrank.cli import main
 from adaptrank.cli.train import AdaptrankCLI
 from adaptrank.data import CausalLMData, ClassificationData, LabelTask, Source, TaskData
-from adaptrank.data.base import cut, encode_segments
+from adaptrank.data.task import cut, encode_segments
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
@@ -28,17 +28,25 @@ def tiny_tokenizer(*, bos=False, pairs=False):
     names = ["<end>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
     digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [("<s>", 1), ("<end>", 0)]
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=special
+        )
     if pairs:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A <end>", pair="<s> $A <end> $B:1 <end>:1", special_tokens=special
         )
     given = {"eos_token": "<end>", "pad_token": "<end>", "bos_token": "<s>", "chat_template": CHAT}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"] if pairs else ["input_ids", "attention_mask"]
+    inputs = (
+        ["input_ids", "token_type_ids", "attention_mask"]
+        if pairs
+        else ["input_ids", "attention_mask"]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **given)
 
 
@@ -63,7 +71,9 @@ def ready(data: TaskData, tokenizer=None, stage=None):
 
 def sums(n, start=0):
     rows = range(start, start + n)
-    return [{"prompt": f"Q: {i} + 1\nA:", "completion": f" {i + 1}", "answer": f"{i + 1}"} for i in rows]
+    return [
+        {"prompt": f"Q: {i} + 1\nA:", "completion": f" {i + 1}", "answer": f"{i + 1}"} for i in rows
+    ]
 
 
 def trained(data, example):
@@ -83,7 +93,14 @@ def test_a_folder_is_enough(folder):
     assert [len(data.examples(s)) for s in ("train", "val", "test")] == [10, 4, 4]
     assert data.num_classes is None
     batch = next(iter(data.val_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "answers"}
+    assert set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "prompt_ids",
+        "prompt_mask",
+        "answers",
+    }
     assert batch["answers"] == ["101", "102", "103", "104"]
     assert trained(data, data.examples("train")[0]) == " 1<end>"
     assert next(iter(data.predict_dataloader()))["prompts"][0] == "Q: 100 + 1\nA:"
@@ -109,26 +126,37 @@ def test_a_pattern_of_files_and_a_folder_of_parts(tmp_path):
     for k in range(3):
         write(tmp_path / f"parts/part{k}.jsonl", sums(5, 10 * k))
     assert len(CausalLMData(str(tmp_path / "parts/part[01].jsonl")).rows("train")) == 9
-    assert len(CausalLMData(str(tmp_path / "parts")).rows("train")) == 13  # two are held back for validation
+    assert (
+        len(CausalLMData(str(tmp_path / "parts")).rows("train")) == 13
+    )  # two are held back for validation
 
 
 def test_fields_by_column_and_by_template(tmp_path):
     rows = [{"q": f"{i}?", "more": {"a": [f"{i}!"]}, "prompt": "wrong"} for i in range(4)]
-    fields = {"prompt": "Question: {q}\nAnswer:", "completion": " {more[a][0]}", "answer": "{more[a][0]}"}
+    fields = {
+        "prompt": "Question: {q}\nAnswer:",
+        "completion": " {more[a][0]}",
+        "answer": "{more[a][0]}",
+    }
     data = CausalLMData(write(tmp_path / "a.jsonl", rows), **fields)
     assert data.rows("train")[0].keys() == {"prompt", "completion", "answer"}
     assert {r["prompt"] + r["completion"] for s in ("train", "val") for r in data.rows(s)} == {
         f"Question: {i}?\nAnswer: {i}!" for i in range(4)
     }
     own = CausalLMData([Source(write(tmp_path / "a.jsonl", rows), prompt="q")], **fields)
-    assert own.rows("val")[0]["prompt"].endswith("?"), "a source's own field goes before the module's"
+    assert own.rows("val")[0]["prompt"].endswith("?"), (
+        "a source's own field goes before the module's"
+    )
 
 
 def test_validation_is_held_back_by_the_seed_and_never_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", sums(50))
 
     def split(seed):
-        return {s: [r["answer"] for r in CausalLMData(path, seed=seed).rows(s)] for s in ("train", "val")}
+        return {
+            s: [r["answer"] for r in CausalLMData(path, seed=seed).rows(s)]
+            for s in ("train", "val")
+        }
 
     assert split(1) == split(1) != split(2)
     assert len(split(1)["val"]) == 5
@@ -156,11 +184,16 @@ def test_limits_keep_the_first_after_a_shuffle(folder):
     assert [len(data.examples(s)) for s in ("train", "val")] == [3, 2]
     kept = [trained(data, e) for e in data.examples("train")]
     assert kept != [" 1<end>", " 2<end>", " 3<end>"]
-    assert kept == [trained(data, e) for e in ready(CausalLMData(str(folder), limit_train=3)).examples("train")]
+    assert kept == [
+        trained(data, e) for e in ready(CausalLMData(str(folder), limit_train=3)).examples("train")
+    ]
 
 
 def test_truncation_keeps_the_completion_and_is_reported(tmp_path, caplog):
-    rows = [{"prompt": "x" * 50 + "end:", "completion": " yes"}, {"prompt": "short:", "completion": " no"}]
+    rows = [
+        {"prompt": "x" * 50 + "end:", "completion": " yes"},
+        {"prompt": "short:", "completion": " no"},
+    ]
     rows += [{"prompt": "p:", "completion": " " + "y" * 60}]
     path = write(tmp_path / "a.jsonl", rows)
     with caplog.at_level(logging.WARNING, "adaptrank"):
@@ -169,7 +202,9 @@ def test_truncation_keeps_the_completion_and_is_reported(tmp_path, caplog):
     assert data.tokenizer.decode(a["input_ids"]) == "<s>" + "x" * 10 + "end: yes<end>"
     assert trained(data, a) == " yes<end>"
     assert len(b["input_ids"]) == 1 + 6 + 3 + 1
-    assert data.tokenizer.decode(c["input_ids"]) == "<s> " + "y" * 18, "one token of context is left"
+    assert data.tokenizer.decode(c["input_ids"]) == "<s> " + "y" * 18, (
+        "one token of context is left"
+    )
     assert data.truncated == {"train": 2, "val": 2}
     text = "2 of 3 train rows exceed max_length=20: 1 prompts cut from the left, 1 completions cut from the right."
     assert text in caplog.text
@@ -177,7 +212,11 @@ def test_truncation_keeps_the_completion_and_is_reported(tmp_path, caplog):
 
 
 def test_cut_keeps_what_the_last_completion_needs():
-    assert cut([1, 2, 3, 4, 5], [-100, 2, -100, 4, 5], 3, None) == ([3, 4, 5], [-100, 4, 5], "prompt")
+    assert cut([1, 2, 3, 4, 5], [-100, 2, -100, 4, 5], 3, None) == (
+        [3, 4, 5],
+        [-100, 4, 5],
+        "prompt",
+    )
     assert cut([1, 2, 3, 4, 5], [-100, 2, -100, 4, 5], 2, None) == ([3, 4], [-100, 4], "completion")
     assert cut([7, 2, 3, 4], [-100, -100, -100, 4], 3, 7) == ([7, 3, 4], [-100, -100, 4], "prompt")
     assert cut([1, 2], [1, 2], 2, None) == ([1, 2], [1, 2], "")
@@ -188,14 +227,24 @@ def test_the_prompt_is_tokenized_as_generation_sees_it():
     """Where prompt and completion would merge into one token, they are told apart; elsewhere the text is tokenized whole."""
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert encode_segments(merging, [[("a", False), ("b", True)]], special=True) == [([0, 1], [-100, 1])]
-    assert encode_segments(merging, [[("a", False), ("ab", True)]], special=True) == [([0, 2], [-100, 2])]
+    assert encode_segments(merging, [[("a", False), ("b", True)]], special=True) == [
+        ([0, 1], [-100, 1])
+    ]
+    assert encode_segments(merging, [[("a", False), ("ab", True)]], special=True) == [
+        ([0, 2], [-100, 2])
+    ]
 
 
 @pytest.mark.parametrize("label", [1, "B", "no"])
 def test_choices(tmp_path, label):
-    rows = [{"prompt": f"{i}?", "choices": ["yes", "no", "maybe so"], "label": label} for i in range(4)]
-    data = ready(CausalLMData(write(tmp_path / "a.jsonl", rows), write(tmp_path / "v.jsonl", rows), eval_batch_size=4))
+    rows = [
+        {"prompt": f"{i}?", "choices": ["yes", "no", "maybe so"], "label": label} for i in range(4)
+    ]
+    data = ready(
+        CausalLMData(
+            write(tmp_path / "a.jsonl", rows), write(tmp_path / "v.jsonl", rows), eval_batch_size=4
+        )
+    )
     assert trained(data, data.examples("train")[0]) == " no<end>"
     batch = next(iter(data.val_dataloader()))["choices"]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "group", "characters", "target"}
@@ -230,13 +279,23 @@ def test_chat_trains_on_the_reply_and_its_end(folder):
 
 def test_chat_choices_have_no_end(tmp_path):
     rows = [{"prompt": f"{i}?", "choices": ["yes", "no"], "label": 0} for i in range(2)]
-    data = ready(CausalLMData(write(tmp_path / "a.jsonl", rows), write(tmp_path / "v.jsonl", rows), chat=True))
+    data = ready(
+        CausalLMData(
+            write(tmp_path / "a.jsonl", rows), write(tmp_path / "v.jsonl", rows), chat=True
+        )
+    )
     labels = next(iter(data.val_dataloader()))["choices"]["labels"]
     assert [data.tokenizer.decode(ids[ids != -100]) for ids in labels] == ["yes", "no"] * 2
 
 
 def test_conversations(tmp_path):
-    turns = [("system", "Be short."), ("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "Ciao")]
+    turns = [
+        ("system", "Be short."),
+        ("user", "Hi"),
+        ("assistant", "Yo"),
+        ("user", "Bye"),
+        ("assistant", "Ciao"),
+    ]
     rows = [{"messages": [{"role": r, "content": c} for r, c in turns]}] * 2
     data = ready(CausalLMData(write(tmp_path / "a.jsonl", rows), write(tmp_path / "v.jsonl", rows)))
     assert trained(data, data.examples("train")[0]) == "Yo<end>Ciao<end>"
@@ -247,7 +306,10 @@ def test_conversations(tmp_path):
     with pytest.raises(ValueError, match="no assistant turn"):
         ready(CausalLMData(write(tmp_path / "b.jsonl", mute)))
     asked = CausalLMData(str(tmp_path / "a.jsonl"), predict=write(tmp_path / "p.jsonl", mute))
-    assert ready(asked, stage="predict").examples("predict")[0]["prompt"] == "<s>user\nHi<end>\n<s>assistant\n"
+    assert (
+        ready(asked, stage="predict").examples("predict")[0]["prompt"]
+        == "<s>user\nHi<end>\n<s>assistant\n"
+    )
 
 
 def test_prediction_needs_prompts_only(folder, tmp_path):
@@ -273,17 +335,22 @@ def test_classes_are_named_beside_the_file(tmp_path):
     batch = next(iter(data.train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert sorted(
-        ready(ClassificationData(str(folder), batch_size=9)).examples("val")[i]["label"] for i in range(3)
+        ready(ClassificationData(str(folder), batch_size=9)).examples("val")[i]["label"]
+        for i in range(3)
     ) == [0, 1, 2]
 
 
 def test_classes_are_the_sorted_labels_where_nothing_names_them(tmp_path):
     names = [{"text": "t", "label": name} for name in ("no", "yes", "maybe")] * 2
-    data = ready(ClassificationData(write(tmp_path / "a.jsonl", names), write(tmp_path / "v.jsonl", names)))
+    data = ready(
+        ClassificationData(write(tmp_path / "a.jsonl", names), write(tmp_path / "v.jsonl", names))
+    )
     assert data.class_names == ["maybe", "no", "yes"]
     assert [e["label"] for e in data.examples("train")] == [1, 2, 0, 1, 2, 0]
     stars = [{"text": "t", "label": k} for k in (5, 1, 3)]
-    data = ready(ClassificationData(write(tmp_path / "b.jsonl", stars), write(tmp_path / "w.jsonl", stars)))
+    data = ready(
+        ClassificationData(write(tmp_path / "b.jsonl", stars), write(tmp_path / "w.jsonl", stars))
+    )
     assert data.class_names == ["1", "3", "5"]
     assert [e["label"] for e in data.examples("val")] == [2, 0, 1]
 
@@ -292,13 +359,21 @@ def test_pairs_have_types(tmp_path):
     rows = [{"a": "one", "b": "two", "y": "same" if i % 2 else "other"} for i in range(4)]
     path = write(tmp_path / "a.jsonl", rows)
     fields = {"text": "a", "text_pair": "b", "label": "y"}
-    data = ready(ClassificationData(path, path, batch_size=4, max_length=8, **fields), tiny_tokenizer(pairs=True))
+    data = ready(
+        ClassificationData(path, path, batch_size=4, max_length=8, **fields),
+        tiny_tokenizer(pairs=True),
+    )
     batch = next(iter(data.val_dataloader()))
-    assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1][: batch["token_type_ids"].shape[1]]
+    assert (
+        batch["token_type_ids"][0].tolist()
+        == [0, 0, 0, 0, 1, 1, 1, 1][: batch["token_type_ids"].shape[1]]
+    )
     assert batch["labels"].tolist() == [0, 1, 0, 1]
     assert data.truncated["train"] == 4
     assert data.class_names == ["other", "same"]
-    assert "labels" not in next(iter(ready(ClassificationData(path, predict=path, **fields)).predict_dataloader()))
+    assert "labels" not in next(
+        iter(ready(ClassificationData(path, predict=path, **fields)).predict_dataloader())
+    )
 
 
 def test_yaml_is_short_and_survives_being_saved(folder, tmp_path):
@@ -388,18 +463,31 @@ def command(monkeypatch, capsys):
 def test_the_command_takes_a_path_of_every_kind(kind, data, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     file, path = KINDS[kind]
-    rows = sums(4) if data is CausalLMData else [{"text": f"film {i}", "label": i % 2} for i in range(4)]
+    rows = (
+        sums(4)
+        if data is CausalLMData
+        else [{"text": f"film {i}", "label": i % 2} for i in range(4)]
+    )
     if kind == "one column":  # a CSV whose text is one plain word after the other
-        rows = [{"prompt": f"word{i}"} if data is CausalLMData else {"text": f"word{i}"} for i in range(4)]
+        rows = [
+            {"prompt": f"word{i}"} if data is CausalLMData else {"text": f"word{i}"}
+            for i in range(4)
+        ]
     tabulate(tmp_path / file, rows)
     keys = ("sources", "validation", "test", "predict")
     given = {"class_path": data.__name__, "init_args": dict.fromkeys(keys, path)}
     Path("run.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": given}))
-    Path("bare.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": {"class_path": data.__name__}}))
-    typed = [f"--data.{key}={path}" for key in keys[:2]] + [a for k in keys[2:] for a in (f"--data.{k}", path)]
+    Path("bare.yaml").write_text(
+        yaml.safe_dump({"model": MODEL, "data": {"class_path": data.__name__}})
+    )
+    typed = [f"--data.{key}={path}" for key in keys[:2]] + [
+        a for k in keys[2:] for a in (f"--data.{k}", path)
+    ]
     for args in (["--config", "run.yaml"], ["--config", "bare.yaml", *typed]):
         made, printed = command(*args)
-        assert {k: yaml.safe_load(printed)["data"]["init_args"][k] for k in keys} == dict.fromkeys(keys, path)
+        assert {k: yaml.safe_load(printed)["data"]["init_args"][k] for k in keys} == dict.fromkeys(
+            keys, path
+        )
         assert {k: [s.path for s in v] for k, v in made._sources.by_split.items()} == {
             k: [path] for k in ("train", "val", "test", "predict")
         }
@@ -418,7 +506,11 @@ def test_the_command_takes_lists_of_sources(tmp_path, monkeypatch, command):
     sources = [{"path": "c.csv", "weight": 2, "prompt": "Q {prompt}"}, {"path": "a.json"}]
     data = {"class_path": "CausalLMData", "init_args": {"sources": sources}}
     Path("run.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": data}))
-    for args in ([], ["--data.sources", json.dumps(sources)], ["--data.validation", '[{"path": "a.json"}]']):
+    for args in (
+        [],
+        ["--data.sources", json.dumps(sources)],
+        ["--data.validation", '[{"path": "a.json"}]'],
+    ):
         made, printed = command("--config", "run.yaml", *args)
         assert [type(source) for source in made._sources.by_split["train"]] == [Source, Source]
         rows = made.rows("train")
@@ -435,7 +527,9 @@ def hub(monkeypatch):
     names = ClassLabel(names=["bad", "good"])
     features = Features({"text": Value("string"), "label": names})
     splits = {
-        "train": Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0, 1, 1, 0]}, features=features),
+        "train": Dataset.from_dict(
+            {"text": ["a", "b", "c", "d"], "label": [0, 1, 1, 0]}, features=features
+        ),
         "validation": Dataset.from_dict({"text": ["v", "w"], "label": [1, 0]}, features=features),
     }
     asked = []
@@ -459,17 +553,25 @@ def hub(monkeypatch):
 def test_the_hub_is_asked_for_name_configuration_and_split(hub):
     data = ready(ClassificationData([Source("some/films", name="short")]))
     assert data.class_names == ["bad", "good"]
-    assert [row["text"] for row in data.rows("train")] == ["a", "b", "c", "d"], "its own validation split validates"
+    assert [row["text"] for row in data.rows("train")] == ["a", "b", "c", "d"], (
+        "its own validation split validates"
+    )
     assert [(row["text"], row["label"]) for row in data.rows("val")] == [("v", 1), ("w", 0)]
     assert data.rows("test") is None
     assert set(hub) == {("some/films", "short", split) for split in (None, "train", "validation")}
     hub.clear()
-    part = ClassificationData([Source("some/films", split="train[:3]")], [Source("some/films", split="validation")])
+    part = ClassificationData(
+        [Source("some/films", split="train[:3]")], [Source("some/films", split="validation")]
+    )
     assert [len(part.rows(split)) for split in ("train", "val")] == [3, 2]
     assert set(hub) == {("some/films", None, "train[:3]"), ("some/films", None, "validation")}
     held = ClassificationData([Source("some/films", split="train")], val_fraction=0.25)
-    assert [len(held.rows(split)) for split in ("train", "val")] == [3, 1], "who names a split takes no other"
-    assert len(ClassificationData("some/films", test="some/films").rows("test")) == 2, "it has no test split"
+    assert [len(held.rows(split)) for split in ("train", "val")] == [3, 1], (
+        "who names a split takes no other"
+    )
+    assert len(ClassificationData("some/films", test="some/films").rows("test")) == 2, (
+        "it has no test split"
+    )
 
 
 def test_what_the_hub_has_not_is_said(hub, monkeypatch):
@@ -477,7 +579,9 @@ def test_what_the_hub_has_not_is_said(hub, monkeypatch):
         ClassificationData([Source("some/flims", split="train")])
     )
     monkeypatch.setattr("datasets.inspect.get_dataset_split_names", lambda *_: ["dev"])
-    assert "has no train split; set `split` to one of ['dev']" in problem(ClassificationData("some/films"))
+    assert "has no train split; set `split` to one of ['dev']" in problem(
+        ClassificationData("some/films")
+    )
 
 
 def scores(labels):
@@ -497,11 +601,17 @@ def test_regression_keeps_numbers(tmp_path):
     assert sorted(batch.tolist()) == pytest.approx([0.5, 1.25, 3.0, 4.8])
     batch = next(iter(data.val_dataloader()))["labels"]
     assert (batch.dtype, batch.tolist()) == (torch.float32, [1.0, 2.0, 3.0])
-    asked = ready(ClassificationData(whole, predict=str(tmp_path / "a.csv"), regression=True), stage="predict")
+    asked = ready(
+        ClassificationData(whole, predict=str(tmp_path / "a.csv"), regression=True), stage="predict"
+    )
     assert "labels" not in next(iter(asked.predict_dataloader()))
-    assert [row["label"] for row in ClassificationData(whole, whole, regression=True).rows("val")] == [1.0, 2.0, 3.0]
+    assert [
+        row["label"] for row in ClassificationData(whole, whole, regression=True).rows("val")
+    ] == [1.0, 2.0, 3.0]
     spelled = write(tmp_path / "s.jsonl", scores(["3.5", "-1e-1"]))
-    assert [r["label"] for r in ClassificationData(spelled, spelled, regression=True).rows("train")] == [3.5, -0.1]
+    assert [
+        r["label"] for r in ClassificationData(spelled, spelled, regression=True).rows("train")
+    ] == [3.5, -0.1]
 
 
 @pytest.mark.parametrize("label", ["good", "nan", [1.0]])
@@ -521,11 +631,17 @@ def test_classes_and_regression_exclude_each_other(tmp_path):
 
 
 def test_pairs_and_single_texts_are_not_mixed_unasked(tmp_path):
-    pairs = write(tmp_path / "p.jsonl", [{"text": "one", "text_pair": "two", "label": k} for k in (0, 1)])
-    other = write(tmp_path / "o.jsonl", [{"text": "three", "second": "four", "label": k} for k in (0, 1)])
+    pairs = write(
+        tmp_path / "p.jsonl", [{"text": "one", "text_pair": "two", "label": k} for k in (0, 1)]
+    )
+    other = write(
+        tmp_path / "o.jsonl", [{"text": "three", "second": "four", "label": k} for k in (0, 1)]
+    )
     for sources in ([Source(pairs), Source(other)], [Source(other), Source(pairs)]):
         said = problem(ClassificationData(sources, pairs))
-        assert said.startswith(f"{pairs!r} has pairs of texts, and {other!r} has no column for `text_pair`")
+        assert said.startswith(
+            f"{pairs!r} has pairs of texts, and {other!r} has no column for `text_pair`"
+        )
     tokenizer = tiny_tokenizer(pairs=True)
 
     def texts(*sources):
@@ -539,7 +655,9 @@ def test_pairs_and_single_texts_are_not_mixed_unasked(tmp_path):
 
 
 def test_a_row_whose_pair_is_null_is_a_single_text(tmp_path):
-    rows = [{"text": "one", "text_pair": pair, "label": k} for k, pair in enumerate(["two", None, ""])]
+    rows = [
+        {"text": "one", "text_pair": pair, "label": k} for k, pair in enumerate(["two", None, ""])
+    ]
     path = write(tmp_path / "a.jsonl", rows)
     data = ready(ClassificationData(path, path, batch_size=3), tiny_tokenizer(pairs=True), "fit")
     decoded = [data.tokenizer.decode(example["input_ids"]) for example in data.examples("train")]
@@ -569,34 +687,54 @@ def test_missing_files_are_answered_with_the_nearest(folder, tmp_path):
     assert "No file matches" in problem(CausalLMData(str(tmp_path / "*.csv")))
     (tmp_path / "empty").mkdir()
     assert "has no data file" in problem(CausalLMData(str(tmp_path / "empty")))
-    assert "no 'extra' split; it holds ['train.jsonl'" in problem(CausalLMData([Source(str(folder), split="extra")]))
+    assert "no 'extra' split; it holds ['train.jsonl'" in problem(
+        CausalLMData([Source(str(folder), split="extra")])
+    )
 
 
 def test_missing_columns_are_answered_with_those_there_are(folder, tmp_path):
     said = problem(CausalLMData(str(folder), prompt="{promt}"))
-    assert "no column 'promt', only ['prompt', 'completion', 'answer']; did you mean 'prompt'?" in said
+    assert (
+        "no column 'promt', only ['prompt', 'completion', 'answer']; did you mean 'prompt'?" in said
+    )
     assert "prompt: 'Q {' is no format string" in problem(CausalLMData(str(folder), prompt="Q {"))
     path = write(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}] * 3)
     assert 'for example prompt: "{question}"' in problem(CausalLMData(path))
     assert "no column 'completion'" in problem(CausalLMData(path, prompt="question"))
-    path = write(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}] * 2)
+    path = write(
+        tmp_path / "b.jsonl",
+        [{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}] * 2,
+    )
     assert "Row 1 of" in problem(CausalLMData(path))
 
 
 def test_labels_outside(tmp_path):
     rows = [{"prompt": "q", "choices": ["a", "b"], "label": 2}] * 3
-    assert "label 2 is none of its 2 choices; use 0 to 1" in problem(CausalLMData(write(tmp_path / "a.jsonl", rows)))
-    good, bad = write(tmp_path / "t.jsonl", reviews(6)), write(tmp_path / "v.jsonl", [{"text": "x", "label": 7}])
-    assert "label 7 is none of the 3 classes ['0', '1', '2']" in problem(ClassificationData(good, bad))
-    assert "label 2 is none of the 2 classes" in problem(ClassificationData(good, classes=["a", "b"]))
+    assert "label 2 is none of its 2 choices; use 0 to 1" in problem(
+        CausalLMData(write(tmp_path / "a.jsonl", rows))
+    )
+    good, bad = (
+        write(tmp_path / "t.jsonl", reviews(6)),
+        write(tmp_path / "v.jsonl", [{"text": "x", "label": 7}]),
+    )
+    assert "label 7 is none of the 3 classes ['0', '1', '2']" in problem(
+        ClassificationData(good, bad)
+    )
+    assert "label 2 is none of the 2 classes" in problem(
+        ClassificationData(good, classes=["a", "b"])
+    )
     named = write(tmp_path / "n.jsonl", [{"text": "x", "label": "positiv"}] * 3)
-    assert "did you mean 'positive'?" in problem(ClassificationData(named, classes=["negative", "positive"]))
+    assert "did you mean 'positive'?" in problem(
+        ClassificationData(named, classes=["negative", "positive"])
+    )
 
 
 def test_empty_splits_and_shares(folder, tmp_path):
     empty = tmp_path / "none.csv"
     empty.write_text("prompt,completion\n")
-    assert f"No rows come from '{empty}'" in problem(CausalLMData(str(folder), validation=str(empty)))
+    assert f"No rows come from '{empty}'" in problem(
+        CausalLMData(str(folder), validation=str(empty))
+    )
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": ')
     assert "cannot be read as json" in problem(CausalLMData(str(broken)))

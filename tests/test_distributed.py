@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
-from adaptrank.distributed import keep_apart
+from adaptrank.training.distributed import keep_apart
 
 SCRIPT = Path(__file__).with_name("distributed_runs.py")
 NAMES = (
@@ -39,13 +39,28 @@ def launch(folder, names, world, **more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo", **more}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    common |= {
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **more,
+    }
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder), *names],
             env=common
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world)},
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "LOCAL_WORLD_SIZE": str(world),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,7 +71,9 @@ def launch(folder, names, world, **more):
 
 def finished(processes, seconds=240):
     try:
-        return [(process.communicate(timeout=seconds)[0], process.returncode) for process in processes]
+        return [
+            (process.communicate(timeout=seconds)[0], process.returncode) for process in processes
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -90,7 +107,9 @@ def test_two_processes_are_one_with_the_whole_batch(folder, name, resumed):
     assert max(event["step"] for event in events) == LAST.get(name, 18)
     assert any(event["sizes"] or event.get("closed") for event in events)
     for key, value in want.items():
-        torch.testing.assert_close(first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +146,8 @@ def test_sharded_frozen_weights_change_nothing(folder, sharded, name, resumed):
 def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
     trainer = SimpleNamespace(strategy=object.__new__(FSDPStrategy))
     with pytest.raises(
-        ValueError, match=r"FSDPStrategy takes hold of all parameters.*use strategy=ddp, or ModelParallel"
+        ValueError,
+        match=r"FSDPStrategy takes hold of all parameters.*use strategy=ddp, or ModelParallel",
     ):
         keep_apart(trainer, None)
 

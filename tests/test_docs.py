@@ -24,13 +24,20 @@ from adaptrank.parameterizations import Parameterization
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(DOCS.glob("*.md")),
+]
 PACKAGE = Path(adaptrank.__file__).parent
 
 
 def blocks(page, language):
     """Texts of the fenced blocks of a language; those that say `no-run` are left out."""
-    found = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^```(\w+)([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     return [text for name, rest, text in found if name == language and "no-run" not in rest]
 
 
@@ -58,7 +65,11 @@ def modules():
     """Forget, at the end, whatever modules a test imported."""
     before = dict(sys.modules)
     yield
-    for name in ("my_allocator", "row_blocks", *(n for n in sys.modules if n.startswith("snippets_"))):
+    for name in (
+        "my_allocator",
+        "row_blocks",
+        *(n for n in sys.modules if n.startswith("snippets_")),
+    ):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -87,8 +98,24 @@ def test_python_snippets_run(page, tiny_llama, tmp_path, monkeypatch, modules):
 
 
 CALM = [
-    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--evaluate", "false"),
-    *("--data.batch_size", "4", "--data.train_size", "40", "--data.val_size", "4", "--model.dtype", "fp32"),
+    *(
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--evaluate",
+        "false",
+    ),
+    *(
+        "--data.batch_size",
+        "4",
+        "--data.train_size",
+        "40",
+        "--data.val_size",
+        "4",
+        "--model.dtype",
+        "fp32",
+    ),
 ]
 
 
@@ -104,7 +131,9 @@ def fit(tmp_path, tiny_llama, *configs):
     return folder
 
 
-def test_an_allocator_from_the_docs_runs_from_a_file_named_in_yaml(tmp_path, tiny_llama, monkeypatch, modules):
+def test_an_allocator_from_the_docs_runs_from_a_file_named_in_yaml(
+    tmp_path, tiny_llama, monkeypatch, modules
+):
     page = DOCS / "add_an_allocator.md"
     code = blocks(page, "python")[0]
     (readme,) = (text for text in blocks(ROOT / "README.md", "python") if "Allocator" in text)
@@ -114,7 +143,11 @@ def test_an_allocator_from_the_docs_runs_from_a_file_named_in_yaml(tmp_path, tin
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_allocator", None)
-    base = (ROOT / "configs" / "lora_llama.yaml").read_text().replace("max_steps: 200", "max_steps: 20")
+    base = (
+        (ROOT / "configs" / "lora_llama.yaml")
+        .read_text()
+        .replace("max_steps: 200", "max_steps: 20")
+    )
     folder = fit(tmp_path, tiny_llama, base.replace("rank: 8", "rank: 4"), blocks(page, "yaml")[0])
     events = [json.loads(line) for line in (folder / "ranks.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events] == [0, 10, 15]
@@ -156,12 +189,18 @@ def test_yaml_blocks_parse(page, tmp_path, monkeypatch, capsys, modules):
     for number, text in enumerate(blocks(page, "yaml")):
         config = yaml.safe_load(text)
         for module in re.findall(r"class_path: (my_allocator|row_blocks)\.", text):
-            source = {"my_allocator": "add_an_allocator", "row_blocks": "add_a_parameterization"}[module]
+            source = {"my_allocator": "add_an_allocator", "row_blocks": "add_a_parameterization"}[
+                module
+            ]
             (tmp_path / f"{module}.py").write_text(blocks(DOCS / f"{source}.md", "python")[0])
             sys.modules.pop(module, None)
         file = tmp_path / f"{number}.yaml"
         file.write_text(text)
-        base = [] if {"model", "data"} <= config.keys() else ["--config", str(ROOT / "configs" / "lora_llama.yaml")]
+        base = (
+            []
+            if {"model", "data"} <= config.keys()
+            else ["--config", str(ROOT / "configs" / "lora_llama.yaml")]
+        )
         with pytest.raises(SystemExit) as stop:
             main(["fit", *base, "--config", str(file), "--print_config"])
         assert not stop.value.code, capsys.readouterr().err
@@ -177,7 +216,9 @@ def test_yaml_of_the_method_pages_is_what_the_class_takes(methods):
             entry = entry[0] if isinstance(entry, list) else entry
             known = {**PARAMETERIZATIONS, **adaptrank.ALLOCATORS}[entry["class_path"]]
             defaults = {
-                n: p.default for n, p in inspect.signature(known).parameters.items() if p.default is not p.empty
+                n: p.default
+                for n, p in inspect.signature(known).parameters.items()
+                if p.default is not p.empty
             }
             assert entry.get("init_args", {}) == defaults
 
@@ -202,10 +243,19 @@ def test_the_configuration_page_has_every_key_of_the_parser(capsys):
             main(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])
         printed = yaml.safe_load(capsys.readouterr().out)
         keys(printed, "model", "AdaptedModule", task)
-        assert printed["model"]["init_args"]["adapters"][0].keys() == {a for n, a in listed if n == "Adapter"}
+        assert printed["model"]["init_args"]["adapters"][0].keys() == {
+            a for n, a in listed if n == "Adapter"
+        }
         printed["data"]["init_args"].pop("chat", None)
         keys(printed, "data", "TaskData", data)
-        for key in printed.keys() - {"model", "data", "trainer", "allocator", "optimizer", "lr_scheduler"}:
+        for key in printed.keys() - {
+            "model",
+            "data",
+            "trainer",
+            "allocator",
+            "optimizer",
+            "lr_scheduler",
+        }:
             assert f"`{key}`" in page, key
 
 
@@ -224,7 +274,9 @@ def shell_lines():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         yield from ((page, line) for block in blocks(page, "bash") for line in block.splitlines())
-        yield from ((page, code) for code in re.findall(r"`((?:make|python -m adaptrank) [^`\n]+)`", text))
+        yield from (
+            (page, code) for code in re.findall(r"`((?:make|python -m adaptrank) [^`\n]+)`", text)
+        )
 
 
 def test_commands_name_what_exists():
@@ -240,14 +292,20 @@ def test_commands_name_what_exists():
             assert (ROOT / config).is_file(), f"{page.name}: {line}"
     assert {"fit", "generate", "merge"} <= seen
     every = {f"configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")}
-    assert every == set(re.findall(r"`(configs/\S+\.yaml)` \|", (DOCS / "quickstart.md").read_text()))
+    assert every == set(
+        re.findall(r"`(configs/\S+\.yaml)` \|", (DOCS / "quickstart.md").read_text())
+    )
 
 
 def test_the_readme_shows_the_command_on_its_first_screen():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "python -m adaptrank fit --config configs/hyperadapt_llama.yaml" in "\n".join(text.splitlines()[:15])
+    assert "python -m adaptrank fit --config configs/hyperadapt_llama.yaml" in "\n".join(
+        text.splitlines()[:15]
+    )
     shown = re.search(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
-    assert "<!-- demo-output -->" in shown or "Adapter saved:" in shown, "the output is the command's own"
+    assert "<!-- demo-output -->" in shown or "Adapter saved:" in shown, (
+        "the output is the command's own"
+    )
     pins = re.search(r"^MODELS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert f"pip install --no-deps {pins}\n" in text
 
@@ -257,7 +315,11 @@ def test_the_readme_shows_the_command_on_its_first_screen():
 
 def test_every_page_is_in_a_toctree():
     index = (DOCS / "index.md").read_text()
-    entries = [e for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", index, re.M | re.S) for e in tree.splitlines()]
+    entries = [
+        e
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", index, re.M | re.S)
+        for e in tree.splitlines()
+    ]
     entries = {e for e in entries if e and not e.startswith(":")}
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
     assert pages | {"methods/index", "results/*"} == entries
@@ -265,14 +327,20 @@ def test_every_page_is_in_a_toctree():
 
 def anchors(page):
     """Slugs of the headings of a page, as MyST and GitHub make them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def test_links_lead_somewhere(methods):
     generated = {page.name: page for page in methods}
     for page in [*PAGES, *methods]:
-        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(
+            r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
         for target in re.findall(r"(?<!\\)\]\(([^)\s]+)\)", text):
             if target.startswith(("http://", "https://")):
                 continue
@@ -303,14 +371,29 @@ def test_method_pages_state_the_counts_of_a_layer(methods):
 
 def test_the_pages_name_no_place_of_a_machine():
     for page in [*PAGES, *DOCS.glob("*.py"), ROOT / ".pre-commit-config.yaml"]:
-        assert not re.search(r"/work\b|/home/\w|/root\b|/tmp\b", page.read_text(encoding="utf-8")), page.name
+        assert not re.search(
+            r"/work\b|/home/\w|/root\b|/tmp\b", page.read_text(encoding="utf-8")
+        ), page.name
 
 
 def test_the_documentation_builds_without_warnings(tmp_path):
     pytest.importorskip("sphinx")
     pytest.importorskip("furo")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
-    run = subprocess.run([*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        str(tmp_path / "trees"),
+    ]
+    run = subprocess.run(
+        [*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "html" / "methods" / "LoRA.html").is_file()
 
@@ -320,24 +403,40 @@ def test_the_documentation_builds_without_warnings(tmp_path):
 
 def imports_of(part):
     """Parts of the package that a part imports, lazily or not."""
-    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).rglob("*.py"))
+    files = (
+        [PACKAGE / f"{part}.py"]
+        if (PACKAGE / f"{part}.py").is_file()
+        else sorted((PACKAGE / part).rglob("*.py"))
+    )
     assert files, part
     found = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "adaptrank" else [node.module]
+                names = (
+                    [f"{node.module}.{a.name}" for a in node.names]
+                    if node.module == "adaptrank"
+                    else [node.module]
+                )
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            found |= {name.split(".")[1] for name in names if name and name.startswith("adaptrank.")}
+            found |= {
+                name.split(".")[1] for name in names if name and name.startswith("adaptrank.")
+            }
     return found - {part}
 
 
 def test_imports_point_one_way_as_the_architecture_page_says():
-    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| `(\w+)` \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE
+    )
     allowed = {part: set(re.findall(r"`(\w+)`", names)) for part, names in table}
-    parts = {file.stem for file in PACKAGE.iterdir() if file.suffix == ".py" or (file / "__init__.py").is_file()}
+    parts = {
+        file.stem
+        for file in PACKAGE.iterdir()
+        if file.suffix == ".py" or (file / "__init__.py").is_file()
+    }
     assert parts - {"__init__", "__main__"} == allowed.keys()
     above = []
     for part, names in allowed.items():
@@ -349,13 +448,36 @@ def test_imports_point_one_way_as_the_architecture_page_says():
 
 def test_nothing_names_a_method_outside_of_its_file():
     """No name, attribute or import of a parameterization in what works for all of them."""
-    methods = {name for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
-    for part in ("axes", "inject", "regularize", "allocators", "artifacts", "modules", "testing", "data"):
-        for file in [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else (PACKAGE / part).glob("*.py"):
+    methods = {
+        name for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")
+    }
+    for part in (
+        "axes",
+        "injection",
+        "training",
+        "allocation",
+        "artifacts",
+        "modules",
+        "testing",
+        "data",
+    ):
+        for file in (
+            [PACKAGE / f"{part}.py"]
+            if (PACKAGE / f"{part}.py").is_file()
+            else (PACKAGE / part).rglob("*.py")
+        ):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 names = {getattr(node, "id", None), getattr(node, "attr", None)}
-                names |= {alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)}
-                names |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+                names |= {
+                    alias.name
+                    for alias in getattr(node, "names", [])
+                    if isinstance(alias, ast.alias)
+                }
+                names |= (
+                    {node.value}
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                    else set()
+                )
                 assert not names & methods, f"{file.name}, line {node.lineno}"
 
 
@@ -365,7 +487,11 @@ def test_nothing_names_a_method_outside_of_its_file():
 def test_counts_on_the_page_how_to_choose():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rows = re.findall(r"^\| `\[(.*)\]` \| ([\d,]+) \| ([\d.]+) % \|$", (DOCS / "how_to_choose.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `\[(.*)\]` \| ([\d,]+) \| ([\d.]+) % \|$",
+        (DOCS / "how_to_choose.md").read_text(),
+        re.M,
+    )
     assert len(rows) == 5
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -386,7 +512,15 @@ def test_counts_on_the_page_how_to_choose():
 def test_t5_and_multihead_attention_read_the_weight():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
+    config = T5Config(
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=30,
+        decoder_start_token_id=0,
+    )
     t5 = adapt(T5ForConditionalGeneration(config), "all-linear", PARAMETERIZATIONS["DoRA"])
     encoder = adapt(nn.TransformerEncoderLayer(16, 2, 32), "all-linear", PARAMETERIZATIONS["LoRA"])
     for model, inputs, ending in (
@@ -398,7 +532,9 @@ def test_t5_and_multihead_attention_read_the_weight():
         with pytest.MonkeyPatch.context() as patch:
             dense = Parameterization.dense
             patch.setattr(
-                Parameterization, "dense", lambda self, p=paths, b=built, d=dense: (b.add(p[self]), d(self))[1]
+                Parameterization,
+                "dense",
+                lambda self, p=paths, b=built, d=dense: (b.add(p[self]), d(self))[1],
             )
             model(**inputs)
         assert built
@@ -413,7 +549,9 @@ def test_compiling_gives_up_after_eight_resizes_unless_sizes_are_dynamic():
     for static in (True, False):
         dynamo.reset()
         counter = CompileCounter()
-        model = nn.Sequential(*[PARAMETERIZATIONS["LoRA"](nn.Linear(8, 8), rank=2) for _ in range(2)])
+        model = nn.Sequential(
+            *[PARAMETERIZATIONS["LoRA"](nn.Linear(8, 8), rank=2) for _ in range(2)]
+        )
         with dynamo.config.patch(force_parameter_static_shapes=static):
             compiled = torch.compile(model, backend=counter)
             compiled(torch.randn(2, 8))
@@ -428,7 +566,9 @@ def test_compiling_gives_up_after_eight_resizes_unless_sizes_are_dynamic():
 def test_a_second_adapter_file_of_another_base_is_told_apart(tmp_path, caplog):
     """The sentence that the page quotes is the one that is logged."""
     torch.manual_seed(0)
-    save_adapter(adapt(nn.Sequential(nn.Linear(4, 4)), "all-linear", PARAMETERIZATIONS["LoRA"]), tmp_path)
+    save_adapter(
+        adapt(nn.Sequential(nn.Linear(4, 4)), "all-linear", PARAMETERIZATIONS["LoRA"]), tmp_path
+    )
     load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     quoted = re.search(r'"(The base differs[^"]+)"', (DOCS / "gotchas.md").read_text())[1]
     assert quoted in caplog.text

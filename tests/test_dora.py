@@ -6,7 +6,7 @@ from test_hyperadapt import meta
 from test_lora import LLAMA_7B, total
 from torch import nn
 
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import DoRA, LoRA
 from adaptrank.testing import builder, check_parameter_count, perturb
 
@@ -22,7 +22,10 @@ def test_closed_count():
 
 
 def test_printed_count():
-    assert total(adapt(meta(LLAMA_7B, 32), "all-linear", lambda base: DoRA(base, rank=32))) == 56_975_360
+    assert (
+        total(adapt(meta(LLAMA_7B, 32), "all-linear", lambda base: DoRA(base, rank=32)))
+        == 56_975_360
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -49,7 +52,9 @@ def test_the_detached_gradient_is_that_of_a_constant_norm(bias):
     V = layer.base.weight + layer.scale * B @ A
     norm = (layer.base.weight + layer.scale * layer.B @ layer.A).norm(dim=1).detach()
     y = nn.functional.linear(x, (m / norm)[:, None] * V, layer.bias)
-    for have, want in zip((layer.A, layer.B, layer.m), torch.autograd.grad(y.square().sum(), leaves), strict=True):
+    for have, want in zip(
+        (layer.A, layer.B, layer.m), torch.autograd.grad(y.square().sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(have.grad, want, rtol=1e-10, atol=1e-10)
     exact = build(nn.Linear(48, 24, bias=bias).double(), detach_norm=False)
     exact(x).square().sum().backward()
@@ -64,7 +69,9 @@ def test_dropout_reaches_the_scaled_product_as_well():
         layer.m *= 2  # no change of direction: what is random now is the product with W
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_cached_norm_is_not_saved():

@@ -9,12 +9,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy import stats
 from test_allocators import ALL, TOTAL, Toy, everything, fit, sizes
 
-from adaptrank.allocators import DyLoRA
+from adaptrank.allocation import DyLoRA
 from adaptrank.artifacts import load_adapter, save_adapter
 from adaptrank.artifacts.merging import merge
 from adaptrank.axes import rank_axes
-from adaptrank.inject import delete_adapter
-from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, Kronecker, LoRA, MELoRA, MiSS, PiCa, TensorTrain
+from adaptrank.injection import delete_adapter
+from adaptrank.parameterizations import (
+    NOLA,
+    SVD,
+    DoRA,
+    HyperAdapt,
+    Kronecker,
+    LoRA,
+    MELoRA,
+    MiSS,
+    PiCa,
+    TensorTrain,
+)
 from adaptrank.testing import perturb
 
 LORA4 = partial(LoRA, rank=4)
@@ -30,7 +41,9 @@ def started(method=LORA4, **arguments):
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
-@pytest.mark.parametrize("method", [LORA4, partial(SVD, rank=4), partial(DoRA, rank=4), [HyperAdapt, LORA4]])
+@pytest.mark.parametrize(
+    "method", [LORA4, partial(SVD, rank=4), partial(DoRA, rank=4), [HyperAdapt, LORA4]]
+)
 def test_a_prefix_is_the_truncated_method(b, method):
     """Against a layer of rank b, whose multiplier is alpha / b."""
     model, allocator, _ = started(method)
@@ -70,7 +83,9 @@ def test_several_axes_of_a_layer_share_the_multiplier():
     assert product == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("method", [TensorTrain, partial(LoRA, rank=4), Kronecker], ids=["TT", "LoRA", "Kronecker"])
+@pytest.mark.parametrize(
+    "method", [TensorTrain, partial(LoRA, rank=4), Kronecker], ids=["TT", "LoRA", "Kronecker"]
+)
 def test_frozen_every_entry_has_its_b_and_only_one(method):
     """What b adds to b - 1: all entries of all tensors train, each with one b, those between two axes too."""
     _, allocator, _ = started(method)
@@ -86,7 +101,9 @@ def test_frozen_every_entry_has_its_b_and_only_one(method):
             trained[id(tensor)] += tensor.grad
     for axis in axes.values():
         for slot in axis.slots():
-            largest = max(len(a) for a in axes.values() for s in a.slots() if s.tensor is slot.tensor)
+            largest = max(
+                len(a) for a in axes.values() for s in a.slots() if s.tensor is slot.tensor
+            )
             assert int(trained[id(slot.tensor)].min()) == 1
             # Where a tensor has fewer units than another layer's, its last ones train for each b beyond.
             assert int(trained[id(slot.tensor)].max()) == 1 + most - largest
@@ -110,7 +127,10 @@ def test_each_axis_can_be_truncated_to_a_b_of_its_own():
     class Look(DyLoRA):
         def _truncate(self, axes, b):
             for layer, units in zip(self.model.maps, (1, 4, 3), strict=True):
-                want[layer] = layer.base(x) + 4 / units * layer.scale * x @ layer.A[:units].T @ layer.B[:, :units].T
+                want[layer] = (
+                    layer.base(x)
+                    + 4 / units * layer.scale * x @ layer.A[:units].T @ layer.B[:, :units].T
+                )
             super()._truncate(axes, b)
 
     model = Toy(LORA4)
@@ -168,7 +188,9 @@ def test_evaluation_uses_its_own_prefix():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr / 100, 0.9)])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr / 100, 0.9)]
+)
 def test_what_a_step_leaves_out_stays_to_the_last_bit(frozen, optimizer):
     moved = Counter()
 
@@ -176,7 +198,10 @@ def test_what_a_step_leaves_out_stays_to_the_last_bit(frozen, optimizer):
         def before_forward(self, axes):
             super().before_forward(axes)
             self.was = {
-                (key, s.label): (s.tensor.detach().clone(), [m.clone() for m in self._moments(s.tensor)])
+                (key, s.label): (
+                    s.tensor.detach().clone(),
+                    [m.clone() for m in self._moments(s.tensor)],
+                )
                 for key, axis in axes.items()
                 for s in axis.slots()
             }
@@ -191,16 +216,23 @@ def test_what_a_step_leaves_out_stays_to_the_last_bit(frozen, optimizer):
                 for slot in axis.slots():
                     value, moments = was[key, slot.label]
                     assert torch.equal(
-                        slot.select(idle), value.index_select(slot.dim, torch.tensor(idle, dtype=torch.long))
+                        slot.select(idle),
+                        value.index_select(slot.dim, torch.tensor(idle, dtype=torch.long)),
                     )
                     for now, before in zip(self._moments(slot.tensor), moments, strict=False):
                         index = torch.tensor(idle, dtype=torch.long)
-                        assert torch.equal(now.index_select(slot.dim, index), before.index_select(slot.dim, index))
+                        assert torch.equal(
+                            now.index_select(slot.dim, index), before.index_select(slot.dim, index)
+                        )
                     if not moments:
                         for now in self._moments(slot.tensor):
-                            assert not now.index_select(slot.dim, torch.tensor(idle, dtype=torch.long)).any()
+                            assert not now.index_select(
+                                slot.dim, torch.tensor(idle, dtype=torch.long)
+                            ).any()
                     index = torch.tensor(active)
-                    moved[b] += not torch.equal(slot.select(active), value.index_select(slot.dim, index))
+                    moved[b] += not torch.equal(
+                        slot.select(active), value.index_select(slot.dim, index)
+                    )
 
     fit(Toy(LORA4, make=optimizer), Look(frozen=frozen))
     assert set(moved) == {1, 2, 3, 4}
@@ -233,7 +265,16 @@ def test_b_is_the_same_in_all_micro_batches_of_a_step():
 
 @pytest.mark.parametrize(
     "method",
-    [LORA4, partial(SVD, rank=4), [HyperAdapt, LORA4], NOLA, TensorTrain, Kronecker, partial(MELoRA, minis=4), PiCa],
+    [
+        LORA4,
+        partial(SVD, rank=4),
+        [HyperAdapt, LORA4],
+        NOLA,
+        TensorTrain,
+        Kronecker,
+        partial(MELoRA, minis=4),
+        PiCa,
+    ],
     ids=["LoRA", "SVD", "hybrid", "NOLA", "TT", "Kronecker", "MELoRA", "PiCa"],
 )
 def test_truncated_at_the_end_it_is_what_the_prefix_computed(method):
@@ -276,12 +317,16 @@ def test_resume_is_exact_to_the_bit(tmp_path):
     want = everything(whole, fit(whole, DyLoRA(truncate=2), checkpoint))
     for step in (1, 7, 23):
         model = Toy(LORA4)
-        have = everything(model, fit(model, DyLoRA(truncate=2), ckpt_path=tmp_path / f"step={step}.ckpt"))
+        have = everything(
+            model, fit(model, DyLoRA(truncate=2), ckpt_path=tmp_path / f"step={step}.ckpt")
+        )
         assert not [key for key in want if not torch.equal(have[key], want[key])], step
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"DyLoRA needs axes that can ordered, and MiSS at .* cannot; use one of"):
+    with pytest.raises(
+        ValueError, match=r"DyLoRA needs axes that can ordered, and MiSS at .* cannot; use one of"
+    ):
         fit(Toy(MiSS), DyLoRA())
     with pytest.raises(ValueError, match="DyLoRA tolerates no other; keep one"):
         fit(Toy(LORA4), DyLoRA(), ALL["AdaLoRA"]())
@@ -289,6 +334,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="a prefix has at least one unit"):
             DyLoRA(**arguments)
     with pytest.raises(
-        ValueError, match=r"truncate names 'maps.1.rank', which is no axis of this model; use one such as 'maps.1:rank'"
+        ValueError,
+        match=r"truncate names 'maps.1.rank', which is no axis of this model; use one such as 'maps.1:rank'",
     ):
         fit(Toy(LORA4), DyLoRA(truncate={"maps.1.rank": 2}))

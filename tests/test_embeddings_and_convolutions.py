@@ -11,9 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank import adapt, describe, load_adapter, merge, rank_axes, save_adapter, unmerge
 from adaptrank.axes import cost_model, generator
-from adaptrank.inject import set_enabled
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import set_enabled
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
 from adaptrank.testing import merges, perturb
 
 
@@ -35,7 +34,9 @@ class Net(nn.Module):
         self.tokens = nn.Embedding(48, 24)
         self.first = nn.Conv2d(24, 48, 3, padding=1, stride=2)
         self.depthwise = nn.Conv2d(48, 48, 3, padding="same", groups=48)
-        self.last = nn.Conv2d(48, 24, (2, 1), dilation=2, padding=1, padding_mode="circular", bias=False)
+        self.last = nn.Conv2d(
+            48, 24, (2, 1), dilation=2, padding=1, padding_mode="circular", bias=False
+        )
         self.norm, self.head = nn.GroupNorm(2, 24), nn.Linear(24, 24)
 
     def forward(self, ids):
@@ -55,7 +56,11 @@ CASES = {
     "convolutions": (net, ["first", "last"], ["first", "last"]),
     "all of a network": (net, "all", ["tokens", "first", "last", "head"]),
 }
-METHODS_OF_ALL = [cls for cls in METHODS if all(cls.wraps(layer) for layer in (nn.Embedding(4, 4), nn.Conv2d(4, 4, 1)))]
+METHODS_OF_ALL = [
+    cls
+    for cls in METHODS
+    if all(cls.wraps(layer) for layer in (nn.Embedding(4, 4), nn.Conv2d(4, 4, 1)))
+]
 
 
 @torch.no_grad()
@@ -73,7 +78,8 @@ def case(request):
 
 
 @pytest.fixture(
-    params=[*METHODS_OF_ALL, [HyperAdapt, partial(LoRA, rank=2)]], ids=lambda m: getattr(m, "__name__", "hybrid")
+    params=[*METHODS_OF_ALL, [HyperAdapt, partial(LoRA, rank=2)]],
+    ids=lambda m: getattr(m, "__name__", "hybrid"),
 )
 def nest(request):
     return request.param
@@ -144,7 +150,9 @@ def test_resizing_keeps_what_is_computed(case, nest):
     loss(model).backward()
     optimizer.step()
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
-    assert cost_model(model).total(sizes) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert cost_model(model).total(sizes) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_closing_every_unit_is_the_base():
@@ -161,11 +169,17 @@ def test_closing_every_unit_is_the_base():
 
 def test_all_is_what_the_whole_nest_wraps_and_can():
     assert list(wrapped_layers(adapt(net(), "all", [SVD, LoRA]))) == ["head"]
-    assert list(wrapped_layers(adapt(net(), "all", [LoRA, HyperAdapt]))) == ["tokens", "first", "last", "head"]
+    assert list(wrapped_layers(adapt(net(), "all", [LoRA, HyperAdapt]))) == [
+        "tokens",
+        "first",
+        "last",
+        "head",
+    ]
     assert list(wrapped_layers(adapt(net(), "all-linear", LoRA))) == ["head"]
     assert "lm_head" not in wrapped_layers(adapt(llama(), "all", LoRA))
     with pytest.raises(
-        TypeError, match=r"depthwise: LoRA: a convolution in 48 groups is no single matrix; leave it out"
+        TypeError,
+        match=r"depthwise: LoRA: a convolution in 48 groups is no single matrix; leave it out",
     ):
         adapt(net(), ["depthwise"], LoRA)
     with pytest.raises(TypeError, match=r"first: SVD wraps Linear or Conv1D, not Conv2d"):
@@ -195,7 +209,8 @@ def test_tied_embeddings_train_and_are_not_merged(nest, tmp_path):
     close(changed, model.lm_head(model.model(IDS).last_hidden_state))
     modules = list(model.modules())
     with pytest.raises(
-        ValueError, match=r"model\.embed_tokens shares its weight with lm_head, which merging would change too"
+        ValueError,
+        match=r"model\.embed_tokens shares its weight with lm_head, which merging would change too",
     ):
         merge(model)
     assert list(model.modules()) == modules

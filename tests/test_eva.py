@@ -13,11 +13,11 @@ from test_allocators import everything, fit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaptrank.allocators import EVA, AdaLoRA, ElaLoRA, GeLoRA
-from adaptrank.allocators.eva import Sketch
-from adaptrank.allocators.inputs import watch
+from adaptrank.allocation import EVA, AdaLoRA, ElaLoRA, GeLoRA
+from adaptrank.allocation.initial.eva import Sketch
+from adaptrank.allocation.initial.layer_inputs import watch
 from adaptrank.axes import rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, SBoRA
 
 LORA4 = partial(LoRA, rank=4)
@@ -39,7 +39,9 @@ class Low(lightning.LightningModule):
 
     def inputs(self, index):
         random = torch.Generator().manual_seed(int(index))
-        return torch.randn(40, 2, generator=random) @ self.plane, torch.randn(40, 16, generator=random)
+        return torch.randn(40, 2, generator=random) @ self.plane, torch.randn(
+            40, 16, generator=random
+        )
 
     def forward(self, index):
         low, full = self.inputs(index)
@@ -60,7 +62,8 @@ def sizes(model):
 def test_the_sketch_has_the_leading_vectors_of_all_rows(batches, k):
     torch.manual_seed(batches)
     rows = [
-        torch.randn(30, 8).double() @ torch.diag(torch.tensor([9.0, 7, 5, 3, 1, 0.5, 0.2, 0.1]).double())
+        torch.randn(30, 8).double()
+        @ torch.diag(torch.tensor([9.0, 7, 5, 3, 1, 0.5, 0.2, 0.1]).double())
         for _ in range(batches)
     ]
     sketch = Sketch(8)
@@ -81,7 +84,9 @@ def test_inputs_of_rank_two_get_at_most_two_ranks_and_the_total_is_exact():
     assert allocator.events[0]["total"] == 16
 
 
-@pytest.mark.parametrize("method", [LORA4, partial(DoRA, rank=4), partial(SVD, rank=4), [HyperAdapt, LORA4]])
+@pytest.mark.parametrize(
+    "method", [LORA4, partial(DoRA, rank=4), partial(SVD, rank=4), [HyperAdapt, LORA4]]
+)
 def test_the_start_is_the_base_and_A_holds_the_directions(method):
     model = Low(method)
     x = model.inputs(0)
@@ -142,7 +147,8 @@ def test_units_that_read_parts_of_the_input_have_directions_of_their_part():
 @pytest.mark.parametrize("method", [partial(PiCa, rank=4), partial(SBoRA, rank=4)])
 def test_where_no_factor_can_be_set_only_the_ranks_are_chosen(method):
     with pytest.raises(
-        ValueError, match=r"EVA with init=True needs axes that can input_init \(with init=False it does not\)"
+        ValueError,
+        match=r"EVA with init=True needs axes that can input_init \(with init=False it does not\)",
     ):
         fit(Low(method), EVA(), steps=2)
     model = Low(method)
@@ -159,7 +165,8 @@ def test_it_composes_with_one_that_moves_in_any_order():
         assert ada._start == eva.events[0]["sizes"]
         assert sum(sizes(model).values()) == 8
     with pytest.raises(
-        ValueError, match=r"EVA and GeLoRA would both choose the ranks|GeLoRA and EVA would both choose"
+        ValueError,
+        match=r"EVA and GeLoRA would both choose the ranks|GeLoRA and EVA would both choose",
     ):
         fit(Low(), EVA(), GeLoRA(), steps=2)
 
@@ -183,14 +190,20 @@ def test_resume_does_not_look_again(tmp_path):
     for step in (1, 5, 9):
         model, (eva, ela) = Low(), pair()
         eva.initial_ranks = None  # must not be called
-        have = everything(model, fit(model, eva, ela, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10))
+        have = everything(
+            model, fit(model, eva, ela, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10)
+        )
         assert not [key for key in want if not torch.equal(have[key], want[key])], step
 
 
 def test_padding_and_what_is_not_predicted_are_left_out():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     model = adapt(LlamaForCausalLM(config), "all-linear", LORA4)
     ids = torch.randint(32, (2, 5))
@@ -200,7 +213,10 @@ def test_padding_and_what_is_not_predicted_are_left_out():
     for labelled, rows in ((True, 7), (False, 8)):
         seen = {}
         handles = watch(
-            model, rank_axes(model), lambda key, x, of, seen=seen: seen.update({key: (len(x), of)}), labelled
+            model,
+            rank_axes(model),
+            lambda key, x, of, seen=seen: seen.update({key: (len(x), of)}),
+            labelled,
         )
         model(input_ids=ids, attention_mask=mask, labels=labels)
         for handle in handles:

@@ -20,9 +20,21 @@ from transformers import (
 
 from adaptrank import adapt, load_adapter, rank_axes, save_adapter
 from adaptrank.axes import generator
-from adaptrank.exchange import export_peft, import_peft
-from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, Kronecker, LNTune, LoKr, LoRA, MELoRA, PiCa, SBoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.interop.peft import export_peft, import_peft
+from adaptrank.parameterizations import (
+    NOLA,
+    SVD,
+    DoRA,
+    HyperAdapt,
+    Kronecker,
+    LNTune,
+    LoKr,
+    LoRA,
+    MELoRA,
+    PiCa,
+    SBoRA,
+    wrapped_layers,
+)
 from adaptrank.testing import perturb
 
 with warnings.catch_warnings():
@@ -48,13 +60,22 @@ def llama():
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=16)).double().eval()
+    return (
+        GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+        .double()
+        .eval()
+    )
 
 
 def bert():
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=3,
     )
     return BertForSequenceClassification(config).double().eval()
 
@@ -141,7 +162,9 @@ def test_methods_that_peft_has_as_well(tmp_path, make, method):
     if method.func is DoRA:
         varied(model)
     export_peft(model, tmp_path)
-    torch.testing.assert_close(logits(in_peft(make(), tmp_path)), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(in_peft(make(), tmp_path)), logits(model), rtol=1e-5, atol=1e-5
+    )
     again = import_peft(make(), tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
     if method.func is not NOLA:
@@ -156,17 +179,25 @@ def test_parts_of_a_fused_layer_leave_as_one(tmp_path):
     assert config["target_modules"] == ["c_attn"]
     assert config["r"] == 4
     assert config["fan_in_fan_out"]
-    torch.testing.assert_close(logits(in_peft(gpt2(), tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        logits(in_peft(gpt2(), tmp_path)), logits(model), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_embeddings_and_a_head_trained_whole(tmp_path):
-    model = adapt(bert(), ["word_embeddings", "query"], partial(LoRA, rank=2), train_modules=["classifier"])
+    model = adapt(
+        bert(), ["word_embeddings", "query"], partial(LoRA, rank=2), train_modules=["classifier"]
+    )
     perturb(model, 0.2)
-    export_peft(model, tmp_path, {"name": "tiny", "auto_class": "AutoModelForSequenceClassification"})
+    export_peft(
+        model, tmp_path, {"name": "tiny", "auto_class": "AutoModelForSequenceClassification"}
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     assert config["modules_to_save"] == ["classifier"]
-    torch.testing.assert_close(logits(in_peft(bert(), tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        logits(in_peft(bert(), tmp_path)), logits(model), rtol=1e-6, atol=1e-6
+    )
     again = import_peft(bert(), tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
     assert again.classifier.weight.requires_grad
@@ -191,12 +222,16 @@ def test_convolutions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [HyperAdapt, Kronecker, [HyperAdapt, partial(LoRA, rank=2)]], ids=["HyperAdapt", "Kronecker", "hybrid"]
+    "method",
+    [HyperAdapt, Kronecker, [HyperAdapt, partial(LoRA, rank=2)]],
+    ids=["HyperAdapt", "Kronecker", "hybrid"],
 )
 def test_what_is_no_product_leaves_as_a_lora_of_a_stated_rank_or_error(tmp_path, method):
     model = adapt(llama(), "all-linear", method)
     perturb(model, 0.05)
-    with pytest.raises(ValueError, match="a LoRA can only come near it: state the rank or the error"):
+    with pytest.raises(
+        ValueError, match="a LoRA can only come near it: state the rank or the error"
+    ):
         export_peft(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     report = export_peft(model, tmp_path / "near", error=0.3)
@@ -204,7 +239,9 @@ def test_what_is_no_product_leaves_as_a_lora_of_a_stated_rank_or_error(tmp_path,
     report = export_peft(model, tmp_path / "four", rank=4)
     assert {facts["rank"] for facts in report["layers"].values()} == {4}
     report = export_peft(model, tmp_path / "whole", rank=48)
-    torch.testing.assert_close(logits(in_peft(llama(), tmp_path / "whole")), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(in_peft(llama(), tmp_path / "whole")), logits(model), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_has_no_place_in_peft(tmp_path):
@@ -213,7 +250,9 @@ def test_what_has_no_place_in_peft(tmp_path):
     with pytest.raises(ValueError, match=r"LNTune at .* changes no single matrix"):
         export_peft(adapt(llama(), ".*layernorm", LNTune), tmp_path)
     mixed = adapt(adapt(llama(), ".*q_proj", LoRA), ".*v_proj", DoRA)
-    with pytest.raises(ValueError, match="One PEFT adapter is of one kind, and these layers are DoRA and LORA"):
+    with pytest.raises(
+        ValueError, match="One PEFT adapter is of one kind, and these layers are DoRA and LORA"
+    ):
         export_peft(mixed, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -249,7 +288,9 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
             alpha_pattern={"v_proj": 2},
         ),
         lambda: peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", use_dora=True),
-        lambda: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=7, target_modules=ALL, total_step=10),
+        lambda: peft.AdaLoraConfig(
+            init_r=3, target_r=2, lora_alpha=7, target_modules=ALL, total_step=10
+        ),
         lambda: peft.LoKrConfig(r=2, alpha=7, target_modules=ALL, decompose_factor=4),
     ],
     ids=["LoRA", "rsLoRA", "patterns", "DoRA", "AdaLoRA", "LoKr"],
@@ -261,9 +302,13 @@ def test_what_peft_wrote_is_read_and_goes_back(tmp_path, config):
     want = logits(model)
     torch.testing.assert_close(logits(ours), want, rtol=1e-5, atol=1e-5)
     export_peft(ours, tmp_path / "back")
-    torch.testing.assert_close(logits(in_peft(llama(), tmp_path / "back")), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(in_peft(llama(), tmp_path / "back")), want, rtol=1e-5, atol=1e-5
+    )
     save_adapter(ours, tmp_path / "own")
-    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "own")), logits(ours), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(load_adapter(llama(), tmp_path / "own")), logits(ours), rtol=0, atol=0
+    )
 
 
 def test_refused_imports_leave_the_model_as_it_was(tmp_path):
@@ -275,7 +320,9 @@ def test_refused_imports_leave_the_model_as_it_was(tmp_path):
         folder.mkdir()
         config = json.loads((good / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, **more}))
-        (folder / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes())
+        (folder / "adapter_model.safetensors").write_bytes(
+            (good / "adapter_model.safetensors").read_bytes()
+        )
         return folder
 
     cases = [
@@ -290,7 +337,9 @@ def test_refused_imports_leave_the_model_as_it_was(tmp_path):
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"x")
     cases.append((tmp_path / "pickle", "adapter_model.bin is a pickle, which is never loaded"))
     torn = changed("torn")
-    (torn / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:-9])
+    (torn / "adapter_model.safetensors").write_bytes(
+        (good / "adapter_model.safetensors").read_bytes()[:-9]
+    )
     cases.append((torn, "is damaged"))
     for folder, sentence in cases:
         model = llama()
@@ -362,7 +411,13 @@ def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, ki
             if draw.random() < 0.7:
                 other = draw.choice([key, f"{key}x", "x", "base_model.model.lm_head.weight"])
                 tensors[other] = draw.choice(
-                    [value.flatten(), value[:0], value.to(torch.int64), torch.zeros(5, 3), torch.zeros(())]
+                    [
+                        value.flatten(),
+                        value[:0],
+                        value.to(torch.int64),
+                        torch.zeros(5, 3),
+                        torch.zeros(()),
+                    ]
                 )
             save_file({k: v.contiguous() for k, v in tensors.items()}, file)
         else:
@@ -376,7 +431,11 @@ def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, ki
             import_peft(model, folder)
         except Exception as raised:
             error = raised
-        assert error is None or type(error) in (ValueError, FileNotFoundError), (number, how, repr(error))
+        assert error is None or type(error) in (ValueError, FileNotFoundError), (
+            number,
+            how,
+            repr(error),
+        )
         if error is not None:
             refused += 1
             assert "\n" not in str(error).strip(), (number, how, str(error))

@@ -32,7 +32,7 @@ from adaptrank import (
     unmerge,
 )
 from adaptrank.axes import generator, rank_axes
-from adaptrank.parameterizations.base import adapter_parameters, named_layers, wrapped_layers, wrappers
+from adaptrank.parameterizations import adapter_parameters, named_layers, wrapped_layers, wrappers
 from adaptrank.testing import perturb
 
 # ---- models
@@ -63,7 +63,10 @@ class EmbeddingConv1D(nn.Module):
 class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one, self.two = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 2, stride=2, bias=False)
+        self.one, self.two = (
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.Conv2d(24, 16, 2, stride=2, bias=False),
+        )
         self.head = nn.Linear(64, 16)
 
     def forward(self, x):
@@ -78,13 +81,20 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            f(h).unflatten(-1, (4, 8)).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return x + self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
 
 
 def encoder():
     """torch's own layer: its attention reads the weight of `out_proj` rather than calling it."""
-    return nn.Sequential(nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True), nn.Linear(32, 16))
+    return nn.Sequential(
+        nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True), nn.Linear(32, 16)
+    )
 
 
 def llama():
@@ -179,7 +189,9 @@ def run(model: nn.Module, name: str) -> torch.Tensor:
     """What the model says of its batch."""
     batch, dtype = MODELS[name][1], frozen_dtype(model)
     if isinstance(batch, dict):
-        return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}).logits
+        return model(
+            **{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        ).logits
     return model(batch.to(dtype) if batch.is_floating_point() else batch)
 
 
@@ -205,7 +217,9 @@ def is_base(have: torch.Tensor, model: nn.Module, name: str) -> bool:
 
 
 def loss(y: torch.Tensor) -> torch.Tensor:
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
+    return (
+        y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    ).sum() + y.square().mean()
 
 
 @functools.cache
@@ -284,14 +298,19 @@ def looks_like(model, name, biases=False):
     base = plain(name, frozen_dtype(model))
     kinds = [[(path, type(m)) for path, m in one.named_modules()] for one in (model, base)]
     keys, had = list(model.state_dict()), list(base.state_dict())
-    return kinds[0] == kinds[1] and [k for k in keys if k in had or not (biases and k.endswith(".bias"))] == had
+    return (
+        kinds[0] == kinds[1]
+        and [k for k in keys if k in had or not (biases and k.endswith(".bias"))] == had
+    )
 
 
 PAIRS = [(method, name) for method in METHODS for name in MODELS if wrapped_by(method, name)]
 
 
 def pairs(*names: str):
-    chosen = [pytest.param(m, n, id=f"{m.__name__}-{n}") for m, n in PAIRS if n in (names or MODELS)]
+    chosen = [
+        pytest.param(m, n, id=f"{m.__name__}-{n}") for m, n in PAIRS if n in (names or MODELS)
+    ]
     return pytest.mark.parametrize(("method", "name"), chosen)
 
 
@@ -353,7 +372,11 @@ def refusal(model):
     """Why the model cannot be merged, or None: asked of the wrappers and of the weights they share."""
     if not all(w.mergeable for w in wrappers(model)):
         return "has no dense form"
-    uses = [id(m._parameters["weight"]) for m in model.modules() if m._parameters.get("weight") is not None]
+    uses = [
+        id(m._parameters["weight"])
+        for m in model.modules()
+        if m._parameters.get("weight") is not None
+    ]
     tied = any(uses.count(id(w.innermost._parameters.get("weight"))) > 1 for w in wrappers(model))
     return "shares its weight" if tied else None
 
@@ -435,7 +458,9 @@ def test_files_and_copies(method, name, tmp_path):
             axis.resize(grow=2, generator=generator(0, key, 1))
     perturb(model, 0.05, seed=2)
     want, state = output(model, name), model.state_dict()
-    with safe_open(save_adapter(model, tmp_path) / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(
+        save_adapter(model, tmp_path) / "adapter_model.safetensors", framework="pt"
+    ) as file:
         assert len(list(file.keys())) == len({id(tensor) for tensor in own_tensors(model).values()})
     torch.manual_seed(99)
     loaded = load_adapter(copy.deepcopy(plain(name)), tmp_path)
@@ -473,7 +498,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, name):
         loss(y).backward()
         grads.append([p.grad.clone() for p in adapter_parameters(model)])
     for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)  # T5 sums its position biases in another order
+        torch.testing.assert_close(
+            one, other, rtol=1e-10, atol=1e-12
+        )  # T5 sums its position biases in another order
 
 
 @pairs(*GENERATE)
@@ -496,7 +523,9 @@ def test_generation(method, name):
 
 @functools.cache
 def generated(name):
-    return copy.deepcopy(plain(name)).generate(MODELS[name][1]["input_ids"], max_new_tokens=4, do_sample=False)
+    return copy.deepcopy(plain(name)).generate(
+        MODELS[name][1]["input_ids"], max_new_tokens=4, do_sample=False
+    )
 
 
 # ---- several adapters
@@ -504,8 +533,12 @@ def generated(name):
 
 @pairs()
 def test_adapters_side_by_side_and_by_rows(method, name):
-    left = [p for p in wrapped_by(method, name) if p.endswith(tuple(NO_ROWS.get(name, ["no such"])))]
-    alone = {n: perturbed(method, name, seed=s, adapter=n, exclude=left) for s, n in ((1, "a"), (2, "b"))}
+    left = [
+        p for p in wrapped_by(method, name) if p.endswith(tuple(NO_ROWS.get(name, ["no such"])))
+    ]
+    alone = {
+        n: perturbed(method, name, seed=s, adapter=n, exclude=left) for s, n in ((1, "a"), (2, "b"))
+    }
     outputs = {n: output(model, name) for n, model in alone.items()}
     model = alone["a"]
     set_enabled(model, False)  # a method may read the weight that it starts from
@@ -582,7 +615,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(method, tmp_path):
     model = copy.deepcopy(plain(first))
     with pytest.raises(ValueError, match="No layer matches targets='no_such'"):
         adapt(model, ["no_such"], method)
-    stray = next(path for path, module in model.named_modules() if path and not method.wraps(module))
+    stray = next(
+        path for path, module in model.named_modules() if path and not method.wraps(module)
+    )
     with pytest.raises(TypeError, match=rf"{method.__name__} wraps .*, not "):
         adapt(model, re.escape(stray), method)
     assert same(model.state_dict(), plain(first).state_dict())

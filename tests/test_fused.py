@@ -13,16 +13,31 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank import adapt, delete_adapter, load_adapter, merge, rank_axes, save_adapter, select_rows, unmerge
+from adaptrank import (
+    adapt,
+    delete_adapter,
+    load_adapter,
+    merge,
+    rank_axes,
+    save_adapter,
+    select_rows,
+    unmerge,
+)
 from adaptrank.artifacts import read_adapter
 from adaptrank.artifacts.adapter import describe_adapter
-from adaptrank.artifacts.description import digest_of
+from adaptrank.artifacts.header import digest_of
 from adaptrank.axes import generator
 from adaptrank.data import ArithmeticProblems
 from adaptrank.layers import Parts
 from adaptrank.modules import Adapter, CausalLM
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, Parameterization
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    Parameterization,
+    wrapped_layers,
+)
 from adaptrank.testing import perturb
 
 C_ATTN = [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
@@ -66,7 +81,10 @@ def unsplit(model, plain):
 
 
 def state(model):
-    return {"modules": list(model.modules()), "parameters": {n: id(p) for n, p in model.named_parameters()}}
+    return {
+        "modules": list(model.modules()),
+        "parameters": {n: id(p) for n, p in model.named_parameters()},
+    }
 
 
 class Spectral(Parameterization):
@@ -141,7 +159,9 @@ def test_by_default_only_what_reads_blocks_splits(method, given, parts):
     model = adapt(gpt2(), ["c_attn"], method, split_fused=given)
     assert bool(split(model)) is parts
     if given:
-        assert list(wrapped_layers(model))[:3] == [f"{C_ATTN[0]}.{name}" for name in given["c_attn"]]
+        assert list(wrapped_layers(model))[:3] == [
+            f"{C_ATTN[0]}.{name}" for name in given["c_attn"]
+        ]
 
 
 def test_every_method_of_the_registry_says_what_it_reads(method):
@@ -181,7 +201,13 @@ def test_a_linear_that_is_fused(bias):
     model, x = Block().double(), torch.randn(3, 8, dtype=torch.float64)
     want = model(x)
     adapt(model, "all-linear", LoRA, split_fused=True)
-    assert list(wrapped_layers(model)) == ["qkv.q", "qkv.k", "qkv.v", "gate_up_proj.gate", "gate_up_proj.up"]
+    assert list(wrapped_layers(model)) == [
+        "qkv.q",
+        "qkv.k",
+        "qkv.v",
+        "gate_up_proj.gate",
+        "gate_up_proj.up",
+    ]
     close(model(x), want)
     perturb(model)
     want = model(x)
@@ -197,8 +223,14 @@ def test_a_linear_that_is_fused(bias):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"split_fused": {"c_attn": ["a", "b", "c", "d", "e"]}}, "c_attn has 96 outputs, which are not 5 equal parts"),
-        ({"split_fused": {"c_atn": ["q", "k"]}}, r"names 'c_atn', which is no layer here. Did you mean 'c_attn'\?"),
+        (
+            {"split_fused": {"c_attn": ["a", "b", "c", "d", "e"]}},
+            "c_attn has 96 outputs, which are not 5 equal parts",
+        ),
+        (
+            {"split_fused": {"c_atn": ["q", "k"]}},
+            r"names 'c_atn', which is no layer here. Did you mean 'c_attn'\?",
+        ),
         (
             {"split_fused": True, "parameterization": partial(SVD, rank=40)},
             r"c_attn\.q: rank=40 does not fit a 32x32 layer",
@@ -228,7 +260,9 @@ def test_a_layer_that_carries_an_adapter_as_a_whole_is_not_split():
     model = adapt(gpt2(), ["c_attn"], LoRA, name="a")
     modules = list(model.modules())
     for method, given in ((LoRA, True), (Spectral, None)):
-        with pytest.raises(ValueError, match=r"c_attn carries an adapter as a whole, .*; say split_fused=False"):
+        with pytest.raises(
+            ValueError, match=r"c_attn carries an adapter as a whole, .*; say split_fused=False"
+        ):
             adapt(model, ["c_attn"], method, name="b", split_fused=given)
         assert list(model.modules()) == modules
     adapt(model, ["c_attn"], LoRA, name="b", split_fused=False)
@@ -243,7 +277,9 @@ def test_a_second_call_changes_nothing_and_a_second_adapter_takes_the_parts():
     modules = list(model.modules())
     call(model)
     assert list(model.modules()) == modules
-    adapt(model, ["c_attn"], HyperAdapt, name="b")  # whether it asks for parts or not: there is no fused layer now
+    adapt(
+        model, ["c_attn"], HyperAdapt, name="b"
+    )  # whether it asks for parts or not: there is no fused layer now
     assert [[type(w).__name__ for w in layer.nest] for layer in wrapped_layers(model).values()] == [
         ["LoRA", "HyperAdapt"]
     ] * 6
@@ -334,8 +370,12 @@ def test_a_file_splits_a_fresh_model_again(tmp_path, caplog):
     again = load_adapter(gpt2(), tmp_path)
     assert list(wrapped_layers(again)) == list(wrapped_layers(model))
     assert torch.equal(logits(again), logits(model))
-    assert {k: len(a) for k, a in rank_axes(again).items()} == {k: len(a) for k, a in rank_axes(model).items()}
-    assert torch.equal(logits(load_adapter(again, tmp_path)), logits(model)), "into what is split and wrapped already"
+    assert {k: len(a) for k, a in rank_axes(again).items()} == {
+        k: len(a) for k, a in rank_axes(model).items()
+    }
+    assert torch.equal(logits(load_adapter(again, tmp_path)), logits(model)), (
+        "into what is split and wrapped already"
+    )
     assert not caplog.records, "the same base, split or not"
 
 
@@ -345,7 +385,9 @@ def test_the_fingerprint_does_not_know_of_parts(tmp_path):
 
     whole = fingerprint(adapt(gpt2(), ["c_attn"], LoRA))
     assert fingerprint(adapt(gpt2(), ["c_attn"], LoRA, split_fused=True)) == whole
-    assert fingerprint(trained(adapt(gpt2(), ["h.0.attn.c_attn.v"], DoRA, split_fused=True))) == whole
+    assert (
+        fingerprint(trained(adapt(gpt2(), ["h.0.attn.c_attn.v"], DoRA, split_fused=True))) == whole
+    )
     other = gpt2()
     other.transformer.h[0].attn.c_attn.weight.data[:, 32:64] += 1
     assert fingerprint(adapt(other, ["c_attn"], LoRA, split_fused=True)) != whole
@@ -356,8 +398,14 @@ def test_the_fingerprint_does_not_know_of_parts(tmp_path):
     [
         (lambda d: d["adapters"][0]["layers"].update({QKV[0]: [32, 16]}), "of shape"),
         (lambda d: d["adapters"][0]["nest"][0]["init_args"].update({"rank": 0}), "rank=0"),
-        (lambda d: d["split"].update({C_ATTN[1]: ["a", "b", "c", "d", "e"]}), "parts a, b, c, d, e of a linear layer"),
-        (lambda d: d["split"].update({"transformer.h": ["q"]}), r"transformer\.h, which is none here"),
+        (
+            lambda d: d["split"].update({C_ATTN[1]: ["a", "b", "c", "d", "e"]}),
+            "parts a, b, c, d, e of a linear layer",
+        ),
+        (
+            lambda d: d["split"].update({"transformer.h": ["q"]}),
+            r"transformer\.h, which is none here",
+        ),
     ],
 )
 def test_a_failing_load_leaves_the_model_unsplit(damage, sentence, tmp_path):
@@ -376,13 +424,17 @@ def test_a_failing_load_leaves_the_model_unsplit(damage, sentence, tmp_path):
 
 
 def test_files_of_wholes_and_of_parts_do_not_mix(tmp_path):
-    whole, parts = adapt(gpt2(), ["c_attn"], LoRA), adapt(gpt2(), ["c_attn"], LoRA, split_fused=True)
+    whole, parts = (
+        adapt(gpt2(), ["c_attn"], LoRA),
+        adapt(gpt2(), ["c_attn"], LoRA, split_fused=True),
+    )
     save_adapter(whole, tmp_path / "whole")
     save_adapter(parts, tmp_path / "parts")
     with pytest.raises(ValueError, match=r"c_attn as a whole, and here it is split into q, k, v"):
         load_adapter(copy.deepcopy(parts), tmp_path / "whole")
     with pytest.raises(
-        ValueError, match=r"parts q, k, v of a linear layer .*, which carries an adapter as a whole here"
+        ValueError,
+        match=r"parts q, k, v of a linear layer .*, which carries an adapter as a whole here",
     ):
         load_adapter(copy.deepcopy(whole), tmp_path / "parts")
 
@@ -393,8 +445,12 @@ def test_files_of_wholes_and_of_parts_do_not_mix(tmp_path):
 def test_a_run_with_parts_resumes_bit_by_bit(tiny_gpt2, tmp_path):
     def run(folder, steps, ckpt_path=None):
         torch.manual_seed(1 if ckpt_path is None else 2)
-        entry = Adapter([partial(LoRA, rank=2, dropout=0.1)], targets=["c_attn", "c_fc"], split_fused=True)
-        module = CausalLM(tiny_gpt2, [entry], dtype="fp32", generate=False, warmup=0, schedule="constant")
+        entry = Adapter(
+            [partial(LoRA, rank=2, dropout=0.1)], targets=["c_attn", "c_fc"], split_fused=True
+        )
+        module = CausalLM(
+            tiny_gpt2, [entry], dtype="fp32", generate=False, warmup=0, schedule="constant"
+        )
         trainer = Trainer(
             logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0,
             max_steps=steps, limit_val_batches=0,
@@ -409,7 +465,9 @@ def test_a_run_with_parts_resumes_bit_by_bit(tiny_gpt2, tmp_path):
     run(tmp_path / "part", 2)
     file = tmp_path / "part" / "step=2.ckpt"
     keys = torch.load(file, weights_only=True)["state_dict"].keys()
-    assert {key for key in keys if "c_attn" in key} == {f"backbone.{path}.{name}" for path in QKV for name in "AB"}
+    assert {key for key in keys if "c_attn" in key} == {
+        f"backbone.{path}.{name}" for path in QKV for name in "AB"
+    }
     rest = run(tmp_path / "rest", 4, str(file))
     state, other = whole.trained_state(), rest.trained_state()
     assert state.keys() == other.keys()
@@ -430,4 +488,7 @@ def test_a_file_splits_nothing_that_only_another_adapter_has_split(tmp_path):
     assert read_adapter(tmp_path)["split"] == {}
     host = adapt(gpt2(), ["attn.c_attn"], LoRA, name="whole", split_fused=False)
     load_adapter(host, tmp_path)
-    assert {w.name for layer in wrapped_layers(host).values() for w in layer.nest} == {"whole", "own"}
+    assert {w.name for layer in wrapped_layers(host).values() for w in layer.nest} == {
+        "whole",
+        "own",
+    }

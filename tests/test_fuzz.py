@@ -16,7 +16,7 @@ from torch import nn
 
 from adaptrank import adapt, load_adapter, save_adapter
 from adaptrank.artifacts import read_adapter
-from adaptrank.artifacts.description import digest_of
+from adaptrank.artifacts.header import digest_of
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, MELoRA, PiCa, Prefix, SBoRA  # noqa: F401
 from adaptrank.testing import perturb
 
@@ -94,7 +94,11 @@ def configuration_garbled(folder, draw):
 def other_weights(folder, draw):
     """Tensors of one file under the description of another."""
     description = read_adapter(folder)
-    save_file(load_file(folder / "other" / WEIGHTS), folder / WEIGHTS, metadata={"adaptrank": json.dumps(description)})
+    save_file(
+        load_file(folder / "other" / WEIGHTS),
+        folder / WEIGHTS,
+        metadata={"adaptrank": json.dumps(description)},
+    )
 
 
 def something_else(folder, draw):
@@ -156,11 +160,19 @@ def tensors_changed(folder, draw):
     elif how == 2:
         tensors[key] = t.reshape(-1)
     elif how == 3:
-        tensors[key] = torch.zeros([max(0, n + draw.choice([-1, 1, 3])) for n in t.shape], dtype=t.dtype)
+        tensors[key] = torch.zeros(
+            [max(0, n + draw.choice([-1, 1, 3])) for n in t.shape], dtype=t.dtype
+        )
     elif how == 4:
-        tensors[key] = t.to(draw.choice([torch.int64, torch.float16, torch.bool, torch.float64, torch.uint8]))
+        tensors[key] = t.to(
+            draw.choice([torch.int64, torch.float16, torch.bool, torch.float64, torch.uint8])
+        )
     elif how == 5:
-        tensors[key] = torch.full_like(t, draw.choice([-1, 10**9])) if not t.is_floating_point() else t * float("nan")
+        tensors[key] = (
+            torch.full_like(t, draw.choice([-1, 10**9]))
+            if not t.is_floating_point()
+            else t * float("nan")
+        )
     else:
         tensors[f"{key}.more"] = torch.zeros(3)
     written(folder, tensors, description)
@@ -199,7 +211,8 @@ def state(model):
 def same(one, two):
     (parameters, kinds), (others, their_kinds) = one, two
     return kinds == their_kinds and all(
-        a == c and torch.equal(b, d) and e == f for (a, b, e), (c, d, f) in zip(parameters, others, strict=True)
+        a == c and torch.equal(b, d) and e == f
+        for (a, b, e), (c, d, f) in zip(parameters, others, strict=True)
     )
 
 
@@ -245,7 +258,9 @@ def test_a_write_that_is_killed_leaves_the_old_file_or_the_new(good, tmp_path):
     """The file is written beside its place and moved there: whatever is half-written has another name."""
     shutil.copytree(good, tmp_path / "a")
     (tmp_path / "a" / f".{WEIGHTS}.123").write_bytes(b"half")
-    assert torch.equal(load_adapter(Base(), tmp_path / "a").first.A, load_adapter(Base(), good).first.A)
+    assert torch.equal(
+        load_adapter(Base(), tmp_path / "a").first.A, load_adapter(Base(), good).first.A
+    )
     with safe_open(good / WEIGHTS, framework="pt") as stored:
         assert "digest" in json.loads(stored.metadata()["adaptrank"])
 
@@ -273,7 +288,9 @@ while True:
 """
     whole = 0
     for attempt in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline().strip() == "ready"
         time.sleep(0.05 + 0.05 * attempt)
         os.kill(process.pid, signal.SIGKILL)
@@ -282,7 +299,11 @@ while True:
             continue
         model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
         load_adapter(model, tmp_path)
-        values = {float(t) for layer in model for t in (layer.A.min(), layer.A.max(), layer.B.min(), layer.B.max())}
+        values = {
+            float(t)
+            for layer in model
+            for t in (layer.A.min(), layer.A.max(), layer.B.min(), layer.B.max())
+        }
         assert len(values) == 1, "all of one save"
         whole += 1
     assert whole

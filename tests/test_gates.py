@@ -5,9 +5,8 @@ import torch
 
 from adaptrank.artifacts import load_adapter, save_adapter
 from adaptrank.axes import rank_axes
-from adaptrank.inject import adapt, delete_adapter
-from adaptrank.parameterizations import PARAMETERIZATIONS, LoRA
-from adaptrank.parameterizations.base import on_example
+from adaptrank.injection import adapt, delete_adapter
+from adaptrank.parameterizations import PARAMETERIZATIONS, LoRA, on_example
 from adaptrank.testing import perturb
 
 METHODS = [name for name, cls in PARAMETERIZATIONS.items() if on_example(cls).axes]
@@ -71,7 +70,9 @@ def test_folding_leaves_the_function(name):
 def test_a_file_holds_the_gate_multiplied_in(tmp_path):
     def build():
         torch.manual_seed(0)
-        return adapt(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), "all-linear", LoRA)
+        return adapt(
+            torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), "all-linear", LoRA
+        )
 
     model, x = build(), torch.randn(2, 8)
     for layer in model:

@@ -10,12 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import PHASES, everything, fit, sizes
 from torch import nn
 
-from adaptrank.allocators import AdaLoRA, GeLoRA, gelora
-from adaptrank.allocators.gelora import pooled, ranks_of
-from adaptrank.allocators.intrinsic_dimension import two_nn
-from adaptrank.allocators.plans import in_steps
+from adaptrank.allocation import AdaLoRA, GeLoRA
+from adaptrank.allocation.initial import gelora
+from adaptrank.allocation.initial.gelora import pooled, ranks_of
+from adaptrank.allocation.initial.intrinsic_dimension import two_nn
+from adaptrank.allocation.plans import in_steps
 from adaptrank.axes import CostModel, cost_model
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import (
     NOLA,
     SVD,
@@ -28,8 +29,8 @@ from adaptrank.parameterizations import (
     PiCa,
     SBoRA,
     TensorTrain,
+    wrappers,
 )
-from adaptrank.parameterizations.base import wrappers
 
 # ---- TwoNN
 
@@ -66,7 +67,8 @@ def test_the_slope_is_that_of_exact_distances():
 
 
 @pytest.mark.parametrize(
-    ("offset", "dtype"), [(0, torch.float64), (1e6, torch.float64), (0, torch.float32), (1e3, torch.float32)]
+    ("offset", "dtype"),
+    [(0, torch.float64), (1e6, torch.float64), (0, torch.float32), (1e3, torch.float32)],
 )
 def test_copies_count_once(offset, dtype):
     """Far from the origin as well, where products of the points themselves would lose what they differ by."""
@@ -76,7 +78,9 @@ def test_copies_count_once(offset, dtype):
     assert two_nn(torch.cat([x, x[:200]])) == pytest.approx(alone, rel=1e-9)
     assert two_nn(torch.cat([x, x, x])) == pytest.approx(alone, rel=1e-9)
     if dtype == torch.float64:  # rounded differently, as the same example in another batch
-        assert two_nn(torch.cat([x, x + 1e-9 * torch.randn_like(x)])) == pytest.approx(alone, rel=1e-6)
+        assert two_nn(torch.cat([x, x + 1e-9 * torch.randn_like(x)])) == pytest.approx(
+            alone, rel=1e-6
+        )
 
 
 def test_points_that_tell_nothing():
@@ -106,12 +110,15 @@ def test_pooling_reads_what_the_mask_lets_through():
     hidden = torch.arange(24.0).view(2, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])  # padded on the right, and on the left
     assert torch.equal(
-        pooled(hidden, mask, "mean").float(), torch.stack([hidden[0, :2].mean(0), hidden[1, 1:].mean(0)])
+        pooled(hidden, mask, "mean").float(),
+        torch.stack([hidden[0, :2].mean(0), hidden[1, 1:].mean(0)]),
     )
     assert torch.equal(pooled(hidden, mask, "last"), torch.stack([hidden[0, 1], hidden[1, 3]]))
     assert torch.equal(pooled(hidden, mask, "first"), torch.stack([hidden[0, 0], hidden[1, 1]]))
     assert torch.equal(pooled(hidden, None, "last"), hidden[:, -1])
-    assert torch.equal(pooled(hidden, mask[:, :2], "mean").float(), hidden.mean(1))  # of other tokens, so not of these
+    assert torch.equal(
+        pooled(hidden, mask[:, :2], "mean").float(), hidden.mean(1)
+    )  # of other tokens, so not of these
     assert torch.equal(pooled(hidden[:, 0], mask, "mean"), hidden[:, 0])
     assert pooled(torch.zeros(2, 3, 4, 5), mask, "mean").shape == (2, 60)
 
@@ -137,7 +144,9 @@ class Blocks(lightning.LightningModule):
         torch.manual_seed(0)
         gains = [torch.where(torch.arange(16) < d, 1, 1e-5) for d in dimensions]
         self.start = gains[0]
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(len(dimensions) - 1))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 16)) for _ in range(len(dimensions) - 1)
+        )
         for layer, before, after in zip(self.layers, gains[:-1], gains[1:], strict=True):
             layer[0].weight.data, layer[0].bias.data = torch.diag(after / before), torch.zeros(16)
         adapt(self.layers, "all-linear", method)
@@ -152,10 +161,16 @@ class Blocks(lightning.LightningModule):
 
     def training_step(self, batch, batch_idx):
         first = 50 * batch_idx % len(self.data) if self.training else 0
-        x = self.data[first : first + 50] if self.training else batch["x"]  # a plain loader does not resume
+        x = (
+            self.data[first : first + 50] if self.training else batch["x"]
+        )  # a plain loader does not resume
         h = x * self.start
-        h = h + (1 - batch["attention_mask"][: len(x)])[..., None] * x.flip(-1).sin()  # what is masked must not count
-        self.modes.append((self.training, torch.is_grad_enabled(), all(w.enabled for w in wrappers(self))))
+        h = (
+            h + (1 - batch["attention_mask"][: len(x)])[..., None] * x.flip(-1).sin()
+        )  # what is masked must not count
+        self.modes.append(
+            (self.training, torch.is_grad_enabled(), all(w.enabled for w in wrappers(self)))
+        )
         self.rows += len(h)
         for layer in self.layers:
             h = layer(h)
@@ -243,7 +258,11 @@ def test_minis_get_the_same_rank():
     """The rank of 5 is 2 in each of 4 minis, rounded up, and that of 1 is 1."""
     model = Blocks(partial(MELoRA, rank=3, minis=4))
     fit(model, GeLoRA(), steps=1)
-    assert [w.block.bincount(minlength=4).tolist() for w in wrappers(model)] == [[2] * 4, [1] * 4, [1] * 4]
+    assert [w.block.bincount(minlength=4).tolist() for w in wrappers(model)] == [
+        [2] * 4,
+        [1] * 4,
+        [1] * 4,
+    ]
     model = Blocks(partial(MELoRA, rank=1, minis=4))
     fit(model, GeLoRA(budget=21), steps=1)
     assert sum(sizes(model).values()) == 20
@@ -268,17 +287,25 @@ def test_a_cap_cuts_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, "adaptrank"):
         fit(model, GeLoRA(cap=3), steps=1)
     assert list(sizes(model).values()) == [3, 1, 1]
-    assert "GeLoRA wants 5 units for layers.0.0:rank, which takes 3 at most; 1 such axes get fewer" in caplog.text
+    assert (
+        "GeLoRA wants 5 units for layers.0.0:rank, which takes 3 at most; 1 such axes get fewer"
+        in caplog.text
+    )
 
 
 def test_what_does_not_hold_is_said(caplog):
     model = Blocks([HyperAdapt, partial(LoRA, rank=4)], examples=90)
-    model.other = adapt(nn.Sequential(nn.Sequential(nn.Linear(16, 4))), "all-linear", partial(LoRA, rank=2))
+    model.other = adapt(
+        nn.Sequential(nn.Sequential(nn.Linear(16, 4))), "all-linear", partial(LoRA, rank=2)
+    )
     with caplog.at_level(logging.WARNING, "adaptrank"):
         fit(model, GeLoRA(), steps=1)
     assert "HyperAdapt changes the weight beside the low rank" in caplog.text
     assert "90 examples are few to tell a dimension from" in caplog.text
-    assert "1 axes lie outside of the blocks in 'layers' and keep their rank: other.0.0:rank." in caplog.text
+    assert (
+        "1 axes lie outside of the blocks in 'layers' and keep their rank: other.0.0:rank."
+        in caplog.text
+    )
     assert sizes(model)["other.0.0:rank"] == 2
 
 
@@ -288,20 +315,27 @@ def test_what_does_not_hold_is_said(caplog):
 @pytest.mark.parametrize("method", [NOLA, TensorTrain, Kronecker])
 def test_units_that_do_not_bound_the_rank(method):
     with pytest.raises(
-        ValueError, match=rf"GeLoRA needs axes that can matrix_rank, and {method.__name__} .*use one of .*LoRA"
+        ValueError,
+        match=rf"GeLoRA needs axes that can matrix_rank, and {method.__name__} .*use one of .*LoRA",
     ):
         fit(Blocks(method), GeLoRA())
 
 
 def test_no_axis_no_blocks_no_points():
-    with pytest.raises(ValueError, match="GeLoRA has nothing to allocate: HyperAdapt has no rank axis"):
+    with pytest.raises(
+        ValueError, match="GeLoRA has nothing to allocate: HyperAdapt has no rank axis"
+    ):
         fit(Blocks(HyperAdapt), GeLoRA())
     model = Blocks()
     model.layers = None
     model.one = adapt(nn.ModuleDict({"a": nn.Linear(16, 16)}), "all-linear", LoRA)
-    with pytest.raises(ValueError, match=r"lie in no numbered list of blocks, as 'one\.a:rank' does not"):
+    with pytest.raises(
+        ValueError, match=r"lie in no numbered list of blocks, as 'one\.a:rank' does not"
+    ):
         fit(model, GeLoRA())
-    with pytest.raises(ValueError, match=r"GeLoRA cannot tell what layers\.0 reads: .* 2 of these 80 do"):
+    with pytest.raises(
+        ValueError, match=r"GeLoRA cannot tell what layers\.0 reads: .* 2 of these 80 do"
+    ):
         fit(Blocks(examples=2, copies=40), GeLoRA())
 
 
@@ -309,7 +343,8 @@ def test_units_that_cannot_grow(monkeypatch):
     monkeypatch.setattr(LoRA, "capabilities", LoRA.capabilities - {"grow"})
     model = Blocks()
     with pytest.raises(
-        ValueError, match=r"GeLoRA asks layers\.0\.0:rank for 5 units, it has 4, and those of LoRA cannot grow"
+        ValueError,
+        match=r"GeLoRA asks layers\.0\.0:rank for 5 units, it has 4, and those of LoRA cannot grow",
     ):
         fit(model, GeLoRA())
     model = Blocks(partial(LoRA, rank=6))
@@ -348,7 +383,9 @@ def test_resume_is_exact_to_the_bit(tmp_path):
         assert have.keys() == want.keys()
         assert not [key for key in want if not torch.equal(have[key], want[key])]
         assert [c.events for c in resumed] == [c.events for c in callbacks]
-        assert all(training for training, _, _ in model.modes), "it measures once, in the run that begins"
+        assert all(training for training, _, _ in model.modes), (
+            "it measures once, in the run that begins"
+        )
 
 
 def test_processes_share_their_vectors(monkeypatch):
@@ -357,7 +394,11 @@ def test_processes_share_their_vectors(monkeypatch):
 
     def two(value):
         seen.append(value)
-        return [value, value + 1e-3 * torch.randn(value.shape)] if isinstance(value, torch.Tensor) else [value, value]
+        return (
+            [value, value + 1e-3 * torch.randn(value.shape)]
+            if isinstance(value, torch.Tensor)
+            else [value, value]
+        )
 
     monkeypatch.setattr(gelora, "from_all", two)
     monkeypatch.setattr(gelora, "two_nn", lambda points, how: float(len(points)))

@@ -12,8 +12,8 @@ from test_allocators import Toy, everything, fit
 from test_eva import Low, sizes
 from torch import nn
 
-from adaptrank.allocators import AdaLoRA, GoRA
-from adaptrank.allocators.gora import fit_change, shared_out
+from adaptrank.allocation import AdaLoRA, GoRA
+from adaptrank.allocation.initial.gora import fit_change, shared_out
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import NOLA, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, SBoRA
 
@@ -43,12 +43,16 @@ def test_the_gradient_is_that_of_the_weight_and_the_ranks_follow_it():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=8
+    ),
     st.sampled_from(["identity", "sqrt"]),
 )
 def test_the_budget_is_met_within_the_bounds(layers, phi):
     weights = {f"{i}": w for i, (w, _, _) in enumerate(layers)}
-    prices = {f"{i}": float(p) if phi == "identity" else p**0.5 for i, (_, p, _) in enumerate(layers)}
+    prices = {
+        f"{i}": float(p) if phi == "identity" else p**0.5 for i, (_, p, _) in enumerate(layers)
+    }
     before = {f"{i}": size for i, (_, _, size) in enumerate(layers)}
     largest = {key: 4 * size for key, size in before.items()}
     after = shared_out(weights, prices, before, 1, largest, "exact")
@@ -64,11 +68,21 @@ def test_planted_gradients_give_ranks_in_proportion():
     sizes_ = dict.fromkeys("abcd", 8)
     prices = dict.fromkeys("abcd", 100.0)
     after = shared_out(
-        {"a": 0.5, "b": 0.25, "c": 0.125, "d": 0.125}, prices, sizes_, 1, dict.fromkeys("abcd", 32), "exact"
+        {"a": 0.5, "b": 0.25, "c": 0.125, "d": 0.125},
+        prices,
+        sizes_,
+        1,
+        dict.fromkeys("abcd", 32),
+        "exact",
     )
     assert after == {"a": 16, "b": 8, "c": 4, "d": 4}
     released = shared_out(
-        {"a": 0.9, "b": 0.1, "c": 0.0, "d": 0.0}, prices, sizes_, 4, dict.fromkeys("abcd", 16), "reference"
+        {"a": 0.9, "b": 0.1, "c": 0.0, "d": 0.0},
+        prices,
+        sizes_,
+        4,
+        dict.fromkeys("abcd", 16),
+        "reference",
     )
     assert released == {"a": 16, "b": 4, "c": 4, "d": 4}, "clipped, and the total is not kept"
 
@@ -118,7 +132,14 @@ def test_loras_fit_is_the_closed_form():
 
 
 @pytest.mark.parametrize(
-    "method", [LORA4, partial(MELoRA, minis=4), partial(SBoRA, rank=4), partial(PiCa, rank=4), [HyperAdapt, LORA4]]
+    "method",
+    [
+        LORA4,
+        partial(MELoRA, minis=4),
+        partial(SBoRA, rank=4),
+        partial(PiCa, rank=4),
+        [HyperAdapt, LORA4],
+    ],
 )
 def test_the_start_is_a_descent_step(method):
     losses = {}
@@ -142,7 +163,8 @@ def test_allocation_alone_leaves_the_function():
 
     for method in (partial(DoRA, rank=4), NOLA):
         with pytest.raises(
-            ValueError, match=r"with init=True needs axes that can gradient_init \(with init=False it does not\)"
+            ValueError,
+            match=r"with init=True needs axes that can gradient_init \(with init=False it does not\)",
         ):
             fit(Low(method), Look(), steps=1)
         fit(Low(method), Look(init=False, batches=2), steps=1)
@@ -169,7 +191,9 @@ def test_composition_and_resume(tmp_path):
     for step in (1, 5, 9):
         model, (ada, gora) = Low(), pair()
         gora.initial_ranks = None
-        have = everything(model, fit(model, ada, gora, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10))
+        have = everything(
+            model, fit(model, ada, gora, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10)
+        )
         assert not [key for key in want if not torch.equal(have[key], want[key])], step
 
 

@@ -44,7 +44,10 @@ def task(tmp_path):
 
 def accuracy(folder):
     """By hand: the choice with the largest log-probability after the prompt and a space."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     right = 0
     for row in ROWS:
         start = tokenizer(row["prompt"])["input_ids"]
@@ -66,7 +69,9 @@ def test_the_harness_reads_a_merged_model(tmp_path, task, tiny_llama, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     adapt(model, "all-linear", HyperAdapt)
     perturb(model, 0.3)
-    save_adapter(model, tmp_path / "adapter", {"name": str(tiny_llama), "auto_class": "AutoModelForCausalLM"})
+    save_adapter(
+        model, tmp_path / "adapter", {"name": str(tiny_llama), "auto_class": "AutoModelForCausalLM"}
+    )
     main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     capsys.readouterr()
     found = lm_eval.simple_evaluate(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import HyperAdapt
 from adaptrank.testing import perturb
 
@@ -32,7 +32,10 @@ def test_gradients_are_those_of_the_plain_formula(bias, scale):
     layer = HyperAdapt(nn.Linear(48, 24, bias=bias).double())
     perturb(layer, 0.3)
     with torch.no_grad():
-        layer.da[2], layer.dc[5] = scale - 1, scale - 1  # one row and one column with an odd scale, zero among them
+        layer.da[2], layer.dc[5] = (
+            scale - 1,
+            scale - 1,
+        )  # one row and one column with an odd scale, zero among them
     have, want = both(layer, torch.randn(3, 5, 48, dtype=torch.float64), lambda y: y.square().sum())
     for a, b in zip(have, want, strict=True):
         assert a.isfinite().all()
@@ -48,7 +51,9 @@ def test_bfloat16_gradients_do_not_blow_up_where_a_scale_is_small(scale):
     layer(x).sum().backward()
     exact = torch.nn.functional.linear(x.double(), layer.innermost.weight.double())
     error = (layer.da.grad - exact.sum(0)).abs() / exact.abs().sum(0)
-    assert error.max() < 0.02  # bfloat16 carries 1/256 of each term; a division by 0.011 would add tens of percent
+    assert (
+        error.max() < 0.02
+    )  # bfloat16 carries 1/256 of each term; a division by 0.011 would add tens of percent
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -70,7 +75,9 @@ def test_the_rank_of_the_change_is_at_most_twice_that_of_the_weight():
     assert torch.linalg.matrix_rank(layer.weight - base.weight) == 6
 
 
-@pytest.mark.parametrize(("rows", "cols", "count"), [(True, True, 72), (True, False, 24), (False, True, 48)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "count"), [(True, True, 72), (True, False, 24), (False, True, 48)]
+)
 def test_count(rows, cols, count):
     layer = HyperAdapt(nn.Linear(48, 24), rows=rows, cols=cols)
     assert cost_model(layer).total({}) == count
@@ -85,7 +92,8 @@ def test_one_of_rows_and_columns_must_train():
 def meta(shapes, blocks):
     layers = {name: nn.Linear(n, m, bias=False, device="meta") for name, (m, n) in shapes.items()}
     return nn.ModuleList(
-        nn.ModuleDict(layers if i == 0 else {k: _like(v) for k, v in layers.items()}) for i in range(blocks)
+        nn.ModuleDict(layers if i == 0 else {k: _like(v) for k, v in layers.items()})
+        for i in range(blocks)
     )
 
 
@@ -132,4 +140,6 @@ def test_two_hyperadapts_multiply():
     inner, outer = layer.nest
     a = (1 + inner.da) * (1 + outer.da)
     c = (1 + inner.dc) * (1 + outer.dc)
-    torch.testing.assert_close(layer.weight, a[:, None] * layer.innermost.weight * c, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layer.weight, a[:, None] * layer.innermost.weight * c, rtol=1e-12, atol=1e-12
+    )

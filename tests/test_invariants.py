@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adaptrank.allocators import Allocator, ElaLoRA
-from adaptrank.allocators.plans import Resize
+from adaptrank.allocation import Allocator, ElaLoRA
+from adaptrank.allocation.plans import Resize
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, TensorTrain
 from adaptrank.testing import perturb, trainable
 
@@ -48,7 +48,12 @@ def problems(draw):
     names = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True))
     width = st.sampled_from([8, 12, 16])
     layers = {
-        f"block_{n}": (draw(width), draw(width), draw(st.sampled_from(sorted(METHODS))), draw(st.integers(1, 5)))
+        f"block_{n}": (
+            draw(width),
+            draw(width),
+            draw(st.sampled_from(sorted(METHODS))),
+            draw(st.integers(1, 5)),
+        )
         for n in names
     }
     floor = draw(st.integers(1, 3))
@@ -73,7 +78,9 @@ class Drawn:
     without: dict  # outputs of the layers, the units that will go being closed
 
     def score(self, axis):
-        drawn = torch.randint(self.problem.levels, (len(axis),), generator=generator(7, axis.key, self.steps_done))
+        drawn = torch.randint(
+            self.problem.levels, (len(axis),), generator=generator(7, axis.key, self.steps_done)
+        )
         return drawn / 0 - drawn / 0 if self.steps_done in self.problem.bad else drawn.double()
 
     def plan(self, *arguments):
@@ -105,12 +112,23 @@ def build(problem, order):
 
 
 def allocator_for(problem, model):
-    cost = cost_model(model).total if problem.unit == "parameters" else lambda sizes: sum(sizes.values())
+    cost = (
+        cost_model(model).total
+        if problem.unit == "parameters"
+        else lambda sizes: sum(sizes.values())
+    )
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
     start = cost(sizes)
     least = cost({key: min(problem.floor, size) for key, size in sizes.items()})
     assume(least < start)
-    phases = {"every": 2, "warmup": 1, "final": 1, "floor": problem.floor, "cap": problem.cap, "unit": problem.unit}
+    phases = {
+        "every": 2,
+        "warmup": 1,
+        "final": 1,
+        "floor": problem.floor,
+        "cap": problem.cap,
+        "unit": problem.unit,
+    }
     if problem.grows:
         found = drawn(ElaLoRA)(swaps=3, pool=2, **phases)
     else:
@@ -133,7 +151,10 @@ def loss(model, problem, step):
 
 
 def outputs(model, problem):
-    return {name: getattr(model, name)["map"](inputs(name, problem.layers[name][1], 99)) for name in problem.layers}
+    return {
+        name: getattr(model, name)["map"](inputs(name, problem.layers[name][1], 99))
+        for name in problem.layers
+    }
 
 
 def state(model, optimizer, allocator):
@@ -148,10 +169,16 @@ def state(model, optimizer, allocator):
         kept[name] = (tensor.detach().clone(), dims[id(tensor)])
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state.get(tensor, {}):
-                kept[f"{name} {moment}"] = (optimizer.state[tensor][moment].clone(), dims[id(tensor)])
+                kept[f"{name} {moment}"] = (
+                    optimizer.state[tensor][moment].clone(),
+                    dims[id(tensor)],
+                )
     for key, of_axis in allocator._tracked.items():
         for name, one in of_axis.items():
-            kept[f"{key} average {name}"] = (one.tensor.detach().clone(), {dim: axis for axis, dim in one.dims})
+            kept[f"{key} average {name}"] = (
+                one.tensor.detach().clone(),
+                {dim: axis for axis, dim in one.dims},
+            )
     return kept
 
 

@@ -9,9 +9,8 @@ from test_lora import LLAMA_7B, total
 from torch import nn
 
 from adaptrank import testing
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import Kronecker
-from adaptrank.parameterizations.kronecker import divisor
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import Kronecker, divisor
 
 
 def build(base=None, **arguments):
@@ -33,7 +32,9 @@ def test_count_on_real_layers():
 
 
 @pytest.mark.parametrize("factor", [-1, 1, 3, 5, 24])
-@pytest.mark.parametrize("base", [nn.Linear(48, 24), nn.Embedding(48, 24), nn.Conv2d(12, 24, 2, padding=1)])
+@pytest.mark.parametrize(
+    "base", [nn.Linear(48, 24), nn.Embedding(48, 24), nn.Conv2d(12, 24, 2, padding=1)]
+)
 def test_every_factor_is_exact(base, factor):
     testing.check_contract(testing.builder(Kronecker, base.double(), rank=2, factor=factor))
 
@@ -67,7 +68,9 @@ def test_both_orders_cost_what_they_say(m, n, coarse_first):
     testing.check_cost(build)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"rank": 1}, {"rank": 8}, {"dropout": 0.5}, {"scale": 0.5}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"rank": 1}, {"rank": 8}, {"dropout": 0.5}, {"scale": 0.5}]
+)
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_many_tokens_compute_the_same_as_few(arguments, conv1d, monkeypatch):
     """Where the change is built once a call: outputs and gradients, and the start to the last bit."""
@@ -142,10 +145,13 @@ def test_the_coarse_factor_starts_as_wide_as_its_inputs_say():
 
 def test_a_side_without_factors_is_said():
     with pytest.warns(
-        UserWarning, match=r"64x1009 layer: with factor=-1 A is 8x1 and B 8x1009, 8,080 numbers a product"
+        UserWarning,
+        match=r"64x1009 layer: with factor=-1 A is 8x1 and B 8x1009, 8,080 numbers a product",
     ):
         Kronecker(nn.Embedding(1009, 64))
-    with pytest.warns(UserWarning, match=r"7x7 layer: with factor=4 A is 1x1 and B 7x7, 50 numbers a product"):
+    with pytest.warns(
+        UserWarning, match=r"7x7 layer: with factor=4 A is 1x1 and B 7x7, 50 numbers a product"
+    ):
         Kronecker(nn.Linear(7, 7), factor=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -168,7 +174,10 @@ def test_a_rearranged_change_has_one_rank_a_product():
     rearranged = change.view(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
     U, S, Vh = torch.linalg.svd(rearranged)
     assert int((1e-10 * S[0] < S).sum()) == 3
-    terms = [torch.kron((S[k] * U[:, k]).view(m1, n1).contiguous(), Vh[k].view(m2, n2).contiguous()) for k in range(3)]
+    terms = [
+        torch.kron((S[k] * U[:, k]).view(m1, n1).contiguous(), Vh[k].view(m2, n2).contiguous())
+        for k in range(3)
+    ]
     torch.testing.assert_close(sum(terms), change, rtol=1e-10, atol=1e-10)
 
 

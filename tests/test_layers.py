@@ -54,7 +54,9 @@ def columns(layer, x):
         x = F.pad(x, before, mode=mode)
         high, wide = (x.shape[-2] - d[0] * (kh - 1) - 1, x.shape[-1] - d[1] * (kw - 1) - 1)
         size = (high // layer.stride[0] + 1, wide // layer.stride[1] + 1)
-        patches = F.unfold(x, layer.kernel_size, dilation=d, stride=layer.stride)  # (batch, n, places)
+        patches = F.unfold(
+            x, layer.kernel_size, dilation=d, stride=layer.stride
+        )  # (batch, n, places)
         return patches.unflatten(-1, size).movedim(1, -1)
     return x
 
@@ -75,8 +77,12 @@ def test_a_layer_is_its_matrix_times_the_columns_of_its_input(layer):
 
 def test_projecting_is_the_same_layer_with_another_matrix(layer):
     x = example(layer)
-    A = torch.randn(layers.shape(layer)[1], 5, dtype=torch.float64).T  # not contiguous, as a method may have it
-    torch.testing.assert_close(layers.project(layer, x, A), columns(layer, x) @ A.T, rtol=1e-10, atol=1e-10)
+    A = torch.randn(
+        layers.shape(layer)[1], 5, dtype=torch.float64
+    ).T  # not contiguous, as a method may have it
+    torch.testing.assert_close(
+        layers.project(layer, x, A), columns(layer, x) @ A.T, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_the_stored_layout_is_the_inverse_of_dense(layer):
@@ -118,9 +124,18 @@ class Standardized(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), "LoRA: a convolution in 2 groups is no single matrix; leave it out."),
-        (Standardized(4, 4, 3), "LoRA: Standardized changes what a convolution computes; leave it out."),
-        (nn.Embedding(6, 4, max_norm=1.0), "LoRA: an embedding with max_norm rewrites its weight in the forward pass"),
+        (
+            nn.Conv2d(4, 4, 3, groups=2),
+            "LoRA: a convolution in 2 groups is no single matrix; leave it out.",
+        ),
+        (
+            Standardized(4, 4, 3),
+            "LoRA: Standardized changes what a convolution computes; leave it out.",
+        ),
+        (
+            nn.Embedding(6, 4, max_norm=1.0),
+            "LoRA: an embedding with max_norm rewrites its weight in the forward pass",
+        ),
         (Scaled(6, 4), "LoRA: Scaled changes what an embedding computes; leave it out."),
     ],
     ids=["groups", "other convolution", "max_norm", "scaled"],
@@ -177,16 +192,22 @@ def test_parts_and_back_to_the_bit(make):
     parts = layers.Parts(layer, ["q", "k", "v"])
     assert [type(part) for part in parts.plain] == [type(layer)] * 3
     assert [layers.shape(part) for part in parts.plain] == [(4, 6)] * 3
-    assert torch.equal(parts.k(x), layer(x)[..., 4:8]) or torch.allclose(parts.k(x), layer(x)[..., 4:8], rtol=1e-14)
+    assert torch.equal(parts.k(x), layer(x)[..., 4:8]) or torch.allclose(
+        parts.k(x), layer(x)[..., 4:8], rtol=1e-14
+    )
     torch.testing.assert_close(parts(x), layer(x), rtol=1e-14, atol=1e-14)
     assert not any(parameter.requires_grad for parameter in parts.parameters())
     assert not parts.q.training
     storage = layer.weight.untyped_storage().data_ptr()
-    assert all(part.weight.untyped_storage().data_ptr() == storage for part in parts.plain), "a copy"
+    assert all(part.weight.untyped_storage().data_ptr() == storage for part in parts.plain), (
+        "a copy"
+    )
     joined = parts.join()
     assert type(joined) is type(layer)
     assert joined.state_dict().keys() == layer.state_dict().keys()
-    assert all(torch.equal(value, layer.state_dict()[key]) for key, value in joined.state_dict().items())
+    assert all(
+        torch.equal(value, layer.state_dict()[key]) for key, value in joined.state_dict().items()
+    )
     assert torch.equal(joined(x), layer(x))
     assert layers.shape(joined) == (12, 6)
 

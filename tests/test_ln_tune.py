@@ -15,9 +15,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from adaptrank import testing
 from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import cost_model
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import LNTune, LoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import LNTune, LoRA, wrapped_layers
 
 NORMS = {
     "LayerNorm": lambda: nn.LayerNorm(48),
@@ -42,7 +41,9 @@ def test_the_contract_with_the_closed_count():
 
 
 def test_every_norm(norm, monkeypatch):
-    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):  # transformers' normalize in float32, whatever the model is in
+    if not isinstance(
+        norm, (nn.LayerNorm, nn.RMSNorm)
+    ):  # transformers' normalize in float32, whatever the model is in
         monkeypatch.setattr(testing, "_close", partial(testing._close, tolerance=1e-5))
     build = testing.builder(LNTune, norm.double())
     for check in (
@@ -50,7 +51,9 @@ def test_every_norm(norm, monkeypatch):
         testing.check_merged, testing.check_state_dict, testing.check_copies, testing.check_switch,
     ):  # fmt: skip
         check(build)
-    testing.check_parameter_count(build, lambda: 96 if type(norm) is nn.LayerNorm and norm.bias is not None else 48)
+    testing.check_parameter_count(
+        build, lambda: 96 if type(norm) is nn.LayerNorm and norm.bias is not None else 48
+    )
     testing.check_low_precision(testing.builder(LNTune, copy.deepcopy(norm).to(torch.bfloat16)))
 
 
@@ -64,7 +67,9 @@ def test_one_of_gain_and_shift(arguments):
         check(build)
     testing.check_parameter_count(build, lambda: 48)
     testing.check_cost(testing.builder(LNTune, nn.LayerNorm(48), **arguments))
-    testing.check_low_precision(testing.builder(LNTune, nn.LayerNorm(48).to(torch.bfloat16), **arguments))
+    testing.check_low_precision(
+        testing.builder(LNTune, nn.LayerNorm(48).to(torch.bfloat16), **arguments)
+    )
 
 
 def test_the_formula(norm):
@@ -80,7 +85,9 @@ def test_the_formula(norm):
         if getattr(bare, "bias", None) is not None:
             bare.bias.zero_()
     want = gain * bare(x) + (0 if layer.bias is None else layer.bias)
-    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)  # some of them normalize in float32
+    torch.testing.assert_close(
+        layer(x), want, rtol=1e-6, atol=1e-6
+    )  # some of them normalize in float32
 
 
 def test_a_small_deviation_is_not_eaten_by_half_precision():
@@ -104,7 +111,9 @@ def test_printed_counts():
             )
         )  # fmt: skip
         small = ViTModel(
-            ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+            ViTConfig(
+                hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+            ),
             add_pooling_layer=False,
         )
     assert cost_model(adapt(llama_3b, "all", LNTune)).total({}) == 57 * 3072 == 175_104
@@ -124,7 +133,9 @@ def test_in_a_model_it_trains_saves_loads_and_merges(tmp_path):
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(llama(), tmp_path)(IDS).logits, want)
     state = {name: p.clone() for name, p in model.state_dict().items()}
-    torch.testing.assert_close(merge(model, keep_originals=True)(IDS).logits, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        merge(model, keep_originals=True)(IDS).logits, want, rtol=1e-5, atol=1e-6
+    )
     assert set(model.state_dict()) == set(llama().state_dict())
     unmerge(model)
     assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
@@ -140,10 +151,17 @@ def test_it_stands_beside_other_methods(tmp_path):
 
 def test_what_it_refuses():
     with pytest.raises(
-        ValueError, match=r"LNTune trains nothing of this LlamaRMSNorm, which has a gain only; say gain=True"
+        ValueError,
+        match=r"LNTune trains nothing of this LlamaRMSNorm, which has a gain only; say gain=True",
     ):
         LNTune(LlamaRMSNorm(4), gain=False)
-    with pytest.raises(TypeError, match="LNTune wraps LayerNorm or RMSNorm with one gain a channel, not Linear"):
+    with pytest.raises(
+        TypeError, match="LNTune wraps LayerNorm or RMSNorm with one gain a channel, not Linear"
+    ):
         LNTune(nn.Linear(4, 4))
-    for layer in (nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm((2, 4)), nn.BatchNorm1d(4)):
+    for layer in (
+        nn.LayerNorm(4, elementwise_affine=False),
+        nn.LayerNorm((2, 4)),
+        nn.BatchNorm1d(4),
+    ):
         assert not LNTune.wraps(layer)

@@ -7,7 +7,7 @@ from test_lora import total
 from torch import nn
 
 from adaptrank import testing
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import LoKr
 
 LLAMA_32_3B = {"q": (3072, 3072), "v": (1024, 3072)}
@@ -33,7 +33,9 @@ def test_variants(arguments):
     testing.check_gradients(build)
     testing.check_low_precision(testing.builder(LoKr, nn.Linear(48, 24).bfloat16(), **arguments))
     testing.check_conv1d_twin(LoKr, arguments=arguments)
-    if arguments != {"factor": 1}:  # there A is a number, and multiplying by it is no product of matrices
+    if arguments != {
+        "factor": 1
+    }:  # there A is a number, and multiplying by it is no product of matrices
         testing.check_cost(testing.builder(LoKr, nn.Linear(48, 24), **arguments))
 
 
@@ -43,7 +45,9 @@ def test_what_starts_at_zero():
         assert [n for n, p in layer.own_parameters() if not p.any()] == [name]
     both = LoKr(nn.Linear(48, 24), rank=1, decompose_both=True)
     assert [n for n, p in both.own_parameters() if not p.any()] == ["A1"]
-    assert hasattr(LoKr(nn.Linear(48, 24), rank=4, decompose_both=True), "A")  # as large as A itself: left whole
+    assert hasattr(
+        LoKr(nn.Linear(48, 24), rank=4, decompose_both=True), "A"
+    )  # as large as A itself: left whole
 
 
 def test_dropout_leaves_what_the_frozen_layer_reads():
@@ -62,7 +66,9 @@ def test_the_rank_of_the_change():
 
 @pytest.mark.parametrize("rank", [0, 7])
 def test_a_rank_that_does_not_fit(rank):
-    with pytest.raises(ValueError, match=rf"rank={rank} does not fit B of 6x8 \(24x48 with factor=-1\); use 1 to 6"):
+    with pytest.raises(
+        ValueError, match=rf"rank={rank} does not fit B of 6x8 \(24x48 with factor=-1\); use 1 to 6"
+    ):
         LoKr(nn.Linear(48, 24), rank=rank)
 
 

@@ -8,7 +8,7 @@ from test_hyperadapt import meta
 from torch import nn
 
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import LoRA
 from adaptrank.testing import builder, check_parameter_count, perturb
 
@@ -24,7 +24,10 @@ def test_closed_count():
 
 
 def test_printed_counts():
-    assert total(adapt(meta(LLAMA_7B, 32), "all-linear", lambda base: LoRA(base, rank=32))) == 56_098_816
+    assert (
+        total(adapt(meta(LLAMA_7B, 32), "all-linear", lambda base: LoRA(base, rank=32)))
+        == 56_098_816
+    )
     roberta_base = meta({"q": (768, 768), "v": (768, 768)}, 12)
     assert total(adapt(roberta_base, "all-linear", lambda base: LoRA(base, rank=8))) == 294_912
 
@@ -50,7 +53,9 @@ def test_the_scale_stays_when_the_rank_moves():
 def test_inits():
     kaiming = LoRA(nn.Linear(400, 24), rank=50).A
     assert kaiming.abs().max() <= 1 / math.sqrt(400)
-    torch.testing.assert_close(kaiming.var().item(), 1 / (3 * 400), rtol=0.05, atol=0)  # of U(-1/sqrt(n), 1/sqrt(n))
+    torch.testing.assert_close(
+        kaiming.var().item(), 1 / (3 * 400), rtol=0.05, atol=0
+    )  # of U(-1/sqrt(n), 1/sqrt(n))
     gaussian = LoRA(nn.Linear(400, 24), rank=50, init="gaussian").A
     torch.testing.assert_close(gaussian.std().item(), 1 / 50, rtol=0.05, atol=0)
     rows = LoRA(nn.Linear(48, 24).double(), rank=8, init="orthogonal").A
@@ -82,4 +87,6 @@ def test_dropout_is_on_the_way_to_a_only_and_off_in_evaluation():
     perturb(layer)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5
+    )

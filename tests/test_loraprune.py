@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from test_allocators import fit
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaptrank.allocators import AdaLoRA, LoRAPrune
-from adaptrank.allocators.loraprune import gone, local
-from adaptrank.allocators.plans import ranked
+from adaptrank.allocation import AdaLoRA, LoRAPrune
+from adaptrank.allocation.methods.loraprune import gone, local
+from adaptrank.allocation.plans import ranked
 from adaptrank.artifacts import load_adapter, save_adapter
-from adaptrank.groups import PRUNED, compact, find_groups
-from adaptrank.inject import adapt
+from adaptrank.axes import PRUNED, compact, find_groups
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, PiCa
 from adaptrank.testing import perturb
 
@@ -61,7 +61,10 @@ def logits(model, batch=99):
 def test_the_groups_of_a_llama():
     found = find_groups(Model().backbone)
     heads, channels = found["model.layers.2.self_attn:heads"], found["model.layers.2.mlp:channels"]
-    assert (len(heads), len(channels)) == (3, 20)  # two query heads go with their key and value head
+    assert (len(heads), len(channels)) == (
+        3,
+        20,
+    )  # two query heads go with their key and value head
     assert [(p.name, p.dim, p.width) for p in heads.parts] == [
         ("q_proj", 0, 8),
         ("k_proj", 0, 4),
@@ -138,7 +141,8 @@ def test_excluded_layers_are_whole_and_the_schedule_is_cubic():
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA, lambda base: PiCa(base, rank=4), lambda base: PiCa(base, rank=4, side="output")]
+    "method",
+    [LoRA, lambda base: PiCa(base, rank=4), lambda base: PiCa(base, rank=4, side="output")],
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_masked_and_cut_models_compute_the_same(method, bias, tmp_path):
@@ -166,7 +170,7 @@ def test_a_fresh_adapter_scores_with_finite_numbers():
 
 def test_a_score_that_is_no_number_leaves_the_average(monkeypatch):
     model, allocator = Model(), LoRAPrune(0.5, **PHASES)
-    from adaptrank import groups
+    from adaptrank.axes import groups as groups
 
     plain, calls = groups.Groups.importance, []
 
@@ -195,9 +199,15 @@ def test_resume_is_exact(tmp_path):
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [
-        (DoRA, "LoRAPrune needs axes that can weight_gradient, and DoRA at .* cannot; use one of .*LoRA.*PiCa"),
+        (
+            DoRA,
+            "LoRAPrune needs axes that can weight_gradient, and DoRA at .* cannot; use one of .*LoRA.*PiCa",
+        ),
         (SVD, "SVD at .* cannot"),
-        ([HyperAdapt, LoRA], "LoRAPrune needs axes that can weight_gradient, and (LoRA|HyperAdapt) at"),
+        (
+            [HyperAdapt, LoRA],
+            "LoRAPrune needs axes that can weight_gradient, and (LoRA|HyperAdapt) at",
+        ),
     ],
 )
 def test_methods_without_an_estimate_are_refused(method, sentence):
@@ -220,7 +230,10 @@ def test_a_model_that_is_no_match_is_left_alone():
     model = llama()
     before = [p.shape for p in model.parameters()]
     with pytest.raises(
-        ValueError, match=r"layers\.9\.mlp:channels cannot be cut to 2 channels: this model has none there"
+        ValueError,
+        match=r"layers\.9\.mlp:channels cannot be cut to 2 channels: this model has none there",
     ):
-        compact(model, {"model.layers.1.mlp:channels": [0, 1], "model.layers.9.mlp:channels": [0, 1]})
+        compact(
+            model, {"model.layers.1.mlp:channels": [0, 1], "model.layers.9.mlp:channels": [0, 1]}
+        )
     assert [p.shape for p in model.parameters()] == before

@@ -25,7 +25,9 @@ def test_the_loss_of_a_head_in_chunks_is_the_cross_entropy_of_its_logits(bias, m
     targets = torch.randint(11, (7,))
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 3 * 11 * 8)  # three tokens at a time
     function = lambda h: losses.linear_cross_entropy(h, W, b, targets)  # noqa: E731
-    torch.testing.assert_close(function(h), losses.plain_cross_entropy(h, W, b, targets), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        function(h), losses.plain_cross_entropy(h, W, b, targets), rtol=1e-12, atol=1e-12
+    )
     assert gradcheck(function, h)
     assert gradgradcheck(function, h)
 
@@ -33,7 +35,9 @@ def test_the_loss_of_a_head_in_chunks_is_the_cross_entropy_of_its_logits(bias, m
 def test_no_logits_of_all_tokens_are_held(monkeypatch):
     seen = []
     plain = torch.log_softmax
-    monkeypatch.setattr(torch, "log_softmax", lambda x, *args, **kw: seen.append(len(x)) or plain(x, *args, **kw))
+    monkeypatch.setattr(
+        torch, "log_softmax", lambda x, *args, **kw: seen.append(len(x)) or plain(x, *args, **kw)
+    )
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 10 * 64 * 4)
     h = torch.randn(35, 8, requires_grad=True)
     kept = []
@@ -44,8 +48,15 @@ def test_no_logits_of_all_tokens_are_held(monkeypatch):
 
 
 def llama(**more):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=64, **more)).requires_grad_(False)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, vocab_size=64, **more)
+    ).requires_grad_(False)
 
 
 def test_a_model_whose_logits_are_more_than_its_head_keeps_them():

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import LoRA, MELoRA
 from adaptrank.testing import builder, perturb
 
@@ -36,13 +36,17 @@ def test_variants(arguments, units):
     build = builder(MELoRA, base, **arguments)
     testing.check_contract(build, count=lambda m, n: units * (m + n) // arguments["minis"])
     testing.check_cost(builder(MELoRA, copy.deepcopy(base).float(), **arguments))
-    testing.check_low_precision(builder(MELoRA, copy.deepcopy(base).to(torch.bfloat16), **arguments))
+    testing.check_low_precision(
+        builder(MELoRA, copy.deepcopy(base).to(torch.bfloat16), **arguments)
+    )
     testing.check_conv1d_twin(MELoRA, arguments=arguments)
 
 
 def test_printed_counts():
     roberta_base = {"q": (768, 768), "v": (768, 768)}
-    mini = total(adapt(meta(roberta_base, 12), "all-linear", lambda base: MELoRA(base, rank=1, minis=8)))
+    mini = total(
+        adapt(meta(roberta_base, 12), "all-linear", lambda base: MELoRA(base, rank=1, minis=8))
+    )
     full = total(adapt(meta(roberta_base, 12), "all-linear", lambda base: LoRA(base, rank=8)))
     assert (mini, full) == (36_864, 294_912)  # "8 times fewer"
 
@@ -139,7 +143,10 @@ def test_a_fused_projection_is_split():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"minis": 5}, r"minis=5 does not divide a 24x48 layer; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"),
+        (
+            {"minis": 5},
+            r"minis=5 does not divide a 24x48 layer; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]",
+        ),
         ({"minis": 0}, "minis=0 does not divide"),
         ({"rank": 0}, "of 1 or more"),
         ({"rank": [1, 2], "minis": 3}, "3 minis need one rank each"),

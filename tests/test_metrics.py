@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from adaptrank.metrics import ExactMatch, MultipleChoice, is_match
+from adaptrank.modules.metrics import ExactMatch, MultipleChoice, is_match
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,9 @@ def test_exact_match_is_a_share():
 
 
 def test_multiple_choice_by_sum_and_by_character():
-    scores = torch.tensor([-4.0, -5.0, -3.0, -2.0, -9.0])  # two examples, of three and of two choices
+    scores = torch.tensor(
+        [-4.0, -5.0, -3.0, -2.0, -9.0]
+    )  # two examples, of three and of two choices
     group = torch.tensor([0, 0, 0, 1, 1])
     characters = torch.tensor([4, 10, 2, 1, 9])
     target = torch.tensor([2, 1])

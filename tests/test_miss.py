@@ -11,7 +11,7 @@ from torch import nn
 from adaptrank import testing
 from adaptrank.artifacts import merge, unmerge
 from adaptrank.axes import generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import LoRA, MiSS, Parameterization
 
 LLAMA_32_3B = {"q": (3072, 3072), "v": (1024, 3072)}
@@ -41,7 +41,9 @@ def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(MiSS):
         testing.check_contract(testing.builder(MiSS, base, **arguments))
         testing.check_cost(testing.builder(MiSS, copy.deepcopy(base).float(), **arguments))
-        testing.check_low_precision(testing.builder(MiSS, copy.deepcopy(base).bfloat16(), **arguments))
+        testing.check_low_precision(
+            testing.builder(MiSS, copy.deepcopy(base).bfloat16(), **arguments)
+        )
     testing.check_gradients(testing.builder(MiSS, nn.Linear(48, 24).double(), **arguments))
     testing.check_conv1d_twin(MiSS, arguments=arguments)
 
@@ -61,7 +63,9 @@ def test_variants_over_a_trained_change(outer):
     ],
 )
 def test_printed_counts(arguments, count):
-    model = adapt(meta(LLAMA_32_3B, 28), "all-linear", lambda base: MiSS(base, rank=64, **arguments))
+    model = adapt(
+        meta(LLAMA_32_3B, 28), "all-linear", lambda base: MiSS(base, rank=64, **arguments)
+    )
     assert total(model) == count
 
 
@@ -70,7 +74,9 @@ def test_every_block_of_inputs_shares_the_shard(rank, n):
     layer = build(nn.Linear(n, 24).double(), rank=rank)
     change = layer.weight - layer.base.weight
     for channel in range(n):
-        torch.testing.assert_close(change[:, channel], layer.D[channel % rank], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            change[:, channel], layer.D[channel % rank], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_mini_tiles_the_shard_over_the_outputs():
@@ -78,7 +84,9 @@ def test_mini_tiles_the_shard_over_the_outputs():
     change = layer.weight - layer.base.weight
     for row in range(24):
         for channel in range(48):
-            torch.testing.assert_close(change[row, channel], layer.D[channel % 6, row % 4], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                change[row, channel], layer.D[channel % 6, row % 4], rtol=1e-12, atol=1e-12
+            )
     assert torch.linalg.matrix_rank(change) == 4
 
 
@@ -96,7 +104,11 @@ def test_bat_changes_every_block_by_itself():
 
 
 def test_bat_is_taken_back_to_the_bit():
-    model = adapt(nn.Sequential(nn.Linear(48, 24).bfloat16()), "all-linear", lambda base: MiSS(base, variant="bat"))
+    model = adapt(
+        nn.Sequential(nn.Linear(48, 24).bfloat16()),
+        "all-linear",
+        lambda base: MiSS(base, variant="bat"),
+    )
     testing.perturb(model)
     before = model[0].base.weight.detach().clone()
     merge(model, keep_originals=True)
@@ -120,7 +132,11 @@ def test_slots_come_back_and_no_slot_twice():
     layer = build(rank=4, period=9)
     axis = rank_axes(layer)[":rank"]
     for step in range(10):
-        axis.resize(range(1, len(axis)), min(3, axis.limits()[1] - len(axis) + 1), generator(0, axis.key, step))
+        axis.resize(
+            range(1, len(axis)),
+            min(3, axis.limits()[1] - len(axis) + 1),
+            generator(0, axis.key, step),
+        )
         assert len(set(layer.slots.tolist())) == len(axis)
     axis.resize(grow=9 - len(axis), generator=generator(0, axis.key, 10))
     assert sorted(layer.slots.tolist()) == list(range(9))
@@ -168,7 +184,9 @@ def test_dropout_is_on_the_way_to_the_shard_only_and_off_in_evaluation(variant):
     testing.perturb(layer)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5
+    )
 
 
 class Nonlinear(Parameterization):
@@ -188,7 +206,9 @@ class Nonlinear(Parameterization):
 def test_bat_alone_needs_a_weight_under_it():
     inner = Nonlinear(nn.Linear(48, 24))
     assert MiSS(inner)(torch.randn(2, 48)).shape == (2, 24)
-    with pytest.raises(ValueError, match=r"MiSS takes the weight .* put Nonlinear outermost, \[MiSS, Nonlinear\]"):
+    with pytest.raises(
+        ValueError, match=r"MiSS takes the weight .* put Nonlinear outermost, \[MiSS, Nonlinear\]"
+    ):
         MiSS(inner, variant="bat")
 
 
@@ -199,7 +219,10 @@ def test_bat_alone_needs_a_weight_under_it():
         ({"rank": 49}, "use 1 <= rank <= period <= 48"),
         ({"rank": 8, "period": 4}, "rank=8 with period=4"),
         ({"variant": "Bat"}, "variant='Bat' is unknown"),
-        ({"variant": "mini", "mini_rank": 7}, r"does not divide 24 outputs; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"),
+        (
+            {"variant": "mini", "mini_rank": 7},
+            r"does not divide 24 outputs; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]",
+        ),
         ({"variant": "bat", "rank": 16}, r"fit 24x48; .* a rank of \[1, 2, 3, 4, 6, 8, 12, 24\]"),
         ({"variant": "bat", "rank": 6, "period": 12}, "leave period out"),
     ],

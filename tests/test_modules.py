@@ -9,18 +9,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from adaptrank.allocators.adalora import AdaLoRA
-from adaptrank.allocators.elalora import ElaLoRA
+from adaptrank.allocation.methods.adalora import AdaLoRA
+from adaptrank.allocation.methods.elalora import ElaLoRA
 from adaptrank.artifacts import save_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.data import ArithmeticProblems, CausalLMData, ClassificationData
 from adaptrank.modules import Adapter, CausalLM, SequenceClassification
-from adaptrank.modules.base import fuse, parameter_groups
-from adaptrank.parameterizations.base import wrapped_layers
-from adaptrank.parameterizations.dora import DoRA
-from adaptrank.parameterizations.hyperadapt import HyperAdapt
-from adaptrank.parameterizations.lora import LoRA
-from adaptrank.parameterizations.svd import SVD
+from adaptrank.modules.adapted import fuse, parameter_groups
+from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
 
 QUIET = {
     "logger": False,
@@ -34,7 +30,11 @@ QUIET = {
 def causal(folder, *nest, **arguments):
     nest = nest or (partial(LoRA, rank=4, dropout=0.1),)
     return CausalLM(
-        folder, [Adapter(list(nest))], dtype="fp32", optimizer=partial(torch.optim.AdamW, lr=5e-3), **arguments
+        folder,
+        [Adapter(list(nest))],
+        dtype="fp32",
+        optimizer=partial(torch.optim.AdamW, lr=5e-3),
+        **arguments,
     )
 
 
@@ -43,7 +43,9 @@ def problems(**arguments):
 
 
 def fit(module, data, callbacks=(), ckpt_path=None, **arguments):
-    trainer = Trainer(**{**QUIET, "enable_checkpointing": False, **arguments}, callbacks=list(callbacks))
+    trainer = Trainer(
+        **{**QUIET, "enable_checkpointing": False, **arguments}, callbacks=list(callbacks)
+    )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -63,7 +65,9 @@ def test_the_loss_is_that_of_the_labelled_tokens(tiny_llama):
     labels[0, 6:] = -100
     losses, rows = module(ids, mask, labels)
     full = module.model(input_ids=ids, attention_mask=mask).logits
-    expected = F.cross_entropy(full[:, :-1].reshape(-1, full.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
+    expected = F.cross_entropy(
+        full[:, :-1].reshape(-1, full.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+    )
     torch.testing.assert_close(losses.mean(), expected)
     assert torch.bincount(rows).tolist() == [2, 5, 5]
 
@@ -81,11 +85,15 @@ def test_logits_are_computed_for_completions_only(tiny_llama):
 
 
 def test_validation_weighs_tokens_not_batches(tiny_llama):
-    data = problems(eval_batch_size=4, val_size=6)  # batches of 4 and 2, with completions of uneven length
+    data = problems(
+        eval_batch_size=4, val_size=6
+    )  # batches of 4 and 2, with completions of uneven length
     module = causal(tiny_llama, generate=False)
     trainer = Trainer(**QUIET)
     (result,) = trainer.validate(module, datamodule=data, verbose=False)
-    losses = torch.cat([module(b["input_ids"], b["attention_mask"], b["labels"])[0] for b in data.val_dataloader()])
+    losses = torch.cat(
+        [module(b["input_ids"], b["attention_mask"], b["labels"])[0] for b in data.val_dataloader()]
+    )
     assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]), rel=1e-5)
 
@@ -102,10 +110,13 @@ class Parrot(CausalLM):
 
 def test_exact_match_reads_the_final_answer(tiny_llama, tmp_path):
     rows = [
-        {"prompt": "Question: 1 ?\nAnswer:", "completion": " 1 + 1 = 2", "answer": a} for a in ("2", "2.0", "3", "$2")
+        {"prompt": "Question: 1 ?\nAnswer:", "completion": " 1 + 1 = 2", "answer": a}
+        for a in ("2", "2.0", "3", "$2")
     ]
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = CausalLMData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=3)
+    data = CausalLMData(
+        str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=3
+    )
     module = Parrot(tiny_llama, [Adapter([LoRA])], dtype="fp32")
     (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
     assert result["exact_match"] == 0.75
@@ -113,11 +124,23 @@ def test_exact_match_reads_the_final_answer(tiny_llama, tmp_path):
 
 def test_choices_are_scored_by_sum_and_by_character(tiny_llama, tmp_path):
     rows = [
-        {"prompt": "Question: how many ?\nAnswer:", "completion": " 1", "choices": ["1", "2 3 4", "7"], "label": 0},
-        {"prompt": "Question: now ?\nAnswer:", "completion": " 4", "choices": ["3 3", "4"], "label": 1},
+        {
+            "prompt": "Question: how many ?\nAnswer:",
+            "completion": " 1",
+            "choices": ["1", "2 3 4", "7"],
+            "label": 0,
+        },
+        {
+            "prompt": "Question: now ?\nAnswer:",
+            "completion": " 4",
+            "choices": ["3 3", "4"],
+            "label": 1,
+        },
     ]
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = CausalLMData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=2)
+    data = CausalLMData(
+        str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=2
+    )
     module = causal(tiny_llama)
     (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
     right = {"accuracy": 0, "accuracy_norm": 0}
@@ -157,17 +180,22 @@ def test_the_training_loss_is_the_mean_over_labelled_tokens(tiny_llama):
             seen.append(float(outputs["loss"]))
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            logits = pl_module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
-                :, :-1
-            ]
-            seen.append(float(F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())))
+            logits = pl_module.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits[:, :-1]
+            seen.append(
+                float(F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
+            )
 
     fit(module, data, [Compare()], max_steps=1)
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)
 
 
 def test_batches_of_the_other_task_are_refused(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match=r"needs a label for each token.*shape \(4,\); use .* SequenceClassification"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs a label for each token.*shape \(4,\); use .* SequenceClassification",
+    ):
         fit(causal(tiny_llama), labelled(tmp_path), max_steps=1)
 
 
@@ -192,9 +220,15 @@ def test_only_adapters_train_and_training_helps(tiny_llama):
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
 
 
-def test_a_half_precision_backbone_trains_float32_adapters_with_checkpointing_and_generates(tiny_llama):
+def test_a_half_precision_backbone_trains_float32_adapters_with_checkpointing_and_generates(
+    tiny_llama,
+):
     module = CausalLM(
-        tiny_llama, [Adapter([HyperAdapt, LoRA])], dtype="bf16", gradient_checkpointing=True, max_new_tokens=3
+        tiny_llama,
+        [Adapter([HyperAdapt, LoRA])],
+        dtype="bf16",
+        gradient_checkpointing=True,
+        max_new_tokens=3,
     )
     fit(module, problems(), max_steps=2)
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
@@ -229,7 +263,10 @@ def test_parameter_groups(tiny_llama):
     assert exempt["weight_decay"] == 0.0
     named = {id(p): n for n, p in module.named_parameters()}
     assert {named[id(p)].rsplit(".", 1)[1] for p in decay["params"]} == {"A", "B"}
-    assert {named[id(p)].rsplit(".", 1)[1] for p in exempt["params"]} == {"m", "weight"}  # magnitudes, and the norm
+    assert {named[id(p)].rsplit(".", 1)[1] for p in exempt["params"]} == {
+        "m",
+        "weight",
+    }  # magnitudes, and the norm
     total = sum(len(g["params"]) for g in (decay, exempt))
     assert total == sum(p.requires_grad for p in module.parameters())
 
@@ -240,7 +277,9 @@ def test_lora_plus_trains_closing_factors_faster(tiny_llama):
     rates = {}
     for group in trainer.optimizers[0].param_groups:
         for p in group["params"]:
-            rates[next(n for n, q in module.named_parameters() if q is p).rsplit(".", 1)[1]] = group["lr"]
+            rates[next(n for n, q in module.named_parameters() if q is p).rsplit(".", 1)[1]] = (
+                group["lr"]
+            )
     assert rates == {"A": 5e-3, "B": 8e-2}
     with pytest.raises(ValueError, match="lora_plus_ratio needs a method with a rank axis"):
         fit(causal(tiny_llama, HyperAdapt, lora_plus_ratio=16.0), problems(), max_steps=1)
@@ -310,7 +349,9 @@ def test_classification_trains_its_head_and_reports(tiny_bert, tmp_path):
     )  # fmt: skip
     trainer = fit(module, labelled(tmp_path), max_epochs=2)
     names = {
-        n.split(".")[1] for n, p in module.named_parameters() if p.requires_grad and ".A" not in n and ".B" not in n
+        n.split(".")[1]
+        for n, p in module.named_parameters()
+        if p.requires_grad and ".A" not in n and ".B" not in n
     }
     assert names == {"classifier"}
     assert set(trainer.callback_metrics) >= {"loss", "accuracy", "f1", "matthews"}
@@ -324,17 +365,24 @@ def test_a_head_on_a_half_precision_encoder_trains_in_float32(tiny_bert, tmp_pat
     assert module.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
 
 
-def test_a_norm_that_trains_inside_a_half_precision_backbone_is_float32_and_casts_back(tiny_llama, tmp_path):
-    module = CausalLM(tiny_llama, [Adapter([LoRA])], dtype="bf16", train_modules=["norm", "input_layernorm"])
+def test_a_norm_that_trains_inside_a_half_precision_backbone_is_float32_and_casts_back(
+    tiny_llama, tmp_path
+):
+    module = CausalLM(
+        tiny_llama, [Adapter([LoRA])], dtype="bf16", train_modules=["norm", "input_layernorm"]
+    )
     fit(module, problems(), max_steps=2)
     assert module.model.model.norm.weight.dtype == torch.float32
     assert (
-        module.model.model.layers[0].input_layernorm(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        module.model.model.layers[0].input_layernorm(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype
+        == torch.bfloat16
     )
     save_adapter(module.model, tmp_path / "a")
     warm = CausalLM(tiny_llama, adapter=str(tmp_path / "a"), dtype="bf16")
     warm.configure_model()
-    assert torch.equal(warm.model.model.norm.weight, module.model.model.norm.weight), "no bit is lost on the way"
+    assert torch.equal(warm.model.model.norm.weight, module.model.model.norm.weight), (
+        "no bit is lost on the way"
+    )
 
 
 def test_a_decoder_classifies(tiny_llama, tmp_path):
@@ -346,12 +394,16 @@ def test_a_decoder_classifies(tiny_llama, tmp_path):
 def test_the_loss_of_a_validation_weighs_rows_not_batches(tiny_bert, tmp_path):
     rows = [{"text": f"how many {i}", "label": i % 3} for i in range(5)]
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ClassificationData(str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=4)
+    data = ClassificationData(
+        str(tmp_path / "v.jsonl"), validation=str(tmp_path / "v.jsonl"), batch_size=4
+    )
     module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=3, dtype="fp32")
     (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
     module.eval()
     with torch.no_grad():
-        losses = [F.cross_entropy(module(b), b["labels"], reduction="none") for b in data.val_dataloader()]
+        losses = [
+            F.cross_entropy(module(b), b["labels"], reduction="none") for b in data.val_dataloader()
+        ]
     assert [len(x) for x in losses] == [4, 1]
     assert result["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
@@ -364,7 +416,9 @@ def test_a_regression_reports_correlations(tiny_bert, tmp_path):
 
 def test_metrics_that_do_not_fit_are_refused(tiny_bert):
     module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=3, metrics=["pearson"])
-    with pytest.raises(ValueError, match=r"'pearson' does not fit 3 label\(s\); use accuracy, f1, matthews"):
+    with pytest.raises(
+        ValueError, match=r"'pearson' does not fit 3 label\(s\); use accuracy, f1, matthews"
+    ):
         module.configure_model()
 
 
@@ -393,7 +447,11 @@ def whole_state(trainer, module):
     optimizer = trainer.optimizers[0]
     return (
         {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
-        [{k: v.clone() for k, v in optimizer.state[p].items()} for g in optimizer.param_groups for p in g["params"]],
+        [
+            {k: v.clone() for k, v in optimizer.state[p].items()}
+            for g in optimizer.param_groups
+            for p in g["params"]
+        ],
         [g["lr"] for g in optimizer.param_groups],
         torch.get_rng_state(),
     )
@@ -421,7 +479,10 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
         )  # fmt: skip
         try:
             trainer.fit(
-                module, datamodule=problems(train_size=size, batch_size=4), ckpt_path=ckpt_path, weights_only=True
+                module,
+                datamodule=problems(train_size=size, batch_size=4),
+                ckpt_path=ckpt_path,
+                weights_only=True,
             )
         except (KeyboardInterrupt, SystemExit):
             return None
@@ -429,22 +490,34 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
 
     whole, events = run(tmp_path / "whole")
     assert run(tmp_path / "part", Stop(stop)) is None
-    resumed, resumed_events = run(tmp_path / "rest", ckpt_path=str(tmp_path / "part" / f"step={stop}.ckpt"))
+    resumed, resumed_events = run(
+        tmp_path / "rest", ckpt_path=str(tmp_path / "part" / f"step={stop}.ckpt")
+    )
     assert events == resumed_events
     assert len(events) == 3
     assert whole[0].keys() == resumed[0].keys()
     assert all(torch.equal(v, resumed[0][k]) for k, v in whole[0].items())
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(whole[1], resumed[1], strict=True) for k in a)
+    assert all(
+        torch.equal(a[k], b[k]) for a, b in zip(whole[1], resumed[1], strict=True) for k in a
+    )
     assert whole[2] == resumed[2]
     assert torch.equal(whole[3], resumed[3])
 
 
 def test_a_checkpoint_holds_no_backbone_and_loads_without_pickle(tiny_llama, tmp_path):
     module = causal(tiny_llama)
-    fit(module, problems(), [ModelCheckpoint(tmp_path, every_n_train_steps=2)], max_steps=2, enable_checkpointing=True)
+    fit(
+        module,
+        problems(),
+        [ModelCheckpoint(tmp_path, every_n_train_steps=2)],
+        max_steps=2,
+        enable_checkpointing=True,
+    )
     (file,) = tmp_path.glob("*.ckpt")
     stored = torch.load(file, weights_only=True)
-    assert stored["state_dict"].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert stored["state_dict"].keys() == {
+        n for n, p in module.named_parameters() if p.requires_grad
+    }
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(tiny_llama, tmp_path):
@@ -456,7 +529,9 @@ def test_a_checkpoint_of_other_adapters_is_refused(tiny_llama, tmp_path):
         enable_checkpointing=True,
     )
     (file,) = tmp_path.glob("*.ckpt")
-    with pytest.raises(ValueError, match=r"The checkpoint has no .*da .*saved under other adapters"):
+    with pytest.raises(
+        ValueError, match=r"The checkpoint has no .*da .*saved under other adapters"
+    ):
         fit(causal(tiny_llama, HyperAdapt), problems(), ckpt_path=file, max_steps=4)
 
 

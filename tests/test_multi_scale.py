@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import MultiScale
 from adaptrank.testing import builder, perturb
 
@@ -18,7 +18,9 @@ DEBERTA_BASE = {**dict.fromkeys("qkvo", (768, 768)), "up": (3072, 768), "down": 
 
 
 def test_closed_count():
-    testing.check_parameter_count(builder(MultiScale, nn.Linear(48, 24)), lambda m, n: 8 * (m + n) + 2 * 8 * 8 + 8)
+    testing.check_parameter_count(
+        builder(MultiScale, nn.Linear(48, 24)), lambda m, n: 8 * (m + n) + 2 * 8 * 8 + 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,14 +38,18 @@ def test_variants(arguments):
     q, k = arguments["rank"], arguments["width"]
     testing.check_contract(build, count=lambda m, n: k * (m + n) + 2 * k * q + q)
     testing.check_cost(builder(MultiScale, copy.deepcopy(base).float(), **arguments))
-    testing.check_low_precision(builder(MultiScale, copy.deepcopy(base).to(torch.bfloat16), **arguments))
+    testing.check_low_precision(
+        builder(MultiScale, copy.deepcopy(base).to(torch.bfloat16), **arguments)
+    )
     testing.check_conv1d_twin(MultiScale, arguments=arguments)
 
 
 @pytest.mark.parametrize(("width", "bulk"), [(8, 1_327_104), (1, 165_888)])
 @pytest.mark.parametrize("rank", [4, 8])
 def test_printed_counts(width, bulk, rank):
-    model = adapt(meta(DEBERTA_BASE, 12), "all-linear", lambda base: MultiScale(base, rank=rank, width=width))
+    model = adapt(
+        meta(DEBERTA_BASE, 12), "all-linear", lambda base: MultiScale(base, rank=rank, width=width)
+    )
     assert total(model) == bulk + 72 * (2 * width * rank + rank)
 
 
@@ -51,7 +57,11 @@ def test_what_a_unit_of_each_axis_costs():
     layer = MultiScale(nn.Linear(48, 24), rank=4, width=8)
     cost, sizes = cost_model(layer), {key: len(axis) for key, axis in rank_axes(layer).items()}
     assert sizes == {":core": 4, ":input": 8, ":output": 8}
-    assert [cost.marginal(f":{axis}", sizes) for axis in ("core", "input", "output")] == [17, 48 + 4, 24 + 4]
+    assert [cost.marginal(f":{axis}", sizes) for axis in ("core", "input", "output")] == [
+        17,
+        48 + 4,
+        24 + 4,
+    ]
 
 
 @pytest.mark.parametrize(("rank", "width"), [(4, 8), (8, 8), (8, 3)])
@@ -82,7 +92,9 @@ def test_axes_move_independently():
 
 
 @pytest.mark.parametrize(("rank", "width"), [(4, 8), (8, 8), (12, 8)])
-def test_the_penalty_is_zero_at_the_start_with_a_finite_gradient_and_positive_elsewhere(rank, width):
+def test_the_penalty_is_zero_at_the_start_with_a_finite_gradient_and_positive_elsewhere(
+    rank, width
+):
     layer = MultiScale(nn.Linear(48, 24).double(), rank=rank, width=width)
     penalty = layer.penalty()
     penalty.backward()

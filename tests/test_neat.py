@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import NEAT, SVD, HyperAdapt, LoRA
 from adaptrank.testing import builder, perturb
 
@@ -25,14 +25,18 @@ def test_closed_count():
 def test_variants(depth, side, activation):
     bases = testing.example_bases(NEAT)
     for base in bases if (depth, activation) == (1, "relu") else bases[:1]:
-        build = builder(NEAT, base, rank=4, depth=depth, side=side, activation=activation, scale=0.5)
+        build = builder(
+            NEAT, base, rank=4, depth=depth, side=side, activation=activation, scale=0.5
+        )
         d = build().shape[side == "input"]
         testing.check_contract(build, count=lambda m, n, d=d: 2 * 4 * d + 2 * depth * 16)
         low = builder(NEAT, copy.deepcopy(base).to(torch.bfloat16), rank=4, depth=depth, side=side)
         testing.check_low_precision(low)
     single = builder(NEAT, nn.Linear(48, 24), rank=4, depth=depth, side=side, activation=activation)
     testing.check_cost(single)
-    testing.check_conv1d_twin(NEAT, arguments={"rank": 4, "depth": depth, "side": side, "activation": activation})
+    testing.check_conv1d_twin(
+        NEAT, arguments={"rank": 4, "depth": depth, "side": side, "activation": activation}
+    )
 
 
 @pytest.mark.parametrize(("rank", "count"), [(32, 7_340_032), (1, 229_376)])
@@ -48,7 +52,9 @@ def test_a_unit_of_a_deep_network_costs_its_rows_and_columns():
 
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_the_formula_of_depth_two_written_out(side):
-    layer = NEAT(nn.Linear(48, 24).double(), rank=5, depth=2, side=side, activation="silu", scale=0.3)
+    layer = NEAT(
+        nn.Linear(48, 24).double(), rank=5, depth=2, side=side, activation="silu", scale=0.3
+    )
     perturb(layer)
     f, W = nn.functional.silu, layer.base.weight
     first = f(layer.A @ W) if side == "output" else f(layer.A @ W.T)
@@ -126,7 +132,9 @@ def test_dropout_is_on_the_way_to_the_change_only():
     perturb(layer)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"rank": 0}, {"depth": -1}])

@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA
 from adaptrank.parameterizations import nola as module
 from adaptrank.testing import builder, perturb
@@ -54,11 +54,19 @@ LLAMA_2_70B = {
 
 @pytest.mark.parametrize(
     ("shapes", "blocks", "count"),
-    [(LLAMA_2_70B, 80, 573_440), ({"q": (1024, 1024), "v": (1024, 1024)}, 24, 49_152), (LLAMA_7B, 32, 163_840)],
+    [
+        (LLAMA_2_70B, 80, 573_440),
+        ({"q": (1024, 1024), "v": (1024, 1024)}, 24, 49_152),
+        (LLAMA_7B, 32, 163_840),
+    ],
 )
 def test_printed_counts_and_nothing_is_drawn_on_the_meta_device(shapes, blocks, count, monkeypatch):
     monkeypatch.setattr(module, "_draw", None)
-    model = adapt(meta(shapes, blocks), "all-linear", lambda base: NOLA(base, k_a=512, k_b=512, materialize=True))
+    model = adapt(
+        meta(shapes, blocks),
+        "all-linear",
+        lambda base: NOLA(base, k_a=512, k_b=512, materialize=True),
+    )
     assert total(model) == count
 
 
@@ -72,13 +80,18 @@ def test_a_layer_of_the_meta_device_gets_its_matrices_when_it_is_loaded():
 
 def test_a_unit_of_either_side_costs_one_number():
     layer = NOLA(nn.Linear(48, 24))
-    assert [cost_model(layer).marginal(axis, {":alpha": 32, ":beta": 32}) for axis in (":alpha", ":beta")] == [1, 1]
+    assert [
+        cost_model(layer).marginal(axis, {":alpha": 32, ":beta": 32})
+        for axis in (":alpha", ":beta")
+    ] == [1, 1]
 
 
 def test_the_formula_written_out():
     layer = NOLA(nn.Linear(48, 24).double(), rank=3, alpha=6, k_a=10, k_b=6)
     perturb(layer)
-    A = layer.A0 + torch.einsum("k,krn->rn", layer.alpha, drawn(layer, "a", range(10))) / math.sqrt(10)
+    A = layer.A0 + torch.einsum("k,krn->rn", layer.alpha, drawn(layer, "a", range(10))) / math.sqrt(
+        10
+    )
     B = torch.einsum("k,kmr->mr", layer.beta, drawn(layer, "b", range(6))) / math.sqrt(6)
     torch.testing.assert_close(layer.weight, layer.base.weight + 2 * B @ A, rtol=1e-12, atol=1e-12)
 
@@ -88,12 +101,19 @@ def test_gradients_of_the_coefficients_are_products_with_those_of_lora():
     perturb(layer)
     x = torch.randn(5, 48).double()
     layer(x).square().sum().backward()
-    bases_a, bases_b = drawn(layer, "a", range(10)) / math.sqrt(10), drawn(layer, "b", range(6)) / math.sqrt(6)
+    bases_a, bases_b = (
+        drawn(layer, "a", range(10)) / math.sqrt(10),
+        drawn(layer, "b", range(6)) / math.sqrt(6),
+    )
     A = (layer.A0 + torch.einsum("k,krn->rn", layer.alpha, bases_a)).detach().requires_grad_()
     B = torch.einsum("k,kmr->mr", layer.beta, bases_b).detach().requires_grad_()
     (layer.base(x) + x @ A.T @ B.T).square().sum().backward()
-    torch.testing.assert_close(layer.alpha.grad, (bases_a * A.grad).sum((1, 2)), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(layer.beta.grad, (bases_b * B.grad).sum((1, 2)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        layer.alpha.grad, (bases_a * A.grad).sum((1, 2)), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        layer.beta.grad, (bases_b * B.grad).sum((1, 2)), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,7 +168,15 @@ def test_a_matrix_is_its_seed_its_side_and_its_number_for_ever():
 
 def test_what_is_saved_is_the_seed_and_the_numbers_of_the_matrices():
     layer = NOLA(nn.Linear(48, 24), materialize=True)
-    assert set(layer.state_dict()) == {"alpha", "beta", "seed", "ids_a", "ids_b", "base.weight", "base.bias"}
+    assert set(layer.state_dict()) == {
+        "alpha",
+        "beta",
+        "seed",
+        "ids_a",
+        "ids_b",
+        "base.weight",
+        "base.bias",
+    }
     assert layer.state_dict()["seed"].dtype == layer.ids_a.dtype == torch.int64
 
 
@@ -180,7 +208,9 @@ def test_a_backward_pass_after_a_resize_is_that_of_its_forward():
 
 def test_inits():
     base = nn.Linear(48, 24).double()
-    anchored, paper, released = (NOLA(copy.deepcopy(base), init=init) for init in ("anchored", "paper", "released"))
+    anchored, paper, released = (
+        NOLA(copy.deepcopy(base), init=init) for init in ("anchored", "paper", "released")
+    )
     x = torch.randn(5, 48).double()
     assert anchored.A0.abs().max() <= 1 / math.sqrt(48)
     assert not anchored.alpha.any()

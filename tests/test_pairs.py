@@ -8,12 +8,11 @@ import torch
 from test_allocators import fit
 from torch import nn
 
-from adaptrank.allocators import ALLOCATORS, Allocator
-from adaptrank.allocators.pairs import columns, table
+from adaptrank.allocation import ALLOCATORS, Allocator
+from adaptrank.allocation.compatibility import columns, table
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import PARAMETERIZATIONS
-from adaptrank.parameterizations.base import wrappers
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import PARAMETERIZATIONS, wrappers
 
 TABLE = table()
 CELLS = [(allocator, nest) for allocator, works in TABLE.items() for nest in works]
@@ -50,7 +49,9 @@ class Stack(lightning.LightningModule):
         else:
             self.layers = nn.ModuleList(Block(self.width) for _ in range(3))
             adapt(self, "all-linear", methods)
-        self.target = torch.randn(self.width, self.width, generator=torch.Generator().manual_seed(1)) / 5
+        self.target = (
+            torch.randn(self.width, self.width, generator=torch.Generator().manual_seed(1)) / 5
+        )
 
     def forward(self, x):
         for layer in self.layers:
@@ -93,7 +94,9 @@ class Watched(lightning.Callback):
         assert all(len(axis) >= 1 for axis in axes.values())
         assert cost_model(module).total({key: len(axis) for key, axis in axes.items()}) == sum(
             p.numel()
-            for p in {id(p): p for w in wrappers(module) for _, p in w.own_parameters() if p.requires_grad}.values()
+            for p in {
+                id(p): p for w in wrappers(module) for _, p in w.own_parameters() if p.requires_grad
+            }.values()
         )
         (optimizer,) = trainer.optimizers
         for p, state in optimizer.state.items():
@@ -111,7 +114,8 @@ class Watched(lightning.Callback):
             axis = axes[key]
             for slot in axis.closing():
                 values, grad = (
-                    t.movedim(slot.dim, 0).reshape(len(axis), -1) for t in (slot.tensor, grads[id(slot.tensor)])
+                    t.movedim(slot.dim, 0).reshape(len(axis), -1)
+                    for t in (slot.tensor, grads[id(slot.tensor)])
                 )
                 assert grad[~values.any(1)].any(1).all(), f"{key} has a unit without a gradient"
 
@@ -137,7 +141,10 @@ def test_a_cell_is_as_the_table_has_it(name, nest, steps, phases, at):
             return
         assert cell.split(", ")[0] in str(said.value)
         off = dict(option.split("=") for option in cell.split(", "))
-        allocator, model = build(name, phases, **{key: eval(value) for key, value in off.items()}), Stack(nest)
+        allocator, model = (
+            build(name, phases, **{key: eval(value) for key, value in off.items()}),
+            Stack(nest),
+        )
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     watched = Watched(allocator)
     fit(model, allocator, watched, steps=steps)
@@ -145,8 +152,12 @@ def test_a_cell_is_as_the_table_has_it(name, nest, steps, phases, at):
         assert [event["step"] for event in allocator.events if event["step"]] == at
         assert watched.seen == len(at)
         assert not any("skipped" in event for event in allocator.events)
-        prunes_the_base = type(allocator).find_axes is not Allocator.find_axes  # it masks, and a loaded file is cut
-        assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] or prunes_the_base
+        prunes_the_base = (
+            type(allocator).find_axes is not Allocator.find_axes
+        )  # it masks, and a loaded file is cut
+        assert (
+            allocator.events[-1]["allocated"] == allocator.events[-1]["active"] or prunes_the_base
+        )
     else:
         assert allocator.events or type(allocator).initial_ranks is Allocator.initial_ranks
     frozen = dict(model.named_parameters())

@@ -18,9 +18,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import adapt, merge
-from adaptrank.parameterizations import NEAT, SVD, DoRA, Kronecker, LNTune, LoKr, LoRA, MiSS, Prefix
-from adaptrank.parameterizations.base import wrappers
-from adaptrank.parameterizations.kronecker import divisor
+from adaptrank.parameterizations import (
+    NEAT,
+    SVD,
+    DoRA,
+    Kronecker,
+    LNTune,
+    LoKr,
+    LoRA,
+    MiSS,
+    Prefix,
+    divisor,
+    wrappers,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -58,7 +68,9 @@ def embedding():
 
 
 def conv2d():
-    return nn.Conv2d(6, M, (3, 2), stride=2, padding=1), torch.randn(2, 6, 7, 8, dtype=torch.float64)
+    return nn.Conv2d(6, M, (3, 2), stride=2, padding=1), torch.randn(
+        2, 6, 7, 8, dtype=torch.float64
+    )
 
 
 def random(module: nn.Module) -> None:
@@ -80,7 +92,9 @@ def pair(base, config, method):
     return theirs, theirs.base_model.model.layer, ours, ours.layer
 
 
-def compare(theirs, ours, x, tensors: list[tuple[nn.Parameter, nn.Parameter, Callable]], penalty=None):
+def compare(
+    theirs, ours, x, tensors: list[tuple[nn.Parameter, nn.Parameter, Callable]], penalty=None
+):
     """Give our tensors PEFT's values, laid out by the third of each triple; then outputs, gradients and merged weights agree."""
     trained = {id(p) for p in ours.parameters() if p.requires_grad}
     assert {id(own) for _, own, _ in tensors} == trained
@@ -115,11 +129,19 @@ def flat(tensor):
 
 def lora_tensors(theirs, ours):
     if theirs.lora_embedding_A:
-        return [(theirs.lora_embedding_A["default"], ours.A, same), (theirs.lora_embedding_B["default"], ours.B, same)]
-    return [(theirs.lora_A["default"].weight, ours.A, flat), (theirs.lora_B["default"].weight, ours.B, flat)]
+        return [
+            (theirs.lora_embedding_A["default"], ours.A, same),
+            (theirs.lora_embedding_B["default"], ours.B, same),
+        ]
+    return [
+        (theirs.lora_A["default"].weight, ours.A, flat),
+        (theirs.lora_B["default"].weight, ours.B, flat),
+    ]
 
 
-LAYERS = pytest.mark.parametrize("make", [linear, bare, conv1d, embedding, conv2d], ids=lambda make: make.__name__)
+LAYERS = pytest.mark.parametrize(
+    "make", [linear, bare, conv1d, embedding, conv2d], ids=lambda make: make.__name__
+)
 
 
 @LAYERS
@@ -127,9 +149,15 @@ LAYERS = pytest.mark.parametrize("make", [linear, bare, conv1d, embedding, conv2
 def test_lora(make, rslora):
     base, x = make()
     config = peft.LoraConfig(
-        r=R, lora_alpha=6, target_modules=["layer"], use_rslora=rslora, fan_in_fan_out=make is conv1d
+        r=R,
+        lora_alpha=6,
+        target_modules=["layer"],
+        use_rslora=rslora,
+        fan_in_fan_out=make is conv1d,
     )
-    theirs, their, ours, own = pair(base, config, lambda layer: LoRA(layer, rank=R, alpha=6, rslora=rslora))
+    theirs, their, ours, own = pair(
+        base, config, lambda layer: LoRA(layer, rank=R, alpha=6, rslora=rslora)
+    )
     assert own.scale == their.scaling["default"] == 6 / (math.sqrt(R) if rslora else R)
     compare(theirs, ours, x, lora_tensors(their, own))
 
@@ -138,7 +166,9 @@ def test_lora(make, rslora):
 def test_dora(make):
     """Norms are taken per output in both, and are constants of the backward pass; those of a convolution over all its taps."""
     base, x = make()
-    config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=["layer"], use_dora=True, fan_in_fan_out=make is conv1d)
+    config = peft.LoraConfig(
+        r=R, lora_alpha=6, target_modules=["layer"], use_dora=True, fan_in_fan_out=make is conv1d
+    )
     theirs, their, ours, own = pair(base, config, lambda layer: DoRA(layer, rank=R, alpha=6))
     magnitude = their.lora_magnitude_vector["default"].weight
     compare(theirs, ours, x, [*lora_tensors(their, own), (magnitude, own.m, torch.flatten)])
@@ -149,7 +179,12 @@ def test_adalora_and_our_svd(make):
     """PEFT divides by the rank plus 1e-5, to be safe from a rank of 0; we divide by the rank."""
     base, x = make()
     config = peft.AdaLoraConfig(
-        init_r=R, target_r=2, lora_alpha=6, target_modules=["layer"], total_step=10, fan_in_fan_out=make is conv1d
+        init_r=R,
+        target_r=2,
+        lora_alpha=6,
+        target_modules=["layer"],
+        total_step=10,
+        fan_in_fan_out=make is conv1d,
     )
     theirs, their, ours, own = pair(base, config, lambda layer: SVD(layer, rank=R, alpha=6))
     assert own.scale == 6 / R
@@ -174,7 +209,9 @@ def test_adaloras_orthogonality_penalty():
             return SimpleNamespace(loss=0 * y.sum())
 
     base, x = linear()
-    config = peft.AdaLoraConfig(init_r=R, target_r=2, target_modules=["layer"], total_step=10, orth_reg_weight=0.3)
+    config = peft.AdaLoraConfig(
+        init_r=R, target_r=2, target_modules=["layer"], total_step=10, orth_reg_weight=0.3
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(WithLoss(copy.deepcopy(base)).double(), config).double()
@@ -184,7 +221,10 @@ def test_adaloras_orthogonality_penalty():
     with torch.no_grad():
         for parameter, ours in pairs:
             ours.copy_(parameter)
-    want, have = theirs.base_model(x).loss, own.penalty()  # PeftModel without a task type passes by the penalty
+    want, have = (
+        theirs.base_model(x).loss,
+        own.penalty(),
+    )  # PeftModel without a task type passes by the penalty
     torch.testing.assert_close(have, want, **CLOSE)
     want.backward()
     have.backward()
@@ -199,7 +239,11 @@ def test_lokr(factor, decompose_both):
     base, x = linear()
     rank = 1 if decompose_both else 2
     config = peft.LoKrConfig(
-        r=rank, alpha=6, target_modules=["layer"], decompose_factor=factor, decompose_both=decompose_both
+        r=rank,
+        alpha=6,
+        target_modules=["layer"],
+        decompose_factor=factor,
+        decompose_both=decompose_both,
     )
 
     def method(layer):
@@ -207,7 +251,10 @@ def test_lokr(factor, decompose_both):
 
     theirs, their, ours, own = pair(base, config, method)
     if own.decomposed:
-        coarse = [(their.lokr_w1_a["default"], own.A1, same), (their.lokr_w1_b["default"], own.A2, same)]
+        coarse = [
+            (their.lokr_w1_a["default"], own.A1, same),
+            (their.lokr_w1_b["default"], own.A2, same),
+        ]
     else:
         coarse = [(their.lokr_w1["default"], own.A, same)]
     fine = [(their.lokr_w2_a["default"], own.B1, same), (their.lokr_w2_b["default"], own.B2, same)]
@@ -219,9 +266,16 @@ def test_lokr(factor, decompose_both):
 def test_lokr_with_whole_factors_is_one_kronecker_product(make, factor):
     base, x = make()
     config = peft.LoKrConfig(r=16, alpha=6, target_modules=["layer"], decompose_factor=factor)
-    theirs, their, ours, own = pair(base, config, lambda layer: Kronecker(layer, rank=1, factor=factor, scale=6 / 16))
+    theirs, their, ours, own = pair(
+        base, config, lambda layer: Kronecker(layer, rank=1, factor=factor, scale=6 / 16)
+    )
     coarse, fine = their.lokr_w1["default"], their.lokr_w2["default"]
-    compare(theirs, ours, x, [(coarse, own.A, lambda t: t[None]), (fine, own.B, lambda t: flat(t)[None])])
+    compare(
+        theirs,
+        ours,
+        x,
+        [(coarse, own.A, lambda t: t[None]), (fine, own.B, lambda t: flat(t)[None])],
+    )
 
 
 def test_factors_are_those_of_lokr():
@@ -243,7 +297,9 @@ def test_factors_are_those_of_lokr():
 def test_miss(make, rank, init, variant, mini):
     base, x = make()
     config = peft.MissConfig(r=rank, mini_r=mini, init_weights=init, target_modules=["layer"])
-    theirs, their, ours, own = pair(base, config, lambda layer: MiSS(layer, rank=rank, variant=variant, mini_rank=mini))
+    theirs, their, ours, own = pair(
+        base, config, lambda layer: MiSS(layer, rank=rank, variant=variant, mini_rank=mini)
+    )
     compare(theirs, ours, x, [(their.miss_block["default"], own.D, same)])
 
 
@@ -251,13 +307,22 @@ def test_miss(make, rank, init, variant, mini):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_peanut_is_our_neat(depth, activation):
     base, x = linear()
-    config = peft.PeanutConfig(r=R, depth=depth, act_fn=activation, scaling=0.7, target_modules=["layer"])
-    theirs, their, ours, own = pair(
-        base, config, lambda layer: NEAT(layer, rank=R, depth=depth, activation=activation, scale=0.7)
+    config = peft.PeanutConfig(
+        r=R, depth=depth, act_fn=activation, scaling=0.7, target_modules=["layer"]
     )
-    tensors = [(their.peanut_A["default"].weight, own.A, same), (their.peanut_B["default"].weight, own.B, same)]
+    theirs, their, ours, own = pair(
+        base,
+        config,
+        lambda layer: NEAT(layer, rank=R, depth=depth, activation=activation, scale=0.7),
+    )
+    tensors = [
+        (their.peanut_A["default"].weight, own.A, same),
+        (their.peanut_B["default"].weight, own.B, same),
+    ]
     for kind, modules in (("E", their.peanut_encoders), ("D", their.peanut_decoders)):
-        tensors += [(m.weight, getattr(own, f"{kind}_{i}"), same) for i, m in enumerate(modules["default"])]
+        tensors += [
+            (m.weight, getattr(own, f"{kind}_{i}"), same) for i, m in enumerate(modules["default"])
+        ]
     compare(theirs, ours, x, tensors)
 
 
@@ -312,7 +377,10 @@ def test_prefix_tuning(make, encoder):
     """
     model, tokens = make().double().eval(), 3
     config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=tokens, prefix_projection=encoder, encoder_hidden_size=32
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        prefix_projection=encoder,
+        encoder_hidden_size=32,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -324,9 +392,16 @@ def test_prefix_tuning(make, encoder):
     def layout(table):
         return table.view(tokens, *own.sizes).movedim(0, -2)
 
-    pairs = [(their.embedding.weight, own.E, same)] if encoder else [(their.embedding.weight, own.P, layout)]
+    pairs = (
+        [(their.embedding.weight, own.E, same)]
+        if encoder
+        else [(their.embedding.weight, own.P, layout)]
+    )
     if encoder:
-        pairs += [(p, q, same) for p, q in zip(their.transform.parameters(), own.encoder.parameters(), strict=True)]
+        pairs += [
+            (p, q, same)
+            for p, q in zip(their.transform.parameters(), own.encoder.parameters(), strict=True)
+        ]
     with torch.no_grad():
         for parameter, mine, by in pairs:
             mine.copy_(by(parameter))
@@ -341,5 +416,7 @@ def test_prefix_tuning(make, encoder):
             torch.testing.assert_close(mine.grad, by(parameter.grad), **CLOSE)
             mine.grad = parameter.grad = None
     with torch.no_grad():
-        padded = ours(input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])).logits
+        padded = ours(
+            input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        ).logits
         torch.testing.assert_close(padded[0, 2:], ours(input_ids=ids[:1, 2:]).logits[0], **CLOSE)

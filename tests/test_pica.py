@@ -13,11 +13,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from adaptrank import testing
 from adaptrank.artifacts import load_adapter, merge, save_adapter
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.inject import adapt
-from adaptrank.parameterizations import LoRA, PiCa
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import LoRA, PiCa, wrapped_layers
 
-GEMMA_2B = {"q": (2048, 2048), "k": (256, 2048), "v": (256, 2048), "up": (16384, 2048), "down": (2048, 16384)}
+GEMMA_2B = {
+    "q": (2048, 2048),
+    "k": (256, 2048),
+    "v": (256, 2048),
+    "up": (16384, 2048),
+    "down": (2048, 16384),
+}
 GEMMA_7B = {**dict.fromkeys("qkv", (4096, 3072)), "up": (24576, 3072), "down": (3072, 24576)}
 LLAMA3_8B = {
     **{"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)},
@@ -50,11 +55,15 @@ def test_closed_count():
     testing.check_parameter_count(testing.builder(PiCa, nn.Linear(48, 24)), lambda m, n: 8 * m)
 
 
-@pytest.mark.parametrize("arguments", [{"side": "output"}, {"rank": 24}, {"side": "output", "share": False}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"side": "output"}, {"rank": 24}, {"side": "output", "share": False}], ids=str
+)
 def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(PiCa):
         testing.check_contract(testing.builder(PiCa, base, **arguments))
-        testing.check_low_precision(testing.builder(PiCa, copy.deepcopy(base).bfloat16(), **arguments))
+        testing.check_low_precision(
+            testing.builder(PiCa, copy.deepcopy(base).bfloat16(), **arguments)
+        )
     testing.check_cost(testing.builder(PiCa, nn.Linear(48, 24), **arguments))
     testing.check_conv1d_twin(PiCa, arguments=arguments)
 
@@ -71,7 +80,10 @@ def test_the_contract_of_variants(arguments):
     ],
 )
 def test_printed_counts(shapes, layers, rank, count):
-    assert total(adapt(meta(shapes, layers), "all-linear", lambda base: PiCa(base, rank=rank))) == count
+    assert (
+        total(adapt(meta(shapes, layers), "all-linear", lambda base: PiCa(base, rank=rank)))
+        == count
+    )
 
 
 def test_unshared_counts():
@@ -100,7 +112,9 @@ def test_fresh_units_are_the_next_directions_and_pruned_ones_come_back(side):
     axis, whole = rank_axes(layer)[":rank"], PiCa(layer.base, rank=24, side=side).P
     axis.resize([0, 1, 3, 5], 3, generator(0, axis.key, 0))
     assert layer.index.tolist() == [0, 1, 3, 5, 2, 4, 6]
-    torch.testing.assert_close(layer.P, whole.index_select(0 if side == "input" else 1, layer.index))
+    torch.testing.assert_close(
+        layer.P, whole.index_select(0 if side == "input" else 1, layer.index)
+    )
 
 
 def test_directions_are_those_of_the_frozen_weight_whatever_trains_inside():
@@ -171,7 +185,15 @@ def test_an_adapter_brings_its_directions_along(tmp_path, monkeypatch):
 
 
 def test_fused_projections_are_split():
-    config = GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=30, n_positions=16, bos_token_id=1, eos_token_id=1)
+    config = GPT2Config(
+        n_embd=24,
+        n_layer=2,
+        n_head=2,
+        vocab_size=30,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     model = GPT2LMHeadModel(config)
     for _ in range(2):
         adapt(model, ["c_attn"], partial(PiCa, rank=4))

@@ -14,7 +14,10 @@ from adaptrank.cli import main
 def files(tiny_llama, tiny_bert, tmp_path):
     def made(name, **more):
         file = next(file for file in CONFIGS if file.stem == name)
-        config = short(yaml.safe_load(file.read_text()), {"CausalLM": tiny_llama, "SequenceClassification": tiny_bert})
+        config = short(
+            yaml.safe_load(file.read_text()),
+            {"CausalLM": tiny_llama, "SequenceClassification": tiny_bert},
+        )
         for key, value in more.items():
             config[key].setdefault("init_args", {}).update(value)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -46,14 +49,16 @@ def test_its_figures_are_those_of_the_run(name, files, tmp_path, capsys):
     if data["allocator"]:
         events = [json.loads(line) for line in (folder / "ranks.jsonl").read_text().splitlines()]
         assert data["units_at_start"] == events[0]["active"]
-        assert data["budget"] == [[event["step"], event["budget"]] for event in events if event["step"]]
+        assert data["budget"] == [
+            [event["step"], event["budget"]] for event in events if event["step"]
+        ]
     if ends_equal:
         size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         assert data["bytes"]["file"] < size < data["bytes"]["file"] + 2**16  # the header
 
 
 def test_it_loads_no_weight_and_leaves_no_folder(files, tmp_path, capsys, monkeypatch):
-    from adaptrank import backbones
+    from adaptrank.backbones import sources as backbones
 
     monkeypatch.setattr(backbones, "load_model", lambda *a, **k: pytest.fail("a weight was loaded"))
     monkeypatch.chdir(tmp_path)
@@ -70,9 +75,16 @@ def test_it_loads_no_weight_and_leaves_no_folder(files, tmp_path, capsys, monkey
     [
         ({"allocator": {"every": 90}}, "would never act"),
         ({"allocator": {"warmup": 3, "final": 3}}, "would never act"),
-        ({"model": {"adapters": [{"targets": ["nowhere"], "parameterization": ["LoRA"]}]}}, "nowhere"),
         (
-            {"model": {"adapters": [{"targets": "all-linear", "parameterization": ["HyperAdapt"]}]}},
+            {"model": {"adapters": [{"targets": ["nowhere"], "parameterization": ["LoRA"]}]}},
+            "nowhere",
+        ),
+        (
+            {
+                "model": {
+                    "adapters": [{"targets": "all-linear", "parameterization": ["HyperAdapt"]}]
+                }
+            },
             "nothing to allocate",
         ),
     ],

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adaptrank.allocators.plans import Resize, apportion, exchange, keep_best, ranked, reallocate
+from adaptrank.allocation.plans import Resize, apportion, exchange, keep_best, ranked, reallocate
 from adaptrank.axes import CostModel, natural, rank_cost
 
 NAMES = [f"layers.{i}.{name}:rank" for i in (0, 2, 10) for name in ("q", "v")]
@@ -13,7 +13,10 @@ NAMES = [f"layers.{i}.{name}:rank" for i in (0, 2, 10) for name in ("q", "v")]
 
 def sizes_after(scores, plan):
     """Axis -> units, once the plan is carried out."""
-    return {axis: len(plan[axis].keep) + plan[axis].grow if axis in plan else len(v) for axis, v in scores.items()}
+    return {
+        axis: len(plan[axis].keep) + plan[axis].grow if axis in plan else len(v)
+        for axis, v in scores.items()
+    }
 
 
 def additive(prices, fixed=0):
@@ -71,7 +74,9 @@ def test_keep_best_holds_budget_and_floors(case, budget, floor):
         assert list(change.keep) == sorted(set(change.keep))
         gone = set(range(len(scores[axis]))) - set(change.keep)
         assert gone
-        assert max(float(scores[axis][u]) for u in gone) <= min(float(scores[axis][u]) for u in change.keep)
+        assert max(float(scores[axis][u]) for u in gone) <= min(
+            float(scores[axis][u]) for u in change.keep
+        )
 
 
 @given(problem(ranks=True), st.data())
@@ -149,23 +154,40 @@ def test_costs_that_depend_on_a_neighbour(first, second, budget):
 
 
 def test_infinite_scores():
-    scores = {"a:rank": torch.tensor([float("-inf"), 1.0, float("inf")]), "b:rank": torch.tensor([0.0, float("-inf")])}
-    assert keep_best(scores, rank_cost(scores), 3) == {"a:rank": Resize((1, 2)), "b:rank": Resize((0,))}
+    scores = {
+        "a:rank": torch.tensor([float("-inf"), 1.0, float("inf")]),
+        "b:rank": torch.tensor([0.0, float("-inf")]),
+    }
+    assert keep_best(scores, rank_cost(scores), 3) == {
+        "a:rank": Resize((1, 2)),
+        "b:rank": Resize((0,)),
+    }
 
 
 # ---- exchange
 
 
 @settings(max_examples=300)
-@given(problem(ranks=True), st.integers(0, 8), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.data())
+@given(
+    problem(ranks=True),
+    st.integers(0, 8),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.data(),
+)
 def test_an_exchange_in_ranks_keeps_the_total(case, swaps, pool, floor, reference, data):
     scores, cost = case
-    caps = {axis: data.draw(st.one_of(st.none(), st.integers(len(v), 9))) for axis, v in scores.items()}
+    caps = {
+        axis: data.draw(st.one_of(st.none(), st.integers(len(v), 9))) for axis, v in scores.items()
+    }
     total = sum(len(v) for v in scores.values())
     plan = exchange(scores, cost, total, swaps, pool, floor, caps, reference)
     sizes = sizes_after(scores, plan)
     assert sum(sizes.values()) == total
-    pruned = {axis: set(range(len(scores[axis]))) - set(change.keep) for axis, change in plan.items()}
+    pruned = {
+        axis: set(range(len(scores[axis]))) - set(change.keep) for axis, change in plan.items()
+    }
     assert sum(map(len, pruned.values())) <= swaps
     for axis, change in plan.items():
         assert list(change.keep) == sorted(change.keep)
@@ -190,7 +212,10 @@ def test_an_exchange_in_parameters_stays_within_one_unit(case, swaps, pool, slac
 
 
 def test_cheap_winners_spend_what_dear_units_freed():
-    scores = {"dear:rank": torch.tensor([0.1, 0.2, 0.3, 0.4]), "cheap:rank": torch.tensor([8.0, 9.0])}
+    scores = {
+        "dear:rank": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        "cheap:rank": torch.tensor([8.0, 9.0]),
+    }
     cost = additive({"dear:rank": 1000, "cheap:rank": 10})
     plan = exchange(scores, cost, cost.total({"dear:rank": 4, "cheap:rank": 2}), swaps=1, pool=1)
     assert plan == {"dear:rank": Resize((1, 2, 3)), "cheap:rank": Resize((0, 1), 100)}
@@ -200,7 +225,9 @@ def test_cheap_winners_spend_what_dear_units_freed():
 def test_an_exchange_does_not_depend_on_the_order_of_axes(case, swaps, pool, data):
     scores, cost = case
     budget = cost.total({axis: len(v) for axis, v in scores.items()})
-    assert exchange(shuffled(scores, data), cost, budget, swaps, pool) == exchange(scores, cost, budget, swaps, pool)
+    assert exchange(shuffled(scores, data), cost, budget, swaps, pool) == exchange(
+        scores, cost, budget, swaps, pool
+    )
 
 
 @given(problem(distinct=True), st.integers(1, 8), st.integers(1, 4), st.data())
@@ -208,7 +235,10 @@ def test_permuting_units_permutes_the_exchange(case, swaps, pool, data):
     scores, cost = case
     budget = cost.total({axis: len(v) for axis, v in scores.items()})
     other, orders = permuted(scores, data)
-    plan, twin = exchange(scores, cost, budget, swaps, pool), exchange(other, cost, budget, swaps, pool)
+    plan, twin = (
+        exchange(scores, cost, budget, swaps, pool),
+        exchange(other, cost, budget, swaps, pool),
+    )
     assert plan.keys() == twin.keys()
     for axis in plan:
         assert twin[axis].grow == plan[axis].grow
@@ -223,7 +253,11 @@ def test_the_weakest_go_and_those_whose_weakest_matter_grow():
     }
     plan = exchange(scores, rank_cost(scores), 7, swaps=2, pool=2)
     # c's best unit is in its pool of two and wins; not because it is the best, but because c offers it.
-    assert plan == {"a:rank": Resize((1,)), "b:rank": Resize((0, 1), 1), "c:rank": Resize((0, 1), 1)}
+    assert plan == {
+        "a:rank": Resize((1,)),
+        "b:rank": Resize((0, 1), 1),
+        "c:rank": Resize((0, 1), 1),
+    }
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -259,7 +293,11 @@ def test_no_swap_leaves_the_pattern():
 
 def test_an_axis_of_one_unit_can_grow_again_only_with_two_pools():
     """The absorbing state of the released rule."""
-    scores = {"fell:rank": torch.tensor([9.0]), "b:rank": torch.tensor([1.0, 2.0]), "c:rank": torch.tensor([0.5, 3.0])}
+    scores = {
+        "fell:rank": torch.tensor([9.0]),
+        "b:rank": torch.tensor([1.0, 2.0]),
+        "c:rank": torch.tensor([0.5, 3.0]),
+    }
     two = exchange(scores, rank_cost(scores), 5, 1, 2)
     assert two["fell:rank"] == Resize((0,), 1)
     assert "fell:rank" not in exchange(scores, rank_cost(scores), 5, 1, 2, reference=True)
@@ -270,7 +308,9 @@ def test_the_sort_key_is_natural():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 100), st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.floats(0, 100), st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=8
+    ),
     st.integers(1, 2),
     st.integers(0, 200),
 )
@@ -314,8 +354,12 @@ def test_a_round_of_reallocation(problem, units, capped, spare):
     assert cost.total(after) <= before
     assert all(size >= 1 for size in after.values())
     assert all(after[a] <= caps[a] for a in caps)
-    assert not any(change.grow and len(change.keep) < sizes[a] for a, change in plan.items()), "who lost one gains none"
-    assert plan == reallocate(dict(reversed(list(scores.items()))), cost, budget, units, floor, caps)
+    assert not any(change.grow and len(change.keep) < sizes[a] for a, change in plan.items()), (
+        "who lost one gains none"
+    )
+    assert plan == reallocate(
+        dict(reversed(list(scores.items()))), cost, budget, units, floor, caps
+    )
 
 
 def test_eight_units_over_three_axes_are_3_3_2():

@@ -16,7 +16,7 @@ import torch
 from test_allocators import fit, sizes
 from torch import nn
 
-from adaptrank.allocators import AdaLoRA, ALoRA, ElaLoRA, SoRA, SubLoRA
+from adaptrank.allocation import AdaLoRA, ALoRA, ElaLoRA, SoRA, SubLoRA
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD, Kronecker, LoRA, MELoRA, PiCa
 
@@ -28,7 +28,9 @@ METHODS = {
     "LoRA": lambda base, rank: LoRA(base, rank=rank, alpha=rank),
     "PiCa": lambda base, rank: PiCa(base, rank=rank, share=False),
     "Kronecker": lambda base, rank: Kronecker(base, rank=rank),
-    "MELoRA": lambda base, rank: _first_units(MELoRA(base, minis=2, rank=-(-rank // 2), alpha=2.0), rank),
+    "MELoRA": lambda base, rank: _first_units(
+        MELoRA(base, minis=2, rank=-(-rank // 2), alpha=2.0), rank
+    ),
 }
 """Not here: SBoRA and NOLA, whose fresh units are random columns or matrices that the target does not hold, so that only pruning is
 well posed; tensor trains, whose layers have several axes that trade with each other; MiSS, where the rank is the period."""
@@ -55,7 +57,9 @@ def plant(method, seed, base_seed, rank):
     """A target (24, 24) of this rank."""
     random = torch.Generator().manual_seed(seed)
     if method in ("SVD", "LoRA"):
-        U, V = (torch.linalg.qr(torch.randn(SIDE, SIDE, generator=random)).Q[:, :rank] for _ in range(2))
+        U, V = (
+            torch.linalg.qr(torch.randn(SIDE, SIDE, generator=random)).Q[:, :rank] for _ in range(2)
+        )
         return U * (1 + torch.rand(rank, generator=random)) @ V.T
     planted = layer(method, base_seed, max(rank, 2))
     holder = nn.Module()
@@ -81,7 +85,9 @@ class Planted(lightning.LightningModule):
         super().__init__()
         self.seed = seed
         bases = [1000 * seed + i for i in range(len(ranks))]
-        self.targets = torch.stack([plant(method, 7 + base, base, r) for base, r in zip(bases, ranks, strict=True)])
+        self.targets = torch.stack(
+            [plant(method, 7 + base, base, r) for base, r in zip(bases, ranks, strict=True)]
+        )
         self.maps = nn.ModuleList(layer(method, base, rank) for base in bases)
         self.start = torch.stack([one.innermost.weight.detach() for one in self.maps])
 
@@ -123,11 +129,17 @@ def distance(make, method="SVD", seed=0, rank=8, ranks=RANKS):
     model = Planted(method, seed, rank, ranks)
     fit(model, make(seed), steps=1500)
     found = list(sizes(model.maps).values())
-    return sum(abs(have - want) for have, want in zip(found, ranks, strict=True)), found, model.error()
+    return (
+        sum(abs(have - want) for have, want in zip(found, ranks, strict=True)),
+        found,
+        model.error(),
+    )
 
 
 def ada(importance, seed=0, cls=AdaLoRA, budget=18):
-    return cls(budget, soft=False, importance=importance, every=50, warmup=200, final=300, seed=seed)
+    return cls(
+        budget, soft=False, importance=importance, every=50, warmup=200, final=300, seed=seed
+    )
 
 
 def ela(importance, seed=0, **arguments):
@@ -135,7 +147,16 @@ def ela(importance, seed=0, **arguments):
 
 
 def alora(importance, seed=0):
-    return ALoRA(units=2, rounds=40, importance=importance, batches=4, every=25, warmup=200, final=300, seed=seed)
+    return ALoRA(
+        units=2,
+        rounds=40,
+        importance=importance,
+        batches=4,
+        every=25,
+        warmup=200,
+        final=300,
+        seed=seed,
+    )
 
 
 def sub(estimator, seed=0):
@@ -178,7 +199,9 @@ def test_random_scores_do_not():
     assert distance(CONTROLS["AdaLoRA, random scores (control)"][0])[0] >= 6
 
 
-@pytest.mark.parametrize("row", ["ElaLoRA, sensitivity", "ALoRA, ablation", "SubLoRA, fisher", "SoRA, budget 18"])
+@pytest.mark.parametrize(
+    "row", ["ElaLoRA, sensitivity", "ALoRA, ablation", "SubLoRA, fisher", "SoRA, budget 18"]
+)
 def test_each_of_the_others_is_nearer_than_the_uniform_pattern(row):
     make, rank, ranks, _ = ROWS[row]
     assert distance(make, rank=rank, ranks=ranks)[0] < 10  # what it is of the uniform pattern
@@ -203,7 +226,10 @@ def test_in_the_released_single_pool_an_axis_that_fell_to_one_unit_stays_there()
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "planted_ranks.md"
-CELLS = [*((row, method) for row in ROWS for method in METHODS), *((row, "SVD") for row in CONTROLS)]
+CELLS = [
+    *((row, method) for row in ROWS for method in METHODS),
+    *((row, "SVD") for row in CONTROLS),
+]
 
 
 @pytest.mark.tables
@@ -247,11 +273,16 @@ def write_page(kept):
         for method in METHODS:
             cell = cells.get((row, method))
             shown.append(
-                "" if cell is None else f"**{statistics.median(cell['D']):g}** ({', '.join(map(str, cell['D']))})"
+                ""
+                if cell is None
+                else f"**{statistics.median(cell['D']):g}** ({', '.join(map(str, cell['D']))})"
             )
         if any(shown):
             lines.append(f"| {row} | {' | '.join(shown)} |")
-    ranks = ["| allocator, score | found with seed 0 in the SVD form | relative error, median |", "|---|---|---|"]
+    ranks = [
+        "| allocator, score | found with seed 0 in the SVD form | relative error, median |",
+        "|---|---|---|",
+    ]
     late = []
     for row, (_, _, _, most) in (ROWS | CONTROLS).items():
         if cell := cells.get((row, "SVD")):

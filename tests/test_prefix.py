@@ -24,14 +24,17 @@ from transformers import (
 from adaptrank import testing
 from adaptrank.artifacts import load_adapter, merge, save_adapter
 from adaptrank.axes import cost_model
-from adaptrank.inject import adapt, delete_adapter, select_rows, set_enabled
-from adaptrank.parameterizations import LoRA, Prefix
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import adapt, delete_adapter, select_rows, set_enabled
+from adaptrank.parameterizations import LoRA, Prefix, wrapped_layers
 
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)).double().eval()
+    return (
+        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16))
+        .double()
+        .eval()
+    )
 
 
 MAKES = pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
@@ -49,11 +52,15 @@ def body(model):
 
 def by_hand(model, prefix, ids, mask=None):
     """Logits of a bare model whose cache is filled by hand, as its documentation has it."""
-    cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in prefix])
+    cache = DynamicCache(
+        [(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in prefix]
+    )
     mask = torch.ones_like(ids) if mask is None else mask
     longer = torch.cat([mask.new_ones(len(ids), prefix.shape[-2]), mask], 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0) + prefix.shape[-2]
-    return model(ids, past_key_values=cache, attention_mask=longer, position_ids=positions, use_cache=True).logits
+    return model(
+        ids, past_key_values=cache, attention_mask=longer, position_ids=positions, use_cache=True
+    ).logits
 
 
 def test_the_contract_with_the_closed_count():
@@ -68,7 +75,9 @@ def test_the_contract_with_an_encoder():
     ):  # fmt: skip
         check(build)
     testing.check_parameter_count(build, lambda: 3 * 4 + 4 * 5 + 2 * 2 * 1 * 8 * 5)
-    testing.check_low_precision(testing.builder(Prefix, Prefix.example().to(torch.bfloat16), tokens=3, encoder=4))
+    testing.check_low_precision(
+        testing.builder(Prefix, Prefix.example().to(torch.bfloat16), tokens=3, encoder=4)
+    )
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(10, 286_720 * 2), (30, 860_160 * 2)])
@@ -90,9 +99,13 @@ def test_it_is_what_a_cache_filled_by_hand_gives(make):
     want = by_hand(make(), body(model).prefix(), IDS)
     for _ in range(2):  # a second call begins a new cache
         torch.testing.assert_close(model(IDS).logits, want, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(model(IDS, attention_mask=torch.ones_like(IDS)).logits, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model(IDS, attention_mask=torch.ones_like(IDS)).logits, want, rtol=1e-10, atol=1e-10
+    )
     positions = torch.arange(6)[None].expand(2, -1)
-    torch.testing.assert_close(model(IDS, position_ids=positions).logits, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model(IDS, position_ids=positions).logits, want, rtol=1e-10, atol=1e-10
+    )
     assert want.shape == (2, 6, 50)
     embeds = model.get_input_embeddings()(IDS)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, want, rtol=1e-10, atol=1e-10)
@@ -131,7 +144,9 @@ def test_generation_is_greedy_search_without_a_cache(make, beams, padded):
     assert torch.equal(model.generate(IDS, **arguments), have)
     if beams == 1:
         # What a step computed, and not only its best token, which small mistakes would leave as it is.
-        steps = model.generate(IDS, output_logits=True, return_dict_in_generate=True, **arguments).logits
+        steps = model.generate(
+            IDS, output_logits=True, return_dict_in_generate=True, **arguments
+        ).logits
         ids, seen, bare = IDS, mask, make()
         for step in steps:
             logits = by_hand(bare, body(model).prefix(), ids, seen)[:, -1]
@@ -148,8 +163,12 @@ def test_a_cache_goes_on_with_its_prefix():
     want = model(IDS).logits
     first = model(IDS[:, :4], use_cache=True)
     assert first.past_key_values.get_seq_length() == 5 + 4
-    second = model(IDS[:, 4:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(IDS))
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), want, rtol=1e-5, atol=1e-6)
+    second = model(
+        IDS[:, 4:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(IDS)
+    )
+    torch.testing.assert_close(
+        torch.cat([first.logits, second.logits], 1), want, rtol=1e-5, atol=1e-6
+    )
     assert model(IDS, use_cache=False).past_key_values is None
     assert len(model.model(IDS, use_cache=False, return_dict=False)) == 1
 
@@ -169,12 +188,18 @@ def test_two_prefixes_stand_in_a_row():
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    assert torch.equal(model.generate(IDS, **arguments), model.generate(IDS, use_cache=False, **arguments))
+    assert torch.equal(
+        model.generate(IDS, **arguments), model.generate(IDS, use_cache=False, **arguments)
+    )
     set_enabled(model, ["second"])
-    torch.testing.assert_close(model(IDS).logits, by_hand(llama(), outer.prefix(), IDS), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model(IDS).logits, by_hand(llama(), outer.prefix(), IDS), rtol=1e-10, atol=1e-10
+    )
     delete_adapter(model, "second")
     set_enabled(model)
-    torch.testing.assert_close(model(IDS).logits, by_hand(llama(), inner.prefix(), IDS), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model(IDS).logits, by_hand(llama(), inner.prefix(), IDS), rtol=1e-10, atol=1e-10
+    )
 
 
 @MAKES
@@ -204,12 +229,19 @@ def test_with_lora_inside_it_trains_saves_loads_and_generates(make, lora_first, 
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     model.eval()
-    want, tokens = model(IDS).logits, model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    want, tokens = (
+        model(IDS).logits,
+        model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0),
+    )
     save_adapter(model, tmp_path)
     loaded = load_adapter(make(), tmp_path)
     assert torch.equal(loaded(IDS).logits, want)
-    assert torch.equal(loaded.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0), tokens)
-    assert torch.equal(load_adapter(adapted(), tmp_path)(IDS).logits, want)  # into one that is wrapped already
+    assert torch.equal(
+        loaded.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0), tokens
+    )
+    assert torch.equal(
+        load_adapter(adapted(), tmp_path)(IDS).logits, want
+    )  # into one that is wrapped already
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
@@ -219,16 +251,23 @@ def test_with_lora_inside_it_trains_saves_loads_and_generates(make, lora_first, 
 
 def test_wrong_masks_and_caches_are_refused():
     model = prefixed(llama)
-    with pytest.raises(ValueError, match=r"covers 4 positions, and there are 6 tokens; it must cover the tokens"):
+    with pytest.raises(
+        ValueError, match=r"covers 4 positions, and there are 6 tokens; it must cover the tokens"
+    ):
         model(IDS, attention_mask=torch.ones(2, 4).long())
     with pytest.raises(ValueError, match=r"covers 11 positions, and there are 6 tokens"):
         model(IDS, attention_mask=torch.ones(2, 11).long())
     with pytest.raises(ValueError, match="not prepared ones"):
         model(IDS, attention_mask=torch.ones(2, 1, 6, 6).bool())
     cache = llama()(IDS, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="6 positions that were computed without the prefix; start with an empty one"):
+    with pytest.raises(
+        ValueError,
+        match="6 positions that were computed without the prefix; start with an empty one",
+    ):
         model(IDS, past_key_values=cache)
-    with pytest.raises(ValueError, match="fills a DynamicCache, not a StaticCache; leave cache_implementation out"):
+    with pytest.raises(
+        ValueError, match="fills a DynamicCache, not a StaticCache; leave cache_implementation out"
+    ):
         model.generate(IDS, max_new_tokens=2, cache_implementation="static")
 
 
@@ -248,7 +287,8 @@ def test_gradient_checkpointing_is_refused():
         model = prefixed(make).train()
         model.gradient_checkpointing_enable()
         with pytest.raises(
-            ValueError, match="Prefix needs the cache, which gradient checkpointing drops; train without it"
+            ValueError,
+            match="Prefix needs the cache, which gradient checkpointing drops; train without it",
         ):
             model(IDS)
         model.eval()(IDS)
@@ -261,25 +301,36 @@ def test_rows_of_a_batch_are_refused():
 
 
 def test_what_it_refuses():
-    with pytest.raises(TypeError, match="Prefix wraps the body of a causal transformer, not Linear"):
+    with pytest.raises(
+        TypeError, match="Prefix wraps the body of a causal transformer, not Linear"
+    ):
         Prefix(nn.Linear(4, 4))
     assert not Prefix.wraps(llama())  # it has a head
     both_ways = llama().model
     for layer in both_ways.layers:
         layer.self_attn.is_causal = False
-    with pytest.raises(TypeError, match="Prefix does not fit LlamaModel: its tokens see those after them"):
+    with pytest.raises(
+        TypeError, match="Prefix does not fit LlamaModel: its tokens see those after them"
+    ):
         Prefix(both_ways)
-    bert = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32))
+    bert = BertModel(
+        BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32)
+    )
     with pytest.raises(ValueError, match="No layer matches targets='all'"):
         adapt(bert, "all", Prefix)
-    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=30))
-    with pytest.raises(TypeError, match="encoder-decoders keep two caches; use a decoder-only model"):
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=30)
+    )
+    with pytest.raises(
+        TypeError, match="encoder-decoders keep two caches; use a decoder-only model"
+    ):
         adapt(t5, "all", Prefix)
     window = MistralForCausalLM(
         MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=30)
     )  # fmt: skip
     with pytest.raises(
-        TypeError, match="a window or a state rather than all keys and values; use a model with full attention"
+        TypeError,
+        match="a window or a state rather than all keys and values; use a model with full attention",
     ):
         adapt(window, "all", Prefix)
     with pytest.raises(ValueError, match="tokens=0: a prefix has at least one token"):

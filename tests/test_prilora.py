@@ -13,11 +13,11 @@ from test_allocators import PHASES, Toy, everything, fit, sizes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptrank.allocators import AdaLoRA, PRILoRA
-from adaptrank.allocators.plans import apportion
-from adaptrank.allocators.prilora import input_factors, lowest, rising
+from adaptrank.allocation import AdaLoRA, PRILoRA
+from adaptrank.allocation.initial.prilora import input_factors, lowest, rising
+from adaptrank.allocation.plans import apportion
 from adaptrank.axes import cost_model, rank_axes, rank_cost
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import (
     NOLA,
     SVD,
@@ -30,8 +30,8 @@ from adaptrank.parameterizations import (
     PiCa,
     SBoRA,
     TensorTrain,
+    wrappers,
 )
-from adaptrank.parameterizations.base import wrappers
 
 LINE = {"first": 2, "last": 6}
 
@@ -47,7 +47,8 @@ class Deep(Toy):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "first", "last"), [(3, 4, 12), (5, 4, 12), (7, 4, 12), (7, 1, 8), (5, 12, 4), (4, 3, 3)]
+    ("blocks", "first", "last"),
+    [(3, 4, 12), (5, 4, 12), (7, 4, 12), (7, 1, 8), (5, 12, 4), (4, 3, 3)],
 )
 def test_ranks_lie_on_a_line_and_their_mean_is_exact(blocks, first, last):
     model = Deep(blocks=blocks)
@@ -74,7 +75,9 @@ def test_rounding_keeps_the_sum_and_the_order(blocks, first, last):
 
 def test_the_layers_of_a_block_have_one_rank_and_a_single_block_the_mean():
     model = Toy(LoRA)
-    model.maps = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 12), "k": nn.Linear(16, 4)}) for _ in range(3))
+    model.maps = nn.ModuleList(
+        nn.ModuleDict({"q": nn.Linear(16, 12), "k": nn.Linear(16, 4)}) for _ in range(3)
+    )
     model.head = nn.Linear(12, 2)
     adapt(model, "all-linear", partial(LoRA, rank=4))
     allocator = PRILoRA(**LINE, sparsity=0)
@@ -102,7 +105,10 @@ def test_a_ceiling_cuts_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, "adaptrank"):
         fit(model, PRILoRA(8, 16, sparsity=0), steps=1)
     assert list(sizes(model).values()) == [8, 12, 12]
-    assert "PRILoRA wants 16 units for maps.2:rank, which takes 12 at most; 1 such axes get fewer" in caplog.text
+    assert (
+        "PRILoRA wants 16 units for maps.2:rank, which takes 12 at most; 1 such axes get fewer"
+        in caplog.text
+    )
 
 
 def test_the_scale_stays():
@@ -119,7 +125,8 @@ def zeros(tensor):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "width", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.1, 30, 3), (0.3, 10, 3), (0.99, 5, 4)]
+    ("fraction", "width", "count"),
+    [(0.5, 8, 4), (0.5, 7, 4), (0.1, 30, 3), (0.3, 10, 3), (0.99, 5, 4)],
 )
 def test_the_count_is_rounded_up_and_ties_fall_to_the_lower_column(fraction, width, count):
     mask = lowest(torch.ones(3, width), fraction)
@@ -150,7 +157,9 @@ def test_an_event_leaves_exactly_so_many_zeros_in_each_row(method, sparsity):
     class Zeros(PRILoRA):
         def after_step(self, axes):
             super().after_step(axes)
-            counted.append([zeros(slot.tensor) for axis in axes.values() for slot in input_factors(axis)])
+            counted.append(
+                [zeros(slot.tensor) for axis in axes.values() for slot in input_factors(axis)]
+            )
 
     model, allocator = Deep(method), Zeros(first=3, last=5, sparsity=sparsity, every=4)
     fit(model, allocator, steps=10)
@@ -163,7 +172,10 @@ def test_an_event_leaves_exactly_so_many_zeros_in_each_row(method, sparsity):
         else:  # they are trained, and come back
             assert all(sum(row) < 8 * len(row) for row in rows)
     assert [event["step"] for event in allocator.events] == [0, 4, 8]
-    assert allocator.events[1]["reason"] == f"the least important {sparsity:.0%} of each row set to zero"
+    assert (
+        allocator.events[1]["reason"]
+        == f"the least important {sparsity:.0%} of each row set to zero"
+    )
 
 
 def test_moments_stay_and_the_last_steps_leave_all_alone():
@@ -190,7 +202,10 @@ def test_constant_inputs_prune_by_magnitude():
         scale = torch.ones(16)
 
         def loss(self, index):
-            signs = torch.randn(8, 16, generator=torch.Generator().manual_seed(index)).sign() * self.scale
+            signs = (
+                torch.randn(8, 16, generator=torch.Generator().manual_seed(index)).sign()
+                * self.scale
+            )
             return sum((layer(signs) - 1).square().mean() for layer in self.maps)
 
     class Magnitudes(PRILoRA):
@@ -200,7 +215,10 @@ def test_constant_inputs_prune_by_magnitude():
             if self.steps_done == 2:
                 for key, axis in axes.items():
                     A = axis.members[0][0].A
-                    self.same = [*getattr(self, "same", []), torch.equal(A == 0, lowest(before[key].abs(), 0.5))]
+                    self.same = [
+                        *getattr(self, "same", []),
+                        torch.equal(A == 0, lowest(before[key].abs(), 0.5)),
+                    ]
                     weighed = lowest(before[key].abs() * Constant.scale, 0.5)
                     assert torch.equal(A == 0, weighed)
 
@@ -250,7 +268,10 @@ def average(allocator):
 def by_hand(batches, beta):
     e = torch.zeros(16)
     for x in batches:
-        e = beta * e + (1 - beta) * x.reshape(-1, 16).norm(dim=0) / x.reshape(-1, 16).shape[0] ** 0.5
+        e = (
+            beta * e
+            + (1 - beta) * x.reshape(-1, 16).norm(dim=0) / x.reshape(-1, 16).shape[0] ** 0.5
+        )
     return e
 
 
@@ -269,7 +290,11 @@ def test_the_running_average_of_three_batches():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_masked_tokens_do_not_count(recompute):
     inputs = [torch.randn(2, 4, 16) for _ in range(3)]
-    masks = [torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]), torch.ones(2, 4), torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])]
+    masks = [
+        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]),
+        torch.ones(2, 4),
+        torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]]),
+    ]
     allocator = PRILoRA(**LINE, every=3, final=0)
     fit(Sees(inputs, masks, recompute=recompute), allocator, steps=3)
     seen = [x[mask != 0] for x, mask in zip(inputs, masks, strict=True)]
@@ -354,11 +379,15 @@ def test_resume_is_exact_to_the_bit(method, accumulate, tmp_path):
 
     whole, callbacks = Deep(method), both()
     checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    want = everything(whole, fit(whole, *callbacks, checkpoints, accumulate_grad_batches=accumulate))
+    want = everything(
+        whole, fit(whole, *callbacks, checkpoints, accumulate_grad_batches=accumulate)
+    )
     for step in (3, 10, 14, 19):
         model, resumed = Deep(method), both()
         path = tmp_path / f"step={step}.ckpt"
-        have = everything(model, fit(model, *resumed, ckpt_path=path, accumulate_grad_batches=accumulate))
+        have = everything(
+            model, fit(model, *resumed, ckpt_path=path, accumulate_grad_batches=accumulate)
+        )
         assert have.keys() == want.keys()
         assert not [key for key in want if not torch.equal(have[key], want[key])]
         assert [c.events for c in resumed] == [c.events for c in callbacks]
@@ -405,14 +434,19 @@ def test_layers_that_read_no_vectors():
 
 
 def test_a_run_that_would_never_prune():
-    with pytest.raises(ValueError, match="never prune A: every 40 steps, and 22 of 24 steps before the final phase"):
+    with pytest.raises(
+        ValueError, match="never prune A: every 40 steps, and 22 of 24 steps before the final phase"
+    ):
         fit(Deep(), PRILoRA())
     fit(Deep(), PRILoRA(sparsity=0))
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"first": 0}, {"last": 0}, {"sparsity": 1}, {"sparsity": -0.1}, {"beta": 1}, {"every": 0}]
+    "arguments",
+    [{"first": 0}, {"last": 0}, {"sparsity": 1}, {"sparsity": -0.1}, {"beta": 1}, {"every": 0}],
 )
 def test_arguments_out_of_range(arguments):
-    with pytest.raises(ValueError, match=r"ranks are at least 1|both are fractions|all are at least 1"):
+    with pytest.raises(
+        ValueError, match=r"ranks are at least 1|both are fractions|all are at least 1"
+    ):
         PRILoRA(**arguments)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from transformers.pytorch_utils import Conv1D
 
-from adaptrank import PARAMETERIZATIONS, products, testing
+from adaptrank import PARAMETERIZATIONS, testing
+from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations import DoRA, Parameterization
 
 N = (2, 3)
@@ -30,7 +31,9 @@ def _seed():
 def test_a_thin_product_has_its_first_and_second_derivatives(bias, trained):
     x, W, b = draw(*N, 6), draw(4, 6, grad=False), draw(4, grad=False) if bias else None
     U, V = draw(4, 2, grad="U" in trained), draw(2, 6, grad="V" in trained)
-    torch.testing.assert_close(products.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        products.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12
+    )
     function = partial(products.linear, x, W, b)
     leaves = [t for t in (U, V) if t.requires_grad]
     called = {"UV": function, "U": lambda u: function(u, V), "V": lambda v: function(U, v)}[trained]
@@ -44,7 +47,9 @@ def test_a_thin_product_has_its_first_and_second_derivatives(bias, trained):
 def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, blocks):
     y, z, U = draw(*N, 4 * blocks), draw(*N, blocks, 2), draw(4, 2)
     function = lambda y, z, U: products.accumulate(y * 1, z, U, fresh)  # noqa: E731
-    torch.testing.assert_close(function(y, z, U), y + F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        function(y, z, U), y + F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12
+    )
     assert gradcheck(function, (y, z, U))
     assert gradgradcheck(function, (y, z, U))
 
@@ -54,7 +59,10 @@ def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, blocks)
 def test_no_tokens_and_no_units(tokens, rank, dtype):
     x, W = torch.randn(tokens, 6, dtype=dtype, requires_grad=True), torch.randn(4, 6, dtype=dtype)
     U, V = torch.randn(4, rank, requires_grad=True), torch.randn(rank, 6, requires_grad=True)
-    for y in (products.linear(x, W, None, U, V), products.accumulate(F.linear(x, W), F.linear(x, V.to(dtype)), U)):
+    for y in (
+        products.linear(x, W, None, U, V),
+        products.accumulate(F.linear(x, W), F.linear(x, V.to(dtype)), U),
+    ):
         assert torch.equal(y, F.linear(x, W))
         y.sum().backward()
         assert U.grad.shape == U.shape
@@ -75,11 +83,16 @@ def test_only_a_layer_that_nobody_watches_is_not_called():
 
 
 def by_product():
-    built = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
+    built = {
+        name: cls
+        for name, cls in PARAMETERIZATIONS.items()
+        if cls.__module__.startswith("adaptrank.")
+    }
     return [
         name
         for name, cls in built.items()
-        if cls.wraps(nn.Linear(48, 24)) and (cls.by_product or cls.adapted is not Parameterization.adapted)
+        if cls.wraps(nn.Linear(48, 24))
+        and (cls.by_product or cls.adapted is not Parameterization.adapted)
     ]
 
 
@@ -88,7 +101,11 @@ def run(layer, x, weights):
     x = x.detach().requires_grad_()
     y = layer(x)
     (y * weights).sum().backward()
-    return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in testing.trainable(layer).items()}}
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        **{name: p.grad for name, p in testing.trainable(layer).items()},
+    }
 
 
 @pytest.mark.parametrize("method", by_product())
@@ -100,7 +117,9 @@ def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch)
     monkeypatch.setattr(products, "fits", lambda x: False)
     plain = run(layer, x, weights)
     for name, value in plain.items():
-        torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+        torch.testing.assert_close(
+            fast[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name
+        )
 
 
 @pytest.mark.parametrize("method", by_product())

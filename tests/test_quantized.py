@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adaptrank import adapt, layers, load_adapter, merge, rank_axes, save_adapter
 from adaptrank.artifacts.adapter import describe_adapter
 from adaptrank.axes import cost_model
-from adaptrank.inject import disabled
-from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.injection import disabled
+from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, wrapped_layers
 from adaptrank.testing import merges, perturb, trainable
 
 
@@ -38,7 +37,9 @@ def bnb(linear, kind):
     if kind == "int8":
         layer = bitsandbytes.nn.Linear8bitLt(n, m, bias=bias, has_fp16_weights=False)
     else:
-        layer = bitsandbytes.nn.Linear4bit(n, m, bias=bias, quant_type=kind, compute_dtype=torch.float32)
+        layer = bitsandbytes.nn.Linear4bit(
+            n, m, bias=bias, quant_type=kind, compute_dtype=torch.float32
+        )
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")  # which is when it quantizes
 
@@ -124,7 +125,9 @@ def test_the_dense_weight_is_what_the_layer_computes_with(quantize):
     for _ in range(2):  # the first forward of bitsandbytes' int8 moves its scales to another place
         W = layers.dense(layer, torch.float32)
         assert W.shape == (24, 64)
-        torch.testing.assert_close(W, layer(eye).T.detach() - layer.bias[:, None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            W, layer(eye).T.detach() - layer.bias[:, None], rtol=1e-4, atol=1e-4
+        )
     exact = linear.weight
     assert 0 < (W - exact).norm() / exact.norm() < 0.2
     assert layers.shape(layer) == (24, 64)
@@ -146,7 +149,10 @@ def test_over_half_precision_the_adapter_is_float32(dtype, quantize):
 
 def test_a_weight_that_is_to_be_quantized_is_an_ordinary_one_until_then():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    for cls in (bitsandbytes.nn.Linear4bit, partial(bitsandbytes.nn.Linear8bitLt, has_fp16_weights=False)):
+    for cls in (
+        bitsandbytes.nn.Linear4bit,
+        partial(bitsandbytes.nn.Linear8bitLt, has_fp16_weights=False),
+    ):
         layer = cls(64, 32)
         assert not layers.quantized(layer)
         assert torch.equal(layers.dense(layer, torch.float32), layer.weight)
@@ -200,14 +206,17 @@ def test_a_quantized_model_is_not_merged_and_stays_as_it_is():
     perturb(model)
     want, modules = logits(model), list(model.modules())
     with pytest.raises(
-        ValueError, match=r"q_proj is quantized, and rounding would eat the change; load the adapter onto the"
+        ValueError,
+        match=r"q_proj is quantized, and rounding would eat the change; load the adapter onto the",
     ):
         merge(model)
     assert list(model.modules()) == modules
     assert torch.equal(logits(model), want)
 
 
-@pytest.mark.parametrize("nest", [[LoRA], [HyperAdapt, LoRA], [DoRA]], ids=["LoRA", "hybrid", "DoRA"])
+@pytest.mark.parametrize(
+    "nest", [[LoRA], [HyperAdapt, LoRA], [DoRA]], ids=["LoRA", "hybrid", "DoRA"]
+)
 def test_saving_and_loading(nest, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "adaptrank")
     model = adapt(llama(), "all-linear", nest)
@@ -220,10 +229,15 @@ def test_saving_and_loading(nest, tmp_path, caplog):
     assert not caplog.records, "the same weights in the same form are the same base"
     plain = load_adapter(llama(quantized=False), tmp_path)
     (record,) = caplog.records
-    assert record.getMessage().startswith("The base differs from the one this adapter was trained on")
+    assert record.getMessage().startswith(
+        "The base differs from the one this adapter was trained on"
+    )
     assert 0 < (logits(plain) - logits(model)).abs().max() < 0.5
     torch.testing.assert_close(
-        logits(merge(plain)), logits(load_adapter(llama(quantized=False), tmp_path)), atol=1e-4, rtol=1e-4
+        logits(merge(plain)),
+        logits(load_adapter(llama(quantized=False), tmp_path)),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -254,7 +268,9 @@ def test_the_fingerprint_does_not_depend_on_whether_the_layer_has_run(quantize):
 
 def test_a_quantized_projection_is_not_split():
     model = nn.ModuleDict({"c_attn": torchao_int8(nn.Linear(32, 96)), "o": nn.Linear(32, 32)})
-    with pytest.raises(ValueError, match=r"c_attn is quantized as a whole, .*; say split_fused=False"):
+    with pytest.raises(
+        ValueError, match=r"c_attn is quantized as a whole, .*; say split_fused=False"
+    ):
         adapt(model, "all-linear", LoRA, split_fused=True)
     assert not wrapped_layers(model)
     assert list(wrapped_layers(adapt(model, ["o"], LoRA, split_fused=True))) == ["o"]

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import adapt, regularize, testing
-from adaptrank.parameterizations import SVD
-from adaptrank.parameterizations.base import wrappers
+from adaptrank.parameterizations import SVD, wrappers
 
 
 def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
     def gradients():
         torch.manual_seed(0)
-        model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)], nn.Linear(12, 20), nn.Linear(20, 12)).double()
+        model = nn.Sequential(
+            *[nn.Linear(12, 12) for _ in range(4)], nn.Linear(12, 20), nn.Linear(20, 12)
+        ).double()
         adapt(model, "all-linear", partial(SVD, rank=3))
         wrappers(model)[1].orth = 0.7
         for wrapper in wrappers(model):
@@ -35,7 +36,9 @@ def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
 class Weighed(SVD):
     """A penalty that depends on a list, as a method of somebody's own may."""
 
-    def __init__(self, base: nn.Module, *, weights: tuple[float, ...] = (1.0,), **kwargs: object) -> None:
+    def __init__(
+        self, base: nn.Module, *, weights: tuple[float, ...] = (1.0,), **kwargs: object
+    ) -> None:
         super().__init__(base, **kwargs)
         self.weights = list(weights)
 

@@ -9,9 +9,9 @@ import yaml
 from test_configs import CONFIGS, short
 
 from adaptrank import load_adapter
-from adaptrank.artifacts.report import grid, read_history
 from adaptrank.axes import rank_axes
 from adaptrank.cli import main
+from adaptrank.reports.ranks import grid, read_history
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,21 @@ def run(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("report")
     llama, bert = request.getfixturevalue("tiny_llama"), request.getfixturevalue("tiny_bert")
     file = next(file for file in CONFIGS if file.stem == "elalora_llama")
-    config = short(yaml.safe_load(file.read_text()), {"CausalLM": llama, "SequenceClassification": bert})
+    config = short(
+        yaml.safe_load(file.read_text()), {"CausalLM": llama, "SequenceClassification": bert}
+    )
     (folder / "ela.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", str(folder / "ela.yaml"), "--runs", str(folder / "runs"), "--evaluate", "false"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(folder / "ela.yaml"),
+            "--runs",
+            str(folder / "runs"),
+            "--evaluate",
+            "false",
+        ]
+    )
     return folder / "runs" / "ela" / "0"
 
 
@@ -36,7 +48,9 @@ class Links(HTMLParser):
         self.tags.add(tag)
         for name, value in attributes:
             if name in ("src", "href"):
-                (self.images if value.startswith("data:image/png;base64,") else self.outside).append(value)
+                (
+                    self.images if value.startswith("data:image/png;base64,") else self.outside
+                ).append(value)
         if tag == "img":
             assert dict(attributes)["alt"]
 
@@ -62,9 +76,14 @@ def test_a_report_of_a_run(run, capsys):
     history = read_history(run)
     assert history.end == final
     assert history.sizes[0][0] == 0
-    assert f"units {sum(history.start.values()):,} -> {sum(final.values()):,} on {len(final)} axes" in said
+    assert (
+        f"units {sum(history.start.values()):,} -> {sum(final.values()):,} on {len(final)} axes"
+        in said
+    )
     for axis, size in final.items():
-        assert re.search(rf'<td>{re.escape(axis)}</td><td class="n">4</td><td class="n">{size}</td>', text)
+        assert re.search(
+            rf'<td>{re.escape(axis)}</td><td class="n">4</td><td class="n">{size}</td>', text
+        )
     main(["report", str(run), "--json"])
     assert json.loads(capsys.readouterr().out)["end"] == final
 
@@ -73,21 +92,36 @@ def test_a_pattern_replayed_has_the_final_ranks_from_the_first_step(run):
     parent = run.parents[1]
     pattern = ["--model.rank_pattern", str(run / "ranks.json"), "--allocator", "null"]
     main(
-        ["fit", "--config", str(run / "config.yaml"), *pattern, "--runs", str(parent / "again"), "--evaluate", "false"]
+        [
+            "fit",
+            "--config",
+            str(run / "config.yaml"),
+            *pattern,
+            "--runs",
+            str(parent / "again"),
+            "--evaluate",
+            "false",
+        ]
     )
     (again,) = (parent / "again").glob("*/0")
-    assert json.loads((again / "ranks.json").read_text()) == json.loads((run / "ranks.json").read_text())
+    assert json.loads((again / "ranks.json").read_text()) == json.loads(
+        (run / "ranks.json").read_text()
+    )
     assert not (again / "ranks.jsonl").exists()
     from transformers import AutoModelForCausalLM
 
     backbone = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["backbone"]
     model = load_adapter(AutoModelForCausalLM.from_pretrained(backbone), again / "adapter")
-    assert {key: len(axis) for key, axis in rank_axes(model).items()} == json.loads((run / "ranks.json").read_text())
+    assert {key: len(axis) for key, axis in rank_axes(model).items()} == json.loads(
+        (run / "ranks.json").read_text()
+    )
 
 
 def test_the_start_is_told_backwards_where_no_line_has_it(run, tmp_path):
     lines = [json.loads(line) for line in (run / "ranks.jsonl").read_text().splitlines()]
-    (tmp_path / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"]))
+    (tmp_path / "ranks.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line["step"])
+    )
     (tmp_path / "ranks.json").write_text((run / "ranks.json").read_text())
     assert read_history(tmp_path).start == read_history(run).start
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import cost_model
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import HyperAdapt, LoRA, ResidualOffset
 from adaptrank.testing import check_parameterization, perturb
 
@@ -73,7 +73,9 @@ def test_the_bias_says_what_is_added_and_what_is_outside_of_it_sees_it():
     inner = layer.base
     want = inner.base.innermost.bias + inner.d
     assert torch.equal(layer.bias, want)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, want), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, want), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_in_a_model_the_function_survives_saving_loading_and_merging(tmp_path):
@@ -103,6 +105,8 @@ def test_all_means_what_the_method_wraps_also_where_a_function_builds_it():
 
     with pytest.raises(ValueError, match="No layer matches targets='all'"):
         adapt(nn.Sequential(nn.LayerNorm(4)), "all", partial(call, build, ResidualOffset))
-    model = adapt(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "all", partial(call, build, ResidualOffset))
+    model = adapt(
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "all", partial(call, build, ResidualOffset)
+    )
     assert isinstance(model[0], ResidualOffset)
     assert isinstance(model[1], nn.LayerNorm)

@@ -11,10 +11,16 @@ from torch import nn
 from adaptrank import testing
 from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import generator, rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import SBoRA
 
-LLAMA3_8B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+LLAMA3_8B = {
+    "q": (4096, 4096),
+    "k": (1024, 4096),
+    "v": (1024, 4096),
+    "up": (14336, 4096),
+    "down": (4096, 14336),
+}
 
 
 def build(base=None, **arguments):
@@ -27,12 +33,16 @@ def test_closed_count():
     testing.check_parameter_count(testing.builder(SBoRA, nn.Linear(48, 24)), lambda m, n: 8 * m)
 
 
-@pytest.mark.parametrize("arguments", [{"variant": "fb"}, {"variant": "fb", "rank": 24}, {"rank": 48}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"variant": "fb"}, {"variant": "fb", "rank": 24}, {"rank": 48}], ids=str
+)
 def test_the_contract_of_variants(arguments):
     for base in testing.example_bases(SBoRA):
         testing.check_contract(testing.builder(SBoRA, base, **arguments))
         testing.check_cost(testing.builder(SBoRA, copy.deepcopy(base).float(), **arguments))
-        testing.check_low_precision(testing.builder(SBoRA, copy.deepcopy(base).bfloat16(), **arguments))
+        testing.check_low_precision(
+            testing.builder(SBoRA, copy.deepcopy(base).bfloat16(), **arguments)
+        )
     testing.check_conv1d_twin(SBoRA, arguments=arguments)
 
 
@@ -46,7 +56,9 @@ def test_the_contract_of_variants(arguments):
     ],
 )
 def test_printed_counts(shapes, variant, count):
-    model = adapt(meta(shapes, 32), "all-linear", lambda base: SBoRA(base, rank=32, alpha=64, variant=variant))
+    model = adapt(
+        meta(shapes, 32), "all-linear", lambda base: SBoRA(base, rank=32, alpha=64, variant=variant)
+    )
     assert total(model) == count
 
 
@@ -63,7 +75,11 @@ def test_it_is_lora_with_a_factor_of_the_identity(variant):
 @pytest.mark.parametrize("variant", ["fa", "fb"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_leaves_every_other_row_or_column_to_the_bit(variant, dtype):
-    model = adapt(nn.Sequential(nn.Linear(48, 24)).to(dtype), "all-linear", lambda base: SBoRA(base, variant=variant))
+    model = adapt(
+        nn.Sequential(nn.Linear(48, 24)).to(dtype),
+        "all-linear",
+        lambda base: SBoRA(base, variant=variant),
+    )
     testing.perturb(model, 0.3)
     index, dim = model[0].index.tolist(), 1 if variant == "fa" else 0
     before = model[0].base.weight.detach().clone()
@@ -79,7 +95,11 @@ def test_no_position_is_ever_drawn_twice(variant, most):
     layer = build(variant=variant)
     axis = rank_axes(layer)[":rank"]
     for step in range(20):
-        axis.resize(range(step % 3, len(axis)), min(4, axis.limits()[1] - len(axis)), generator(0, axis.key, step))
+        axis.resize(
+            range(step % 3, len(axis)),
+            min(4, axis.limits()[1] - len(axis)),
+            generator(0, axis.key, step),
+        )
         assert len(set(layer.index.tolist())) == len(axis)
     axis.resize(grow=most - len(axis), generator=generator(0, axis.key, 20))
     assert sorted(layer.index.tolist()) == list(range(most))
@@ -114,7 +134,9 @@ def test_units_are_orthogonal_so_that_their_squares_add(variant):
     layer = build(variant=variant)
     change = layer.weight - layer.base.weight
     factor = layer.B if variant == "fa" else layer.A.T
-    torch.testing.assert_close(change.square().sum(), (layer.scale * factor.norm(dim=0)).square().sum())
+    torch.testing.assert_close(
+        change.square().sum(), (layer.scale * factor.norm(dim=0)).square().sum()
+    )
 
 
 @pytest.mark.parametrize("variant", ["fa", "fb"])
@@ -147,7 +169,9 @@ def test_dropout_is_on_the_way_to_the_factor_only_and_off_in_evaluation(variant)
     testing.perturb(layer)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_an_adapter_comes_back_with_its_positions(tmp_path):

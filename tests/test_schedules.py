@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptrank.allocators.schedules import Phases, cubic, late_drop, steps
+from adaptrank.allocation.schedules import Phases, cubic, late_drop, steps
 
 
 def test_the_swap_table_of_the_spec():
@@ -61,7 +61,8 @@ def test_progress_is_a_fraction_of_the_middle_phase():
 
 
 @pytest.mark.parametrize(
-    ("amount", "total", "want"), [(7, 100, 7), (0.1, 100, 10), (1, 100, 1), (1.0, 100, 100), (0, 9, 0)]
+    ("amount", "total", "want"),
+    [(7, 100, 7), (0.1, 100, 10), (1, 100, 1), (1.0, 100, 100), (0, 9, 0)],
 )
 def test_steps(amount, total, want):
     assert steps(amount, total) == want

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptrank.allocators.scores import IMPORTANCES, gate, magnitude
+from adaptrank.allocation.scores.gradient import IMPORTANCES, gate, magnitude
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD, LoRA
 from adaptrank.testing import perturb
@@ -41,7 +41,9 @@ def observed(cls, name, steps=5, beta=0.85):
         layer.zero_grad()
         x = torch.randn(6, 48, generator=torch.Generator().manual_seed(step)).double()
         (layer(x) - 1).square().sum().backward()
-        history.append({s.name: (s.tensor.detach().clone(), s.tensor.grad.clone()) for s in axis.slots()})
+        history.append(
+            {s.name: (s.tensor.detach().clone(), s.tensor.grad.clone()) for s in axis.slots()}
+        )
         store.observe(name, axis)
         perturb(layer, 0.01, seed=step)
     return axis, store, history
@@ -73,7 +75,9 @@ def test_elsewhere_the_gate_stands_in_for_the_diagonal():
     for tensor, dim in (("A", 1), ("B", 0)):
         I, U = averages([(value * grad).abs() for value, grad in (h[tensor] for h in history)])
         want = want + (I * U).mean(dim)
-    torch.testing.assert_close(store.score("sensitivity_uncertainty", axis), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        store.score("sensitivity_uncertainty", axis), want, rtol=1e-12, atol=0
+    )
 
 
 def test_gate_keeps_one_number_a_unit():
@@ -134,7 +138,9 @@ IGNORANT = ("random", "uniform")
 @pytest.mark.parametrize("name", [name for name in IMPORTANCES if name not in IGNORANT])
 def test_a_layer_that_takes_no_part_counts_for_nothing(name):
     layer, other = LoRA(nn.Linear(48, 24)), nn.Parameter(torch.ones(48))
-    store = Store(layer=layer, example=torch.ones(2, 48), loss=lambda x: (x * other).square().mean())
+    store = Store(
+        layer=layer, example=torch.ones(2, 48), loss=lambda x: (x * other).square().mean()
+    )
     axis = rank_axes(layer)[":rank"]
     store.observe(name, axis)
     jitter = 1e-8 if name.startswith("second_order") else 0  # on the diagonal of a Hessian
@@ -146,7 +152,10 @@ def test_scores_are_float32_or_better_over_half_precision(name):
     layer, x = SVD(nn.Linear(48, 24).to(torch.bfloat16)), torch.ones(2, 48, dtype=torch.bfloat16)
     perturb(layer)
     layer(x).sum().backward()
-    axis, store = rank_axes(layer)[":rank"], Store(layer=layer, example=x, loss=lambda batch: layer(batch).sum())
+    axis, store = (
+        rank_axes(layer)[":rank"],
+        Store(layer=layer, example=x, loss=lambda batch: layer(batch).sum()),
+    )
     store.observe(name, axis)
     score = store.score(name, axis)
     assert torch.finfo(score.dtype).bits >= 32
@@ -162,7 +171,11 @@ def test_accumulated_gradients_score_as_one_batch(name):
         layer = LoRA(nn.Linear(48, 24).double())
         perturb(layer)
         whole = torch.randn(32, 48, generator=torch.Generator().manual_seed(1)).double()
-        store = Store(layer=layer, example=whole[:4], loss=lambda x, layer=layer: (layer(x) - 1).square().mean())
+        store = Store(
+            layer=layer,
+            example=whole[:4],
+            loss=lambda x, layer=layer: (layer(x) - 1).square().mean(),
+        )
         for x in whole.chunk(parts):
             (store.loss(x) / parts).backward()
         axis = rank_axes(layer)[":rank"]
@@ -185,9 +198,13 @@ def test_random_scores_are_those_of_the_seed_the_axis_and_the_step():
     IMPORTANCES["random"].score(axes, Store())
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(draw(), draw())
-    assert not any(torch.equal(draw(), other) for other in (draw(seed=1), draw(steps_done=8), draw().flip(0)))
+    assert not any(
+        torch.equal(draw(), other) for other in (draw(seed=1), draw(steps_done=8), draw().flip(0))
+    )
 
 
 def test_uniform_scores_are_all_equal():
-    axes = rank_axes(nn.Sequential(LoRA(nn.Linear(48, 24), rank=2), LoRA(nn.Linear(24, 48), rank=5)))
+    axes = rank_axes(
+        nn.Sequential(LoRA(nn.Linear(48, 24), rank=2), LoRA(nn.Linear(24, 48), rank=5))
+    )
     assert len(torch.cat([*IMPORTANCES["uniform"].score(axes, Store()).values()]).unique()) == 1

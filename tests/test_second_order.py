@@ -12,7 +12,7 @@ from test_ablation import Here, bert, llama
 from test_allocators import SVD4, Toy
 from torch import nn
 
-from adaptrank.allocators.second_order import (
+from adaptrank.allocation.scores.curvature import (
     SecondOrder,
     as_plan,
     estimate,
@@ -32,7 +32,10 @@ def problem(n=10, seed=0, axes=1, gradient=0.02):
     c = torch.randn(n, generator=random, dtype=torch.float64)
     M = (J.T @ J / 30) * torch.outer(c, c)
     g = gradient * torch.randn(n, generator=random, dtype=torch.float64) * c
-    units = [(f"layers.{i * axes // n}:rank", i - math.ceil((i * axes // n) * n / axes)) for i in range(n)]
+    units = [
+        (f"layers.{i * axes // n}:rank", i - math.ceil((i * axes // n) * n / axes))
+        for i in range(n)
+    ]
     return SecondOrder(units, g, [(0, M)])
 
 
@@ -45,7 +48,10 @@ def projected_change(second, discarded):
 
 def best(second, keep):
     n = len(second.units)
-    return min(second.change([i for i in range(n) if i not in kept]) for kept in itertools.combinations(range(n), keep))
+    return min(
+        second.change([i for i in range(n) if i not in kept])
+        for kept in itertools.combinations(range(n), keep)
+    )
 
 
 def test_greedy_is_near_the_best_choice_in_the_worst_of_fifty():
@@ -115,7 +121,9 @@ def test_the_heap_chooses_as_the_plain_algorithm(seed):
     assert sorted(kept) == sorted(plain_greedy(second, cost, 5, 1))
 
 
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(0, 2), st.integers(0, 30), st.booleans())
+@given(
+    st.integers(0, 1000), st.integers(1, 4), st.integers(0, 2), st.integers(0, 30), st.booleans()
+)
 @settings(max_examples=60)
 def test_budget_and_floors_hold(seed, axes, floor, more, priced):
     second = problem(n=8, seed=seed, axes=axes)
@@ -129,13 +137,17 @@ def test_budget_and_floors_hold(seed, axes, floor, more, priced):
     assert cost.total(sizes) <= budget
     assert all(sizes[a] >= least[a] for a in names)
     full = {a: sum(x == a for x, _ in second.units) for a in names}
-    assert all(sizes[a] == full[a] or cost.total(sizes) + cost.marginal(a, sizes) > budget for a in names)
+    assert all(
+        sizes[a] == full[a] or cost.total(sizes) + cost.marginal(a, sizes) > budget for a in names
+    )
     plan = as_plan(second, kept)
     assert {a: len(plan[a].keep) if a in plan else full[a] for a in names} == sizes
 
 
 def test_what_would_help_by_going_may_go():
-    second = SecondOrder([("a", 0), ("a", 1)], torch.tensor([1.0, -1.0]).double(), [(0, torch.eye(2).double())])
+    second = SecondOrder(
+        [("a", 0), ("a", 1)], torch.tensor([1.0, -1.0]).double(), [(0, torch.eye(2).double())]
+    )
     cost = rank_cost(["a"])
     kept, monotone = greedy(second, cost, 2, floor=0, stop=True)
     assert kept == [1]
@@ -144,7 +156,13 @@ def test_what_would_help_by_going_may_go():
 
 
 @pytest.mark.parametrize(
-    "method", [partial(LoRA, rank=3), SVD4, partial(TensorTrain), partial(DoRA, rank=2, **DoRA.exact_gradient)]
+    "method",
+    [
+        partial(LoRA, rank=3),
+        SVD4,
+        partial(TensorTrain),
+        partial(DoRA, rank=2, **DoRA.exact_gradient),
+    ],
 )
 def test_on_a_quadratic_loss_the_prediction_is_the_change(method):
     """LoRA in the closing factor: the output is linear in the gates, and the loss quadratic in the output."""
@@ -154,7 +172,9 @@ def test_on_a_quadratic_loss_the_prediction_is_the_change(method):
     run = Here(model, lambda batch: model.loss(batch), [0])
     axes = rank_axes(model)
     second = estimate(axes, run, "exact")
-    linear = (method not in (TensorTrain,) and not isinstance(method, partial)) or method.func in (LoRA,)
+    linear = (method not in (TensorTrain,) and not isinstance(method, partial)) or method.func in (
+        LoRA,
+    )
     discarded = [0, 2, 5] if linear else [0]
     before = float(run.loss(0))
     key_units = [second.units[i] for i in discarded]
@@ -178,10 +198,16 @@ def test_the_exact_hessian_is_that_of_finite_differences(make):
     second = estimate(axes, run, "exact")
     ((_, M),) = second.blocks
     # A Llama takes its norms and its loss to float32, too coarse for small differences.
-    (h, rel, absolute), n = ((0.03, 0.05, 1e-3) if make is llama else (1e-4, 1e-3, 1e-5)), len(second.units)
+    (h, rel, absolute), n = (
+        ((0.03, 0.05, 1e-3) if make is llama else (1e-4, 1e-3, 1e-5)),
+        len(second.units),
+    )
 
     def loss(point):
-        gates, contexts = {key: torch.ones(len(axis), dtype=torch.float64) for key, axis in axes.items()}, []
+        gates, contexts = (
+            {key: torch.ones(len(axis), dtype=torch.float64) for key, axis in axes.items()},
+            [],
+        )
         for (key, unit), step in zip(second.units, point, strict=True):
             gates[key][unit] += step
         for key, axis in axes.items():
@@ -194,9 +220,12 @@ def test_the_exact_hessian_is_that_of_finite_differences(make):
 
     eye = torch.eye(n) * h
     for i, j in ((0, 0), (0, 1), (1, n - 1)):
-        want = (loss(eye[i] + eye[j]) - loss(eye[i] - eye[j]) - loss(eye[j] - eye[i]) + loss(-eye[i] - eye[j])) / (
-            4 * h * h
-        )
+        want = (
+            loss(eye[i] + eye[j])
+            - loss(eye[i] - eye[j])
+            - loss(eye[j] - eye[i])
+            + loss(-eye[i] - eye[j])
+        ) / (4 * h * h)
         assert float(M[i, j]) == pytest.approx(want, rel=rel, abs=absolute)
 
 
@@ -219,7 +248,12 @@ def test_fisher_is_the_hessian_of_a_gaussian_model_up_to_sampling():
 
 
 def test_single_examples_of_a_batch():
-    batch = {"x": torch.arange(3), "more": [torch.zeros(3, 2), (torch.ones(3),)], "k": 7, "scalar": torch.tensor(1.0)}
+    batch = {
+        "x": torch.arange(3),
+        "more": [torch.zeros(3, 2), (torch.ones(3),)],
+        "k": 7,
+        "scalar": torch.tensor(1.0),
+    }
     parts = list(examples(batch))
     assert len(parts) == 3
     assert parts[1]["x"].tolist() == [1]
@@ -249,7 +283,9 @@ def test_explained_variance_is_that_of_each_units_own_change(method):
     run = Here(model, lambda batch: model.loss(batch), [0, 1])
     axes = rank_axes(model)
     have = explained_variance(axes, run)
-    x = torch.cat([torch.randn(8, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]).double()
+    x = torch.cat(
+        [torch.randn(8, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    ).double()
     for key, axis in axes.items():
         layer = axis.members[0][0]
         parts = []

@@ -12,11 +12,21 @@ from test_allocators import PHASES, TOTAL, Toy, everything, fit, sizes
 from test_planted_ranks import RANKS, Planted
 from torch import nn
 
-from adaptrank.allocators import AdaLoRA, SoRA
-from adaptrank.allocators.gates import adam, soft_threshold, threshold_for
-from adaptrank.allocators.plans import Resize
+from adaptrank.allocation import AdaLoRA, SoRA
+from adaptrank.allocation.gates import adam, soft_threshold, threshold_for
+from adaptrank.allocation.plans import Resize
 from adaptrank.axes import CostModel, rank_axes
-from adaptrank.parameterizations import NOLA, SVD, HyperAdapt, Kronecker, LoRA, MELoRA, MiSS, PiCa, TensorTrain
+from adaptrank.parameterizations import (
+    NOLA,
+    SVD,
+    HyperAdapt,
+    Kronecker,
+    LoRA,
+    MELoRA,
+    MiSS,
+    PiCa,
+    TensorTrain,
+)
 
 LORA4 = partial(LoRA, rank=4)
 
@@ -39,7 +49,9 @@ def test_the_gates_adam_is_torchs(betas):
 
 def test_the_proximal_operator_on_a_grid():
     xi = 0.1
-    v = torch.tensor([-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.12, 0.19, 0.3], dtype=torch.float64)
+    v = torch.tensor(
+        [-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.12, 0.19, 0.3], dtype=torch.float64
+    )
     want = torch.tensor([-0.2, -0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.09, 0.2], dtype=torch.float64)
     torch.testing.assert_close(soft_threshold(v, xi), want, rtol=0, atol=1e-15)
     released = soft_threshold(v, xi, reference=True)
@@ -55,12 +67,16 @@ def test_the_proximal_operator_on_a_grid():
 )
 def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, floor):
     """Against every threshold there is, with ties, zeros, and units that cost more in one axis than in another."""
-    sizes = {f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) / 4 for i, v in enumerate(values)}
+    sizes = {
+        f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) / 4 for i, v in enumerate(values)
+    }
     cost = CostModel(0, tuple((price, (axis,)) for axis, price in zip(sizes, prices, strict=False)))
 
     def left(xi):
         gates = {axis: soft_threshold(v, xi) for axis, v in sizes.items()}
-        return cost.total({axis: max(int((g != 0).sum()), min(floor, len(g))) for axis, g in gates.items()})
+        return cost.total(
+            {axis: max(int((g != 0).sum()), min(floor, len(g))) for axis, g in gates.items()}
+        )
 
     every = [k / 4 for k in range(7)]
     largest = max(float(v.max()) for v in sizes.values())
@@ -72,7 +88,9 @@ def test_what_is_left_of_a_budget_buys_no_unit_whose_gate_is_zero():
     scores = {"a": torch.tensor([3.0, 2.0]), "b": torch.tensor([1.0, 0.0, 0.0])}
     allocator = SoRA(**PHASES)
     allocator.check_schedule(allocator.phases_of(TOTAL))
-    plan = allocator.plan(scores, CostModel(0, ((5, ("a",)), (1, ("b",)))), 9, TOTAL)  # a second of "a" is 11
+    plan = allocator.plan(
+        scores, CostModel(0, ((5, ("a",)), (1, ("b",)))), 9, TOTAL
+    )  # a second of "a" is 11
     assert plan == {"a": Resize((0,)), "b": Resize((0,))}
 
 
@@ -118,7 +136,12 @@ def test_a_run_ends_in_the_plain_method_and_folding_changes_nothing(method):
     fit(model, allocator)
     assert all(axis.gate is None for axis in rank_axes(model).values())
     assert not allocator._tracked
-    assert allocator.events[-1]["allocated"] == allocator.events[-1]["active"] == sum(sizes(model).values()) <= start
+    assert (
+        allocator.events[-1]["allocated"]
+        == allocator.events[-1]["active"]
+        == sum(sizes(model).values())
+        <= start
+    )
     assert min(sizes(model).values()) >= 1
 
 
@@ -129,17 +152,24 @@ def test_the_proximal_step_finds_units_to_drop():
     assert allocator.events[0]["budget"] is None
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.tables) for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.tables) for seed in (1, 2))]
+)
 def test_it_finds_the_planted_ranks_by_its_default_xi_alone(seed):
     """No budget says how many: with the decay that the factors have in the release, the outcome is what was planted."""
 
     class Decays(Planted):
         def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+            return torch.optim.AdamW(
+                [p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+            )
 
     model = Decays("SVD", seed, 8)
     fit(model, SoRA(every=50, warmup=200, final=300), steps=1500)
-    assert sum(abs(have - want) for have, want in zip(sizes(model.maps).values(), RANKS, strict=True)) <= 2
+    assert (
+        sum(abs(have - want) for have, want in zip(sizes(model.maps).values(), RANKS, strict=True))
+        <= 2
+    )
 
 
 @pytest.mark.parametrize("unit", ["ranks", "parameters"])
@@ -161,7 +191,9 @@ def test_a_gate_of_zero_has_a_gradient_and_may_come_back():
 
     class Look(SoRA):
         def after_step(self, axes):
-            zero = {key: (self.gate(axis) == 0) for key, axis in axes.items()} if self._tracked else {}
+            zero = (
+                {key: (self.gate(axis) == 0) for key, axis in axes.items()} if self._tracked else {}
+            )
             super().after_step(axes)
             revived.extend(int((self.gate(axes[key])[was] != 0).sum()) for key, was in zero.items())
             if self.steps_done == 3:
@@ -181,7 +213,9 @@ def test_a_trained_adapter_starts_with_open_gates():
     class Look(SoRA):
         def attach(self, axes):
             super().attach(axes)
-            assert all(torch.equal(layer(x), y) for layer, y in zip(self.model.maps, want, strict=True))
+            assert all(
+                torch.equal(layer(x), y) for layer, y in zip(self.model.maps, want, strict=True)
+            )
 
     fit(model, Look(**PHASES))
 
@@ -189,7 +223,9 @@ def test_a_trained_adapter_starts_with_open_gates():
 def test_steps_that_are_not_finite_move_no_gate():
     class Spiky(Toy):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (float("inf") if self.global_step == 3 else 1)
+            return super().training_step(batch, batch_idx) * (
+                float("inf") if self.global_step == 3 else 1
+            )
 
         def on_before_optimizer_step(self, optimizer):
             for p in self.parameters():
@@ -201,7 +237,11 @@ def test_steps_that_are_not_finite_move_no_gate():
     class Look(SoRA):
         def after_step(self, axes):
             super().after_step(axes)
-            gates.append([self.gate(axis).detach().clone() for axis in axes.values()] if self._tracked else [])
+            gates.append(
+                [self.gate(axis).detach().clone() for axis in axes.values()]
+                if self._tracked
+                else []
+            )
 
     fit(Spiky(LORA4), Look(**PHASES))
     assert all(torch.equal(a, b) for a, b in zip(gates[2], gates[3], strict=True))
@@ -272,16 +312,20 @@ def test_a_skipped_step_does_not_count_in_the_gates_adam(monkeypatch):
         counted.append((allocator.steps_done, step))
         adam(values, grads, first, second, step, lr)
 
-    monkeypatch.setattr("adaptrank.allocators.sora.adam", counting)
+    monkeypatch.setattr("adaptrank.allocation.methods.sora.adam", counting)
     allocator = Look(**PHASES)
     fit(Toy(LORA4), allocator)
-    assert counted == [(t, i) for i, t in enumerate([t for t in range(1, 19) if t not in (1, 2, 6)], 1)]
+    assert counted == [
+        (t, i) for i, t in enumerate([t for t in range(1, 19) if t not in (1, 2, 6)], 1)
+    ]
 
 
 def test_gates_are_float32_over_a_half_precision_adapter():
     model, allocator = Toy(LORA4), SoRA(**PHASES)
     model.to(torch.bfloat16)
-    allocator.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), TOTAL)
+    allocator.start(
+        model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), TOTAL
+    )
     axis = next(iter(allocator._axes.values()))
     assert allocator.gate(axis).dtype == torch.float32
     assert model.maps[0](torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -298,7 +342,12 @@ def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
     want = everything(whole, trainer)
     for step in (4, 12, 14, 17, 18, 21):
         model, resumed = Toy(LORA4), make()
-        again = fit(model, resumed, ckpt_path=tmp_path / f"step={step}.ckpt", accumulate_grad_batches=accumulate)
+        again = fit(
+            model,
+            resumed,
+            ckpt_path=tmp_path / f"step={step}.ckpt",
+            accumulate_grad_batches=accumulate,
+        )
         have = everything(model, again)
         assert have.keys() == want.keys()
         assert not [key for key in want if not torch.equal(have[key], want[key])], step
@@ -320,7 +369,8 @@ def test_the_learning_rate_is_that_of_the_run():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"xi": -1.0}, {"l1": -1.0}, {"gate_lr_ratio": 0.0}, {"prox": "soft"}, {"prox_scale": "x"}]
+    "arguments",
+    [{"xi": -1.0}, {"l1": -1.0}, {"gate_lr_ratio": 0.0}, {"prox": "soft"}, {"prox_scale": "x"}],
 )
 def test_arguments_out_of_range(arguments):
     with pytest.raises(ValueError, match=r"strengths are|use 'exact'"):

@@ -25,7 +25,7 @@ from adaptrank.composition.spectral import (
     stable_rank,
     summed_up,
 )
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, PiCa
 from adaptrank.testing import perturb
 
@@ -43,7 +43,12 @@ def planted(S, m=24, n=40, seed=0):
 
 def test_the_identity_has_eight_of_everything():
     S = torch.ones(8)
-    for value in (effective_rank(S), stable_rank(S), participation_ratio(S), numerical_rank(S, 1e-3)):
+    for value in (
+        effective_rank(S),
+        stable_rank(S),
+        participation_ratio(S),
+        numerical_rank(S, 1e-3),
+    ):
         assert math.isclose(value, 8, rel_tol=1e-6)
     assert energy_rank(S, 0.9) == 8
     assert energy_rank(S, 0.5) == 4
@@ -70,7 +75,9 @@ def test_a_known_spectrum():
     found = diagnose(Dense(planted(values)), W)
     p = torch.tensor(values) / 7
     assert found["rank"] == 3
-    assert math.isclose(found["effective_rank"], math.exp(-float((p * p.log()).sum())), rel_tol=1e-6)
+    assert math.isclose(
+        found["effective_rank"], math.exp(-float((p * p.log()).sum())), rel_tol=1e-6
+    )
     assert math.isclose(found["stable_rank"], 21 / 16)
     assert math.isclose(found["participation"], 21**2 / (256 + 16 + 1))
     assert found["energy_rank"] == {"0.9": 2, "0.99": 3}
@@ -81,13 +88,24 @@ def test_a_known_spectrum():
 
 def test_a_product_and_its_matrix_and_another_gauge_say_the_same():
     random = torch.Generator().manual_seed(0)
-    U, V = torch.randn(24, 4, generator=random).double(), torch.randn(4, 40, generator=random).double()
+    U, V = (
+        torch.randn(24, 4, generator=random).double(),
+        torch.randn(4, 40, generator=random).double(),
+    )
     T = torch.randn(4, 4, generator=random).double()
     W = planted([3.0 - 0.1 * i for i in range(24)], seed=7)
     changes = [Product(U, V), Dense(U @ V), Product(U @ T, torch.linalg.solve(T, V))]
     one, *others = (diagnose(change, W) for change in changes)
     for other in others:
-        for name in ("norm", "rank", "effective_rank", "stable_rank", "participation", "intruders", "amplification"):
+        for name in (
+            "norm",
+            "rank",
+            "effective_rank",
+            "stable_rank",
+            "participation",
+            "intruders",
+            "amplification",
+        ):
             assert math.isclose(one[name], other[name], rel_tol=1e-8), name
 
 
@@ -107,7 +125,9 @@ def test_a_planted_intruder_is_found_as_exactly_one(flip):
     assert cosines.shape == (10,)
     assert int((cosines < 0.5).sum()) == 1
     assert int(cosines.argmin()) == 0, "it leads"
-    assert torch.allclose(intruders(W, -(W + spike)), cosines), "signs of singular vectors mean nothing"
+    assert torch.allclose(intruders(W, -(W + spike)), cosines), (
+        "signs of singular vectors mean nothing"
+    )
     rounded = W.to(torch.bfloat16).double()
     assert int((intruders(W, rounded, None) < 0.5).sum()) == 0, "rounding makes none"
 
@@ -127,7 +147,9 @@ def test_picas_energy_is_one_in_its_space_and_its_share_of_a_random_one():
     perturb(layer)
     leading = torch.linalg.svd(W, full_matrices=False).Vh[:4].T
     assert math.isclose(captured_energy(change_of(layer), leading), 1, rel_tol=1e-9)
-    random = [captured_energy(Dense(planted([1.0] * 24, seed=s)), haar(40, 4, s + 50)) for s in range(40)]
+    random = [
+        captured_energy(Dense(planted([1.0] * 24, seed=s)), haar(40, 4, s + 50)) for s in range(40)
+    ]
     assert abs(sum(random) / 40 - 4 / 40) < 0.02
 
 
@@ -156,7 +178,11 @@ def test_a_change_of_nothing():
 
 def test_the_layers_of_a_model_and_their_kinds():
     model = nn.ModuleDict(
-        {"blocks": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(2))}
+        {
+            "blocks": nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(2)
+            )
+        }
     )
     adapt(model, ".*up", LoRA)
     adapt(model, ".*down", DoRA)
@@ -165,7 +191,11 @@ def test_the_layers_of_a_model_and_their_kinds():
     assert list(found) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert list(spectra(model, r".*\.0\..*", intruders=False)) == ["blocks.0.up", "blocks.0.down"]
     summary = summed_up(found, {path: kind_of(path) for path in found})
-    assert {kind: means["layers"] for kind, means in summary.items()} == {"up": 2, "down": 2, "all": 4}
+    assert {kind: means["layers"] for kind, means in summary.items()} == {
+        "up": 2,
+        "down": 2,
+        "all": 4,
+    }
     want = sum(found[f"blocks.{i}.up"]["effective_rank"] for i in (0, 1)) / 2
     assert math.isclose(summary["up"]["effective_rank"], want)
 
@@ -196,7 +226,9 @@ def test_the_callback_logs_at_every_validation(tmp_path):
         logger=logger,
     )
     assert [record["step"] for record in monitor.history] == [4, 8]
-    ours = [(step, metrics) for step, metrics in logger.seen if "spectral/all/stable_rank" in metrics]
+    ours = [
+        (step, metrics) for step, metrics in logger.seen if "spectral/all/stable_rank" in metrics
+    ]
     assert [step for step, _ in ours] == [4, 8]
     assert ours[0][1]["spectral/all/relative"] < ours[1][1]["spectral/all/relative"]
     assert "spectral/all/intruders" not in ours[0][1]

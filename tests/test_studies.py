@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
 from adaptrank.cli.compare import counting
-from adaptrank.studies.design import merged, places, read_study, replaced, reported, set_at, solve, trials
-from adaptrank.studies.report import markdown, page, pareto, rows, write_study
+from adaptrank.reports.study import markdown, page, pareto, rows, write_study
+from adaptrank.studies.design import (
+    merged,
+    places,
+    read_study,
+    replaced,
+    reported,
+    set_at,
+    solve,
+    trials,
+)
 from adaptrank.studies.runner import here as on_this_machine
 from adaptrank.studies.runner import run_study
 
@@ -96,7 +105,9 @@ def test_trials_and_reported_runs(tmp_path):
     assert all(p.config["data"]["slice"] for p in tried)
     assert tried[1].config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
     final = reported(asked, place, 0.01)
-    found = [(p.seed, p.config["seed_everything"], p.config["data"]["init_args"]["seed"]) for p in final]
+    found = [
+        (p.seed, p.config["seed_everything"], p.config["data"]["init_args"]["seed"]) for p in final
+    ]
     assert found == [(0, 0, 0), (1, 1, 1)]
     assert len({p.key for p in [*tried, *final]}) == 4
     assert trials(replace(asked, lrs=[0.1]), place) == []
@@ -112,7 +123,9 @@ def test_overlays():
     assert merged(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
     assert base["a"]["init_args"] == {"p": 1, "q": [1, 2]}
     assert set_at(base, "c.d", 1)["c"] == {"d": 1}
-    assert replaced({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {"x": ["/d/a", 1]}
+    assert replaced({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {
+        "x": ["/d/a", 1]
+    }
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,10 @@ def test_overlays():
         ({"baseline": "C"}, "baseline 'C' is none of the methods"),
         ({"selection": None}, "several lrs are selected by trials: selection needs an overlay"),
         ({"budgets": None}, r"A has \$budget, and the study no budgets"),
-        ({"overlay": {"data": "$data/x"}}, r"reads data from \$data; say where they are with --data.root"),
+        (
+            {"overlay": {"data": "$data/x"}},
+            r"reads data from \$data; say where they are with --data.root",
+        ),
         ({"config": "missing.yaml"}, "there is no configuration"),
         ({"methods": {}}, "methods names none"),
     ],
@@ -159,7 +175,12 @@ class Counted:
         for point in points:
             self.ran.append(point.key)
             failed = point.method in self.fail
-            value = 0.5 + 0.1 * point.seed + (0.2 if point.method == "A" else 0) + (point.budget or 0) / 10**4
+            value = (
+                0.5
+                + 0.1 * point.seed
+                + (0.2 if point.method == "A" else 0)
+                + (point.budget or 0) / 10**4
+            )
             result = {
                 "key": point.key, "method": point.method, "allocator": point.allocator, "budget": point.budget, "units": point.units,
                 "lr": point.lr, "seed": point.seed, "trial": point.trial, "adapter_params_at_start": point.parameters,
@@ -179,8 +200,12 @@ def test_nothing_that_is_finished_runs_twice_and_what_failed_does(tmp_path):
     engine = Counted(fail=("B",))
     record = run_study(asked, tmp_path / "out", linear, engine, lambda line: None)
     assert len(engine.ran) == 3 * 2 + 3 * 2
-    assert {r["lr"] for r in record["results"] if r["method"] == "A"} == {0.01}, "the better of the trials"
-    assert {r["lr"] for r in record["results"] if r["method"] == "B"} == {0.1}, "all trials failed: the middle one"
+    assert {r["lr"] for r in record["results"] if r["method"] == "A"} == {0.01}, (
+        "the better of the trials"
+    )
+    assert {r["lr"] for r in record["results"] if r["method"] == "B"} == {0.1}, (
+        "all trials failed: the middle one"
+    )
     assert sum(r["status"] == "failed" for r in record["results"]) == 2
     again = Counted()
     record = run_study(asked, tmp_path / "out", linear, again, lambda line: None)
@@ -195,7 +220,13 @@ def test_nothing_that_is_finished_runs_twice_and_what_failed_does(tmp_path):
 
 
 def made(tmp_path, fail=(), **changes):
-    return run_study(read_study(study(tmp_path, **changes)), tmp_path / "out", linear, Counted(fail), lambda line: None)
+    return run_study(
+        read_study(study(tmp_path, **changes)),
+        tmp_path / "out",
+        linear,
+        Counted(fail),
+        lambda line: None,
+    )
 
 
 def test_rows_have_means_deviations_and_paired_tests(tmp_path):
@@ -214,7 +245,9 @@ def test_the_paired_test_is_scipys(tmp_path):
     from scipy.stats import ttest_rel
 
     record = made(tmp_path, seeds=[0, 1, 2])
-    for result, noise in zip([r for r in record["results"] if r["method"] == "B"], (0.01, -0.02, 0.05), strict=True):
+    for result, noise in zip(
+        [r for r in record["results"] if r["method"] == "B"], (0.01, -0.02, 0.05), strict=True
+    ):
         result["metrics"]["accuracy"] += noise
     found = rows(record)
     one, other = found[2]["values"], found[0]["values"]
@@ -222,7 +255,10 @@ def test_the_paired_test_is_scipys(tmp_path):
     assert math.isclose(found[2]["p"], want)
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1), st.sampled_from(["max", "min"]))
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1),
+    st.sampled_from(["max", "min"]),
+)
 def test_nothing_beats_the_front(points, mode):
     front = pareto(points, mode)
     better = (lambda a, b: a > b) if mode == "max" else (lambda a, b: a < b)
@@ -263,7 +299,12 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
     )
 
     def adapters(rank):
-        return [{"targets": ["q_proj"], "parameterization": [{"class_path": "LoRA", "init_args": {"rank": rank}}]}]
+        return [
+            {
+                "targets": ["q_proj"],
+                "parameterization": [{"class_path": "LoRA", "init_args": {"rank": rank}}],
+            }
+        ]
 
     (here / "study.yaml").write_text(
         yaml.safe_dump(
@@ -275,7 +316,11 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
                 },
                 "methods": {
                     "LoRA": {"model": {"init_args": {"adapters": adapters("$budget")}}},
-                    "broken": {"model": {"init_args": {"adapters": adapters(2), "backbone": "nowhere/at-all"}}},
+                    "broken": {
+                        "model": {
+                            "init_args": {"adapters": adapters(2), "backbone": "nowhere/at-all"}
+                        }
+                    },
                 },
                 "allocators": {"none": {}},
                 "budgets": [300],
@@ -311,9 +356,18 @@ def test_a_failed_point_says_why(tmp_path, tiny_llama):
     write(tmp_path, tiny_llama, "base.yaml")
     config = yaml.safe_load((tmp_path / "base.yaml").read_text())
     asked = read_study(
-        study(tmp_path, config=config, methods={"A": {"trainer": {"max_stps": 3}}}, budgets=None, lrs=None, seeds=[0])
+        study(
+            tmp_path,
+            config=config,
+            methods={"A": {"trainer": {"max_stps": 3}}},
+            budgets=None,
+            lrs=None,
+            seeds=[0],
+        )
     )
-    record = run_study(asked, tmp_path / "out", lambda config: 1, on_this_machine(), lambda line: None)
+    record = run_study(
+        asked, tmp_path / "out", lambda config: 1, on_this_machine(), lambda line: None
+    )
     assert record["results"][0]["status"] == "failed"
     assert "max_stps" in record["results"][0]["error"]
 
@@ -331,11 +385,17 @@ def test_counts_are_those_of_plan_and_kept(tmp_path, tiny_llama):
 
 def test_a_pattern_that_a_run_found_is_replayed_by_another_after_it(tmp_path):
     methods = {"replay": {"model": {"init_args": {"rank_pattern": "$ranks:found"}}}, "found": {}}
-    asked = read_study(study(tmp_path, methods=methods, budgets=None, lrs=None, selection=None, baseline="found"))
+    asked = read_study(
+        study(tmp_path, methods=methods, budgets=None, lrs=None, selection=None, baseline="found")
+    )
     engine = Ordered()
     run_study(asked, tmp_path / "out", lambda config: 1, engine, lambda line: None)
     assert [method for method, _ in engine.ran] == ["found", "found", "replay", "replay"]
-    patterns = [config["model"]["init_args"]["rank_pattern"] for method, config in engine.ran if method == "replay"]
+    patterns = [
+        config["model"]["init_args"]["rank_pattern"]
+        for method, config in engine.ran
+        if method == "replay"
+    ]
     assert patterns == [str(Path("run of 0") / "ranks.json"), str(Path("run of 1") / "ranks.json")]
 
 
@@ -351,7 +411,12 @@ class Ordered(Counted):
                 "seed": point.seed,
                 "lr": None,
             }
-            result |= {"status": "success", "metrics": {"accuracy": 1.0}, "run": f"run of {point.seed}", "error": ""}
+            result |= {
+                "status": "success",
+                "metrics": {"accuracy": 1.0},
+                "run": f"run of {point.seed}",
+                "error": "",
+            }
             (out / "points" / point.key).mkdir(parents=True)
             (out / "points" / point.key / "result.json").write_text(json.dumps(result))
             yield result
@@ -373,7 +438,15 @@ def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
     config = yaml.safe_load((tmp_path / "base.yaml").read_text())
     config["model"]["init_args"]["generate"] = False
     asked = read_study(
-        study(tmp_path, config=config, methods={"A": {}}, budgets=None, lrs=None, selection=None, metric="loss")
+        study(
+            tmp_path,
+            config=config,
+            methods={"A": {}},
+            budgets=None,
+            lrs=None,
+            selection=None,
+            metric="loss",
+        )
     )
     monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

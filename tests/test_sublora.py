@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import Toy, everything, fit, sizes
 
-from adaptrank.allocators import AdaLoRA, SubLoRA, second_order
+from adaptrank.allocation import AdaLoRA, SubLoRA
+from adaptrank.allocation.scores import curvature as second_order
 from adaptrank.axes import cost_model
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, TensorTrain
 
@@ -107,7 +108,8 @@ def test_its_scores_are_for_others_too(importance):
 def test_refusals(monkeypatch):
     monkeypatch.setattr(second_order, "MAX_UNITS", 100)
     with pytest.raises(
-        ValueError, match="SubLoRA: the Hessian of 192 units is too large, 100 are the most; take the one within"
+        ValueError,
+        match="SubLoRA: the Hessian of 192 units is too large, 100 are the most; take the one within",
     ):
         fit(Rows(NOLA), SubLoRA(batches=1, **PHASES))
     fit(Rows(NOLA), SubLoRA(estimator="block", batches=1, **PHASES))

@@ -6,8 +6,8 @@ from torch import nn
 
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.parameterizations import SVD, LoRA
-from adaptrank.regularize import penalty_gradients
 from adaptrank.testing import builder, check_parameter_count, perturb
+from adaptrank.training.penalties import penalty_gradients
 
 
 def build(**arguments):
@@ -51,8 +51,12 @@ def test_fresh_directions_are_orthogonal_to_the_living_and_as_long(keep):
     for columns in (layer.P.detach(), layer.Q.detach().T):
         old, new = columns[:, : len(keep)], columns[:, len(keep) :]
         length = old.square().sum(0).mean().sqrt()
-        torch.testing.assert_close(new.T @ new, length**2 * torch.eye(3).double(), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(old.T @ new, torch.zeros(len(keep), 3).double(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            new.T @ new, length**2 * torch.eye(3).double(), rtol=1e-10, atol=1e-10
+        )
+        torch.testing.assert_close(
+            old.T @ new, torch.zeros(len(keep), 3).double(), rtol=1e-10, atol=1e-10
+        )
     assert not layer.l[len(keep) :].any()
 
 
@@ -71,5 +75,7 @@ def test_the_diagonal_is_the_gate():
     layer = build()
     layer(torch.randn(5, 48, dtype=torch.float64)).square().sum().backward()
     axis = rank_axes(layer)[":rank"]
-    torch.testing.assert_close(axis.gate_grad(), layer.l.detach() * layer.l.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        axis.gate_grad(), layer.l.detach() * layer.l.grad, rtol=1e-12, atol=1e-12
+    )
     assert cost_model(layer).marginal(":rank", {}) == 48 + 24 + 1

@@ -13,9 +13,9 @@ from torch import nn
 from adaptrank import testing
 from adaptrank.artifacts import merge
 from adaptrank.axes import rank_axes
-from adaptrank.inject import adapt
+from adaptrank.injection import adapt
 from adaptrank.parameterizations import HyperAdapt, LoRA, TensorTrain, TensorTrainAdapter
-from adaptrank.parameterizations import _trains as trains
+from adaptrank.parameterizations import tensor_train_cores as trains
 
 ROBERTA = {"q": (768, 768), "v": (768, 768)}
 
@@ -32,7 +32,9 @@ def test_contraction_is_an_einsum(split):
     cores = random_cores([4, 3, 2, 5])
     want = torch.einsum("ian,nbo,ocp,pdj->abcd", *cores)
     rows = math.prod([4, 3, 2, 5][:split])
-    torch.testing.assert_close(trains.dense(cores, rows), want.reshape(rows, -1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        trains.dense(cores, rows), want.reshape(rows, -1), rtol=1e-12, atol=1e-12
+    )
     thin = trains.left(cores[:split]) @ trains.right(cores[split:])
     torch.testing.assert_close(thin, want.reshape(rows, -1), rtol=1e-12, atol=1e-12)
 
@@ -64,7 +66,9 @@ def test_each_core_of_the_released_start_has_the_stated_deviation():
     for shape in trains.core_shapes([80, 80, 120, 80], 50):
         core = torch.empty(shape)
         trains.draw(core, 776, 4)
-        torch.testing.assert_close(core.std().item(), shape[2] ** -0.5 * 776 ** (-1 / 8), rtol=0.05, atol=0)
+        torch.testing.assert_close(
+            core.std().item(), shape[2] ** -0.5 * 776 ** (-1 / 8), rtol=0.05, atol=0
+        )
 
 
 def canonical(cores, bond):
@@ -79,7 +83,9 @@ def canonical(cores, bond):
         q, rest = torch.linalg.qr(cores[k].flatten(1).T)
         cores[k], cores[k - 1] = q.T.reshape(-1, n, r), torch.tensordot(cores[k - 1], rest.T, 1)
     (r, n, _), (_, m, t) = cores[bond - 1].shape, cores[bond].shape
-    U, S, Vh = torch.linalg.svd(cores[bond - 1].flatten(0, 1) @ cores[bond].flatten(1), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(
+        cores[bond - 1].flatten(0, 1) @ cores[bond].flatten(1), full_matrices=False
+    )
     rank = cores[bond].shape[0]
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     cores[bond - 1], cores[bond] = (U * S).reshape(r, n, -1), Vh.reshape(-1, m, t)
@@ -95,7 +101,9 @@ def test_dropping_the_smallest_canonical_singular_value_errs_by_exactly_that(bon
     whole = want.reshape(4**bond, -1)
     torch.testing.assert_close(S, torch.linalg.svdvals(whole)[: len(S)], rtol=1e-11, atol=1e-11)
     cores[bond - 1], cores[bond] = cores[bond - 1][:, :, :-1], cores[bond][:-1]
-    torch.testing.assert_close((trains.dense(cores, 16) - want).norm(), S[-1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        (trains.dense(cores, 16) - want).norm(), S[-1], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_pruning_a_canonical_unit_of_a_layer_errs_by_its_singular_value():
@@ -108,7 +116,9 @@ def test_pruning_a_canonical_unit_of_a_layer_errs_by_its_singular_value():
             have.copy_(core)
     before = trains.dense(layer.cores("A"), 64)
     rank_axes(layer)[":a2"].resize(range(len(S) - 1))
-    torch.testing.assert_close((trains.dense(layer.cores("A"), 64) - before).norm(), S[-1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        (trains.dense(layer.cores("A"), 64) - before).norm(), S[-1], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_autocast_rounds_a_contracted_train_once_not_once_a_core():
@@ -150,7 +160,9 @@ def test_the_released_start_has_the_stated_deviation():
         for core in cores:
             trains.draw(core, 776, 4)
         found.append(trains.dense(cores, 768).square().mean())
-    torch.testing.assert_close(torch.stack(found).mean().sqrt().item(), 776**-0.5, rtol=0.15, atol=0)
+    torch.testing.assert_close(
+        torch.stack(found).mean().sqrt().item(), 776**-0.5, rtol=0.15, atol=0
+    )
 
 
 # ---- LoRA in tensor trains
@@ -158,7 +170,11 @@ def test_the_released_start_has_the_stated_deviation():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"tt_rank": 1}, {"in_modes": [3, 16], "out_modes": [2, 3, 4]}, {"rank": 3, "tt_rank": 2, "in_modes": [48]}],
+    [
+        {"tt_rank": 1},
+        {"in_modes": [3, 16], "out_modes": [2, 3, 4]},
+        {"rank": 3, "tt_rank": 2, "in_modes": [48]},
+    ],
 )
 def test_tensor_train_variants(arguments):
     build = testing.builder(TensorTrain, nn.Linear(48, 24).double(), **arguments)
@@ -166,7 +182,9 @@ def test_tensor_train_variants(arguments):
     testing.check_cost(testing.builder(TensorTrain, nn.Linear(48, 24), **arguments))
 
 
-@pytest.mark.parametrize(("method", "zero"), [(TensorTrain, {"B_3"}), (TensorTrainAdapter, {"U_4", "down", "up"})])
+@pytest.mark.parametrize(
+    ("method", "zero"), [(TensorTrain, {"B_3"}), (TensorTrainAdapter, {"U_4", "down", "up"})]
+)
 def test_what_starts_at_zero(method, zero):
     layer = method(nn.Linear(48, 24))
     assert {name for name, parameter in layer.own_parameters() if not parameter.any()} == zero
@@ -175,7 +193,11 @@ def test_what_starts_at_zero(method, zero):
 def test_printed_count_of_a_factor_pair():
     """1,160 numbers a matrix of RoBERTa-base, against LoRA's 12,288 of the same rank."""
     model = meta(ROBERTA, 12)
-    adapt(model, "all-linear", lambda base: TensorTrain(base, in_modes=[8, 8, 12], out_modes=[12, 8, 8]))
+    adapt(
+        model,
+        "all-linear",
+        lambda base: TensorTrain(base, in_modes=[8, 8, 12], out_modes=[12, 8, 8]),
+    )
     assert total(model) == 24 * 1_160
 
 
@@ -204,13 +226,20 @@ def test_dropout_is_on_the_way_to_a_only_and_off_in_evaluation():
     testing.perturb(layer, 0.5)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_tensor_train_errors():
-    with pytest.raises(ValueError, match="init='nonsense' is unknown; use 'zero_last' or 'released'"):
+    with pytest.raises(
+        ValueError, match="init='nonsense' is unknown; use 'zero_last' or 'released'"
+    ):
         TensorTrain(nn.Linear(48, 24), init="nonsense")
-    with pytest.raises(ValueError, match=r"in_modes=\[5, 7\] does not multiply to 48; use \[6, 8\], or leave it out"):
+    with pytest.raises(
+        ValueError,
+        match=r"in_modes=\[5, 7\] does not multiply to 48; use \[6, 8\], or leave it out",
+    ):
         TensorTrain(nn.Linear(48, 24), in_modes=[5, 7])
     with pytest.raises(ValueError, match="rank=0, tt_rank=5: use 1 or more of both"):
         TensorTrain(nn.Linear(48, 24), rank=0)
@@ -226,7 +255,9 @@ def test_adapter_variants(position, activation):
     build = testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), **arguments)
     testing.check_contract(build)
     testing.check_cost(testing.builder(TensorTrainAdapter, nn.Linear(48, 24), **arguments))
-    testing.check_low_precision(testing.builder(TensorTrainAdapter, nn.Linear(48, 24).bfloat16(), **arguments))
+    testing.check_low_precision(
+        testing.builder(TensorTrainAdapter, nn.Linear(48, 24).bfloat16(), **arguments)
+    )
 
 
 def test_count_of_an_adapter():
@@ -234,13 +265,21 @@ def test_count_of_an_adapter():
     model = meta({"output": (768, 768)}, 1)
     adapt(model, "all-linear", lambda base: TensorTrainAdapter(base, modes=[8, 8, 12]))
     layer = model[0]["output"]
-    assert [tuple(core.shape) for core in layer.cores("D")] == [(1, 8, 5), (5, 8, 5), (5, 12, 5), (5, 8, 5), (5, 8, 1)]
+    assert [tuple(core.shape) for core in layer.cores("D")] == [
+        (1, 8, 5),
+        (5, 8, 5),
+        (5, 12, 5),
+        (5, 8, 5),
+        (5, 8, 1),
+    ]
     assert total(model) == 1_560 + 64 + 768
 
 
 @pytest.mark.parametrize("position", ["output", "input"])
 def test_the_released_start_of_an_adapter(position):
-    build = testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), init="released", position=position)
+    build = testing.builder(
+        TensorTrainAdapter, nn.Linear(48, 24).double(), init="released", position=position
+    )
     testing.check_contract(build)
 
 
@@ -257,9 +296,13 @@ def test_an_adapter_is_outermost_and_does_not_merge():
     testing.perturb(layer)
     x = torch.randn(3, 48, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer.definition(x), rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match="TensorTrainAdapter has no dense form and cannot be merged"):
+    with pytest.raises(
+        ValueError, match="TensorTrainAdapter has no dense form and cannot be merged"
+    ):
         merge(nn.Sequential(layer))
-    with pytest.raises(ValueError, match=r"put TensorTrainAdapter outermost, \[HyperAdapt, TensorTrainAdapter\]"):
+    with pytest.raises(
+        ValueError, match=r"put TensorTrainAdapter outermost, \[HyperAdapt, TensorTrainAdapter\]"
+    ):
         HyperAdapt(TensorTrainAdapter(nn.Linear(48, 24)))
 
 
@@ -298,7 +341,9 @@ def test_the_scale_of_an_adapter(position):
         check(build)
     half, whole = (
         build(),
-        testing.builder(TensorTrainAdapter, nn.Linear(48, 24).double(), **arguments | {"scale": 1.0})(),
+        testing.builder(
+            TensorTrainAdapter, nn.Linear(48, 24).double(), **arguments | {"scale": 1.0}
+        )(),
     )
     whole.load_state_dict(half.state_dict())
     h = torch.randn(3, half.width, dtype=torch.float64)
@@ -306,7 +351,10 @@ def test_the_scale_of_an_adapter(position):
 
 
 def test_dropout_of_an_adapter_is_on_the_way_to_d_only_and_off_in_evaluation():
-    layer, x = TensorTrainAdapter(nn.Linear(48, 24).double(), dropout=0.5), torch.randn(5, 48).double()
+    layer, x = (
+        TensorTrainAdapter(nn.Linear(48, 24).double(), dropout=0.5),
+        torch.randn(5, 48).double(),
+    )
     assert torch.equal(layer(x), layer.base(x))
     testing.perturb(layer, 0.5)
     assert not torch.equal(layer(x), layer(x))
@@ -315,7 +363,9 @@ def test_dropout_of_an_adapter_is_on_the_way_to_d_only_and_off_in_evaluation():
 
 
 def test_adapter_errors():
-    with pytest.raises(ValueError, match="init='nonsense' is unknown; use one of zero_last, released"):
+    with pytest.raises(
+        ValueError, match="init='nonsense' is unknown; use one of zero_last, released"
+    ):
         TensorTrainAdapter(nn.Linear(48, 24), init="nonsense")
     with pytest.raises(ValueError, match="position='middle' is unknown; use one of output, input"):
         TensorTrainAdapter(nn.Linear(48, 24), position="middle")

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
-from adaptrank import PARAMETERIZATIONS, adapt, select_rows, testing, unpadded
+from adaptrank import PARAMETERIZATIONS, adapt, select_rows, testing
 from adaptrank.modules import Adapter, CausalLM
-from adaptrank.parameterizations import AttentionScale, LoRA, Prefix
-from adaptrank.parameterizations.base import adapter_parameters, wrappers
+from adaptrank.modules import padding_free as unpadded
+from adaptrank.parameterizations import AttentionScale, LoRA, Prefix, adapter_parameters, wrappers
 
 IDS = torch.arange(4 * 9).view(4, 9) % 20 + 3
 MASK = torch.arange(9) < torch.tensor([5, 9, 1, 0])[:, None]
@@ -37,7 +37,11 @@ def tiny(model_type, **more):
     known = {key: value for key, value in sizes.items() if hasattr(config, key)} | more
     if model_type == "gpt2":
         known = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **known)).double().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **known))
+        .double()
+        .requires_grad_(False)
+    )
     if "moe" in model_type or model_type == "mixtral":
         model.set_experts_implementation("eager")  # the grouped one knows no float64
     for parameter in model.parameters():  # so that everything matters: positions, attention, biases
@@ -78,11 +82,15 @@ def test_what_does_not_fit_is_given_its_padding():
         return unpadded.fits(model.base_model, MASK)
 
     assert fits(tiny("llama"))
-    assert not unpadded.fits(tiny("llama").base_model, torch.ones(2, 3, dtype=torch.bool))  # has no padding
+    assert not unpadded.fits(
+        tiny("llama").base_model, torch.ones(2, 3, dtype=torch.bool)
+    )  # has no padding
     for tokens, short, worth in ((9, 1, False), (9, 6, True), (90, 1, True), (90, 0, False)):
         mask = torch.arange(tokens) < torch.tensor([tokens, tokens - short])[:, None]
         assert unpadded.fits(tiny("llama").base_model, mask) is worth
-    assert not unpadded.fits(tiny("llama").base_model, MASK.flip(1))  # positions of padding count there
+    assert not unpadded.fits(
+        tiny("llama").base_model, MASK.flip(1)
+    )  # positions of padding count there
     assert not fits(tiny("mistral", sliding_window=4))
     assert fits(tiny("mistral", sliding_window=16))
     for targets, method in (("all", Prefix), ("all-attention", AttentionScale)):
@@ -105,8 +113,16 @@ def test_what_does_not_fit_is_given_its_padding():
 
 
 def drops():
-    built = {name: cls for name, cls in PARAMETERIZATIONS.items() if cls.__module__.startswith("adaptrank.")}
-    return [n for n, c in built.items() if "dropout" in inspect.signature(c).parameters and c.wraps(nn.Linear(32, 32))]
+    built = {
+        name: cls
+        for name, cls in PARAMETERIZATIONS.items()
+        if cls.__module__.startswith("adaptrank.")
+    }
+    return [
+        n
+        for n, c in built.items()
+        if "dropout" in inspect.signature(c).parameters and c.wraps(nn.Linear(32, 32))
+    ]
 
 
 @pytest.mark.parametrize("method", drops())

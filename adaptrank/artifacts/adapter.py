@@ -16,13 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
-from adaptrank.artifacts.description import FORMAT_VERSION, digest_of, parse
-from adaptrank.axes import fit_ranks, rank_axes
+from adaptrank._collectives import first
+from adaptrank.artifacts.header import FORMAT_VERSION, digest_of, parse
+from adaptrank.axes import PRUNED, compact, fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
-from adaptrank.distributed import first
-from adaptrank.groups import PRUNED, compact
-from adaptrank.inject import ParameterizationCallable, adapt, split_at, undone_on_error
-from adaptrank.parameterizations.base import (
+from adaptrank.injection import ParameterizationCallable, adapt, split_at, undone_on_error
+from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
     Parameterization,
     adapter_parameters,
@@ -62,7 +61,9 @@ def save_adapter(
         ValueError: if the model holds no wrapper, or none of a name.
     """
     if not wrapped_layers(model):
-        raise ValueError("This model holds no adapter to save; call adapt() first, or unmerge() if it is merged.")
+        raise ValueError(
+            "This model holds no adapter to save; call adapt() first, or unmerge() if it is merged."
+        )
     if names is not None:
         names = frozenset([names] if isinstance(names, str) else names)
         known = dict.fromkeys(wrapper.name for wrapper in wrappers(model))
@@ -71,7 +72,9 @@ def save_adapter(
     description = describe_adapter(model, base, names)
     tensors: dict[str, Tensor] = {}
     for key, wrapper, name in _keyed(model, names):
-        if key not in description["tied"]:  # a gate that an allocator has hung here is multiplied in
+        if (
+            key not in description["tied"]
+        ):  # a gate that an allocator has hung here is multiplied in
             tensor = _get(wrapper, name) if "." in name else wrapper.folded(name)
             tensors[key] = tensor.detach().contiguous()
     for name, tensor in trained_modules(model).items():
@@ -84,18 +87,24 @@ def save_adapter(
     # Readers compare it: a file that was cut, changed or put together from two is refused.
     description["digest"] = digest_of(json.loads(json.dumps(description)), tensors)
     text = json.dumps(description, indent=2)
-    write_files(folder, tensors, {"adaptrank": text}, text)  # one key: of several the order would be random
+    write_files(
+        folder, tensors, {"adaptrank": text}, text
+    )  # one key: of several the order would be random
     return folder
 
 
-def write_files(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str) -> None:
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str
+) -> None:
     """Write an adapter's two files, each whole or not at all: tensors with what their header says, and the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
     try:
         config.write_text(text + "\n", encoding="utf-8")
         save_file(dict(tensors), weights, metadata=dict(metadata))
-        weights.chmod(config.stat().st_mode)  # readable as other files are; safetensors writes for the owner alone
+        weights.chmod(
+            config.stat().st_mode
+        )  # readable as other files are; safetensors writes for the owner alone
         os.replace(weights, folder / WEIGHTS)
         os.replace(config, folder / CONFIG)
     finally:
@@ -121,7 +130,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     file = _weights_file(folder)
     description = read_adapter(folder)
     if name is not None and len(held := _names(description)) > 1:
-        raise ValueError(f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all.")
+        raise ValueError(
+            f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all."
+        )
     _check_digest(file, description)
     if name is not None:
         for wrapper in (wrapper for entry in description["adapters"] for wrapper in entry["nest"]):
@@ -143,7 +154,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     return model
 
 
-def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: Collection[str]) -> None:
+def _load_tensors(
+    model: nn.Module, file: Path, tied: Mapping[str, str], names: Collection[str]
+) -> None:
     """Give every axis of these adapters its stored size, and every tensor its stored value; each of both, and no other."""
     with safe_open(file, framework="pt") as stored:
         keys, keyed = set(stored.keys()), list(_keyed(model, names))
@@ -155,17 +168,27 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: 
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
         for what, wrong in (("an unexpected tensor", unknown), ("no tensor", absent)):
             if wrong:
-                raise ValueError(f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such).")
+                raise ValueError(
+                    f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such)."
+                )
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
     _tie_as_stored(keyed, tied)
     where = {module: path for path, module in model.named_modules()}
-    fit_ranks(model, {f"{where[w]}.{name}".removeprefix("."): values[key] for key, w, name in keyed})
-    tensors = {key: _get(wrapper, name) for key, wrapper, name in keyed} | {key: others[key] for key in extra}
+    fit_ranks(
+        model, {f"{where[w]}.{name}".removeprefix("."): values[key] for key, w, name in keyed}
+    )
+    tensors = {key: _get(wrapper, name) for key, wrapper, name in keyed} | {
+        key: others[key] for key in extra
+    }
     for key, value in values.items():
         if value.shape != tensors[key].shape:
-            raise ValueError(f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(tensors[key].shape)}.")
+            raise ValueError(
+                f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(tensors[key].shape)}."
+            )
         if value.is_floating_point() != tensors[key].is_floating_point():
-            raise ValueError(f"{file}: {key} is {value.dtype}, this model's is {tensors[key].dtype}.")
+            raise ValueError(
+                f"{file}: {key} is {value.dtype}, this model's is {tensors[key].dtype}."
+            )
     with torch.no_grad():
         for key, value in values.items():
             tensors[key].copy_(value)
@@ -175,7 +198,9 @@ def _load_tensors(model: nn.Module, file: Path, tied: Mapping[str, str], names: 
         wrapper.refresh()
 
 
-def _tie_as_stored(keyed: Iterable[tuple[str, Parameterization, str]], tied: Mapping[str, str]) -> None:
+def _tie_as_stored(
+    keyed: Iterable[tuple[str, Parameterization, str]], tied: Mapping[str, str]
+) -> None:
     """Tie what was tied when the adapter was saved and nothing else: `adapt` ties by one call, and there may have been several."""
     stored: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -186,7 +211,9 @@ def _tie_as_stored(keyed: Iterable[tuple[str, Parameterization, str]], tied: Map
             tensor = stored[tied[key]]
         elif id(tensor) in taken:
             own = tensor.detach().clone()
-            tensor = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+            tensor = (
+                nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+            )
         if tensor is not _get(wrapper, name):
             setattr(owner, last, tensor)
         stored[key] = tensor
@@ -222,7 +249,9 @@ def describe_adapter(
             continue
         entry = entries.setdefault(json.dumps(nest, sort_keys=True), {"nest": nest, "layers": {}})
         plain = layer.innermost
-        entry["layers"][path] = list(kinds.shape(plain)) if isinstance(plain, kinds.MATRICES) else []
+        entry["layers"][path] = (
+            list(kinds.shape(plain)) if isinstance(plain, kinds.MATRICES) else []
+        )
     first: dict[int, str] = {}
     tied = {}
     trained = trained_modules(model)
@@ -292,12 +321,20 @@ def trained_modules(model: nn.Module) -> dict[str, Tensor]:
     own = {id(p) for p in adapter_parameters(model)}
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        direct = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and id(p) not in own}
+        direct = {
+            n: p
+            for n, p in module.named_parameters(recurse=False)
+            if p.requires_grad and id(p) not in own
+        }
         if direct:
             buffers = {
-                n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+                n: b
+                for n, b in module.named_buffers(recurse=False)
+                if n not in module._non_persistent_buffers_set
             }
-            found.update({f"{path}.{n}".removeprefix("."): t for n, t in (direct | buffers).items()})
+            found.update(
+                {f"{path}.{n}".removeprefix("."): t for n, t in (direct | buffers).items()}
+            )
     return found
 
 
@@ -312,10 +349,14 @@ def _describe_nest(nest: Iterable[Parameterization]) -> list[dict[str, Any]]:
 
 def _names(description: Mapping[str, Any]) -> frozenset[str]:
     """Names of the adapters that a file holds."""
-    return frozenset(wrapper["name"] for entry in description["adapters"] for wrapper in entry["nest"])
+    return frozenset(
+        wrapper["name"] for entry in description["adapters"] for wrapper in entry["nest"]
+    )
 
 
-def _keyed(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Parameterization, str]]:
+def _keyed(
+    model: nn.Module, names: Collection[str] | None
+) -> Iterator[tuple[str, Parameterization, str]]:
     """`<path before wrapping>.<position in the nest>.<tensor>`, the wrapper and the tensor's name, of all that is saved.
 
     Positions count the wrappers of the given names only, so that an adapter's keys do not depend on its neighbours.
@@ -327,7 +368,9 @@ def _keyed(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[st
                     yield f"{path}.{position}.{name}".removeprefix("."), wrapper, name
 
 
-def _adapter_tensors(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+def _adapter_tensors(
+    model: nn.Module, names: Collection[str] | None
+) -> Iterator[tuple[str, Tensor]]:
     """Key in an adapter's file -> tensor: parameters and buffers."""
     for key, wrapper, name in _keyed(model, names):
         yield key, _get(wrapper, name)
@@ -343,12 +386,18 @@ def _weights_file(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     file = folder / WEIGHTS
     if folder.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked.")
+        raise FileNotFoundError(
+            f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
+        )
     if file.is_symlink():
-        raise ValueError(f"{file} is a symbolic link, which may lead anywhere; copy the file itself.")
+        raise ValueError(
+            f"{file} is a symbolic link, which may lead anywhere; copy the file itself."
+        )
     if not file.is_file():
         pickled = [
-            p.name for p in (folder.iterdir() if folder.is_dir() else ()) if p.suffix in (".bin", ".pt", ".ckpt")
+            p.name
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if p.suffix in (".bin", ".pt", ".ckpt")
         ]
         nested = folder / "adapter" / WEIGHTS
         hint = f" {pickled[0]} is a pickle, which is never loaded as an adapter." if pickled else ""
@@ -412,7 +461,9 @@ def _check_digest(file: Path, description: Mapping[str, Any]) -> None:
     with safe_open(file, framework="pt") as stored:
         found = digest_of(description, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
     if found != description["digest"]:
-        raise ValueError(f"{file} is not what was written: its digest is another one. Copy it again.")
+        raise ValueError(
+            f"{file} is not what was written: its digest is another one. Copy it again."
+        )
 
 
 def _check_allocations(model: nn.Module, description: Mapping[str, Any], file: Path) -> None:
@@ -432,7 +483,10 @@ def _check_allocations(model: nn.Module, description: Mapping[str, Any], file: P
                 _check_counts(wrapper["init_args"], room, wrapper["class"], file)
             if kinds.quantized(plain):
                 continue  # it has no twin on the meta device
-            meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in plain.parameters()}
+            meta = {
+                id(p): nn.Parameter(torch.empty_like(p, device="meta"), False)
+                for p in plain.parameters()
+            }
             nest = copy.deepcopy(plain, meta)
             for wrapper in entry["nest"]:
                 try:
@@ -480,5 +534,6 @@ def _check_fingerprint(model: nn.Module, description: dict[str, Any]) -> None:
             base.get("source") or base.get("name") or "unnamed",
             base["fingerprint"],
             found,
-            getattr(getattr(model, "config", None), "_name_or_path", "") or f"a {type(model).__name__}",
+            getattr(getattr(model, "config", None), "_name_or_path", "")
+            or f"a {type(model).__name__}",
         )

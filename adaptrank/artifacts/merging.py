@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
-from adaptrank.inject import join_fused
-from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
+from adaptrank.injection import join_fused
+from adaptrank.parameterizations import Parameterization, replace_layer, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,7 +22,9 @@ log = logging.getLogger("adaptrank")
 class _Merged:
     """What `unmerge` needs: path -> the wrapper, and the original parameters by name; the layers that were split."""
 
-    layers: dict[str, tuple[Parameterization, dict[str, Tensor | None]]] = field(default_factory=dict)
+    layers: dict[str, tuple[Parameterization, dict[str, Tensor | None]]] = field(
+        default_factory=dict
+    )
     fused: dict[nn.Module, nn.Module] = field(default_factory=dict)
 
 
@@ -41,7 +43,9 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     """
     layers = wrapped_layers(model)
     if getattr(model, "_adaptrank_merged", None) is not None:
-        raise ValueError("This model is merged already, with its originals kept; unmerge() it first.")
+        raise ValueError(
+            "This model is merged already, with its originals kept; unmerge() it first."
+        )
     if not layers:
         raise ValueError("This model holds no adapter to merge.")
     if "" in layers:
@@ -59,7 +63,9 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
                 for name, value, before, dtype in merged_parameters(layer):
                     rounded = value.to(dtype)
                     if not torch.isfinite(rounded).all():
-                        raise ValueError(f"{path}: the merged {name} is not finite in {dtype}; merge a float32 model.")
+                        raise ValueError(
+                            f"{path}: the merged {name} is not finite in {dtype}; merge a float32 model."
+                        )
                     lost += float((rounded.to(value.dtype) - value).square().sum())
                     changed += float((value - before).square().sum())
                 merged.layers[path] = (layer, kinds.write(plain, layer.merged()))
@@ -86,7 +92,9 @@ def unmerge(model: Model) -> Model:
     """
     merged = getattr(model, "_adaptrank_merged", None)
     if not isinstance(merged, _Merged):
-        raise ValueError("Nothing to unmerge: merge with keep_originals=True, or load the adapter on a fresh base.")
+        raise ValueError(
+            "Nothing to unmerge: merge with keep_originals=True, or load the adapter on a fresh base."
+        )
     _restore(model, merged)
     del model._adaptrank_merged
     return model
@@ -132,7 +140,9 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
     for path, layer in layers.items():
         for wrapper in layer.nest:
             if wrapper.enabled and not wrapper.mergeable:
-                raise ValueError(f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged.")
+                raise ValueError(
+                    f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged."
+                )
         if kinds.quantized(layer.innermost):
             raise ValueError(
                 f"{path} is quantized, and rounding would eat the change; load the adapter onto the unquantized base and merge there."
@@ -140,4 +150,6 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
         using = users.get(id(getattr(layer.innermost, "weight", None)), [])
         shared = [other for other, module in using if module is not layer.innermost]
         if shared:
-            raise ValueError(f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it.")
+            raise ValueError(
+                f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it."
+            )

@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptrank.artifacts.adapter import trained_modules
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.parameterizations.base import wrapped_layers, wrappers
+from adaptrank.parameterizations import wrapped_layers, wrappers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ def footprint(model: nn.Module, states: float) -> Footprint:
     size = sum(p.numel() * p.element_size() for p in trained.values())
     saved: dict[int, torch.Tensor] = {id(t): t for t in trained_modules(model).values()}
     for wrapper in wrappers(model):
-        saved |= {id(t): t for name, t in wrapper.state_dict(keep_vars=True).items() if not name.startswith("base.")}
+        saved |= {
+            id(t): t
+            for name, t in wrapper.state_dict(keep_vars=True).items()
+            if not name.startswith("base.")
+        }
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     return Footprint(
         trainable=count,

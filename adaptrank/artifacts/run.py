@@ -19,12 +19,16 @@ from torch import nn
 
 from adaptrank.artifacts.adapter import save_adapter
 from adaptrank.axes import rank_axes
-from adaptrank.parameterizations.base import adapted_part, wrapped_layers
+from adaptrank.parameterizations import adapted_part, wrapped_layers
 
 
 def new_run_folder(parent: Path) -> Path:
     """Make and return `parent/<n>` with the next free number; two runs at once never share one."""
-    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=-1) + 1 if parent.is_dir() else 0
+    number = (
+        max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=-1) + 1
+        if parent.is_dir()
+        else 0
+    )
     while True:
         try:
             (parent / str(number)).mkdir(parents=True)
@@ -75,7 +79,9 @@ class JsonlLogger(Logger):
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """The run's config.yaml has them all."""
 
 
@@ -97,8 +103,23 @@ class RunFiles(Callback):
         allocates = any(hasattr(c, "events") for c in trainer.callbacks)  # type: ignore[attr-defined]
         if axes and allocates and not trainer.global_step and trainer.is_global_zero:
             sizes = {key: len(axis) for key, axis in axes.items()}
-            start = {"step": 0, "reason": "the start", "sizes": sizes, "active": sum(sizes.values())}
-            self._append([{**start, "allocated": sum(sizes.values()), "pruned": {}, "grown": {}, "closed": {}}])
+            start = {
+                "step": 0,
+                "reason": "the start",
+                "sizes": sizes,
+                "active": sum(sizes.values()),
+            }
+            self._append(
+                [
+                    {
+                        **start,
+                        "allocated": sum(sizes.values()),
+                        "pruned": {},
+                        "grown": {},
+                        "closed": {},
+                    }
+                ]
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -116,7 +137,9 @@ class RunFiles(Callback):
         self.seconds = time.perf_counter() - self.started
         self._save(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
             self._save(trainer, pl_module)
 
@@ -150,7 +173,9 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     seen: set[int] = set()
     for path, layer in wrapped_layers(model).items():
-        row = rows[path.rsplit(".", 1)[-1], " on ".join(type(w).__name__ for w in reversed(layer.nest))]
+        row = rows[
+            path.rsplit(".", 1)[-1], " on ".join(type(w).__name__ for w in reversed(layer.nest))
+        ]
         row[0] += 1
         for wrapper in layer.nest:
             for _, p in wrapper.own_parameters():
@@ -203,9 +228,13 @@ def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
     `ranks/*`, which an allocator logs at its events, are no metrics of the evaluation and are left out.
     """
     kinds, rest = summary["layers"][:12], summary["layers"][12:]
-    layers = [[row["kind"], f"{row['count']} x", row["method"], f"{row['trainable']:,}"] for row in kinds]
+    layers = [
+        [row["kind"], f"{row['count']} x", row["method"], f"{row['trainable']:,}"] for row in kinds
+    ]
     if rest:
-        layers.append([f"and {len(rest)} more kinds", "", "", f"{sum(row['trainable'] for row in rest):,}"])
+        layers.append(
+            [f"and {len(rest)} more kinds", "", "", f"{sum(row['trainable'] for row in rest):,}"]
+        )
     shown = [name for name in names if name in summary["after"] and not name.startswith("ranks/")]
     metrics = [["", "before", "after"]]
     for name in shown:
@@ -213,22 +242,35 @@ def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
         metrics.append([name, *("" if value is None else f"{value:.4f}" for value in pair)])
     width = max(len(row[0]) for row in [*layers, *metrics])
     lines = _aligned(layers, "<><>", [width, 6, 24, 12])
-    share = f" ({summary['trainable'] / summary['parameters']:.2%})" if summary["parameters"] else ""
+    share = (
+        f" ({summary['trainable'] / summary['parameters']:.2%})" if summary["parameters"] else ""
+    )
     ranks = f", {summary['ranks']} ranks" if summary["ranks"] else ""
-    lines.append(f"  trainable {summary['trainable']:,} of {summary['parameters']:,} parameters{share}{ranks}")
+    lines.append(
+        f"  trainable {summary['trainable']:,} of {summary['parameters']:,} parameters{share}{ranks}"
+    )
     if shown:
         lines += ["", *_aligned(metrics, "<>>", [width, 10, 10])]
     minutes, rest_seconds = divmod(round(summary["seconds"]), 60)
     memory = summary["peak_memory_bytes"] / 2**30
     lines.append("")
-    lines.append(f"  {summary['steps']} steps in {minutes}:{rest_seconds:02} min, peak memory {memory:.2f} GiB")
+    lines.append(
+        f"  {summary['steps']} steps in {minutes}:{rest_seconds:02} min, peak memory {memory:.2f} GiB"
+    )
     return "\n".join(lines)
 
 
 def _aligned(rows: list[list[str]], sides: str, least: list[int]) -> list[str]:
     """Lines of columns, each as wide as its widest cell and at least so wide; a side is `<` for text, `>` for figures."""
-    widths = [max(minimum, *(len(row[i]) for row in rows)) for i, minimum in enumerate(least)] if rows else least
+    widths = (
+        [max(minimum, *(len(row[i]) for row in rows)) for i, minimum in enumerate(least)]
+        if rows
+        else least
+    )
     return [
-        "  " + " ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        "  "
+        + " ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; argv is that of the process by default. Exits with 2 for a mistake in what was typed."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())), end="")
+        print(
+            HELP.format(verbs="\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())),
+            end="",
+        )
         return
     if args[0] == "--version":
         from adaptrank import __version__
@@ -48,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     verb, rest = args[0], args[1:]
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own classes beside their YAML, from the console script too
+        sys.path.insert(
+            0, os.getcwd()
+        )  # a user's own classes beside their YAML, from the console script too
     if verb in ("fit", "validate", "test", "predict"):
         if any(arg in ("-h", "--help") for arg in rest):
             from adaptrank.cli.help import usage
@@ -62,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from importlib import import_module
 
         # A verb of some length has a file of its name; `import` is a word that Python keeps for itself.
-        home = {"methods": "verbs", "generate": "verbs", "merge": "verbs", "import": "export"}.get(verb, verb)
+        home = {"methods": "verbs", "generate": "verbs", "merge": "verbs", "import": "export"}.get(
+            verb, verb
+        )
         name = "import_" if verb == "import" else verb
         getattr(import_module(f"adaptrank.cli.{home}"), name)(rest)
     else:
@@ -70,5 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"adaptrank: {verb!r} is no verb.{hint} There are: {', '.join(VERBS)}.", file=sys.stderr)
+        print(
+            f"adaptrank: {verb!r} is no verb.{hint} There are: {', '.join(VERBS)}.", file=sys.stderr
+        )
         raise SystemExit(2)

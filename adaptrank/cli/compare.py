@@ -19,12 +19,22 @@ def compare(args: Sequence[str]) -> None:
         "budgets, learning rates selected by equal trials, seeds. A study that was stopped goes on where it was; what is\n"
         "finished is never run again, what failed is tried once more.",
     )
-    parser.add_argument("study", metavar="STUDY", help="a study file, such as configs/studies/budgets.yaml")
-    parser.add_argument("--data.root", dest="data", metavar="FOLDER", help="what stands for $data in the study")
-    parser.add_argument("--out", metavar="FOLDER", help="for points and the report (runs/studies/NAME)")
+    parser.add_argument(
+        "study", metavar="STUDY", help="a study file, such as configs/studies/budgets.yaml"
+    )
+    parser.add_argument(
+        "--data.root", dest="data", metavar="FOLDER", help="what stands for $data in the study"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="for points and the report (runs/studies/NAME)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the study's")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the study's methods")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time on this machine (1)")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="only these of the study's methods"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="points at a time on this machine (1)"
+    )
     parser.add_argument(
         "--ray",
         nargs="?",
@@ -32,14 +42,16 @@ def compare(args: Sequence[str]) -> None:
         metavar="ADDRESS",
         help="on a Ray cluster; without an address on one of this machine",
     )
-    parser.add_argument("--plan", action="store_true", help="only say which points there are, and what was solved")
+    parser.add_argument(
+        "--plan", action="store_true", help="only say which points there are, and what was solved"
+    )
     parser.add_argument("--report", action="store_true", help="only report on what is there")
     run_verb(_compare, parser.options(args))
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from adaptrank.reports.study import markdown, rows, write_study
     from adaptrank.studies import read_study, run_study
-    from adaptrank.studies.report import markdown, rows, write_study
     from adaptrank.studies.runner import here, on_ray
 
     if not Path(options.study).is_file():
@@ -47,7 +59,11 @@ def _compare(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise errors.ConfigError(f"--jobs {options.jobs}: 1 or more.")
     try:
-        study = read_study(Path(options.study), options.data, {} if options.seeds is None else {"seeds": options.seeds})
+        study = read_study(
+            Path(options.study),
+            options.data,
+            {} if options.seeds is None else {"seeds": options.seeds},
+        )
     except (FileNotFoundError, ValueError) as error:
         raise errors.ConfigError(str(error)) from error
     if options.methods:
@@ -71,7 +87,9 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         try:
             engine = (
-                here(options.jobs) if options.ray is None else on_ray(None if options.ray == "local" else options.ray)
+                here(options.jobs)
+                if options.ray is None
+                else on_ray(None if options.ray == "local" else options.ray)
             )
         except ModuleNotFoundError as error:
             raise errors.ConfigError(str(error)) from error
@@ -116,7 +134,11 @@ def counting(file: Path) -> Any:
     known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def count(config: Mapping[str, Any]) -> int:
-        plain = {key: value for key, value in config.items() if key in ("model", "data", "seed_everything")}
+        plain = {
+            key: value
+            for key, value in config.items()
+            if key in ("model", "data", "seed_everything")
+        }
         plain = without_replays(plain)  # a pattern that is not found yet leaves the count as it is
         key = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
         if key not in known:

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank.cli import errors
-from adaptrank.cli.verbs import check_out, find_model, make_parser, run_verb, stored_dtype, write_folder
+from adaptrank.cli.verbs import (
+    check_out,
+    find_model,
+    make_parser,
+    run_verb,
+    stored_dtype,
+    write_folder,
+)
 
 OPTIONS = {
-    "density": (float, "of each change the fraction of entries that stays: ties, magnitude_prune (0.2)"),
+    "density": (
+        float,
+        "of each change the fraction of entries that stays: ties, magnitude_prune (0.2)",
+    ),
     "drop": (float, "probability that an entry is dropped: dare, dare_ties (0.5)"),
     "seed": (int, "of what is dropped (0)"),
     "scale": (float, "of the result: ties, dare_ties (1)"),
@@ -31,30 +41,63 @@ def compose(args: Sequence[str]) -> None:
         "written as one adapter, or with --merge as a plain transformers model. The report says how the adapters lie to\n"
         "each other, and what every approximation costs.",
     )
-    parser.add_argument("adapters", metavar="ADAPTER", nargs="+", help="adapter folders, two or more")
+    parser.add_argument(
+        "adapters", metavar="ADAPTER", nargs="+", help="adapter folders, two or more"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the result")
     parser.add_argument(
-        "--method", default="sum", metavar="NAME", help="sum, ties, dare, dare_ties, magnitude_prune, knots (sum)"
+        "--method",
+        default="sum",
+        metavar="NAME",
+        help="sum, ties, dare, dare_ties, magnitude_prune, knots (sum)",
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="one for each adapter; negative takes away"
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="one for each adapter; negative takes away",
     )
     parser.add_argument("--rank", type=int, metavar="K", help="compress every layer to this rank")
     parser.add_argument(
-        "--energy", type=float, metavar="Q", help="compress, keeping this share of the squares, such as 0.99"
+        "--energy",
+        type=float,
+        metavar="Q",
+        help="compress, keeping this share of the squares, such as 0.99",
     )
-    parser.add_argument("--error", type=float, metavar="E", help="compress, with at most this relative error a layer")
-    parser.add_argument("--parameters", type=int, metavar="N", help="compress to this many parameters in all")
+    parser.add_argument(
+        "--error",
+        type=float,
+        metavar="E",
+        help="compress, with at most this relative error a layer",
+    )
+    parser.add_argument(
+        "--parameters", type=int, metavar="N", help="compress to this many parameters in all"
+    )
     parser.add_argument(
         "--sequential",
         action="store_true",
         help="nest the adapters instead: each one changes what those before it made",
     )
-    parser.add_argument("--order", type=int, nargs="+", metavar="I", help="for --sequential, innermost first, from 1")
-    parser.add_argument("--others", default="error", help="modules trained whole: error, first, average, drop (error)")
+    parser.add_argument(
+        "--order",
+        type=int,
+        nargs="+",
+        metavar="I",
+        help="for --sequential, innermost first, from 1",
+    )
+    parser.add_argument(
+        "--others",
+        default="error",
+        help="modules trained whole: error, first, average, drop (error)",
+    )
     parser.add_argument("--signs", action="store_true", help="count conflicts of signs, too")
-    parser.add_argument("--merge", action="store_true", help="write the merged model instead of an adapter")
-    parser.add_argument("--base", metavar="NAME", help="the base; by default what the first adapter's file names")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the merged model instead of an adapter"
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="the base; by default what the first adapter's file names"
+    )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     for name, (kind, what) in OPTIONS.items():
@@ -72,7 +115,11 @@ def _compose(options: argparse.Namespace) -> None:
     out = Path(options.out)
     found = [find_model(name, options.base, must_be_adapter=True) for name in options.adapters]
     folders = [one.adapter for one in found if one.adapter is not None]
-    check_out(out, options.force, {**dict.fromkeys(folders, "adapter"), Path(found[0].source.path): "base"})
+    check_out(
+        out,
+        options.force,
+        {**dict.fromkeys(folders, "adapter"), Path(found[0].source.path): "base"},
+    )
     base = read_adapter(folders[0])["base"]
     base.pop("fingerprint")
     extra = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
@@ -105,7 +152,11 @@ def _compose(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report))
         return
-    how = " then ".join(report["order"]) if options.sequential else f"{options.method} of {len(folders)} adapters"
+    how = (
+        " then ".join(report["order"])
+        if options.sequential
+        else f"{options.method} of {len(folders)} adapters"
+    )
     print(f"Composed {how}: {out}")
     for line in [*lines(report), *table(report)]:
         print(f"  {line}")
@@ -116,16 +167,22 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _draw(report: dict[str, Any], file: Path) -> None:
-    from adaptrank.composition.pictures import heat_maps
+    from adaptrank.reports.figures import heat_maps
 
     layers = report["layers"]
     maps: dict[str, dict[str, float]] = {}
     for pair in report["pairs"]:
         name = " + ".join(pair["adapters"])
-        maps[f"cosine, {name}"] = {k: facts["cos"][name] for k, facts in layers.items() if name in facts["cos"]}
+        maps[f"cosine, {name}"] = {
+            k: facts["cos"][name] for k, facts in layers.items() if name in facts["cos"]
+        }
     signed = frozenset([*maps, "interference"])
     for i, adapter in enumerate(report["adapters"]):
-        values = {k: facts["relative"][i] for k, facts in layers.items() if facts["relative"][i] is not None}
+        values = {
+            k: facts["relative"][i]
+            for k, facts in layers.items()
+            if facts["relative"][i] is not None
+        }
         maps[f"|D| / |W|, {adapter}"] = values
     maps["interference"] = {k: facts["interference"] for k, facts in layers.items()}
     for name in ("rank", "error"):

@@ -65,14 +65,20 @@ def explain(error: BaseException) -> str | None:
     error = _root(error)
     if type(error).__name__ == "MisconfigurationException" or _is_file_error(error):
         return _sentence(error)
-    if isinstance(error, ValueError | TypeError | ImportError | NotImplementedError) and _raised_on_purpose(error):
+    if isinstance(
+        error, ValueError | TypeError | ImportError | NotImplementedError
+    ) and _raised_on_purpose(error):
         return _sentence(error)
     return None
 
 
 def _root(error: BaseException) -> BaseException:
     """What a constructor raised, out of the report that jsonargparse makes of it."""
-    while str(error).lstrip().startswith(("Does not validate", "Problem with given class_path", "Parser key")):
+    while (
+        str(error)
+        .lstrip()
+        .startswith(("Does not validate", "Problem with given class_path", "Parser key"))
+    ):
         inner = error.__cause__ or error.__context__
         if inner is None:
             break
@@ -151,7 +157,9 @@ def missing_file(path: str, what: str) -> str:
     parent = where.parent
     if not parent.is_dir():
         return f"There is no {what} {path!r}: its folder {str(parent)!r} does not exist either."
-    near = nearest(where.name, (p.name for p in parent.iterdir() if p.is_dir() == (not where.suffix)))
+    near = nearest(
+        where.name, (p.name for p in parent.iterdir() if p.is_dir() == (not where.suffix))
+    )
     if near:
         return f"There is no {what} {path!r}; did you mean {str(parent / near)!r}?"
     return f"There is no {what} {path!r}."
@@ -204,7 +212,9 @@ def line_of(path: str, key: Key) -> int | None:
             if entry is None:
                 return None
             line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
@@ -230,7 +240,9 @@ def collect(args: Sequence[str]) -> tuple[dict[str, Any], list[str], dict[Key, s
         if not option.startswith("-"):
             if Path(option).suffix in (".yaml", ".yml"):
                 raise ConfigError(f"{option!r} is no option; write --config {option}")
-            raise ConfigError(f"{option!r} is no option; write --key value, such as --trainer.max_steps 100.")
+            raise ConfigError(
+                f"{option!r} is no option; write --key value, such as --trainer.max_steps 100."
+            )
         name, equals, value = option.lstrip("-").partition("=")
         bare = not equals and not (rest and not rest[0].startswith("--"))
         if not equals:
@@ -326,7 +338,10 @@ def check(given: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key not in schema:
             raise ConfigError(
-                f"Unknown key {key!r}{hint(str(key), schema)} Keys here: {some(schema, 20)}.".replace("..", "."), (key,)
+                f"Unknown key {key!r}{hint(str(key), schema)} Keys here: {some(schema, 20)}.".replace(
+                    "..", "."
+                ),
+                (key,),
             )
         _walk(value, schema[key], (key,))
 
@@ -355,7 +370,9 @@ def arguments(cls: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], boo
         except Exception:  # a name that exists for type checkers only
             hints = {}
         more = False
-        for name, parameter in list(inspect.signature(function).parameters.items())[1 if _is_class(cls) else 0 :]:
+        for name, parameter in list(inspect.signature(function).parameters.items())[
+            1 if _is_class(cls) else 0 :
+        ]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 more = True
             elif parameter.kind is not parameter.VAR_POSITIONAL and name not in found:
@@ -380,7 +397,9 @@ def subclasses(base: type) -> dict[str, type]:
             yield from visit(child)
 
     for cls in visit(base):
-        hidden = cls.__name__.startswith("_") or cls.__module__.startswith(("lightning.pytorch.demos", "unittest"))
+        hidden = cls.__name__.startswith("_") or cls.__module__.startswith(
+            ("lightning.pytorch.demos", "unittest")
+        )
         if not hidden and not inspect.isabstract(cls) and "<locals>" not in cls.__qualname__:
             found.setdefault(cls.__name__, cls)
     return found
@@ -388,13 +407,21 @@ def subclasses(base: type) -> dict[str, type]:
 
 def _leaves(base: type) -> str:
     """Names of the classes under a base that nothing else derives from: what one would choose."""
-    return some(sorted(name for name, cls in subclasses(base).items() if cls is not base and not cls.__subclasses__()))
+    return some(
+        sorted(
+            name
+            for name, cls in subclasses(base).items()
+            if cls is not base and not cls.__subclasses__()
+        )
+    )
 
 
 def _walk(value: Any, kind: Any, key: Key) -> None:
     """Raise ConfigError where a value cannot be of a kind; whatever is not understood passes."""
     origin, args = get_origin(kind), get_args(kind)
-    if isinstance(value, Typed) and not (kind is str or origin in (Union, types.UnionType) or str(value) in args):
+    if isinstance(value, Typed) and not (
+        kind is str or origin in (Union, types.UnionType) or str(value) in args
+    ):
         value = value.value
     if isinstance(kind, Arguments):
         _walk_arguments(value, kind.of, key, skip=0, required=False)
@@ -402,7 +429,9 @@ def _walk(value: Any, kind: Any, key: Key) -> None:
         _walk_union(value, args, key)
     elif origin is Literal:
         if value not in args:
-            raise _misfit(value, f"one of {', '.join(map(repr, args))}", key, hint(str(value), map(str, args)))
+            raise _misfit(
+                value, f"one of {', '.join(map(repr, args))}", key, hint(str(value), map(str, args))
+            )
     elif kind is type(None) or kind is None:
         if value is not None:
             raise _misfit(value, "nothing (null)", key)
@@ -412,7 +441,9 @@ def _walk(value: Any, kind: Any, key: Key) -> None:
             raise _misfit(value, _NAMES[kind], key, _quote(value) if unquoted else ".")
     elif origin in _LISTS:
         if not isinstance(value, list | tuple):
-            raise _misfit(value, "a list", key, f"; write [{value}]." if isinstance(value, str) else ".")
+            raise _misfit(
+                value, "a list", key, f"; write [{value}]." if isinstance(value, str) else "."
+            )
         for position, item in enumerate(value):
             _walk(item, args[0] if args else Any, (*key, position))
     elif origin in (dict, Mapping, collections.abc.Mapping) or kind is dict:
@@ -425,7 +456,11 @@ def _walk(value: Any, kind: Any, key: Key) -> None:
         if not isinstance(value, dict):
             raise _misfit(value, f"a mapping with the keys {some(arguments(made)[0])}", key)
         inner = "init_args" in value or "class_path" in value
-        _walk_arguments(value.get("init_args") or {} if inner else value, made, (*key, "init_args") if inner else key)
+        _walk_arguments(
+            value.get("init_args") or {} if inner else value,
+            made,
+            (*key, "init_args") if inner else key,
+        )
     elif _is_class(kind) and kind.__module__ != "builtins" and issubclass(kind, _configurable()):
         _walk_class(value, kind, key, skip=0)
 
@@ -448,21 +483,33 @@ def _walk_union(value: Any, members: Sequence[Any], key: Key) -> None:
             errors.append((member, error))
         else:
             return
-    literals = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    literals = [
+        choice for member in members if get_origin(member) is Literal for choice in get_args(member)
+    ]
     if literals and isinstance(value, str):
         names = list(dict.fromkeys(map(str, literals)))
         raise _misfit(value, f"one of {some(names, 20)}", key, hint(value, names))
-    structural = [error for member, error in errors if _same_shape(value, member) and not _no_instance(value, member)]
+    structural = [
+        error
+        for member, error in errors
+        if _same_shape(value, member) and not _no_instance(value, member)
+    ]
     if len(structural) == 1 or (structural and len(structural[0].key) > len(key)):
         raise structural[0]
     plain = [member for member, _ in errors if not _no_instance(value, member)]
-    fits = " or ".join(dict.fromkeys(_describe(m) for m in plain if m is not int or float not in plain))
+    fits = " or ".join(
+        dict.fromkeys(_describe(m) for m in plain if m is not int or float not in plain)
+    )
     raise _misfit(value, fits, key)
 
 
 def _no_instance(value: Any, kind: Any) -> bool:
     """Whether a single word stands where an object of some class would have to (`x` for a Tensor)."""
-    thing = _is_class(kind) and kind.__module__ != "builtins" and not issubclass(kind, (os.PathLike, enum.Enum))
+    thing = (
+        _is_class(kind)
+        and kind.__module__ != "builtins"
+        and not issubclass(kind, (os.PathLike, enum.Enum))
+    )
     return (
         thing
         and not issubclass(kind, _configurable())
@@ -478,7 +525,11 @@ def _same_shape(value: Any, kind: Any) -> bool:
     compound = origin is collections.abc.Callable or (
         _is_class(kind) and kind not in _SCALARS and kind is not type(None)
     )
-    return compound if isinstance(value, dict) else origin is Literal or (isinstance(value, str) and compound)
+    return (
+        compound
+        if isinstance(value, dict)
+        else origin is Literal or (isinstance(value, str) and compound)
+    )
 
 
 def _describe(kind: Any) -> str:
@@ -500,16 +551,24 @@ def _walk_class(value: Any, base: type, key: Key, skip: int) -> None:
     if isinstance(value, str):
         value = {"class_path": value}
     if not isinstance(value, dict):
-        raise _misfit(value, f"the name of a {base.__name__}, or a mapping with class_path and init_args", key)
+        raise _misfit(
+            value, f"the name of a {base.__name__}, or a mapping with class_path and init_args", key
+        )
     if "class_path" not in value:
-        raise ConfigError(f"{spell(key)} has no class_path; name a class, one of {_leaves(base)}.", key)
+        raise ConfigError(
+            f"{spell(key)} has no class_path; name a class, one of {_leaves(base)}.", key
+        )
     cls = find_class(value["class_path"], base, (*key, "class_path"))
     unknown = next((k for k in value if k not in ("class_path", "init_args", "dict_kwargs")), None)
     if unknown is not None:
         if unknown in arguments(cls)[0]:
-            raise ConfigError(f"{spell(key)}.{unknown} belongs under init_args, one level deeper.", (*key, unknown))
+            raise ConfigError(
+                f"{spell(key)}.{unknown} belongs under init_args, one level deeper.",
+                (*key, unknown),
+            )
         raise ConfigError(
-            f"Unknown key {unknown!r} in {spell(key)}; a class has the keys class_path and init_args.", (*key, unknown)
+            f"Unknown key {unknown!r} in {spell(key)}; a class has the keys class_path and init_args.",
+            (*key, unknown),
         )
     _walk_arguments(value.get("init_args"), cls, (*key, "init_args"), skip)
 
@@ -527,33 +586,49 @@ def find_class(name: Any, base: type, key: Key = ()) -> Callable[..., Any]:
     if name in known:
         return known[name]
     if "." not in name:
-        hinted = "; for none, write null." if name.lower() in ("none", "no", "off") else hint(name, known)
-        raise ConfigError(f"{spell(key)}: there is no {kind} {name!r}{hinted} Known: {_leaves(base)}.", key)
+        hinted = (
+            "; for none, write null."
+            if name.lower() in ("none", "no", "off")
+            else hint(name, known)
+        )
+        raise ConfigError(
+            f"{spell(key)}: there is no {kind} {name!r}{hinted} Known: {_leaves(base)}.", key
+        )
     module, _, last = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), last, None)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"{spell(key)}: importing {module!r} fails: {error}.", key) from error
-        near = nearest(module, [*(p.stem for p in Path().glob("*.py")), *{c.__module__ for c in known.values()}])
+        near = nearest(
+            module,
+            [*(p.stem for p in Path().glob("*.py")), *{c.__module__ for c in known.values()}],
+        )
         raise ConfigError(
             f"{spell(key)}: there is no module {module!r}{f'; did you mean {near!r}?' if near else '.'} A module of your own is "
             f"looked for in the folder you start from, and on PYTHONPATH.",
             key,
         ) from None
     if found is None:
-        there = {f"{module}.{c.__name__}" for c in subclasses(base).values() if c.__module__.startswith(module)}
+        there = {
+            f"{module}.{c.__name__}"
+            for c in subclasses(base).values()
+            if c.__module__.startswith(module)
+        }
         defined = vars(sys.modules[module]).values()
         there |= {f"{module}.{c.__name__}" for c in defined if _is_class(c) and issubclass(c, base)}
         raise ConfigError(
-            f"{spell(key)}: the module {module!r} has no {last!r}{hint(name, sorted(there) or known)}", key
+            f"{spell(key)}: the module {module!r} has no {last!r}{hint(name, sorted(there) or known)}",
+            key,
         )
     if _is_class(found) and not issubclass(found, base):
         raise ConfigError(f"{spell(key)}: {name} is no {kind}; use one of {_leaves(base)}.", key)
     return typing.cast("Callable[..., Any]", found)
 
 
-def _walk_arguments(value: Any, cls: Callable[..., Any], key: Key, skip: int = 0, required: bool = True) -> None:
+def _walk_arguments(
+    value: Any, cls: Callable[..., Any], key: Key, skip: int = 0, required: bool = True
+) -> None:
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -566,10 +641,14 @@ def _walk_arguments(value: Any, cls: Callable[..., Any], key: Key, skip: int = 0
             _walk(item, known[name][0], (*key, name))
         elif not more:
             accepts = f"\n{cls.__name__} accepts {some(known, 20)}." if len(known) <= 20 else ""
-            raise ConfigError(f"Unknown key {spell((*key, name))}{hint(str(name), known)}{accepts}", (*key, name))
+            raise ConfigError(
+                f"Unknown key {spell((*key, name))}{hint(str(name), known)}{accepts}", (*key, name)
+            )
     for name, (_, needed) in known.items() if required else ():
         if needed and name not in value:
-            raise ConfigError(f"{spell((*key, name))} is missing: {cls.__name__} cannot do without it.", key)
+            raise ConfigError(
+                f"{spell((*key, name))} is missing: {cls.__name__} cannot do without it.", key
+            )
 
 
 def _misfit(value: Any, fits: str, key: Key, end: str = ".") -> ConfigError:
@@ -602,10 +681,18 @@ _SCALARS: dict[Any, Callable[[Any], bool]] = {
     int: lambda value: isinstance(value, int) and not isinstance(value, bool),
     float: _is_number,  # 1e-3 is a text in YAML 1.1
     bool: lambda value: isinstance(value, bool),
-    str: lambda value: value is not None and not isinstance(value, dict | list | bool | int | float),
+    str: lambda value: (
+        value is not None and not isinstance(value, dict | list | bool | int | float)
+    ),
     Path: lambda value: isinstance(value, str),
 }
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Path: "a path",
+}
 _LISTS = (list, tuple, Sequence, Iterable, collections.abc.Sequence, collections.abc.Iterable)
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank.cli import errors
-from adaptrank.cli.verbs import check_out, find_model, make_parser, run_verb, stored_dtype, write_folder
+from adaptrank.cli.verbs import (
+    check_out,
+    find_model,
+    make_parser,
+    run_verb,
+    stored_dtype,
+    write_folder,
+)
 
 FORMATS = {
     "peft": "ranks and scales as they are, by rank_pattern and alpha_pattern",
@@ -31,11 +38,19 @@ def export(args: Sequence[str]) -> None:
         f"LoRA of a stated --rank or --error, and the loss is told, or exactly by `merge`.\n\nformats:\n{formats}",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
-    parser.add_argument("--format", default="peft", metavar="NAME", help="peft or lora-uniform (peft)")
+    parser.add_argument(
+        "--format", default="peft", metavar="NAME", help="peft or lora-uniform (peft)"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--rank", type=int, metavar="K", help="of the LoRA in place of what is no product")
-    parser.add_argument("--error", type=float, metavar="E", help="or its largest relative error in a layer")
-    parser.add_argument("--base", metavar="NAME", help="the base; by default what the adapter's file names")
+    parser.add_argument(
+        "--rank", type=int, metavar="K", help="of the LoRA in place of what is no product"
+    )
+    parser.add_argument(
+        "--error", type=float, metavar="E", help="or its largest relative error in a layer"
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="the base; by default what the adapter's file names"
+    )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     run_verb(_export, parser.options(args))
 
@@ -43,7 +58,7 @@ def export(args: Sequence[str]) -> None:
 def _export(options: argparse.Namespace) -> None:
     from adaptrank.artifacts import read_adapter
     from adaptrank.artifacts.run import write_json
-    from adaptrank.exchange import export_peft
+    from adaptrank.interop.peft import export_peft
 
     if options.format == "gguf":
         raise errors.ConfigError(
@@ -55,22 +70,30 @@ def _export(options: argparse.Namespace) -> None:
             f"--format {options.format} is unknown{errors.hint(options.format, FORMATS)} There are {', '.join(FORMATS)}."
         )
     if options.rank is not None and options.error is not None:
-        raise errors.ConfigError("--rank and --error both say how near a LoRA has to come; give one.")
-    if (options.rank is not None and options.rank < 1) or (options.error is not None and not 0 < options.error < 1):
+        raise errors.ConfigError(
+            "--rank and --error both say how near a LoRA has to come; give one."
+        )
+    if (options.rank is not None and options.rank < 1) or (
+        options.error is not None and not 0 < options.error < 1
+    ):
         raise errors.ConfigError("--rank is 1 or more, --error above 0 and below 1.")
     out = Path(options.out)
     found = find_model(options.adapter, options.base, must_be_adapter=True)
     assert found.adapter is not None
     check_out(out, options.force, {found.adapter: "adapter", Path(found.source.path): "base"})
     if read_adapter(found.adapter).get("pruned"):
-        raise errors.ConfigError(f"{found.adapter} cuts heads or channels out of its base, which PEFT cannot state.")
+        raise errors.ConfigError(
+            f"{found.adapter} cuts heads or channels out of its base, which PEFT cannot state."
+        )
     model = found.load(stored_dtype(found.source))
     base = {"name": found.source.name, "auto_class": found.auto_class}
     report: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
         nonlocal report
-        report = export_peft(model, folder, base, options.format == "lora-uniform", options.rank, options.error)
+        report = export_peft(
+            model, folder, base, options.format == "lora-uniform", options.rank, options.error
+        )
         write_json(folder / "export.json", report)
 
     write_folder(out, write)
@@ -94,7 +117,7 @@ def _effect(found: Any, exact: Any, out: Path) -> str:
     import torch
 
     from adaptrank.backbones import load_tokenizer
-    from adaptrank.exchange import import_peft
+    from adaptrank.interop.peft import import_peft
 
     near = import_peft(found.load(stored_dtype(found.source), adapted=False), out).train(False)
     tokenizer = load_tokenizer(found.source)
@@ -104,7 +127,9 @@ def _effect(found: Any, exact: Any, out: Path) -> str:
             ids = torch.tensor(tokenizer([text])["input_ids"])
             if not ids.numel():
                 continue
-            one, two = (model(input_ids=ids).logits.float().log_softmax(-1) for model in (exact, near))
+            one, two = (
+                model(input_ids=ids).logits.float().log_softmax(-1) for model in (exact, near)
+            )
             off = max(off, float((one - two).abs().max()))
             divergence.append(float((one.exp() * (one - two)).sum(-1).mean()))
             agree.append(float((one.argmax(-1) == two.argmax(-1)).float().mean()))
@@ -126,7 +151,9 @@ def import_(args: Sequence[str]) -> None:
     )
     parser.add_argument("adapter", metavar="PEFT_FOLDER", help="what PEFT's save_pretrained wrote")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--base", metavar="NAME", help="the base; by default what the configuration names")
+    parser.add_argument(
+        "--base", metavar="NAME", help="the base; by default what the configuration names"
+    )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     run_verb(_import, parser.options(args))
 
@@ -136,8 +163,8 @@ def _import(options: argparse.Namespace) -> None:
 
     from adaptrank import backbones
     from adaptrank.artifacts import save_adapter
-    from adaptrank.exchange import TASKS, import_peft, read_config
-    from adaptrank.inject import describe
+    from adaptrank.injection import describe
+    from adaptrank.interop.peft import TASKS, import_peft, read_config
 
     folder, out = Path(options.adapter), Path(options.out)
     if not folder.is_dir():
@@ -145,16 +172,25 @@ def _import(options: argparse.Namespace) -> None:
     config = read_config(folder)
     named = options.base or config.get("base_model_name_or_path")
     if not named:
-        raise errors.ConfigError(f"{folder} does not say what base it was trained on; name it with --base.")
-    auto_class = next((ours for ours, task in TASKS.items() if task == config.get("task_type")), "AutoModelForCausalLM")
+        raise errors.ConfigError(
+            f"{folder} does not say what base it was trained on; name it with --base."
+        )
+    auto_class = next(
+        (ours for ours, task in TASKS.items() if task == config.get("task_type")),
+        "AutoModelForCausalLM",
+    )
     try:
         source = backbones.resolve(named)
     except FileNotFoundError as error:
-        raise errors.ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
+        raise errors.ConfigError(
+            f"The base of {folder}: {error} Name the base with --base."
+        ) from error
     check_out(out, options.force, {folder: "adapter", Path(source.path): "base"})
     model = backbones.load_model(source, getattr(transformers, auto_class), stored_dtype(source))
     import_peft(model, folder)
-    write_folder(out, lambda new: save_adapter(model, new, {"name": named, "auto_class": auto_class}))
+    write_folder(
+        out, lambda new: save_adapter(model, new, {"name": named, "auto_class": auto_class})
+    )
     print(f"Imported {folder} on {source.name}: {out}")
     print("\n".join(f"  {line}" for line in describe(model).splitlines()))
     if auto_class == "AutoModelForCausalLM":

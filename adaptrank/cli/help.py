@@ -42,28 +42,35 @@ def usage(verb: str) -> str:
         "model: a class and its arguments",
     ]
     modules = PACKAGE / "modules"
-    common = _arguments(_class(modules / "base.py", "AdaptedModule"))
+    common = _arguments(_class(modules / "adapted.py", "AdaptedModule"))
     lines += _rows([(f"model.{name}{default}", what) for name, default, what in common])
     for file in sorted(modules.glob("*.py")):
         for node in _classes(file, {"AdaptedModule"}):
             own = [(f"  {name}{default}", what) for name, default, what in _arguments(node)]
             lines += _rows([(f"model: {node.name}", _summary(node)), *own])
     lines += ["", "an entry of model.adapters"]
-    lines += _rows([(n + d, w) for n, d, w in _arguments(_class(modules / "base.py", "Adapter"))])
+    lines += _rows(
+        [(n + d, w) for n, d, w in _arguments(_class(modules / "adapted.py", "Adapter"))]
+    )
     lines += _rows([("parameterizations here", _names("parameterizations", {"Parameterization"}))])
     if verb == "fit":
         lines += ["", "allocator: moves ranks while training; optional"]
-        base = _class(PACKAGE / "allocators" / "base.py", "Allocator")
-        lines += _rows([("allocators here", _names("allocators", {"Allocator"}))])
-        lines += _rows([(f"allocator.{name}{default}", what) for name, default, what in _arguments(base)])
+        base = _class(PACKAGE / "allocation" / "allocator.py", "Allocator")
+        lines += _rows([("allocators here", _names("allocation", {"Allocator"}))])
+        lines += _rows(
+            [(f"allocator.{name}{default}", what) for name, default, what in _arguments(base)]
+        )
     lines += ["", "data: a class and its arguments"]
     lines += _rows(_members("data", {"CompletionTask", "LabelTask"}))
-    shared = _arguments(_class(PACKAGE / "data" / "base.py", "TaskData"))
+    shared = _arguments(_class(PACKAGE / "data" / "task.py", "TaskData"))
     lines += _rows([(f"data.{name}{default}", what) for name, default, what in shared])
     lines += ["", "trainer: Lightning's Trainer"]
     lines += _rows([(f"trainer.{name}", what) for name, what in TRAINER.items()])
     lines += ["", "the run"]
-    run = [("seed_everything = 0", "seed of the run"), ("ckpt_path", "resume from, or evaluate, this checkpoint")]
+    run = [
+        ("seed_everything = 0", "seed of the run"),
+        ("ckpt_path", "resume from, or evaluate, this checkpoint"),
+    ]
     if verb == "fit":
         run += [
             ("runs = runs", "folder of the run folders"),
@@ -82,8 +89,14 @@ def usage(verb: str) -> str:
                     f"{verb} --model.help CausalLM",
                     "one class; so with --data.help, --allocator.help, and any class_path",
                 ),
-                (f"{verb} --config FILE --print_config", "the whole configuration, defaults filled in, and stop"),
-                ("methods", "formulas, sources, costs, and which allocator works with which parameterization"),
+                (
+                    f"{verb} --config FILE --print_config",
+                    "the whole configuration, defaults filled in, and stop",
+                ),
+                (
+                    "methods",
+                    "formulas, sources, costs, and which allocator works with which parameterization",
+                ),
             ]
         ),
     ]
@@ -106,7 +119,7 @@ def _rows(rows: list[tuple[str, str]], indent: int = 2, column: int = 36) -> lis
 def _members(folder: str, bases: set[str]) -> list[tuple[str, str]]:
     return [
         (node.name, _summary(node))
-        for file in sorted((PACKAGE / folder).glob("*.py"))
+        for file in sorted((PACKAGE / folder).rglob("*.py"))
         for node in _classes(file, bases)
     ]
 
@@ -118,7 +131,9 @@ def _names(folder: str, bases: set[str]) -> str:
 def _classes(file: Path, bases: set[str]) -> Iterator[ast.ClassDef]:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         named = (
-            {base.id for base in node.bases if isinstance(base, ast.Name)} if isinstance(node, ast.ClassDef) else set()
+            {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if isinstance(node, ast.ClassDef)
+            else set()
         )
         if (
             isinstance(node, ast.ClassDef)
@@ -140,17 +155,23 @@ def _summary(node: ast.ClassDef) -> str:
 def _arguments(node: ast.ClassDef) -> list[tuple[str, str, str]]:
     """(name, ` = default`, first sentence of its documentation) of a constructor's, or a dataclass's, arguments."""
     documented = _documented(ast.get_docstring(node) or "")
-    init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+    init = next(
+        (f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None
+    )
     pairs: list[tuple[str, ast.expr | None]] = []
     if init is None:
         pairs = [
-            (f.target.id, f.value) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+            (f.target.id, f.value)
+            for f in node.body
+            if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
         ]
     else:
         positional, defaults = init.args.args[1:], init.args.defaults
         padded = [None] * (len(positional) - len(defaults)) + list(defaults)
         pairs = [(a.arg, d) for a, d in zip(positional, padded, strict=True)]
-        pairs += [(a.arg, d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)]
+        pairs += [
+            (a.arg, d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
+        ]
     return [(name, _default(value), documented.get(name, "")) for name, value in pairs]
 
 

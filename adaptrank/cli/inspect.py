@@ -18,14 +18,24 @@ def inspect(args: Sequence[str]) -> None:
         "scale-free: read it beside |D|/|W|.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
-    parser.add_argument("--out", metavar="FOLDER", help="for inspect.json and inspect.png (ADAPTER/inspect)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="for inspect.json and inspect.png (ADAPTER/inspect)"
+    )
     parser.add_argument("--layers", metavar="REGEX", help="only layers whose whole path matches")
     parser.add_argument(
-        "--no-intruders", action="store_true", help="leave intruder dimensions out, which take the time"
+        "--no-intruders",
+        action="store_true",
+        help="leave intruder dimensions out, which take the time",
     )
-    parser.add_argument("--each", action="store_true", help="a row for every layer, not for every kind")
-    parser.add_argument("--base", metavar="NAME", help="the base; by default what the adapter's file names")
-    parser.add_argument("--json", action="store_true", help="print the data instead, and write nothing")
+    parser.add_argument(
+        "--each", action="store_true", help="a row for every layer, not for every kind"
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="the base; by default what the adapter's file names"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the data instead, and write nothing"
+    )
     run_verb(_inspect, parser.options(args))
 
 
@@ -36,14 +46,16 @@ def _inspect(options: argparse.Namespace) -> None:
 
     from adaptrank.artifacts import read_adapter
     from adaptrank.composition.monitor import kind_of, spectra
-    from adaptrank.composition.pictures import heat_maps
     from adaptrank.composition.spectral import lines, summed_up
+    from adaptrank.reports.figures import heat_maps
 
     if options.layers is not None:
         try:
             re.compile(options.layers)
         except re.error as error:
-            raise errors.ConfigError(f"--layers {options.layers!r} is no regular expression: {error}.") from None
+            raise errors.ConfigError(
+                f"--layers {options.layers!r} is no regular expression: {error}."
+            ) from None
     found = find_model(options.adapter, options.base, must_be_adapter=True)
     assert found.adapter is not None
     layers = spectra(found.load(torch.float32), options.layers, not options.no_intruders)
@@ -57,14 +69,23 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         raise errors.ConfigError(f"There is nothing to inspect in {found.adapter}: {why}.")
     summary = summed_up(layers, {path: path if options.each else kind_of(path) for path in layers})
-    data = {"adapter": str(found.adapter), "base": found.source.name, "summary": summary, "layers": layers}
+    data = {
+        "adapter": str(found.adapter),
+        "base": found.source.name,
+        "summary": summary,
+        "layers": layers,
+    }
     if options.json:
         print(json.dumps(data))
         return
-    print(f"{found.adapter} on {found.source.name}: the change D = W' - W, means over layers of a kind")
+    print(
+        f"{found.adapter} on {found.source.name}: the change D = W' - W, means over layers of a kind"
+    )
     for line in lines(summary):
         print(f"  {line}")
-    print("  rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); 99 %: of the energy")
+    print(
+        "  rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); 99 %: of the energy"
+    )
     out = Path(options.out) if options.out else found.adapter / "inspect"
     out.mkdir(parents=True, exist_ok=True)
     (out / "inspect.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

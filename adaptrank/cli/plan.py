@@ -20,7 +20,9 @@ def plan(args: Sequence[str]) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="every layer, not only every kind")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="--config FILE ...", help="all that `fit` takes")
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="--config FILE ...", help="all that `fit` takes"
+    )
     own = [arg for arg in args if arg in ("--layers", "--json", "--debug", "-h", "--help")]
     rest = [arg for arg in args if arg not in own]
     options = parser.options(own)
@@ -63,7 +65,9 @@ def _print_budget(data: dict[str, Any]) -> None:
     step = max(1, -(-len(curve) // 10))
     shown = [*curve[:-1:step], curve[-1]] if curve else []
     for at, budget in shown:
-        print(f"  step {at:6} {'the outcome says' if budget is None else f'{budget:,} ' + data['unit']}")
+        print(
+            f"  step {at:6} {'the outcome says' if budget is None else f'{budget:,} ' + data['unit']}"
+        )
     if len(curve) > len(shown):
         print(f"  ({len(curve)} events in all)")
 
@@ -80,7 +84,7 @@ def describe(args: Sequence[str]) -> dict[str, Any]:
     from adaptrank.artifacts import planning
     from adaptrank.axes import rank_axes
     from adaptrank.cli.train import AdaptrankCLI
-    from adaptrank.modules.base import AdaptedModule
+    from adaptrank.modules.adapted import AdaptedModule
 
     class Planned(AdaptrankCLI):
         """Parses and builds the configuration, and runs nothing."""
@@ -111,7 +115,9 @@ def describe(args: Sequence[str]) -> dict[str, Any]:
         labels = {"num_labels": classes} if isinstance(classes, int) else {}
         config = transformers.AutoConfig.from_pretrained(module.source.path, **labels)
         with torch.device("meta"):
-            return getattr(transformers, module.auto_class).from_config(config).to(module.frozen_dtype)
+            return (
+                getattr(transformers, module.auto_class).from_config(config).to(module.frozen_dtype)
+            )
 
     module.load_backbone = on_meta  # type: ignore[method-assign]
     module.configure_model()
@@ -129,7 +135,10 @@ def describe(args: Sequence[str]) -> dict[str, Any]:
         "kinds": kinds,
         "trainable": size.trainable,
         "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "bytes": {name: getattr(size, name) for name in ("frozen", "parameters", "gradients", "optimizer", "file")},
+        "bytes": {
+            name: getattr(size, name)
+            for name in ("frozen", "parameters", "gradients", "optimizer", "file")
+        },
         "optimizer_states": states,
         "allocator": None,
         "units_at_start": sum(len(axis) for axis in rank_axes(model).values()),
@@ -137,7 +146,12 @@ def describe(args: Sequence[str]) -> dict[str, Any]:
     allocator = cli._get(cli.config_init, "allocator")
     steps = cli._get(cli.config, "trainer.max_steps")
     if allocator is not None:
-        data |= {"allocator": type(allocator).__name__, "unit": allocator.unit, "budget": [], "note": ""}
+        data |= {
+            "allocator": type(allocator).__name__,
+            "unit": allocator.unit,
+            "budget": [],
+            "note": "",
+        }
         if cli._get(cli.config_init, "initial_ranks") is not None or not allocator.moves:
             data["note"] = "the ranks to start from are chosen when the data are there"
         if not steps or steps < 0:

@@ -44,10 +44,21 @@ class StepProgress(ProgressBar):
     # ---- training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._first, self._shown = time.monotonic(), trainer.global_step, trainer.global_step
+        self._began, self._first, self._shown = (
+            time.monotonic(),
+            trainer.global_step,
+            trainer.global_step,
+        )
         if self._terminal():
             total = _finite(trainer.estimated_stepping_batches)
-            self._bar = tqdm(total=total, initial=self._first, desc="fit", unit="step", file=self.stream, leave=True)
+            self._bar = tqdm(
+                total=total,
+                initial=self._first,
+                desc="fit",
+                unit="step",
+                file=self.stream,
+                leave=True,
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,12 +80,18 @@ class StepProgress(ProgressBar):
             rate = took / max(1, step - self._first)
             left = f", {_minutes(rate * (total - step))} left" if total and step < total else ""
             of = f"/{total}" if total else ""
-            print(f"step {step}{of}  {metrics}  ({_minutes(took)}{left})", file=self.stream, flush=True)
+            print(
+                f"step {step}{of}  {metrics}  ({_minutes(took)}{left})",
+                file=self.stream,
+                flush=True,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -87,7 +104,9 @@ class StepProgress(ProgressBar):
 
     def _begin(self, what: str, batches: float) -> None:
         if self._terminal():
-            self._evaluation = tqdm(total=_finite(batches), desc=what, unit="batch", file=self.stream, leave=False)
+            self._evaluation = tqdm(
+                total=_finite(batches), desc=what, unit="batch", file=self.stream, leave=False
+            )
 
     def _advance(self, *_: Any) -> None:
         if self._evaluation is not None:
@@ -139,7 +158,11 @@ def _finite(total: float) -> int | None:
 
 
 def _short(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items() if k != "v_num")
+    return ", ".join(
+        f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in metrics.items()
+        if k != "v_num"
+    )
 
 
 def _minutes(seconds: float) -> str:

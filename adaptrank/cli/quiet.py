@@ -32,7 +32,9 @@ def quiet() -> Iterator[None]:
             warnings.formatwarning = lambda message, *_: f"{message}\n"
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
-            warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*")
+            warnings.filterwarnings(
+                "ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*"
+            )
             yield
     finally:
         for logger, level in theirs:

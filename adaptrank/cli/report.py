@@ -18,13 +18,17 @@ def report(args: Sequence[str]) -> None:
         "one page of HTML that needs nothing else.",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, such as runs/NAME/0")
-    parser.add_argument("--out", metavar="FOLDER", help="for the pictures and the page (RUN/report)")
-    parser.add_argument("--json", action="store_true", help="print the data instead, and write nothing")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="for the pictures and the page (RUN/report)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the data instead, and write nothing"
+    )
     run_verb(_report, parser.options(args))
 
 
 def _report(options: argparse.Namespace) -> None:
-    from adaptrank.artifacts.report import read_history, write_report
+    from adaptrank.reports.ranks import read_history, write_report
 
     folder = Path(options.run)
     try:
@@ -32,18 +36,31 @@ def _report(options: argparse.Namespace) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise errors.ConfigError(str(error)) from error
     if options.json:
-        print(json.dumps({"events": history.events, "start": history.start, "end": history.end}, indent=2))
+        print(
+            json.dumps(
+                {"events": history.events, "start": history.start, "end": history.end}, indent=2
+            )
+        )
         return
-    pattern, config = shlex.quote(str(folder / "ranks.json")), shlex.quote(str(folder / "config.yaml"))
-    replay = f"python -m adaptrank fit --config {config} --model.rank_pattern {pattern} --allocator null"
+    pattern, config = (
+        shlex.quote(str(folder / "ranks.json")),
+        shlex.quote(str(folder / "config.yaml")),
+    )
+    replay = (
+        f"python -m adaptrank fit --config {config} --model.rank_pattern {pattern} --allocator null"
+    )
     try:
-        written = write_report(history, Path(options.out) if options.out else folder / "report", replay)
+        written = write_report(
+            history, Path(options.out) if options.out else folder / "report", replay
+        )
     except ModuleNotFoundError as error:
         raise errors.ConfigError(str(error)) from error
     change = {axis: history.end.get(axis, size) - size for axis, size in history.start.items()}
     gain, loss = max(change, key=lambda a: change[a]), min(change, key=lambda a: change[a])
     print(f"Report: {written[-1]} and {len(written) - 1} pictures")
-    print(f"  units {sum(history.start.values()):,} -> {sum(history.end.values()):,} on {len(history.end)} axes")
+    print(
+        f"  units {sum(history.start.values()):,} -> {sum(history.end.values()):,} on {len(history.end)} axes"
+    )
     if change[gain] > 0:
         print(f"  most gained: {gain} {change[gain]:+d}")
     if change[loss] < 0:

@@ -13,16 +13,20 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
-from adaptrank.allocators import Allocator
+from adaptrank.allocation import Allocator
 from adaptrank.artifacts.adapter import WEIGHTS
-from adaptrank.artifacts.card import write_card
 from adaptrank.artifacts.run import (
     JsonlLogger,
     RunFiles,
@@ -36,8 +40,9 @@ from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.progress import StepProgress
 from adaptrank.cli.quiet import quiet
-from adaptrank.modules.base import AdaptedModule
-from adaptrank.parameterizations.base import adapted_part, wrapped_layers
+from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.parameterizations import adapted_part, wrapped_layers
+from adaptrank.reports.card import write_card
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -101,21 +106,33 @@ class AdaptrankCLI(LightningCLI):
             required=False,
             help="Chooses the ranks to start from, beside an allocator that moves them.",
         )
-        parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the run folders.")
-        parser.add_argument("--evaluate", type=bool, default=True, help="Whether `fit` evaluates before and after.")
+        parser.add_argument(
+            "--runs", type=str, default="runs", help="Folder that holds the run folders."
+        )
+        parser.add_argument(
+            "--evaluate", type=bool, default=True, help="Whether `fit` evaluates before and after."
+        )
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint of ours needs no pickle
         if subcommand == "predict":
-            parser.add_argument("--out", type=str | None, default=None, help="File for the predictions.")
+            parser.add_argument(
+                "--out", type=str | None, default=None, help="File for the predictions."
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
             self.config = parser.parse_args([self.verb, *self.args])
         except errors.ConfigError as error:
-            own = parser._subcommands_action.choices[self.verb] if parser._subcommands_action else parser
+            own = (
+                parser._subcommands_action.choices[self.verb]
+                if parser._subcommands_action
+                else parser
+            )
             diagnose(self.args, schema(own))
             raise error
 
@@ -127,7 +144,9 @@ class AdaptrankCLI(LightningCLI):
         if not Path(path).is_file():
             raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
         if not zipfile.is_zipfile(path):
-            raise errors.ConfigError(f"ckpt_path: {path} is no Lightning checkpoint, or is damaged.")
+            raise errors.ConfigError(
+                f"ckpt_path: {path} is no Lightning checkpoint, or is damaged."
+            )
 
     # ---- building
 
@@ -149,11 +168,18 @@ class AdaptrankCLI(LightningCLI):
             raise errors.ConfigError(
                 f"initial_ranks: {type(initial).__name__} moves ranks while training; give it as `allocator`."
             )
-        extra: list[Callback] = [one for one in (initial, allocator) if one is not None]  # before any ModelCheckpoint
+        extra: list[Callback] = [
+            one for one in (initial, allocator) if one is not None
+        ]  # before any ModelCheckpoint
         configured = self._get(self.config_init, "trainer.callbacks") or []
         configured = configured if isinstance(configured, list) else [configured]
         listed = next(
-            (c for c in configured if isinstance(c, Allocator) and allocator and c.moves and allocator.moves), None
+            (
+                c
+                for c in configured
+                if isinstance(c, Allocator) and allocator and c.moves and allocator.moves
+            ),
+            None,
         )
         if allocator is not None and listed is not None:
             raise errors.ConfigError(
@@ -168,7 +194,11 @@ class AdaptrankCLI(LightningCLI):
             if self._get(self.config_init, "trainer.enable_checkpointing") is not False and not any(
                 isinstance(callback, ModelCheckpoint) for callback in configured
             ):
-                extra.append(StepCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=50))
+                extra.append(
+                    StepCheckpoint(
+                        folder / "checkpoints", filename="{step}", every_n_train_steps=50
+                    )
+                )
             if self._get(self.config_init, "trainer.default_root_dir") is None:
                 kwargs["default_root_dir"] = str(folder)
             if own_logger:
@@ -176,7 +206,9 @@ class AdaptrankCLI(LightningCLI):
         elif own_logger:
             kwargs["logger"] = False
         bar = self._get(self.config_init, "trainer.enable_progress_bar")
-        if bar is not False and not any(isinstance(callback, ProgressBar) for callback in configured):
+        if bar is not False and not any(
+            isinstance(callback, ProgressBar) for callback in configured
+        ):
             extra.append(StepProgress())
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return self._instantiate_trainer(config, extra)
@@ -236,10 +268,15 @@ class AdaptrankCLI(LightningCLI):
         if self.trainer.is_global_zero:
             write_json(folder / "summary.json", summary)
             if (folder / "adapter").is_dir():
-                ranks = {key: len(axis) for key, axis in rank_axes(adapted_part(self.model)).items()}
+                ranks = {
+                    key: len(axis) for key, axis in rank_axes(adapted_part(self.model)).items()
+                }
                 config = folder / "config.yaml"
                 write_card(
-                    folder / "adapter", summary, ranks, config.read_text(encoding="utf-8") if config.is_file() else ""
+                    folder / "adapter",
+                    summary,
+                    ranks,
+                    config.read_text(encoding="utf-8") if config.is_file() else "",
                 )
             say("\n" + render(summary, self._names(after)))
             say("\n" + next_commands(folder, self.model))
@@ -308,16 +345,22 @@ class Interrupt(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)  # Lightning's teardown puts the old handler back
+            signal.signal(
+                signal.SIGINT, self._ask
+            )  # Lightning's teardown puts the old handler back
 
     def _ask(self, *_: Any) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+        print(
+            "\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True
+        )
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        stepped = trainer.global_step != self._step  # not amid accumulated gradients, which no checkpoint holds
+        stepped = (
+            trainer.global_step != self._step
+        )  # not amid accumulated gradients, which no checkpoint holds
         self._step = trainer.global_step
         if self._asked and stepped:
             trainer.save_checkpoint(self._folder / "checkpoints" / INTERRUPTED)
@@ -344,7 +387,9 @@ class SaveConfig(SaveConfigCallback):
         if folder is not None:
             config = self.config.clone()
             config["ckpt_path"] = None
-            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(
+                config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+            )
 
 
 # ---- what a user reads
@@ -397,9 +442,7 @@ def next_commands(folder: Path, module: LightningModule) -> str:
     """
     layers = wrapped_layers(module)
     if not layers:
-        return (
-            f"No adapter saved: {type(module).__name__} holds no adapted layer. Run folder: {shlex.quote(str(folder))}"
-        )
+        return f"No adapter saved: {type(module).__name__} holds no adapted layer. Run folder: {shlex.quote(str(folder))}"
     adapter = shlex.quote(str(folder / "adapter"))
     lines = [f"Adapter saved: {adapter}"]
     if not isinstance(module, AdaptedModule):
@@ -408,12 +451,16 @@ def next_commands(folder: Path, module: LightningModule) -> str:
         prompt = r'"Question: Ann has 12 pears and buys 7 more. How many pears does Ann have now?\nAnswer:"'
         lines.append(f"  generate: python -m adaptrank generate {adapter} --prompt {prompt}")
     if all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest):
-        lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {shlex.quote(str(folder / 'merged'))}")
+        lines.append(
+            f"  merge:    python -m adaptrank merge {adapter} --out {shlex.quote(str(folder / 'merged'))}"
+        )
     config = shlex.quote(str(folder / "config.yaml"))
     # A pattern would be applied to what is loaded, and undo what an allocator has moved.
     pattern = " --model.rank_pattern null" if module.rank_pattern else ""
     if (folder / "config.yaml").is_file():  # fast_dev_run leaves none
-        lines.append(f"  go on:    python -m adaptrank fit --config {config} --model.adapter {adapter}{pattern}")
+        lines.append(
+            f"  go on:    python -m adaptrank fit --config {config} --model.adapter {adapter}{pattern}"
+        )
     return "\n".join(lines)
 
 
@@ -422,10 +469,17 @@ def resume_command(folder: Path, step: int) -> str:
     lines = [f"\nInterrupted at step {step}."]
     if (folder / "adapter").is_dir():
         lines[0] += f" Adapter saved: {shlex.quote(str(folder / 'adapter'))}"
-    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    checkpoints = sorted(
+        (folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime
+    )
     if checkpoints:
-        config, checkpoint = shlex.quote(str(folder / "config.yaml")), shlex.quote(str(checkpoints[-1]))
-        lines.append(f"  resume:   python -m adaptrank fit --config {config} --ckpt_path {checkpoint}")
+        config, checkpoint = (
+            shlex.quote(str(folder / "config.yaml")),
+            shlex.quote(str(checkpoints[-1])),
+        )
+        lines.append(
+            f"  resume:   python -m adaptrank fit --config {config} --ckpt_path {checkpoint}"
+        )
     return "\n".join(lines)
 
 
@@ -434,14 +488,23 @@ def resume_command(folder: Path, step: int) -> str:
 
 def schema(parser: Any) -> dict[str, Any]:
     """Top-level key -> type, of a verb's parser."""
-    keys = {key.split(".")[0]: Any for key in vars(parser.get_defaults())} | {"config": Any, "model": Any, "data": Any}
+    keys = {key.split(".")[0]: Any for key in vars(parser.get_defaults())} | {
+        "config": Any,
+        "model": Any,
+        "data": Any,
+    }
     classes = {
         "model": LightningModule,
         "data": LightningDataModule,
         "allocator": Allocator | None,
         "initial_ranks": Allocator | None,
     }
-    scalars = {"runs": str, "evaluate": bool, "ckpt_path": str | None, "seed_everything": bool | int}
+    scalars = {
+        "runs": str,
+        "evaluate": bool,
+        "ckpt_path": str | None,
+        "seed_everything": bool | int,
+    }
     return {**keys, **classes, **scalars, "trainer": errors.Arguments(Trainer)}
 
 
@@ -451,7 +514,9 @@ def diagnose(args: Sequence[str], known: dict[str, Any]) -> None:
     Raises:
         ConfigError: with the file and the line, where that can be told; nothing is raised if nothing is found.
     """
-    tree, files, options = errors.collect([arg for arg in args if not arg.startswith("--print_config")])
+    tree, files, options = errors.collect(
+        [arg for arg in args if not arg.startswith("--print_config")]
+    )
     try:
         errors.check(tree, known)
         for key in ("model", "data"):

@@ -35,7 +35,9 @@ class _Parser(argparse.ArgumentParser):
         for arg in args:
             name = arg.split("=")[0]
             if arg.startswith("--") and name not in known:
-                errors.fail(f"unknown option {name}{errors.hint(name, known)} `{self.prog} --help` lists them.")
+                errors.fail(
+                    f"unknown option {name}{errors.hint(name, known)} `{self.prog} --help` lists them."
+                )
         return self.parse_args(args)
 
     def error(self, message: str) -> NoReturn:
@@ -71,7 +73,9 @@ def run_verb(body: Verb, options: argparse.Namespace) -> None:
             _import(options.modules)
             body(options)
     except BrokenPipeError:  # `| head` closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what Python flushes at its end goes nowhere
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(1) from None
@@ -102,25 +106,33 @@ def _import(modules: Iterable[str]) -> None:
 def methods(args: Sequence[str]) -> None:
     """Show what there is: parameterizations, allocators, and which pairs work."""
     parser = make_parser(
-        "methods", "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work."
+        "methods",
+        "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work.",
     )
-    parser.add_argument("--pairs", action="store_true", help="which allocator works on which parameterization")
+    parser.add_argument(
+        "--pairs", action="store_true", help="which allocator works on which parameterization"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     run_verb(_methods, parser.options(args))
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from adaptrank.allocators import ALLOCATORS
-    from adaptrank.allocators.pairs import rows
+    from adaptrank.allocation import ALLOCATORS
+    from adaptrank.allocation.compatibility import rows
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     made = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
     moves = [describe_allocator(cls) for cls in ALLOCATORS.values()]
     # Hybrids stand below their parts; a user's own classes, which --import brings, stand in the table as well.
     nests = [*((p["name"],) for p in made), *(nest for nest in rows() if len(nest) > 1)]
-    pairs = {a["name"]: {" + ".join(nest): ALLOCATORS[a["name"]].pair(*nest) for nest in nests} for a in moves}
+    pairs = {
+        a["name"]: {" + ".join(nest): ALLOCATORS[a["name"]].pair(*nest) for nest in nests}
+        for a in moves
+    }
     if options.json:
-        print(json.dumps({"parameterizations": made, "allocators": moves, "pairs": pairs}, indent=2))
+        print(
+            json.dumps({"parameterizations": made, "allocators": moves, "pairs": pairs}, indent=2)
+        )
     elif options.pairs:
         print(_matrix(pairs))
     else:
@@ -130,9 +142,21 @@ def _methods(options: argparse.Namespace) -> None:
             "token keeps for the backward pass. Closed formulas; measured where there is none, or it differs.\n"
         )
         head = ("", "parameters", "FLOPs/token", "FLOPs/call", "bytes/token", "source")
-        print(_columns([head, *(_made_row(p) for p in made)], [f"{p['formula']}\n{_made_words(p)}" for p in made]))
-        print("\nAllocators: what moves ranks, on anything that has a rank axis (--pairs shows which)\n")
-        print(_columns([("", "score", "needs", "source"), *(_moves_row(a) for a in moves)], [a["does"] for a in moves]))
+        print(
+            _columns(
+                [head, *(_made_row(p) for p in made)],
+                [f"{p['formula']}\n{_made_words(p)}" for p in made],
+            )
+        )
+        print(
+            "\nAllocators: what moves ranks, on anything that has a rank axis (--pairs shows which)\n"
+        )
+        print(
+            _columns(
+                [("", "score", "needs", "source"), *(_moves_row(a) for a in moves)],
+                [a["does"] for a in moves],
+            )
+        )
         print(
             "\nArguments: python -m adaptrank fit --allocator.help ElaLoRA; in YAML a class is named class_path: ElaLoRA."
         )
@@ -180,7 +204,9 @@ def describe_parameterization(cls: type[Any]) -> dict[str, Any]:
         "splits_fused": layer.reads_blocks,
         "shared": list(layer.shared),
         "starts_at_base": layer.starts_at_base,
-        "reference": _reference_name() if fits else f"{type(layer.innermost).__name__}, its own example",
+        "reference": _reference_name()
+        if fits
+        else f"{type(layer.innermost).__name__}, its own example",
         "parameters": parameters,
         "cost": {
             name: {"closed": one, "measured": int(other) if other == int(other) else other}
@@ -213,16 +239,21 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
 
 
 def _default_score(cls: type[Any]) -> bool:
-    from adaptrank.allocators import Allocator
+    from adaptrank.allocation import Allocator
 
     return cls.moves and cls.score is Allocator.score and cls.scores is Allocator.scores
 
 
 def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:
     parameters = list(inspect.signature(cls).parameters.values())[skip:]
-    found = {p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    found = {
+        p.name: None if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD
+    }
     return {
-        name: value if isinstance(value, str | int | float | None) else repr(value) for name, value in found.items()
+        name: value if isinstance(value, str | int | float | None) else repr(value)
+        for name, value in found.items()
     }
 
 
@@ -277,7 +308,10 @@ def _columns(rows: list[tuple[str, ...]], notes: list[str]) -> str:
     indent = " " * 6
     lines = []
     for position, row in enumerate(rows):
-        lines.append("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append(
+            "  "
+            + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
         if position:
             for note in notes[position - 1].splitlines():
                 lines += textwrap.wrap(note, 108, initial_indent=indent, subsequent_indent=indent)
@@ -288,7 +322,11 @@ def _matrix(pairs: dict[str, dict[str, str]]) -> str:
     names = list(next(iter(pairs.values())))
     width = max(map(len, names))
     options = sorted({cell for works in pairs.values() for cell in works.values()} - {"", "works"})
-    marks = {"": "-", "works": "yes", **{option: chr(ord("a") + i) for i, option in enumerate(options)}}
+    marks = {
+        "": "-",
+        "works": "yes",
+        **{option: chr(ord("a") + i) for i, option in enumerate(options)},
+    }
     lines = [f"  {'':{width}} {' '.join(pairs)}"]
     for name in names:
         cells = [f"{marks[works[name]]:{len(allocator)}}" for allocator, works in pairs.items()]
@@ -296,7 +334,10 @@ def _matrix(pairs: dict[str, dict[str, str]]) -> str:
     lines.append(
         "\n  -  has no rank axis, or one that cannot do what the allocator needs; a run says which when it starts"
     )
-    lines += [f"  {marks[option]}  with {option} only: it cannot do what that option asks for" for option in options]
+    lines += [
+        f"  {marks[option]}  with {option} only: it cannot do what that option asks for"
+        for option in options
+    ]
     return "\n".join(lines)
 
 
@@ -321,7 +362,9 @@ class Found:
 
         labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
         model = load_model(self.source, getattr(transformers, self.auto_class), dtype, **labels)
-        return (model if self.adapter is None or not adapted else load_adapter(model, self.adapter)).train(False)
+        return (
+            model if self.adapter is None or not adapted else load_adapter(model, self.adapter)
+        ).train(False)
 
 
 def find_model(name: str, base: str | None, must_be_adapter: bool = False) -> Found:
@@ -335,19 +378,30 @@ def find_model(name: str, base: str | None, must_be_adapter: bool = False) -> Fo
         folder = folder / "adapter"  # a run folder
     if not must_be_adapter and not (folder / WEIGHTS).is_file():
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise errors.ConfigError(f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json).")
+            raise errors.ConfigError(
+                f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
+            )
         return Found(backbones.resolve(name), None, "AutoModelForCausalLM")
     if not folder.exists():
         raise errors.ConfigError(errors.missing_file(name, "adapter folder"))
     described = read_adapter(folder)["base"]
     named = base or described.get("name")
     if named is None:
-        raise errors.ConfigError(f"{folder} does not say what base it was trained on; name it with --base.")
+        raise errors.ConfigError(
+            f"{folder} does not say what base it was trained on; name it with --base."
+        )
     try:
         source = backbones.resolve(named)
     except FileNotFoundError as error:
-        raise errors.ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
-    return Found(source, folder, described.get("auto_class", "AutoModelForCausalLM"), described.get("num_labels"))
+        raise errors.ConfigError(
+            f"The base of {folder}: {error} Name the base with --base."
+        ) from error
+    return Found(
+        source,
+        folder,
+        described.get("auto_class", "AutoModelForCausalLM"),
+        described.get("num_labels"),
+    )
 
 
 # ---- generate
@@ -362,17 +416,31 @@ def generate(args: Sequence[str]) -> None:
         "words are shown as they come.",
     )
     parser.add_argument(
-        "model", metavar="ADAPTER_OR_MODEL", help="a run's adapter folder, a model's folder, or a model id"
+        "model",
+        metavar="ADAPTER_OR_MODEL",
+        help="a run's adapter folder, a model's folder, or a model id",
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
     parser.add_argument(
-        "--file", metavar="FILE", help="a prompt a line; of .jsonl files the field `prompt` of each line"
+        "--file",
+        metavar="FILE",
+        help="a prompt a line; of .jsonl files the field `prompt` of each line",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (64)")
-    parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt: prompt, completion")
-    parser.add_argument("--base", metavar="NAME", help="the adapter's base; by default what its file names")
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto (bf16 where it is fast), fp32, bf16")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (64)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="put each prompt into the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="a line of JSON for each prompt: prompt, completion"
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="the adapter's base; by default what its file names"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="of the weights: auto (bf16 where it is fast), fp32, bf16"
+    )
     run_verb(_generate, parser.options(args))
 
 
@@ -399,7 +467,9 @@ def _generate(options: argparse.Namespace) -> None:
         if streams:
             continue
         if options.json:
-            print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), flush=True)
+            print(
+                json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False), flush=True
+            )
         else:
             print(text if options.chat else prompt + text, flush=True)
 
@@ -418,7 +488,9 @@ def _prompts(options: argparse.Namespace) -> Iterable[str]:
     try:
         return [json.loads(line)["prompt"] for line in lines]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise errors.ConfigError(f"--file {file}: each line has to be JSON with a field `prompt`.") from None
+        raise errors.ConfigError(
+            f"--file {file}: each line has to be JSON with a field `prompt`."
+        ) from None
 
 
 def _lines() -> Iterator[str]:
@@ -430,13 +502,18 @@ def _lines() -> Iterator[str]:
 
 
 def complete(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool = False, show: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool = False,
+    show: bool = False,
 ) -> str:
     """The greedy continuation of one prompt, special tokens left out; shown on standard output as it comes, if asked for."""
     import torch
     from transformers import TextStreamer
 
-    from adaptrank.data.base import render, tokens
+    from adaptrank.data.task import render, tokens
 
     text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True) if chat else prompt
     ids = torch.tensor(tokens(tokenizer, [text], special=not chat), device=model.device)
@@ -449,7 +526,9 @@ def complete(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if show
+            else None,
         )
     completion: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return completion
@@ -467,7 +546,9 @@ def merge(args: Sequence[str]) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a run's adapter folder")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
-    parser.add_argument("--base", metavar="NAME", help="the base; by default what the adapter's file names")
+    parser.add_argument(
+        "--base", metavar="NAME", help="the base; by default what the adapter's file names"
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -485,7 +566,7 @@ def _merge(options: argparse.Namespace) -> None:
     from adaptrank.artifacts import merge as fold
     from adaptrank.artifacts import read_adapter
     from adaptrank.artifacts.merging import rounding_error
-    from adaptrank.parameterizations.base import wrapped_layers
+    from adaptrank.parameterizations import wrapped_layers
 
     out = Path(options.out)
     found = find_model(options.adapter, options.base, must_be_adapter=True)
@@ -496,7 +577,11 @@ def _merge(options: argparse.Namespace) -> None:
             f"transformers configuration can state; keep the adapter, and load it with adaptrank.load_adapter(model, folder)."
         )
     check_out(out, options.force, {found.adapter: "adapter", Path(found.source.path): "base"})
-    dtype = stored_dtype(found.source) if options.dtype == "auto" else backbones.auto_dtype(options.dtype)
+    dtype = (
+        stored_dtype(found.source)
+        if options.dtype == "auto"
+        else backbones.auto_dtype(options.dtype)
+    )
     # The base as it is stored: half precision is merged in float32 anyway, and float32 must not be rounded before the sum.
     model = found.load(dtype if dtype == stored_dtype(found.source) else torch.float32)
     layers = len(wrapped_layers(model))
@@ -521,7 +606,9 @@ def _merge(options: argparse.Namespace) -> None:
             )
     model = fold(model).to(dtype)
     tokenizer = backbones.load_tokenizer(found.source)
-    write_folder(out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    write_folder(
+        out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
+    )
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(
         f"Merged {layers} layers of {found.adapter} into {found.source.name}: {out} ({_short(dtype)}, {size:,.0f} MB)"
@@ -545,10 +632,16 @@ def check_out(out: Path, force: bool, sources: Mapping[Path, str]) -> None:
     if out.is_file():
         raise errors.ConfigError(f"--out {out} is a file; name a folder.")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise errors.ConfigError(f"--out {out} is not empty; name another folder, or replace it with --force.")
+        raise errors.ConfigError(
+            f"--out {out} is not empty; name another folder, or replace it with --force."
+        )
     for given, what in sources.items():
-        if given.exists() and (out.resolve() == given.resolve() or out.resolve() in given.resolve().parents):
-            raise errors.ConfigError(f"--out {out} holds the {what} that this reads; name another folder.")
+        if given.exists() and (
+            out.resolve() == given.resolve() or out.resolve() in given.resolve().parents
+        ):
+            raise errors.ConfigError(
+                f"--out {out} holds the {what} that this reads; name another folder."
+            )
 
 
 def write_folder(out: Path, write: Callable[[Path], object]) -> None:

@@ -6,4 +6,13 @@ from adaptrank.composition.monitor import SpectralMonitor
 from adaptrank.composition.operators import OPERATORS
 from adaptrank.composition.spectral import diagnose
 
-__all__ = ["OPERATORS", "Change", "Compression", "Dense", "Product", "SpectralMonitor", "compose", "diagnose"]
+__all__ = [
+    "OPERATORS",
+    "Change",
+    "Compression",
+    "Dense",
+    "Product",
+    "SpectralMonitor",
+    "compose",
+    "diagnose",
+]

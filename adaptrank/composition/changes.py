@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrank import layers as kinds
-from adaptrank.parameterizations.base import Parameterization
+from adaptrank.parameterizations import Parameterization
 
 Change = Union["Product", "Dense"]
 """W' - W of one layer, (m, n)."""
@@ -129,7 +129,9 @@ def inner(a: Change, b: Change) -> float:
 
 def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
     """sum_i w_i D_i, exact: of products the factors side by side, of rank k_1 + k_2 + ..."""
-    weighted = [change.scaled(w) if w != 1 else change for change, w in zip(changes, weights, strict=True)]
+    weighted = [
+        change.scaled(w) if w != 1 else change for change, w in zip(changes, weights, strict=True)
+    ]
     if all(isinstance(change, Product) for change in weighted):
         products = [change for change in weighted if isinstance(change, Product)]
         return Product(torch.cat([p.U for p in products], 1), torch.cat([p.V for p in products]))

@@ -18,11 +18,20 @@ from adaptrank import layers as kinds
 from adaptrank.artifacts import load_adapter, read_adapter
 from adaptrank.artifacts.adapter import WEIGHTS, frozen_weights
 from adaptrank.backbones import fingerprint
-from adaptrank.composition.changes import Change, Product, change_of, inner, rank_for, shared_ranks, total, truncated
+from adaptrank.composition.changes import (
+    Change,
+    Product,
+    change_of,
+    inner,
+    rank_for,
+    shared_ranks,
+    total,
+    truncated,
+)
 from adaptrank.composition.operators import OPERATORS, options_of
 from adaptrank.composition.similarity import Similarity
-from adaptrank.inject import join_fused, undone_on_error
-from adaptrank.parameterizations.base import Parameterization, replace_layer, wrapped_layers
+from adaptrank.injection import join_fused, undone_on_error
+from adaptrank.parameterizations import Parameterization, replace_layer, wrapped_layers
 from adaptrank.parameterizations.lora import LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +59,9 @@ class Compression:
     def __post_init__(self) -> None:
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given; a result is compressed by one of them.")
+            raise ValueError(
+                f"{' and '.join(given)} were given; a result is compressed by one of them."
+            )
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: 1 or more.")
         for name in ("energy", "error"):
@@ -156,7 +167,9 @@ def _check(
     merged: bool,
 ) -> None:
     if wrapped_layers(model):
-        raise ValueError("compose starts from the base alone, and this model holds adapters already.")
+        raise ValueError(
+            "compose starts from the base alone, and this model holds adapters already."
+        )
     if not folders:
         raise ValueError("There is no adapter to compose; name their folders.")
     if len(weights) != len(folders):
@@ -168,17 +181,23 @@ def _check(
 
         close = difflib.get_close_matches(operator, OPERATORS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"operator={operator!r} is unknown.{hint} There are {', '.join(OPERATORS)}.")
+        raise ValueError(
+            f"operator={operator!r} is unknown.{hint} There are {', '.join(OPERATORS)}."
+        )
     if mode not in ("delta", "sequential"):
         raise ValueError(f"mode={mode!r} is unknown; use 'delta' or 'sequential'.")
-    if mode == "sequential" and (any(w != 1 for w in weights) or operator != "sum" or compression or merged):
+    if mode == "sequential" and (
+        any(w != 1 for w in weights) or operator != "sum" or compression or merged
+    ):
         raise ValueError(
             "mode='sequential' nests the adapters as they are: weights, operators, compression and merging are for mode='delta'."
         )
     if order is not None and mode == "delta":
         raise ValueError("order is for mode='sequential'; a sum in delta space has none.")
     if order is not None and sorted(order) != list(range(len(folders))):
-        raise ValueError(f"order={list(order)}: each of 0 to {len(folders) - 1} once, innermost first.")
+        raise ValueError(
+            f"order={list(order)}: each of 0 to {len(folders) - 1} once, innermost first."
+        )
 
 
 def _check_described(
@@ -187,21 +206,29 @@ def _check_described(
     # A fingerprint leaves out what its adapter trained whole. Where that differs, only the model can tell.
     alike = len({tuple(one["trained_modules"]) for one in described}) == 1
     for folder, one in zip(folders, described, strict=True):
-        base = described[0]["base"] if alike else {"name": "this model", "fingerprint": _fingerprint(model, one)}
+        base = (
+            described[0]["base"]
+            if alike
+            else {"name": "this model", "fingerprint": _fingerprint(model, one)}
+        )
         if one["base"]["fingerprint"] != base["fingerprint"]:
             raise ValueError(
                 f"{folder} was trained on {_base_name(one['base'])}, and {f'{folders[0]} on' if alike else 'the base is'} "
                 f"{_base_name(base)}; adapters add up on one base only."
             )
         if "pruned" in one:
-            raise ValueError(f"{folder} cuts heads or channels out of its base, and adds up with nothing.")
+            raise ValueError(
+                f"{folder} cuts heads or channels out of its base, and adds up with nothing."
+            )
         if one["trained_modules"] and others == "error":
             raise ValueError(
                 f"{folder} trained {one['trained_modules'][0]} whole, and there is no sum of such modules; say which to take with "
                 f"others: 'first', 'average' or 'drop'."
             )
     if others not in ("error", "first", "average", "drop"):
-        raise ValueError(f"others={others!r} is unknown; use 'error', 'first', 'average' or 'drop'.")
+        raise ValueError(
+            f"others={others!r} is unknown; use 'error', 'first', 'average' or 'drop'."
+        )
 
 
 def _fingerprint(model: nn.Module, description: Mapping[str, Any]) -> str:
@@ -226,15 +253,24 @@ def _own(position: int) -> str:
     return f"composed-{position}"
 
 
-def _check_layers(model: nn.Module, folders: Sequence[Path], mode: str, order: Sequence[int] | None) -> None:
+def _check_layers(
+    model: nn.Module, folders: Sequence[Path], mode: str, order: Sequence[int] | None
+) -> None:
     for path, layer in wrapped_layers(model).items():
         for wrapper in layer.nest:
             folder = folders[int(wrapper.name.rpartition("-")[2])]
-            if mode == "delta" and (not isinstance(layer.innermost, kinds.MATRICES) or not wrapper.mergeable):
+            if mode == "delta" and (
+                not isinstance(layer.innermost, kinds.MATRICES) or not wrapper.mergeable
+            ):
                 raise ValueError(
                     f"{folder}: {type(wrapper).__name__} at {path} changes no single matrix, and has no sum; use mode='sequential'."
                 )
-            if mode == "sequential" and order is None and len(folders) > 1 and wrapper.product() is None:
+            if (
+                mode == "sequential"
+                and order is None
+                and len(folders) > 1
+                and wrapper.product() is None
+            ):
                 raise ValueError(
                     f"{folder}: {type(wrapper).__name__} may read the weight that it changes, so that the order matters; say it, "
                     f"innermost first: order={list(range(len(folders)))}."
@@ -261,7 +297,9 @@ def changes(layer: Parameterization, count: int) -> list[Change | None]:
 
 def _compare(model: nn.Module, count: int, similarity: Similarity) -> None:
     for path, layer in wrapped_layers(model).items():
-        if isinstance(layer.innermost, kinds.MATRICES) and all(wrapper.mergeable for wrapper in layer.nest):
+        if isinstance(layer.innermost, kinds.MATRICES) and all(
+            wrapper.mergeable for wrapper in layer.nest
+        ):
             similarity.add(path, changes(layer, count), _weight_norm(layer))
 
 
@@ -298,7 +336,12 @@ def _distance(a: Change, b: Change) -> float:
 
 
 def _in_delta_space(
-    model: nn.Module, count: int, similarity: Similarity, combine: Combine, compression: Compression, merged: bool
+    model: nn.Module,
+    count: int,
+    similarity: Similarity,
+    combine: Combine,
+    compression: Compression,
+    merged: bool,
 ) -> dict[str, dict[str, Any]]:
     layers = wrapped_layers(model)
     result = _Result(model, merged)
@@ -310,12 +353,18 @@ def _in_delta_space(
             similarity.add(path, found, _weight_norm(layer))
             change, distance = combine(found, path)
             result.facts[path] = {"from_sum": distance}
-            replace_layer(model, layer, layer.innermost)  # its factors are free as soon as they are used
+            replace_layer(
+                model, layer, layer.innermost
+            )  # its factors are free as soon as they are used
             del found, layer
             if compression.parameters is not None:
                 waiting[path] = change
             elif compression:
-                result.put(path, change, compression.rank or rank_for(change, compression.energy, compression.error))
+                result.put(
+                    path,
+                    change,
+                    compression.rank or rank_for(change, compression.energy, compression.error),
+                )
             else:
                 result.put(path, change)
         if waiting:
@@ -372,14 +421,18 @@ def _compressed(result: Change, rank: int, facts: dict[str, Any]) -> Product:
 
 
 @torch.no_grad()
-def _folded(plain: nn.Module, result: Change, path: str) -> tuple[Mapping[str, Tensor | None], float, float]:
+def _folded(
+    plain: nn.Module, result: Change, path: str
+) -> tuple[Mapping[str, Tensor | None], float, float]:
     """Write W + D; returns what was there, and the squares of what rounding took and of the whole change."""
     dtype = kinds.dtype(plain)
     before = kinds.dense(plain, torch.promote_types(torch.float32, dtype))
     exact = before + result.dense()
     rounded = exact.to(dtype)
     if not torch.isfinite(rounded).all():
-        raise ValueError(f"{path}: the merged weight is not finite in {dtype}; compose on a float32 base.")
+        raise ValueError(
+            f"{path}: the merged weight is not finite in {dtype}; compose on a float32 base."
+        )
     lost = float((rounded.to(exact.dtype) - exact).double().square().sum())
     return (
         kinds.write(plain, {"weight": kinds.stored(plain, exact)}),
@@ -389,7 +442,9 @@ def _folded(plain: nn.Module, result: Change, path: str) -> tuple[Mapping[str, T
 
 
 @torch.no_grad()
-def _put(model: nn.Module, path: str, plain: nn.Module, result: Change, facts: dict[str, Any]) -> None:
+def _put(
+    model: nn.Module, path: str, plain: nn.Module, result: Change, facts: dict[str, Any]
+) -> None:
     """A LoRA with these factors, of scale 1."""
     if not isinstance(result, Product):
         raise ValueError(
@@ -401,15 +456,22 @@ def _put(model: nn.Module, path: str, plain: nn.Module, result: Change, facts: d
     if not (torch.isfinite(result.U).all() and torch.isfinite(result.V).all()):
         raise ValueError(f"The result at {path} is not finite; look at the adapters.")
     with torch.random.fork_rng(devices=[]):
-        layer = LoRA(plain, rank=1, alpha=1.0)  # the file states the rank of each layer, and alpha / rank is 1
-    layer.A.data, layer.B.data = result.V.to(layer.A).contiguous(), result.U.to(layer.B).contiguous()
+        layer = LoRA(
+            plain, rank=1, alpha=1.0
+        )  # the file states the rank of each layer, and alpha / rank is 1
+    layer.A.data, layer.B.data = (
+        result.V.to(layer.A).contiguous(),
+        result.U.to(layer.B).contiguous(),
+    )
     layer.requires_grad_(False)
     replace_layer(model, plain, layer)
     facts["rank"] = result.rank
 
 
 @contextmanager
-def _restored(model: nn.Module, described: Sequence[Mapping[str, Any]], others: str) -> Iterator[None]:
+def _restored(
+    model: nn.Module, described: Sequence[Mapping[str, Any]], others: str
+) -> Iterator[None]:
     """Modules trained whole have the base's values again after an error, or if they are to be left out."""
     names = {name for one in described for name in one["trained_modules"]}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -449,7 +511,10 @@ def _put_others(
         for name, values in found.items():
             if others == "average" and values[0][1].is_floating_point():
                 whole = sum(weight for weight, _ in values) or 1.0
-                value = sum((weight / whole * v.double() for weight, v in values), torch.zeros((), dtype=torch.float64))
+                value = sum(
+                    (weight / whole * v.double() for weight, v in values),
+                    torch.zeros((), dtype=torch.float64),
+                )
             else:
                 value = values[0][1]
             tensors[name].copy_(value)
@@ -465,7 +530,10 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     interference = [facts["interference"] for facts in layers.values()]
     if interference:
         yield f"interference: mean {sum(interference) / len(interference):+.4f}, {min(interference):+.4f} to {max(interference):+.4f}"
-    for name, words in (("from_sum", "distance from the weighted sum"), ("error", "error of the compression")):
+    for name, words in (
+        ("from_sum", "distance from the weighted sum"),
+        ("error", "error of the compression"),
+    ):
         values = [facts[name] for facts in layers.values() if name in facts]
         if any(values):
             yield f"{words}, relative: mean {sum(values) / len(values):.4f}, largest {max(values):.4f}"

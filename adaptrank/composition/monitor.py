@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from adaptrank import layers as kinds
+from adaptrank._collectives import first
 from adaptrank.composition.changes import change_of
 from adaptrank.composition.spectral import COLUMNS, diagnose, summed_up
-from adaptrank.distributed import first
-from adaptrank.parameterizations.base import wrapped_layers
+from adaptrank.parameterizations import wrapped_layers
 
 
 class SpectralMonitor(Callback):
@@ -29,14 +29,18 @@ class SpectralMonitor(Callback):
         file: None for no file.
     """
 
-    def __init__(self, layers: str | None = None, intruders: bool = False, file: str | None = "spectra.jsonl") -> None:
+    def __init__(
+        self, layers: str | None = None, intruders: bool = False, file: str | None = "spectra.jsonl"
+    ) -> None:
         self.layers, self.intruders, self.file = layers, intruders, file
         self.history: list[dict[str, Any]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        found = spectra(pl_module, self.layers, self.intruders)  # on every process: a sharded weight takes all of them
+        found = spectra(
+            pl_module, self.layers, self.intruders
+        )  # on every process: a sharded weight takes all of them
         if not found or not first():
             return
         summary = summed_up(found, {path: kind_of(path) for path in found})
@@ -58,14 +62,20 @@ class SpectralMonitor(Callback):
 
 
 @torch.no_grad()
-def spectra(model: nn.Module, layers: str | None = None, intruders: bool = True) -> dict[str, dict[str, Any]]:
+def spectra(
+    model: nn.Module, layers: str | None = None, intruders: bool = True
+) -> dict[str, dict[str, Any]]:
     """Layer -> its diagnostics, of every layer that is a matrix and has a change as one."""
     found = {}
     for path, layer in wrapped_layers(model).items():
         if layers is not None and not re.fullmatch(layers, path):
             continue
-        if isinstance(layer.innermost, kinds.MATRICES) and all(w.mergeable for w in layer.nest if w.enabled):
-            found[path] = diagnose(change_of(layer), kinds.dense(layer.innermost, layer.adapter_dtype), intruders)
+        if isinstance(layer.innermost, kinds.MATRICES) and all(
+            w.mergeable for w in layer.nest if w.enabled
+        ):
+            found[path] = diagnose(
+                change_of(layer), kinds.dense(layer.innermost, layer.adapter_dtype), intruders
+            )
     return found
 
 

@@ -24,7 +24,9 @@ def add(changes: Sequence[Change], weights: Sequence[float], key: str = "") -> C
     return total(changes, weights)
 
 
-def magnitude_prune(changes: Sequence[Change], weights: Sequence[float], key: str = "", density: float = 0.2) -> Change:
+def magnitude_prune(
+    changes: Sequence[Change], weights: Sequence[float], key: str = "", density: float = 0.2
+) -> Change:
     """sum_i w_i trim(D_i): of each change the largest entries alone.
 
     Args:
@@ -56,11 +58,19 @@ def ties(
     _in_range("density", density, 0, 1)
     _one_of("elect", elect, ("total", "frequency"))
     _one_of("normalize", normalize, ("count", "weights"))
-    return Dense(_ties([_trim(change.dense(), density) for change in changes], weights, scale, elect, normalize))
+    return Dense(
+        _ties(
+            [_trim(change.dense(), density) for change in changes], weights, scale, elect, normalize
+        )
+    )
 
 
 def dare(
-    changes: Sequence[Change], weights: Sequence[float], key: str = "", drop: float = 0.5, seed: int = 0
+    changes: Sequence[Change],
+    weights: Sequence[float],
+    key: str = "",
+    drop: float = 0.5,
+    seed: int = 0,
 ) -> Change:
     """DARE (arXiv:2311.03099): sum_i w_i M_i D_i / (1 - drop), M_i zeros and ones; its mean over seeds is the sum.
 
@@ -148,11 +158,17 @@ def options_of(operator: str, values: Mapping[str, Any]) -> dict[str, Any]:
         known = [
             "within",
             "cut",
-            *(list(inspect.signature(OPERATORS[within]).parameters)[3:] if within in OPERATORS else []),
+            *(
+                list(inspect.signature(OPERATORS[within]).parameters)[3:]
+                if within in OPERATORS
+                else []
+            ),
         ]
     for name in values:
         if name not in known:
-            raise ValueError(f"{operator} has no option {name!r}; it has {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"{operator} has no option {name!r}; it has {', '.join(known) or 'none'}."
+            )
     return dict(values)
 
 
@@ -178,16 +194,22 @@ def _trim(D: Tensor, density: float) -> Tensor:
     return D * mask.view_as(D)
 
 
-def _ties(matrices: Sequence[Tensor], weights: Sequence[float], scale: float, elect: str, normalize: str) -> Tensor:
+def _ties(
+    matrices: Sequence[Tensor], weights: Sequence[float], scale: float, elect: str, normalize: str
+) -> Tensor:
     stacked = torch.stack([w * D for D, w in zip(matrices, weights, strict=True)])
     votes = stacked if elect == "total" else stacked.sign()
     sign = torch.where(votes.sum(0) < 0, -1.0, 1.0).to(stacked)
     agree = (stacked.sign() == sign) & (stacked != 0)
     counted = agree.to(stacked)
     if normalize == "weights":
-        counted = counted * torch.tensor(weights, dtype=stacked.dtype, device=stacked.device).abs().view(-1, 1, 1)
+        counted = counted * torch.tensor(
+            weights, dtype=stacked.dtype, device=stacked.device
+        ).abs().view(-1, 1, 1)
     # An entry that no change has is zero, whatever it is divided by.
-    merged: Tensor = scale * (stacked * agree).sum(0) / counted.sum(0).clamp_min(torch.finfo(stacked.dtype).tiny)
+    merged: Tensor = (
+        scale * (stacked * agree).sum(0) / counted.sum(0).clamp_min(torch.finfo(stacked.dtype).tiny)
+    )
     return merged
 
 

@@ -38,7 +38,9 @@ class Similarity:
             pair: [] for pair in combinations(range(len(names)), 2)
         }
 
-    def add(self, key: str, changes: Sequence[Change | None], weight_norm: float | None = None) -> None:
+    def add(
+        self, key: str, changes: Sequence[Change | None], weight_norm: float | None = None
+    ) -> None:
         """The changes of one layer, and |W|."""
         there = [(i, change) for i, change in enumerate(changes) if change is not None]
         squares = {i: inner(change, change) for i, change in there}
@@ -48,7 +50,10 @@ class Similarity:
         together = whole + 2 * sum(products.values())
         self.layers[key] = {
             "norm": [norms.get(i) for i in range(len(changes))],
-            "relative": [norms[i] / weight_norm if i in norms and weight_norm else None for i in range(len(changes))],
+            "relative": [
+                norms[i] / weight_norm if i in norms and weight_norm else None
+                for i in range(len(changes))
+            ],
             "interference": 1 - together / whole if whole else 0.0,
         }
         found = dict(there)
@@ -59,21 +64,37 @@ class Similarity:
                 continue  # a change of nothing has no direction
             cosines[f"{self.names[i]} + {self.names[j]}"] = product / length
             self._pairs[i, j].append(
-                _pair(found[i], found[j], product / length, product, squares[i], squares[j], self.signs)
+                _pair(
+                    found[i],
+                    found[j],
+                    product / length,
+                    product,
+                    squares[i],
+                    squares[j],
+                    self.signs,
+                )
             )
 
     def report(self) -> dict[str, Any]:
         """All of it, as JSON-able data."""
         pairs = []
         for (i, j), layers in self._pairs.items():
-            mean = {name: sum(one[name] for one in layers) / len(layers) for name in layers[0]} if layers else {}
+            mean = (
+                {name: sum(one[name] for one in layers) / len(layers) for name in layers[0]}
+                if layers
+                else {}
+            )
             squares = [sum(one[name] for one in layers) for name in ("square_1", "square_2")]
-            entry: dict[str, Any] = {"adapters": [self.names[i], self.names[j]], "layers": len(layers)}
+            entry: dict[str, Any] = {
+                "adapters": [self.names[i], self.names[j]],
+                "layers": len(layers),
+            }
             if layers:
                 entry |= {
                     "rms_cos": math.sqrt(mean["cos2"]),
                     "signed_mean": mean["cos"],
-                    "global_cos": sum(one["product"] for one in layers) / math.sqrt(squares[0] * squares[1]),
+                    "global_cos": sum(one["product"] for one in layers)
+                    / math.sqrt(squares[0] * squares[1]),
                     "null": math.sqrt(mean["null"]),
                     "null_one_start": math.sqrt(mean["null_one_start"]),
                     "left_overlap": mean["left"],
@@ -157,7 +178,14 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
                 str(pair["layers"]),
                 *(
                     f"{pair[k]:.4f}"
-                    for k in ("rms_cos", "null", "null_one_start", "signed_mean", "left_overlap", "right_overlap")
+                    for k in (
+                        "rms_cos",
+                        "null",
+                        "null_one_start",
+                        "signed_mean",
+                        "left_overlap",
+                        "right_overlap",
+                    )
                 ),
                 f"{pair['norm_ratio']:.2f}",
             ]
@@ -165,5 +193,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for row in rows:
         yield "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
         )

@@ -33,13 +33,21 @@ def effective_rank(S: Tensor) -> float:
 
 def stable_rank(S: Tensor) -> float:
     """sum s^2 / s_1^2."""
-    return float(S.double().square().sum() / S[0].double().square()) if len(S) and float(S[0]) > 0 else 0.0
+    return (
+        float(S.double().square().sum() / S[0].double().square())
+        if len(S) and float(S[0]) > 0
+        else 0.0
+    )
 
 
 def participation_ratio(S: Tensor) -> float:
     """(sum s^2)^2 / sum s^4: at least the stable rank, at most the rank."""
     squares = S.double().square()
-    return float(squares.sum().square() / squares.square().sum()) if len(S) and float(S[0]) > 0 else 0.0
+    return (
+        float(squares.sum().square() / squares.square().sum())
+        if len(S) and float(S[0]) > 0
+        else 0.0
+    )
 
 
 def energy_rank(S: Tensor, energy: float) -> int:
@@ -85,7 +93,11 @@ def captured_energy(change: Change, V: Tensor) -> float:
 
     With the leading right singular vectors of W it is what PiCa's claim is about (arXiv:2505.20211).
     """
-    projected = change.U @ (change.V @ V.to(change.V)) if isinstance(change, Product) else change.D @ V.to(change.D)
+    projected = (
+        change.U @ (change.V @ V.to(change.V))
+        if isinstance(change, Product)
+        else change.D @ V.to(change.D)
+    )
     whole = change.norm() ** 2
     return float(projected.double().square().sum()) / whole if whole else 0.0
 
@@ -138,7 +150,11 @@ def diagnose(
             },
             "spectrum_moved": float((after - values).abs().max()) / largest if largest else None,
             # Of as many leading directions of W as the change has rank, against a random space and the best one.
-            "captured": {"leading": captured_energy(change, Vh[:r].T), "random": r / n, "best": best},
+            "captured": {
+                "leading": captured_energy(change, Vh[:r].T),
+                "random": r / n,
+                "best": best,
+            },
         }
     return found
 
@@ -156,7 +172,9 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 """What a table shows: name, head, format. "energy" is the rank of 99 % of the energy, "share" the rank at 1e-3 over min(m, n)."""
 
 
-def summed_up(layers: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def summed_up(
+    layers: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
     """Kind of layer -> mean of each column over its layers, "all" the last."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for path, facts in layers.items():
@@ -187,10 +205,18 @@ def lines(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The table for the terminal."""
     rows = [["", "layers", *(head for _, head, _ in COLUMNS)]]
     for kind, means in summary.items():
-        cells = [format(means[name], spec) if means[name] == means[name] else "-" for name, _, spec in COLUMNS]
+        cells = [
+            format(means[name], spec) if means[name] == means[name] else "-"
+            for name, _, spec in COLUMNS
+        ]
         rows.append([kind, f"{means['layers']:.0f}", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in rows
     ]

@@ -1,8 +1,8 @@
 """Data: LightningDataModules whose batches are reproducible, resumable and collated to the batch's own length."""
 
-from adaptrank.data.base import CompletionTask, LabelTask, TaskData
 from adaptrank.data.loader import BatchOrder, ResumableLoader
 from adaptrank.data.synthetic import ArithmeticProblems, GeneratedQuestions
+from adaptrank.data.task import CompletionTask, LabelTask, TaskData
 from adaptrank.data.text import CausalLMData, ClassificationData, Source
 
 __all__ = [

@@ -12,7 +12,9 @@ Example = Mapping[str, Any]
 Batch = dict[str, Any]
 
 
-def pad(sequences: Sequence[Tensor], value: int, *, left: bool = False, multiple_of: int = 1) -> Tensor:
+def pad(
+    sequences: Sequence[Tensor], value: int, *, left: bool = False, multiple_of: int = 1
+) -> Tensor:
     """Stack B sequences of lengths (L_b,) into (B, L), L = max L_b rounded up to `multiple_of`; the rest holds `value`."""
     width = max((len(s) for s in sequences), default=0)
     width = -(-width // multiple_of) * multiple_of
@@ -25,7 +27,12 @@ def pad(sequences: Sequence[Tensor], value: int, *, left: bool = False, multiple
 
 def mask(sequences: Sequence[Tensor], *, left: bool = False, multiple_of: int = 1) -> Tensor:
     """Attention mask (B, L) of what `pad` returns: 1 on the sequences, 0 on the padding."""
-    return pad([torch.ones(len(s), dtype=torch.long) for s in sequences], 0, left=left, multiple_of=multiple_of)
+    return pad(
+        [torch.ones(len(s), dtype=torch.long) for s in sequences],
+        0,
+        left=left,
+        multiple_of=multiple_of,
+    )
 
 
 def causal_batch(examples: Sequence[Example], pad_id: int, *, multiple_of: int = 1) -> Batch:
@@ -59,8 +66,12 @@ def choice_batch(examples: Sequence[Example], pad_id: int) -> Batch:
     choice's text; target (B,) index of the right choice within its group. Labels are -100 on the prompt, and no end follows.
     """
     batch = causal_batch([choice for e in examples for choice in e["choices"]], pad_id)
-    batch["group"] = torch.tensor([b for b, e in enumerate(examples) for _ in e["choices"]], dtype=torch.long)
-    batch["characters"] = torch.tensor([c["characters"] for e in examples for c in e["choices"]], dtype=torch.long)
+    batch["group"] = torch.tensor(
+        [b for b, e in enumerate(examples) for _ in e["choices"]], dtype=torch.long
+    )
+    batch["characters"] = torch.tensor(
+        [c["characters"] for e in examples for c in e["choices"]], dtype=torch.long
+    )
     batch["target"] = torch.tensor([e["target"] for e in examples], dtype=torch.long)
     return batch
 
@@ -75,7 +86,9 @@ def validation_batch(examples: Sequence[Example], pad_id: int) -> Batch:
     return batch
 
 
-def class_batch(examples: Sequence[Example], pad_id: int, *, pad_type_id: int = 0, multiple_of: int = 1) -> Batch:
+def class_batch(
+    examples: Sequence[Example], pad_id: int, *, pad_type_id: int = 0, multiple_of: int = 1
+) -> Batch:
     """Batch for classification: input_ids, attention_mask and, where examples have them, token_type_ids (B, L) and labels (B,).
 
     Labels are int64, or float32 where the examples' are floats.

@@ -66,7 +66,11 @@ def rounds(
     count = -(-n // size)
     if shuffle and lengths is not None:
         pool = size * max(1, min(POOL, count // 4))
-        order = [i for s in range(0, n, pool) for i in sorted(order[s : s + pool], key=lambda i: lengths[i])]
+        order = [
+            i
+            for s in range(0, n, pool)
+            for i in sorted(order[s : s + pool], key=lambda i: lengths[i])
+        ]
     dealt = [order[s : s + size] for s in range(0, n, size)]
     if len(dealt) > 1 and len(dealt[-1]) < world_size:
         tail = dealt.pop(-2) + dealt.pop()
@@ -76,7 +80,10 @@ def rounds(
         generator.shuffle(dealt)
     spare = order * world_size
     full = [r + spare[: max(0, world_size - len(r))] for r in dealt]
-    return [[r[k * len(r) // world_size : (k + 1) * len(r) // world_size] for k in range(world_size)] for r in full]
+    return [
+        [r[k * len(r) // world_size : (k + 1) * len(r) // world_size] for k in range(world_size)]
+        for r in full
+    ]
 
 
 class BatchOrder:
@@ -109,10 +116,20 @@ class BatchOrder:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds no example; use 1 or more.")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not among {world_size} processes; use 0 to {world_size - 1}.")
+            raise ValueError(
+                f"rank={rank} is not among {world_size} processes; use 0 to {world_size - 1}."
+            )
         if lengths is not None and len(lengths) != n:
-            raise ValueError(f"{len(lengths)} lengths arrived for {n} examples; give one length an example.")
-        self.n, self.batch_size, self.seed, self.shuffle, self.lengths = n, batch_size, seed, shuffle, lengths
+            raise ValueError(
+                f"{len(lengths)} lengths arrived for {n} examples; give one length an example."
+            )
+        self.n, self.batch_size, self.seed, self.shuffle, self.lengths = (
+            n,
+            batch_size,
+            seed,
+            shuffle,
+            lengths,
+        )
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
@@ -196,7 +213,9 @@ class ResumableLoader:
             counted, start = self.trainer.current_epoch, 0
             if self.trainer.train_dataloader is self:
                 state = self.restored() or state
-            if state is not None:  # only then: others may read another loader of the same Trainer at any time
+            if (
+                state is not None
+            ):  # only then: others may read another loader of the same Trainer at any time
                 start = self.trainer.fit_loop.batch_idx + 1
                 over = not start and state["position"] >= min(2, self.trainer.num_training_batches)
                 self.behind = counted - state["epoch"] - over
@@ -213,10 +232,14 @@ class ResumableLoader:
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # DataLoader draws the seed of its workers: from here, or the dropout of the training would depend on it.
-            generator=torch.Generator().manual_seed(rng("workers", order.seed, order.epoch, start).getrandbits(62)),
+            generator=torch.Generator().manual_seed(
+                rng("workers", order.seed, order.epoch, start).getrandbits(62)
+            ),
         )
         for batch in loader:
-            self.position += 1  # before the batch is used: a checkpoint written in its step counts it as seen
+            self.position += (
+                1  # before the batch is used: a checkpoint written in its step counts it as seen
+            )
             yield batch
 
     def _check(self, stored: dict[str, Any]) -> None:
@@ -233,7 +256,11 @@ class ResumableLoader:
         """Epoch, number of batches handed out in it, and what the order depends on."""
         if self._resume is not None:  # asked before the first batch after a resume
             return self._resume
-        return {"epoch": self.epoch, "position": self.position, "order": self.batch_sampler.fingerprint()}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "order": self.batch_sampler.fingerprint(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where that state was, if it is one of the same epoch."""

@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from adaptrank.data.base import CompletionTask, LabelTask, Row, Split
 from adaptrank.data.loader import rng
+from adaptrank.data.task import CompletionTask, LabelTask, Row, Split
 
 NAMES = (
     "Ana",
@@ -142,7 +142,9 @@ class ArithmeticProblems(CompletionTask):
         ValueError: if more problems are asked for than can be told apart.
     """
 
-    def __init__(self, train_size: int = 2000, val_size: int = 200, *, max_length: int = 64, **kwargs: Any) -> None:
+    def __init__(
+        self, train_size: int = 2000, val_size: int = 200, *, max_length: int = 64, **kwargs: Any
+    ) -> None:
         super().__init__(max_length=max_length, **kwargs)
         self.train_size, self.val_size = train_size, val_size
 
@@ -161,10 +163,16 @@ class ArithmeticProblems(CompletionTask):
             form, text = generator.choice(templates)
             a, b, c = operands(form, generator, validation=split == "val")
             name, other = generator.sample(NAMES, 2)
-            question = text.format(a=a, b=b, c=c, name=name, other=other, thing=generator.choice(THINGS))
+            question = text.format(
+                a=a, b=b, c=c, name=name, other=other, thing=generator.choice(THINGS)
+            )
             answer = str(FORMS[form](a, b, c))
             completion = f" {form.format(a=a, b=b, c=c)} = {answer}"
-            return {"prompt": f"Question: {question}\nAnswer:", "completion": completion, "answer": answer}
+            return {
+                "prompt": f"Question: {question}\nAnswer:",
+                "completion": completion,
+                "answer": answer,
+            }
 
         return distinct(row, "prompt", size, f"{split}_size")
 
@@ -233,7 +241,12 @@ TRAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
         "Why is {food} healthy?",
         "Why was {man} arrested?",
     ),
-    "meaning": ("What is a {word}?", "What does {word} mean?", "What is {food} made of?", "What are {animals}?"),
+    "meaning": (
+        "What is a {word}?",
+        "What does {word} mean?",
+        "What is {food} made of?",
+        "What are {animals}?",
+    ),
 }
 VALIDATION_QUESTIONS: dict[str, tuple[str, ...]] = {
     "person": (
@@ -261,24 +274,69 @@ VALIDATION_QUESTIONS: dict[str, tuple[str, ...]] = {
         "Explain the cause of the decline of {animals}.",
         "For what reason did {man} resign?",
     ),
-    "meaning": ("Define the word {word}.", "Give a short description of {animals}.", "Explain the term {word}."),
+    "meaning": (
+        "Define the word {word}.",
+        "Give a short description of {animals}.",
+        "Explain the term {word}.",
+    ),
 }
 TRAIN_WORDS: dict[str, tuple[str, ...]] = {
-    "work": ("Hamlet", "War and Peace", "The Hobbit", "Emma", "Faust", "Dracula", "Moby Dick", "Ulysses"),
+    "work": (
+        "Hamlet",
+        "War and Peace",
+        "The Hobbit",
+        "Emma",
+        "Faust",
+        "Dracula",
+        "Moby Dick",
+        "Ulysses",
+    ),
     "man": ("Mozart", "Napoleon", "Einstein", "Lincoln", "Plato", "Picasso", "Newton", "Gandhi"),
-    "prize": ("World Cup", "Nobel Prize in physics", "Tour de France", "Booker Prize", "Super Bowl"),
-    "building": ("the Eiffel Tower", "the Taj Mahal", "Big Ben", "the White House", "the Louvre", "the Kremlin"),
+    "prize": (
+        "World Cup",
+        "Nobel Prize in physics",
+        "Tour de France",
+        "Booker Prize",
+        "Super Bowl",
+    ),
+    "building": (
+        "the Eiffel Tower",
+        "the Taj Mahal",
+        "Big Ben",
+        "the White House",
+        "the Louvre",
+        "the Kremlin",
+    ),
     "animals": ("lions", "penguins", "bees", "elephants", "wolves", "sharks", "owls", "bats"),
-    "event": ("French Revolution", "Cold War", "Great Depression", "Crusades", "Gold Rush", "Civil War"),
+    "event": (
+        "French Revolution",
+        "Cold War",
+        "Great Depression",
+        "Crusades",
+        "Gold Rush",
+        "Civil War",
+    ),
     "food": ("bread", "cheese", "olive oil", "rice", "chocolate", "honey"),
     "word": ("prism", "glacier", "sonnet", "embargo", "molecule", "quorum", "fresco", "nebula"),
 }
 VALIDATION_WORDS: dict[str, tuple[str, ...]] = {
     "work": ("Don Quixote", "Jane Eyre", "The Odyssey", "Dune", "Middlemarch", "Candide"),
     "man": ("Beethoven", "Caesar", "Darwin", "Churchill", "Galileo", "Columbus"),
-    "building": ("the Colosseum", "the Pentagon", "the Alhambra", "Windsor Castle", "the Parthenon"),
+    "building": (
+        "the Colosseum",
+        "the Pentagon",
+        "the Alhambra",
+        "Windsor Castle",
+        "the Parthenon",
+    ),
     "animals": ("tigers", "dolphins", "ants", "kangaroos", "eagles", "camels"),
-    "event": ("Olympic Games of antiquity", "Boer War", "Black Death", "Boston Tea Party", "Reformation"),
+    "event": (
+        "Olympic Games of antiquity",
+        "Boer War",
+        "Black Death",
+        "Boston Tea Party",
+        "Reformation",
+    ),
     "food": ("yogurt", "potatoes", "salmon", "peanuts", "pasta"),
     "word": ("telescope", "parachute", "barometer", "turbine", "compass", "sextant"),
 }
@@ -301,7 +359,9 @@ class GeneratedQuestions(LabelTask):
         ValueError: if more questions are asked for than can be told apart.
     """
 
-    def __init__(self, train_size: int = 120, val_size: int = 72, *, max_length: int = 32, **kwargs: Any) -> None:
+    def __init__(
+        self, train_size: int = 120, val_size: int = 72, *, max_length: int = 32, **kwargs: Any
+    ) -> None:
         super().__init__(max_length=max_length, **kwargs)
         self.train_size, self.val_size = train_size, val_size
 
@@ -317,13 +377,22 @@ class GeneratedQuestions(LabelTask):
         return None
 
     def _draw(
-        self, split: Split, questions: dict[str, tuple[str, ...]], words: dict[str, tuple[str, ...]], size: int
+        self,
+        split: Split,
+        questions: dict[str, tuple[str, ...]],
+        words: dict[str, tuple[str, ...]],
+        size: int,
     ) -> list[Row]:
         generator = rng("questions", split, self.seed)
-        every = [sorted({t.format_map(w) for t in ts for w in fillings(t, words)}) for ts in questions.values()]
+        every = [
+            sorted({t.format_map(w) for t in ts for w in fillings(t, words)})
+            for ts in questions.values()
+        ]
         most = len(every) * min(len(texts) for texts in every)
         if size > most:
-            raise ValueError(f"{split}_size={size} asks for more questions than there are; use {most} or fewer.")
+            raise ValueError(
+                f"{split}_size={size} asks for more questions than there are; use {most} or fewer."
+            )
         drawn: list[Row] = []
         for label, texts in enumerate(every):
             wanted = (size + len(every) - 1 - label) // len(every)

@@ -10,14 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank.data.base import CompletionTask, LabelTask, Row, Split
 from adaptrank.data.loader import rng
+from adaptrank.data.task import CompletionTask, LabelTask, Row, Split
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
 LABELS_FILE = "labels.json"
 COMPLETION_FIELDS = ("prompt", "completion", "answer", "choices", "label", "messages")
 LABEL_FIELDS = ("text", "text_pair", "label")
@@ -75,7 +79,9 @@ def builder_of(path: Path) -> str | None:
 def is_local(path: str) -> bool:
     """Whether a path means files of this machine rather than a name on the Hub, whether or not they exist."""
     where = Path(path).expanduser()
-    looks = path.startswith((".", "/", "~")) or glob.has_magic(path) or builder_of(where) is not None
+    looks = (
+        path.startswith((".", "/", "~")) or glob.has_magic(path) or builder_of(where) is not None
+    )
     return looks or where.exists()
 
 
@@ -91,18 +97,26 @@ def local_files(path: str, split: str) -> list[Path]:
     if glob.has_magic(path):
         found = sorted(p for p in map(Path, glob.glob(str(where), recursive=True)) if builder_of(p))
         if not found:
-            raise FileNotFoundError(f"No file matches {path!r}; files read here end in {sorted(BUILDERS)}.")
+            raise FileNotFoundError(
+                f"No file matches {path!r}; files read here end in {sorted(BUILDERS)}."
+            )
         return found
     if where.is_file():
         return [where]
     if not where.is_dir():
         parent = where.parent
         there = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-        hint = closest(where.name, there) if there else f"; its folder {str(parent)!r} does not exist either."
+        hint = (
+            closest(where.name, there)
+            if there
+            else f"; its folder {str(parent)!r} does not exist either."
+        )
         raise FileNotFoundError(f"There is no {path!r}{hint}")
     files = sorted(p for p in where.iterdir() if builder_of(p))
     if not files:
-        raise FileNotFoundError(f"The folder {path!r} has no data file; files read here end in {sorted(BUILDERS)}.")
+        raise FileNotFoundError(
+            f"The folder {path!r} has no data file; files read here end in {sorted(BUILDERS)}."
+        )
 
     def names(p: Path, words: tuple[str, ...]) -> bool:
         return any(p.name.startswith((w + ".", w + "-", w + "_")) for w in words)
@@ -124,7 +138,11 @@ def load(source: Source, split: str) -> "Dataset | None":
     from datasets.arrow_dataset import Dataset
     from datasets.exceptions import DatasetGenerationError
     from datasets.load import load_dataset
-    from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     wanted = source.split or split
     name = wanted.split("[")[0]
@@ -144,14 +162,22 @@ def load(source: Source, split: str) -> "Dataset | None":
             raise ValueError(f"The folder {source.path!r} has no {name!r} split; it holds {there}.")
         kinds = sorted({builder_of(p) or p.suffix for p in files})
         if len(kinds) > 1 or kinds[0] not in BUILDERS.values():
-            raise ValueError(f"{source.path!r} holds {kinds} files; give files of one kind, of {sorted(BUILDERS)}.")
+            raise ValueError(
+                f"{source.path!r} holds {kinds} files; give files of one kind, of {sorted(BUILDERS)}."
+            )
         options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
         try:
-            found = load_dataset(kinds[0], data_files={name: [str(p) for p in files]}, split=wanted, **options)
+            found = load_dataset(
+                kinds[0], data_files={name: [str(p) for p in files]}, split=wanted, **options
+            )
         except ValueError as error:
-            raise ValueError(f"No rows come from {source.path!r} as split {wanted!r}: {error}") from error
+            raise ValueError(
+                f"No rows come from {source.path!r} as split {wanted!r}: {error}"
+            ) from error
         except DatasetGenerationError as error:
-            raise ValueError(f"{source.path!r} cannot be read as {kinds[0]}: {error.__cause__ or error}") from error
+            raise ValueError(
+                f"{source.path!r} cannot be read as {kinds[0]}: {error.__cause__ or error}"
+            ) from error
         assert isinstance(found, Dataset)
         return found
     finally:
@@ -168,7 +194,9 @@ def _load_from_hub(source: Source, wanted: str) -> "Dataset | None":
         if source.split is None:
             names = get_dataset_split_names(source.path, source.name)
             if wanted not in names and wanted == "train":
-                raise ValueError(f"{source.path!r} has no train split; set `split` to one of {names}.")
+                raise ValueError(
+                    f"{source.path!r} has no train split; set `split` to one of {names}."
+                )
             if wanted not in names:
                 return None
         found = load_dataset(source.path, source.name, split=wanted)
@@ -214,7 +242,9 @@ def reader(field: str, template: str, columns: list[str], path: str) -> Callable
     return lambda row: form.vformat(template, (), row)
 
 
-def mapped(data: "Dataset", source: Source, wanted: tuple[str, ...], required: tuple[str, ...]) -> list[Row]:
+def mapped(
+    data: "Dataset", source: Source, wanted: tuple[str, ...], required: tuple[str, ...]
+) -> list[Row]:
     """Rows with the wanted fields, those that are None in a row left out.
 
     Raises:
@@ -225,7 +255,9 @@ def mapped(data: "Dataset", source: Source, wanted: tuple[str, ...], required: t
     for field in wanted:
         template = getattr(source, field)
         if template is not None or field in columns:
-            readers[field] = reader(field, field if template is None else template, columns, source.path)
+            readers[field] = reader(
+                field, field if template is None else template, columns, source.path
+            )
     for field in required:
         if field not in readers:
             raise ValueError(
@@ -236,7 +268,9 @@ def mapped(data: "Dataset", source: Source, wanted: tuple[str, ...], required: t
     for k, raw in enumerate(data):
         row = {f: v for f, read in readers.items() if (v := read(raw)) is not None}
         if absent := [f for f in required if f not in row]:
-            raise ValueError(f"Row {k} of {source.path!r} has no {absent[0]!r} (it is null); remove or fill such rows.")
+            raise ValueError(
+                f"Row {k} of {source.path!r} has no {absent[0]!r} (it is null); remove or fill such rows."
+            )
         rows.append(row)
     return rows
 
@@ -246,7 +280,9 @@ def repeated(rows: list[Row], weight: float, *key: object) -> list[Row]:
     if weight <= 0:
         raise ValueError(f"weight={weight} takes no row; use a positive one, or remove the source.")
     whole, rest = int(weight), round((weight - int(weight)) * len(rows))
-    return rows * whole + [rows[i] for i in sorted(rng("weight", *key).sample(range(len(rows)), rest))]
+    return rows * whole + [
+        rows[i] for i in sorted(rng("weight", *key).sample(range(len(rows)), rest))
+    ]
 
 
 class _Sources:
@@ -263,16 +299,22 @@ class _Sources:
         settings: dict[str, str | None],
     ) -> None:
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} is not a share; use a number between 0 and 1, such as 0.1.")
+            raise ValueError(
+                f"val_fraction={val_fraction} is not a share; use a number between 0 and 1, such as 0.1."
+            )
         if not sources:
-            raise ValueError("`sources` is empty; name a data set, for example sources: [{path: data/train.jsonl}].")
+            raise ValueError(
+                "`sources` is empty; name a data set, for example sources: [{path: data/train.jsonl}]."
+            )
         given: dict[str, Sources | None] = {
             "train": sources,
             "val": validation,
             "test": test,
             "predict": predict,
         }
-        self.by_split = {k: None if v is None else self._complete(v, settings) for k, v in given.items()}
+        self.by_split = {
+            k: None if v is None else self._complete(v, settings) for k, v in given.items()
+        }
         self.val_fraction, self.seed = val_fraction, seed
 
     @staticmethod
@@ -283,14 +325,17 @@ class _Sources:
         ]
         return [replace(source, **found) for source, found in zip(listed, unset, strict=True)]
 
-    def parts(self, split: Split, read: Callable[["Dataset", Source], list[Row]]) -> list[list[Row]] | None:
+    def parts(
+        self, split: Split, read: Callable[["Dataset", Source], list[Row]]
+    ) -> list[list[Row]] | None:
         """Rows of a split, source by source; None where the validation rows serve."""
         train = self.by_split["train"]
         assert train is not None
         if split == "train":
             cut = [self._cut(s, read) for s in train]
             return [
-                repeated(rows, s.weight, self.seed, k) for k, ((rows, _), s) in enumerate(zip(cut, train, strict=True))
+                repeated(rows, s.weight, self.seed, k)
+                for k, ((rows, _), s) in enumerate(zip(cut, train, strict=True))
             ]
         own = self.by_split[split]
         if own is not None:
@@ -302,14 +347,20 @@ class _Sources:
             return [self._cut(s, read)[1] for s in train]
         return None
 
-    def _cut(self, source: Source, read: Callable[["Dataset", Source], list[Row]]) -> tuple[list[Row], list[Row]]:
+    def _cut(
+        self, source: Source, read: Callable[["Dataset", Source], list[Row]]
+    ) -> tuple[list[Row], list[Row]]:
         """Training and validation rows of a training source: its own validation split, or a seeded share of its rows."""
         data = load(source, "train")
         assert data is not None
         rows = read(data, source)
         if self.by_split["val"] is not None:
             return rows, []
-        own = load(source, "validation") if source.split is None and not self._is_file(source) else None
+        own = (
+            load(source, "validation")
+            if source.split is None and not self._is_file(source)
+            else None
+        )
         if own is not None:
             return rows, read(own, source)
         held = max(1, round(self.val_fraction * len(rows)))
@@ -369,7 +420,9 @@ class CausalLMData(CompletionTask):
         super().__init__(**kwargs)
         settings = {"prompt": prompt, "completion": completion, "answer": answer}
         settings |= {"choices": choices, "label": label, "messages": messages}
-        self._sources = _Sources(sources, validation, test, predict, val_fraction, self.seed, settings)
+        self._sources = _Sources(
+            sources, validation, test, predict, val_fraction, self.seed, settings
+        )
 
     def rows(self, split: Split) -> list[Row] | None:
         def read(data: "Dataset", source: Source) -> list[Row]:
@@ -419,7 +472,11 @@ def choice_index(label: Any, choices: list[str], where: str) -> int:
     if isinstance(label, str):
         if label in choices:
             return choices.index(label)
-        label = ord(label) - ord("A") if len(label) == 1 and label.isupper() and label.isascii() else label
+        label = (
+            ord(label) - ord("A")
+            if len(label) == 1 and label.isupper() and label.isascii()
+            else label
+        )
     if isinstance(label, int) and 0 <= label < len(choices):
         return label
     raise ValueError(
@@ -477,9 +534,13 @@ class ClassificationData(LabelTask):
             )
         self.regression = regression
         settings = {"text": text, "text_pair": text_pair, "label": label}
-        self._sources = _Sources(sources, validation, test, predict, val_fraction, self.seed, settings)
+        self._sources = _Sources(
+            sources, validation, test, predict, val_fraction, self.seed, settings
+        )
         self._classes = classes
-        self._derived: dict[Any, int] | None = None  # label -> index, where the labels themselves are the names
+        self._derived: dict[Any, int] | None = (
+            None  # label -> index, where the labels themselves are the names
+        )
 
     @property
     def class_names(self) -> list[str] | None:
@@ -526,7 +587,9 @@ class ClassificationData(LabelTask):
             return int(label)
         shown = names if len(names) <= 20 else [*names[:20], "..."]
         hint = closest(label, names) if isinstance(label, str) else "."
-        raise ValueError(f"{where}: label {label!r} is none of the {len(names)} classes {shown}{hint}")
+        raise ValueError(
+            f"{where}: label {label!r} is none of the {len(names)} classes {shown}{hint}"
+        )
 
     def _find_classes(self) -> None:
         if self.regression or self._classes is not None:
@@ -535,14 +598,25 @@ class ClassificationData(LabelTask):
         assert sources is not None
         declared = {s.path: names for s in sources if (names := declared_classes(s)) is not None}
         if len({tuple(names) for names in declared.values()}) > 1:
-            raise ValueError(f"The sources name different classes: {declared}; give all of them in `classes`.")
+            raise ValueError(
+                f"The sources name different classes: {declared}; give all of them in `classes`."
+            )
         if declared:
             self._classes = next(iter(declared.values()))
             return
-        parts = self._sources.parts("train", lambda data, source: label_rows(data, source, labelled=True)) or []
+        parts = (
+            self._sources.parts(
+                "train", lambda data, source: label_rows(data, source, labelled=True)
+            )
+            or []
+        )
         found = {row["label"] for part in parts for row in part}
-        if any(isinstance(label, str) for label in found) and not all(isinstance(label, str) for label in found):
-            raise ValueError(f"Some labels are names and some are numbers ({sorted(map(str, found))}); use one kind.")
+        if any(isinstance(label, str) for label in found) and not all(
+            isinstance(label, str) for label in found
+        ):
+            raise ValueError(
+                f"Some labels are names and some are numbers ({sorted(map(str, found))}); use one kind."
+            )
         self._derived = {label: i for i, label in enumerate(sorted(found))}
         self._classes = [str(label) for label in self._derived]
 
@@ -567,7 +641,9 @@ def declared_classes(source: Source) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def label_rows(data: "Dataset", source: Source, *, labelled: bool, regression: bool = False) -> list[Row]:
+def label_rows(
+    data: "Dataset", source: Source, *, labelled: bool, regression: bool = False
+) -> list[Row]:
     """Rows with text, text_pair ("" where it is null) if the source has one, and, if `labelled`, the label as it stands in the data.
 
     Raises:

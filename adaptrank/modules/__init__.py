@@ -1,6 +1,6 @@
 """One LightningModule per task: build the backbone, adapt it, step, log."""
 
-from adaptrank.modules.base import AdaptedModule, Adapter
+from adaptrank.modules.adapted import AdaptedModule, Adapter
 from adaptrank.modules.causal_lm import CausalLM
 from adaptrank.modules.sequence_classification import SequenceClassification
 

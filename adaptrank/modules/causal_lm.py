@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from adaptrank import products, unpadded
-from adaptrank.losses import linear_cross_entropy
-from adaptrank.metrics import ExactMatch, MultipleChoice
-from adaptrank.modules.base import AdaptedModule
+from adaptrank.modules import padding_free as unpadded
+from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.metrics import ExactMatch, MultipleChoice
+from adaptrank.ops import low_rank as products
+from adaptrank.ops.cross_entropy import linear_cross_entropy
 
 
 class CausalLM(AdaptedModule):
@@ -47,9 +48,14 @@ class CausalLM(AdaptedModule):
         self.exact_match = ExactMatch()
         self.choice = MultipleChoice()
         self.choice_norm = MultipleChoice(normalize=True)
-        self._split: tuple[Any, nn.Module | None] = (None, None)  # the model that was asked, and its body
+        self._split: tuple[Any, nn.Module | None] = (
+            None,
+            None,
+        )  # the model that was asked, and its body
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
         if labels.dim() != 2:
             raise ValueError(
@@ -65,18 +71,29 @@ class CausalLM(AdaptedModule):
             return linear_cross_entropy(hidden, *head, targets[wanted]), wanted.nonzero()[:, 0]
         columns = wanted.any(0).nonzero().squeeze(1)  # positions that some row needs
         if "logits_to_keep" in self._forward_arguments:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns).logits
+            logits = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns
+            ).logits
         else:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, columns]
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[
+                :, columns
+            ]
         wanted, targets = wanted[:, columns], targets[:, columns]
         losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
         return losses, wanted.nonzero()[:, 0]
 
-    def _hidden(self, body: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
+    def _hidden(
+        self, body: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor
+    ) -> Tensor:
         """Last hidden states where the next token is wanted: (tokens, d)."""
         mask, here = attention_mask != 0, F.pad(wanted, (0, 1))
         trains = self.training and torch.is_grad_enabled()
-        if self.padding_free and trains and unpadded.fits(body, mask) and not bool((here & ~mask).any()):
+        if (
+            self.padding_free
+            and trains
+            and unpadded.fits(body, mask)
+            and not bool((here & ~mask).any())
+        ):
             return unpadded.hidden_states(body, input_ids, mask)[here[mask]]
         hidden: Tensor = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden[here]
@@ -107,12 +124,16 @@ class CausalLM(AdaptedModule):
         self.mean_loss.update(losses)
         self.log("loss", self.mean_loss, prog_bar=True, batch_size=size)
         if self.generate_answers and "answers" in batch:
-            self.exact_match.update(self.complete(batch["prompt_ids"], batch["prompt_mask"]), batch["answers"])
+            self.exact_match.update(
+                self.complete(batch["prompt_ids"], batch["prompt_mask"]), batch["answers"]
+            )
             self.log("exact_match", self.exact_match, prog_bar=True, batch_size=size)
         if "choices" in batch:
             rows = batch["choices"]
             losses, row = self(rows["input_ids"], rows["attention_mask"], rows["labels"])
-            scores = torch.zeros(len(rows["input_ids"]), device=losses.device).index_add(0, row, -losses)
+            scores = torch.zeros(len(rows["input_ids"]), device=losses.device).index_add(
+                0, row, -losses
+            )
             for metric, name in ((self.choice, "accuracy"), (self.choice_norm, "accuracy_norm")):
                 metric.update(scores, rows["characters"], rows["group"], rows["target"])
                 self.log(name, metric, batch_size=size)
@@ -129,7 +150,9 @@ class CausalLM(AdaptedModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         texts = self.complete(batch["prompt_ids"], batch["prompt_mask"])
-        return [{"prompt": p, "completion": t} for p, t in zip(batch["prompts"], texts, strict=True)]
+        return [
+            {"prompt": p, "completion": t} for p, t in zip(batch["prompts"], texts, strict=True)
+        ]
 
     @torch.no_grad()
     def complete(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
@@ -142,7 +165,9 @@ class CausalLM(AdaptedModule):
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts: list[str] = self.tokenizer.batch_decode(output[:, prompt_ids.shape[1] :], skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(
+            output[:, prompt_ids.shape[1] :], skip_special_tokens=True
+        )
         return texts
 
 
@@ -161,7 +186,10 @@ def body_of(model: Any) -> nn.Module | None:
             if name.startswith("_"):
                 raise AttributeError(name)
 
-    body, head = getattr(model, model.base_model_prefix or "model", None), model.get_output_embeddings()
+    body, head = (
+        getattr(model, model.base_model_prefix or "model", None),
+        model.get_output_embeddings(),
+    )
     plain = products.plain(head)
     if not isinstance(body, nn.Module) or body is model or plain is None:
         return None
@@ -174,7 +202,12 @@ def body_of(model: Any) -> nn.Module | None:
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
             return body if torch.equal(logits, head(hidden)) else None
-    except (AttributeError, KeyError, TypeError, ValueError):  # it reads more of its body than the last hidden state
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # it reads more of its body than the last hidden state
         return None
     finally:
         if own is None:

@@ -16,7 +16,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from adaptrank import backbones
-from adaptrank.modules.base import AdaptedModule
+from adaptrank.modules.adapted import AdaptedModule
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
@@ -35,7 +35,11 @@ class SequenceClassification(AdaptedModule):
     metrics_shown: ClassVar = ("loss", "accuracy", "f1", "matthews", "pearson", "spearman")
 
     def __init__(
-        self, *args: Any, num_labels: int | None = None, metrics: list[MetricName] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        num_labels: int | None = None,
+        metrics: list[MetricName] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.num_labels, self.metric_names = num_labels, metrics
@@ -53,8 +57,12 @@ class SequenceClassification(AdaptedModule):
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
-        backbone = backbones.load_model(self.source, auto_class, self.frozen_dtype, num_labels=self._labels())
-        if backbone.config.pad_token_id is None:  # a decoder finds the last token of a text by its padding
+        backbone = backbones.load_model(
+            self.source, auto_class, self.frozen_dtype, num_labels=self._labels()
+        )
+        if (
+            backbone.config.pad_token_id is None
+        ):  # a decoder finds the last token of a text by its padding
             backbone.config.pad_token_id = self.tokenizer.pad_token_id
         return backbone
 
@@ -62,7 +70,9 @@ class SequenceClassification(AdaptedModule):
         """Every child of the model beside the pretrained part that has parameters."""
         base = getattr(backbone, "base_model_prefix", "")
         return [
-            name for name, child in backbone.named_children() if name != base and any(True for _ in child.parameters())
+            name
+            for name, child in backbone.named_children()
+            if name != base and any(True for _ in child.parameters())
         ]
 
     def describe_base(self) -> dict[str, Any]:
@@ -74,16 +84,24 @@ class SequenceClassification(AdaptedModule):
         data = getattr(self._trainer, "datamodule", None)
         known = getattr(data, "num_classes", None)
         if known is None:
-            raise ValueError("How many classes are there? Set model.num_labels; the data module does not say.")
+            raise ValueError(
+                "How many classes are there? Set model.num_labels; the data module does not say."
+            )
         return int(known)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes), or values (B,) for a regression, in float32."""
-        logits: Tensor = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        logits: Tensor = self.model(
+            **{k: v for k, v in batch.items() if k != "labels"}
+        ).logits.float()
         return logits.squeeze(-1) if self._labels() == 1 else logits
 
     def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        return F.mse_loss(output, labels.float()) if self._labels() == 1 else F.cross_entropy(output, labels)
+        return (
+            F.mse_loss(output, labels.float())
+            if self._labels() == 1
+            else F.cross_entropy(output, labels)
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(self(batch), batch["labels"])

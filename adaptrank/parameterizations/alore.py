@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import products
+from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -57,7 +57,9 @@ class ALoRE(Parameterization):
             m = n
         if blocks < 1 or m % blocks or n % blocks:
             fits = [b for b in range(1, min(m, n) + 1) if m % b == n % b == 0]
-            raise ValueError(f"blocks={blocks} does not divide a {m}x{n} change; use one of {fits}.")
+            raise ValueError(
+                f"blocks={blocks} does not divide a {m}x{n} change; use one of {fits}."
+            )
         self.most = min(m, n) // blocks
         if not 1 <= rank <= self.most or experts < 1:
             raise ValueError(
@@ -73,7 +75,10 @@ class ALoRE(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        experts = (torch.kron(s.contiguous(), u @ v) for s, u, v in zip(self.S, self.U, self.V, strict=True))
+        experts = (
+            torch.kron(s.contiguous(), u @ v)
+            for s, u, v in zip(self.S, self.U, self.V, strict=True)
+        )
         D = self.scale * sum(experts, self.U.new_zeros(()))
         return self.base_weight + (self.base_weight @ D if self.placement == "pre" else D)
 
@@ -92,7 +97,9 @@ class ALoRE(Parameterization):
 
     def _thin(self, x: Tensor) -> Tensor:
         """What the experts' U multiply, (..., b, K r), in the dtype of x."""
-        X = self.dropped(x).reshape(*x.shape[:-1], self.S.shape[-1], self.V.shape[-1])  # (..., b, n/b)
+        X = self.dropped(x).reshape(
+            *x.shape[:-1], self.S.shape[-1], self.V.shape[-1]
+        )  # (..., b, n/b)
         z = F.linear(X, self.V.to(x.dtype).flatten(0, 1))
         z = z.view(*z.shape[:-1], *self.V.shape[:2])
         return torch.einsum("...ukr,kpu->...pkr", z, self.S.to(x.dtype)).flatten(-2)

@@ -33,14 +33,24 @@ class AttentionScale(Parameterization):
     no_decay = ("da",)
 
     def __init__(
-        self, base: nn.Module, *, form: Literal["scalar", "lite", "full"] = "scalar", tokens: int | None = None
+        self,
+        base: nn.Module,
+        *,
+        form: Literal["scalar", "lite", "full"] = "scalar",
+        tokens: int | None = None,
     ) -> None:
         super().__init__(base)
         plain, heads = self.innermost, self._heads()
         if form not in ("scalar", "lite", "full"):
-            raise ValueError(f"form={form!r} is none of AttentionScale's; use 'scalar', 'lite' or 'full'.")
+            raise ValueError(
+                f"form={form!r} is none of AttentionScale's; use 'scalar', 'lite' or 'full'."
+            )
         if (form == "scalar") != (tokens is None):
-            say = "leave tokens out" if form == "scalar" else "say tokens=197 for a ViT of 14x14 patches, for example"
+            say = (
+                "leave tokens out"
+                if form == "scalar"
+                else "say tokens=197 for a ViT of 14x14 patches, for example"
+            )
             raise ValueError(f"AttentionScale(form={form!r}, tokens={tokens}): {say}.")
         self.form, self.tokens = form, tokens
         n = tokens or 1
@@ -104,7 +114,9 @@ class AttentionScale(Parameterization):
                 f"folds that one first."
             )
         if layers.quantized(query):
-            raise ValueError(f"AttentionScale folds into {path}, which is quantized; merge on the unquantized base.")
+            raise ValueError(
+                f"AttentionScale folds into {path}, which is quantized; merge on the unquantized base."
+            )
         values = {**inner, f"{path}.weight": layers.stored(query, self.dense())}
         bias = inner.get(f"{path}.bias", getattr(query, "bias", None))
         if bias is not None:
@@ -122,7 +134,11 @@ class AttentionScale(Parameterization):
 
     def _scales(self) -> "list[AttentionScale]":
         """Those of the nest that are on: their factors multiply, whatever their forms."""
-        return [wrapper for wrapper in self.nest if isinstance(wrapper, AttentionScale) and wrapper.enabled]
+        return [
+            wrapper
+            for wrapper in self.nest
+            if isinstance(wrapper, AttentionScale) and wrapper.enabled
+        ]
 
     def adapted(self, *args: Any, **kwargs: Any) -> Any:
         if layers.routed(self.innermost):  # the outermost of a nest computes for all
@@ -131,7 +147,11 @@ class AttentionScale(Parameterization):
             return self.base(*args, **kwargs)
 
     def cost(self) -> Cost | None:
-        width = layers.shape(_plain(self.innermost.get_submodule(self._query())))[0] if self._query() else None
+        width = (
+            layers.shape(_plain(self.innermost.get_submodule(self._query())))[0]
+            if self._query()
+            else None
+        )
         return Cost(kept=width) if self.form == "scalar" and width else None
 
 
@@ -149,7 +169,11 @@ def _separate(module: nn.Module, heads: int) -> bool:
     normed = any("norm" in child for child in module._modules)
     clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
     m = layers.shape(query)[0]
-    return not normed and not clipped and (m == heads * width if isinstance(width, int) else m % heads == 0)
+    return (
+        not normed
+        and not clipped
+        and (m == heads * width if isinstance(width, int) else m % heads == 0)
+    )
 
 
 def _scaled(
@@ -210,15 +234,23 @@ def _by_hand(
     logits = factor * (scaling * q @ k.mT).to(dtype)
     if position_bias is not None:
         logits = logits + position_bias
-    if mask is None and q.shape[-2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
+    if (
+        mask is None
+        and q.shape[-2] > 1
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(
+            k.shape[-2] - q.shape[-2]
+        )
     # After the factor: a factor of zero, or below it, on minus infinity would be no number. And a row that is masked whole must
     # not be one of minus infinities either.
     least = torch.finfo(dtype).min
     if mask is not None:
         mask = mask[..., : k.shape[-2]]
         logits = (
-            logits.masked_fill(~mask, least) if mask.dtype == torch.bool else logits + mask.to(dtype).clamp(min=least)
+            logits.masked_fill(~mask, least)
+            if mask.dtype == torch.bool
+            else logits + mask.to(dtype).clamp(min=least)
         )
     weights = F.dropout(logits.softmax(-1).to(q.dtype), dropout, module.training)
     return (weights @ v).transpose(1, 2).contiguous(), weights

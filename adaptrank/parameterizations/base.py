@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaptrank import layers, products
+from adaptrank import layers
+from adaptrank.ops import low_rank as products
 from adaptrank.registry import Registry
 
 PARAMETERIZATIONS: Registry["Parameterization"] = Registry("parameterization")
@@ -103,7 +104,9 @@ class Parameterization(nn.Module, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Parameterization":
         self = super().__new__(cls)
-        if args or kwargs:  # copy and unpickling call __new__ without arguments and restore init_args themselves
+        if (
+            args or kwargs
+        ):  # copy and unpickling call __new__ without arguments and restore init_args themselves
             bound = _signature(cls).bind(self, *args, **kwargs)
             bound.apply_defaults()
             self.__dict__["init_args"] = dict(list(bound.arguments.items())[2:])
@@ -112,18 +115,32 @@ class Parameterization(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         PARAMETERIZATIONS.add(cls)
-        if "by_product" not in cls.__dict__ and not {"product", "delta", "adapted"}.isdisjoint(cls.__dict__):
-            cls.by_product = "product" in cls.__dict__ and {"delta", "adapted"}.isdisjoint(cls.__dict__)
+        if "by_product" not in cls.__dict__ and not {"product", "delta", "adapted"}.isdisjoint(
+            cls.__dict__
+        ):
+            cls.by_product = "product" in cls.__dict__ and {"delta", "adapted"}.isdisjoint(
+                cls.__dict__
+            )
         formula = cls.__dict__.get("weight")
         if formula is None and not cls.mergeable:
             # A property cannot be wrapped in the class body of a subclass; mypy has no word for doing it here.
-            type.__setattr__(cls, "weight", property(_weight, doc="The weight of what this wraps: it is not changed."))
+            type.__setattr__(
+                cls,
+                "weight",
+                property(_weight, doc="The weight of what this wraps: it is not changed."),
+            )
         elif isinstance(formula, property) and not getattr(formula, "__isabstractmethod__", False):
             type.__setattr__(cls, "_formula", formula.fget)
-            type.__setattr__(cls, "weight", property(_weight, doc="W' (m, n), in the dtype of the frozen weight."))
+            type.__setattr__(
+                cls,
+                "weight",
+                property(_weight, doc="W' (m, n), in the dtype of the frozen weight."),
+            )
         if isinstance(bias := cls.__dict__.get("bias"), property):
             type.__setattr__(cls, "_trained_bias", bias.fget)
-            type.__setattr__(cls, "bias", property(_bias, doc="The bias, in the dtype of the frozen weight."))
+            type.__setattr__(
+                cls, "bias", property(_bias, doc="The bias, in the dtype of the frozen weight.")
+            )
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -134,7 +151,9 @@ class Parameterization(nn.Module, ABC):
         if reason := layers.unsupported(innermost):
             raise TypeError(f"{name}: {reason}.")
         if not isinstance(base, Parameterization):
-            training = {id(p) for p in adapter_parameters(base)}  # a module may hold layers that are wrapped already
+            training = {
+                id(p) for p in adapter_parameters(base)
+            }  # a module may hold layers that are wrapped already
             for parameter in base.parameters():
                 if id(parameter) not in training:
                     parameter.requires_grad_(False)
@@ -208,7 +227,9 @@ class Parameterization(nn.Module, ABC):
         """
         product = self.product()
         if product is None:
-            raise NotImplementedError(f"{type(self).__name__} must define product(), delta(x, y) or adapted(x).")
+            raise NotImplementedError(
+                f"{type(self).__name__} must define product(), delta(x, y) or adapted(x)."
+            )
         U, V = product
         return F.linear(self.project(self.dropped(x), V), U)
 
@@ -232,7 +253,9 @@ class Parameterization(nn.Module, ABC):
         *opening, (closing, _) = self.factors(axis)
         slices: dict[str, Tensor] = {}
         for name, dim in opening:
-            if name == closing or name in slices:  # a further dimension of a square tensor is zero, too
+            if (
+                name == closing or name in slices
+            ):  # a further dimension of a square tensor is zero, too
                 continue
             living = cast(Tensor, getattr(self, name)).detach()
             rms = float(living.double().square().mean().sqrt())
@@ -278,7 +301,9 @@ class Parameterization(nn.Module, ABC):
 
     def weight_gradient(self) -> Tensor:
         """An estimate of the gradient of W' (m, n) from those of the factors, where the method is "weight_gradient"."""
-        raise NotImplementedError(f"{type(self).__name__} has no estimate of the gradient of its weight.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no estimate of the gradient of its weight."
+        )
 
     def cost(self) -> Cost | None:
         """What it adds to the frozen layer's time and memory, as closed formulas of its sizes; None is not said."""
@@ -289,7 +314,11 @@ class Parameterization(nn.Module, ABC):
     def factors(self, axis: str) -> list[tuple[str, int]]:
         """(tensor, dimension) of an axis, the closing one last; a tensor with several dimensions on it stands there several times."""
         named = self.axes[axis].items()
-        return [(name, dim) for name, dims in named for dim in (dims if isinstance(dims, tuple) else (dims,))]
+        return [
+            (name, dim)
+            for name, dims in named
+            for dim in (dims if isinstance(dims, tuple) else (dims,))
+        ]
 
     def needs_weight(self) -> None:
         """Refuse a base without a dense weight; called by a constructor where one variant only reads it.
@@ -297,7 +326,10 @@ class Parameterization(nn.Module, ABC):
         Raises:
             ValueError: names the wrapper that has none.
         """
-        name, *formless = type(self).__name__, *(type(w).__name__ for w in self.nest[:-1] if not w.mergeable)
+        name, *formless = (
+            type(self).__name__,
+            *(type(w).__name__ for w in self.nest[:-1] if not w.mergeable),
+        )
         if formless:
             raise ValueError(
                 f"{name} takes the weight of what it wraps, and {formless[0]} has none; put {formless[0]} outermost, "
@@ -324,7 +356,12 @@ class Parameterization(nn.Module, ABC):
     def dropped(self, x: Tensor) -> Tensor:
         """The input with `self.dropout` applied, if the method has one; x itself where nothing is dropped, as of tokens."""
         dropout = self._modules.get("dropout")
-        if not isinstance(dropout, nn.Dropout) or not dropout.p or not dropout.training or not x.is_floating_point():
+        if (
+            not isinstance(dropout, nn.Dropout)
+            or not dropout.p
+            or not dropout.training
+            or not x.is_floating_point()
+        ):
             return x
         return cast(Tensor, dropout(x))
 
@@ -354,7 +391,9 @@ class Parameterization(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The bias (m,) of what this computes: the innermost's, which every nest adds once, unless a method trains it."""
-        return Parameterization._trained_bias(self)  # a method that trains it starts from `super().bias`
+        return Parameterization._trained_bias(
+            self
+        )  # a method that trains it starts from `super().bias`
 
     def _trained_bias(self) -> Tensor | None:
         """The bias in the adapter's dtype where a method trains it, else the frozen one."""
@@ -382,7 +421,10 @@ class Parameterization(nn.Module, ABC):
         device = layers.device(self.innermost).type
         autocasts = torch.amp.is_autocast_available(device)  # the meta device knows none
         try:
-            with torch.autocast(device, enabled=False) if autocasts else nullcontext(), self._gated():
+            with (
+                torch.autocast(device, enabled=False) if autocasts else nullcontext(),
+                self._gated(),
+            ):
                 return self._formula()
         except AttributeError as error:  # nn.Module would report it as "no attribute 'weight'"
             raise RuntimeError(f"{type(self).__name__}.weight failed: {error}") from error
@@ -407,7 +449,9 @@ class Parameterization(nn.Module, ABC):
                 Vs.append(product[1].detach().to(dtype))
         device = layers.device(self.innermost)
         if not Us:
-            return torch.zeros(m, 0, device=device, dtype=dtype), torch.zeros(0, n, device=device, dtype=dtype)
+            return torch.zeros(m, 0, device=device, dtype=dtype), torch.zeros(
+                0, n, device=device, dtype=dtype
+            )
         return (Us[0], Vs[0]) if len(Us) == 1 else (torch.cat(Us, 1), torch.cat(Vs))
 
     def _formula(self) -> Tensor:
@@ -433,9 +477,13 @@ class Parameterization(nn.Module, ABC):
         A method without a dense form writes here what its paper says.
         """
         plain = self.innermost
-        values = {name: p.to(self.adapter_dtype) for name, p in plain.named_parameters()} | self.merged()
+        values = {
+            name: p.to(self.adapter_dtype) for name, p in plain.named_parameters()
+        } | self.merged()
         if "bias" in values and getattr(plain, "bias", None) is None:
-            y = torch.func.functional_call(plain, {k: v for k, v in values.items() if k != "bias"}, args, kwargs)
+            y = torch.func.functional_call(
+                plain, {k: v for k, v in values.items() if k != "bias"}, args, kwargs
+            )
             return layers.channels_first(plain, layers.channels_last(plain, y) + values["bias"])
         return torch.func.functional_call(plain, values, args, kwargs)
 
@@ -445,14 +493,19 @@ class Parameterization(nn.Module, ABC):
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trainable tensor of zeros on the base's device, in the adapter's dtype."""
-        return nn.Parameter(torch.zeros(*shape, device=layers.device(self.innermost), dtype=self.adapter_dtype))
+        return nn.Parameter(
+            torch.zeros(*shape, device=layers.device(self.innermost), dtype=self.adapter_dtype)
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What `adapted` computes, where this wrapper is on; elsewhere what the base does."""
         if not self.enabled:
             return self.base(*args, **kwargs)
         if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
-            args, kwargs = tuple(kwargs.values()), {}  # linear(input=x): the methods know no such name
+            args, kwargs = (
+                tuple(kwargs.values()),
+                {},
+            )  # linear(input=x): the methods know no such name
         if self.gates:
             with self._gated():
                 return self._on_its_rows(*args, **kwargs)
@@ -465,7 +518,9 @@ class Parameterization(nn.Module, ABC):
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or len(x) != batch:
             got = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
-            raise ValueError(f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}.")
+            raise ValueError(
+                f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}."
+            )
         y = cast(Tensor, self.base(x))
         if not len(rows):
             return y
@@ -526,10 +581,18 @@ class Parameterization(nn.Module, ABC):
     def extra_repr(self) -> str:
         """One line in a printed model: the adapter's name, the shape, what the axes hold."""
         sizes = [
-            f"{axis}={getattr(self, name).shape[dim]}" for axis in self.axes for name, dim in self.factors(axis)[:1]
+            f"{axis}={getattr(self, name).shape[dim]}"
+            for axis in self.axes
+            for name, dim in self.factors(axis)[:1]
         ]
-        shape = [f"{self.shape[1]} -> {self.shape[0]}"] if isinstance(self.innermost, layers.MATRICES) else []
-        return ", ".join([*shape, f"name={self.name!r}", *sizes, *([] if self.enabled else ["off"])])
+        shape = (
+            [f"{self.shape[1]} -> {self.shape[0]}"]
+            if isinstance(self.innermost, layers.MATRICES)
+            else []
+        )
+        return ", ".join(
+            [*shape, f"name={self.name!r}", *sizes, *([] if self.enabled else ["off"])]
+        )
 
 
 def _weight(self: Parameterization) -> Tensor:
@@ -590,7 +653,11 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def wrapped_layers(model: nn.Module) -> dict[str, Parameterization]:
     """Path of each layer before it was wrapped -> its outermost wrapper, in the order of the model."""
-    return {path: layer for path, layer in named_layers(model).items() if isinstance(layer, Parameterization)}
+    return {
+        path: layer
+        for path, layer in named_layers(model).items()
+        if isinstance(layer, Parameterization)
+    }
 
 
 def wrappers(model: nn.Module) -> list[Parameterization]:
@@ -621,5 +688,7 @@ def replace_layers(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> No
 def adapted_part(module: nn.Module) -> nn.Module:
     """The module that axis keys and adapter files count paths from: `.backbone`, where all wrappers are in it, else itself."""
     backbone = getattr(module, "backbone", None)
-    inside = isinstance(backbone, nn.Module) and len(wrapped_layers(backbone)) == len(wrapped_layers(module))
+    inside = isinstance(backbone, nn.Module) and len(wrapped_layers(backbone)) == len(
+        wrapped_layers(module)
+    )
     return cast(nn.Module, backbone) if inside else module

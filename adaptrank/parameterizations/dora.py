@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import layers, products
+from adaptrank import layers
+from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -33,7 +34,9 @@ class DoRA(Parameterization):
     accepts = layers.MATRICES
     reads_weight = True
     axes = {"rank": {"A": 0, "B": 1}}
-    capabilities = frozenset({"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"})
+    capabilities = frozenset(
+        {"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"}
+    )
     input_factor = {"rank": "A"}
     squares: Tensor | None
     no_decay = ("m",)  # decay would shrink the layer itself
@@ -61,12 +64,16 @@ class DoRA(Parameterization):
         self.m = self.zeros(m)
         self.register_buffer("squares", None, persistent=False)  # ||W_j||^2, (m,), once computed
         with torch.no_grad():
-            self.m.copy_(self._norm())  # the same arithmetic as in training, so that m / ||V|| starts at 1 exactly
+            self.m.copy_(
+                self._norm()
+            )  # the same arithmetic as in training, so that m / ||V|| starts at 1 exactly
 
     @property
     def weight(self) -> Tensor:
         V = self.base_weight + self.scale * self.B @ self.A
-        norm = V.norm(dim=1).clamp_min(math.sqrt(torch.finfo(V.dtype).tiny))  # as in _norm: a row of zeros stays one
+        norm = V.norm(dim=1).clamp_min(
+            math.sqrt(torch.finfo(V.dtype).tiny)
+        )  # as in _norm: a row of zeros stays one
         scale: Tensor = self.m / (norm.detach() if self.detach_norm else norm)
         return scale[:, None] * V
 
@@ -87,7 +94,9 @@ class DoRA(Parameterization):
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
-        return Cost(flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + m)
+        return Cost(
+            flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + m
+        )
 
     def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         r = len(self.A)
@@ -105,10 +114,14 @@ class DoRA(Parameterization):
                 squares = W.square().sum(1)
             else:  # of a bf16 weight the product is taken in bf16, like the layer's own
                 dtype = layers.dtype(self.base)
-                W = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype)
+                W = layers.dense(
+                    self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype
+                )
                 if squares is None:
                     squares = self.squares = self.base_weight.square().sum(1)
             # Summed in float64: the terms may cancel, and a fresh unit must not change the order of rounding.
-            exact = squares.double() + 2 * s * ((W @ A.to(W.dtype).T) * B).sum(1, dtype=torch.float64)
+            exact = squares.double() + 2 * s * ((W @ A.to(W.dtype).T) * B).sum(
+                1, dtype=torch.float64
+            )
             exact = exact + s * s * ((B @ (A @ A.T)) * B).sum(1, dtype=torch.float64)
             return exact.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().to(squares.dtype)

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from adaptrank import layers, products
+from adaptrank import layers
+from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -32,10 +33,14 @@ class HyperAdapt(Parameterization):
     def __init__(self, base: nn.Module, *, rows: bool = True, cols: bool = True) -> None:
         super().__init__(base)
         if not (rows or cols):
-            raise ValueError("HyperAdapt(rows=False, cols=False) trains nothing; leave one of them on.")
+            raise ValueError(
+                "HyperAdapt(rows=False, cols=False) trains nothing; leave one of them on."
+            )
         m, n = self.shape
         plain = self.innermost
-        self.taps = n // plain.in_channels if isinstance(plain, nn.Conv2d) else 1  # columns that share a scale
+        self.taps = (
+            n // plain.in_channels if isinstance(plain, nn.Conv2d) else 1
+        )  # columns that share a scale
         self.da = self.zeros(m) if rows else None
         self.dc = self.zeros(n // self.taps) if cols else None
 
@@ -52,15 +57,21 @@ class HyperAdapt(Parameterization):
         plain = self.innermost
         if isinstance(plain, nn.Embedding):
             y: Tensor = self.base(x)
-            if self.dc is not None:  # W (dc * onehot(x)) is the row of W, scaled by the token's own number
+            if (
+                self.dc is not None
+            ):  # W (dc * onehot(x)) is the row of W, scaled by the token's own number
                 y = y + y * self.dc[x][..., None].to(y.dtype)
         else:
             if self.dc is not None:
-                x = layers.channels_first(plain, products.scale_input(layers.channels_last(plain, x), self.dc))
+                x = layers.channels_first(
+                    plain, products.scale_input(layers.channels_last(plain, x), self.dc)
+                )
             y = self.base(x)
         # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
         if self.da is not None:
-            y = layers.channels_first(plain, products.scale_output(layers.channels_last(plain, y), self.da, self.bias))
+            y = layers.channels_first(
+                plain, products.scale_output(layers.channels_last(plain, y), self.da, self.bias)
+            )
         return y
 
     def cost(self) -> Cost:

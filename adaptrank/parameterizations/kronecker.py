@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import layers, products
+from adaptrank import layers
+from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -40,7 +41,13 @@ class Kronecker(Parameterization):
     reads_blocks = True
 
     def __init__(
-        self, base: nn.Module, *, rank: int = 4, factor: int = -1, scale: float = 1.0, dropout: float = 0.0
+        self,
+        base: nn.Module,
+        *,
+        rank: int = 4,
+        factor: int = -1,
+        scale: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(base)
         if rank < 1:
@@ -51,7 +58,9 @@ class Kronecker(Parameterization):
         inputs = plain.in_channels if isinstance(plain, nn.Conv2d) else n
         m1, n1 = divisor(m, factor), divisor(inputs, factor)
         m2, n2 = m // m1, n // n1
-        whole = (m1 == 1 and m > 3) or (n1 == 1 and inputs > 3)  # two classes, or three colours, have nothing to divide
+        whole = (m1 == 1 and m > 3) or (
+            n1 == 1 and inputs > 3
+        )  # two classes, or three colours, have nothing to divide
         if factor != 1 and whole and m1 * n1 + m2 * n2 > m + n:
             warnings.warn(
                 f"Kronecker on a {m}x{n} layer: with factor={factor} A is {m1}x{n1} and B {m2}x{n2}, {m1 * n1 + m2 * n2:,} "
@@ -63,17 +72,28 @@ class Kronecker(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        terms = (torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(self.A, self.B, strict=True))
+        terms = (
+            torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(self.A, self.B, strict=True)
+        )
         return self.base_weight + self.scale * sum(terms, self.B.new_zeros(()))
 
     def adapted(self, x: Tensor) -> Tensor:
         r = len(self.A)
-        if not isinstance(self.innermost, layers.LINEAR) or r < 3 or r * (x.numel() // x.shape[-1]) < max(self.shape):
+        if (
+            not isinstance(self.innermost, layers.LINEAR)
+            or r < 3
+            or r * (x.numel() // x.shape[-1]) < max(self.shape)
+        ):
             y: Tensor = super().adapted(x)
             return y
         change = torch.einsum("kpu,kqv->pquv", self.A, self.scale * self.B).reshape(self.shape)
         plain = products.plain(self.base)
-        if plain is not None and products.fits(x) and x.dtype == change.dtype and not self.dropout.p:
+        if (
+            plain is not None
+            and products.fits(x)
+            and x.dtype == change.dtype
+            and not self.dropout.p
+        ):
             return F.linear(x, plain[0] + change, plain[1])
         # In half precision W + change would round a small change alike for all tokens: it has a product of its own.
         return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
@@ -115,5 +135,11 @@ def divisor(size: int, factor: int) -> int:
         ValueError: if factor is neither -1 nor positive.
     """
     if factor < 1 and factor != -1:
-        raise ValueError(f"factor={factor}: use -1 for factors as equal as possible, or a positive number.")
-    return next(d for d in range(math.isqrt(size) if factor == -1 else min(factor, size), 0, -1) if size % d == 0)
+        raise ValueError(
+            f"factor={factor}: use -1 for factors as equal as possible, or a positive number."
+        )
+    return next(
+        d
+        for d in range(math.isqrt(size) if factor == -1 else min(factor, size), 0, -1)
+        if size % d == 0
+    )

@@ -40,7 +40,9 @@ class LNTune(Parameterization):
         self.db = self.zeros(width) if shift else None
         # Whether the norm multiplies by 1 + w; asked on the CPU, for the base may be on the meta device.
         nothing = {name: torch.zeros(p.shape) for name, p in plain.named_parameters()}
-        probe: Tensor = torch.func.functional_call(plain, nothing, (torch.arange(float(width))[None],))
+        probe: Tensor = torch.func.functional_call(
+            plain, nothing, (torch.arange(float(width))[None],)
+        )
         self.plus_one = bool(probe.any())
 
     @classmethod
@@ -48,7 +50,11 @@ class LNTune(Parameterization):
         """Norms of torch, and those of other libraries by their class name, with one gain a channel."""
         weight = getattr(layer, "weight", None)
         named = type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))
-        return (isinstance(layer, cls.accepts) or named) and isinstance(weight, nn.Parameter) and weight.dim() == 1
+        return (
+            (isinstance(layer, cls.accepts) or named)
+            and isinstance(weight, nn.Parameter)
+            and weight.dim() == 1
+        )
 
     @classmethod
     def wraps_what(cls) -> str:
@@ -65,7 +71,11 @@ class LNTune(Parameterization):
     @property
     def bias(self) -> Tensor | None:
         bias = super().bias
-        return bias if bias is None or self.db is None or not self.enabled else bias.to(self.db.dtype) + self.db
+        return (
+            bias
+            if bias is None or self.db is None or not self.enabled
+            else bias.to(self.db.dtype) + self.db
+        )
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dg is None:

@@ -78,14 +78,17 @@ class LoKr(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        return self.base_weight + self.scale * torch.kron(self.coarse.contiguous(), self.B1 @ self.B2)
+        return self.base_weight + self.scale * torch.kron(
+            self.coarse.contiguous(), self.B1 @ self.B2
+        )
 
     def adapted(self, x: Tensor) -> Tensor:
         if not self.multiplies(x):
             return cast(Tensor, super().adapted(x))
         A = self.coarse.to(x.dtype)
         z = F.linear(
-            self.dropped(x).reshape(*x.shape[:-1], A.shape[1], self.B2.shape[1]), self.B2.to(x.dtype)
+            self.dropped(x).reshape(*x.shape[:-1], A.shape[1], self.B2.shape[1]),
+            self.B2.to(x.dtype),
         )  # (..., n1, r)
         return self.accumulated(x, F.linear(z.mT, A).mT, self.scale * self.B1)
 
@@ -97,7 +100,9 @@ class LoKr(Parameterization):
 
     def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         r = self.B1.shape[1]
-        coarse = {"lokr_w1_a": self.A1, "lokr_w1_b": self.A2} if self.decomposed else {"lokr_w1": self.A}
+        coarse = (
+            {"lokr_w1_a": self.A1, "lokr_w1_b": self.A2} if self.decomposed else {"lokr_w1": self.A}
+        )
         settings = {
             "peft_type": "LOKR",
             "r": r,

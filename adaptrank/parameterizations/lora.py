@@ -71,7 +71,9 @@ class LoRA(Parameterization):
         elif rank <= n:
             nn.init.orthogonal_(self.A)
         else:
-            raise ValueError(f"init='orthogonal' needs rank <= {n}, the layer's inputs; got rank={rank}.")
+            raise ValueError(
+                f"init='orthogonal' needs rank <= {n}, the layer's inputs; got rank={rank}."
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -82,7 +84,10 @@ class LoRA(Parameterization):
 
     def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         r = len(self.A)
-        return {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r}, {"lora_A": self.A, "lora_B": self.B}
+        return {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r}, {
+            "lora_A": self.A,
+            "lora_B": self.B,
+        }
 
     def weight_gradient(self) -> Tensor:
         """gB A + B gA - gB gA: the change of B A by a step of size one (arXiv:2305.18403), up to its sign and without s."""

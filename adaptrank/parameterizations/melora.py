@@ -34,7 +34,15 @@ class MELoRA(Parameterization):
     reads_blocks = True
     axes = {"rank": {"A": 0, "block": 0, "B": 1}}
     capabilities = frozenset(
-        {"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"}
+        {
+            "grow",
+            "duplicate",
+            "ordered",
+            "pattern",
+            "matrix_rank",
+            "input_directions",
+            "gradient_init",
+        }
     )
     input_factor = {"rank": "A"}
     block: Tensor
@@ -73,10 +81,16 @@ class MELoRA(Parameterization):
 
     def refresh(self) -> None:
         # Units of each mini, padded with one past the last: (k, the largest rank). And its scale, (k,).
-        of = [[] for _ in range(self.minis)] if self.block.is_meta else _units(self.block.tolist(), self.minis)
+        of = (
+            [[] for _ in range(self.minis)]
+            if self.block.is_meta
+            else _units(self.block.tolist(), self.minis)
+        )
         widest = max(1, *map(len, of))
         rows = [units + [len(self.block)] * (widest - len(units)) for units in of]
-        self.register_buffer("units", torch.tensor(rows, device=self.block.device), persistent=False)
+        self.register_buffer(
+            "units", torch.tensor(rows, device=self.block.device), persistent=False
+        )
         scales = torch.tensor(self.alphas, device=self.block.device, dtype=self.A.dtype)
         self.register_buffer("scales", scales, persistent=False)
 
@@ -92,7 +106,9 @@ class MELoRA(Parameterization):
         return self.base_weight + cast(Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        slices = self.dropout(x).reshape(-1, self.minis, self.A.shape[1]).transpose(0, 1)  # (k, N, n/k)
+        slices = (
+            self.dropout(x).reshape(-1, self.minis, self.A.shape[1]).transpose(0, 1)
+        )  # (k, N, n/k)
         B = self.B.T * self.scales.to(self.B.dtype)[self.block, None]
         z = torch.bmm(torch.bmm(slices, self._batched(self.A).mT), self._batched(B))  # (k, N, m/k)
         return z.transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])

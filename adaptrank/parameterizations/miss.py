@@ -76,7 +76,9 @@ class MiSS(Parameterization):
             self.D = self.zeros(m // rank, rank, rank)
             return
         if variant == "mini" and (mini_rank < 1 or m % mini_rank):
-            raise ValueError(f"mini_rank={mini_rank} does not divide {m} outputs; use one of {_divisors(m)}.")
+            raise ValueError(
+                f"mini_rank={mini_rank} does not divide {m} outputs; use one of {_divisors(m)}."
+            )
         self.D = self.zeros(rank, mini_rank if variant == "mini" else m)
         self.register_buffer("slots", torch.arange(rank, device=layers.device(self.innermost)))
 
@@ -85,13 +87,17 @@ class MiSS(Parameterization):
         if self.variant == "bat":
             return self.base_weight + self._bat()
         m, n = self.shape
-        S = torch.eye(self.period, device=self.D.device, dtype=self.D.dtype).repeat(1, self.blocks)[:, :n]
+        S = torch.eye(self.period, device=self.D.device, dtype=self.D.dtype).repeat(1, self.blocks)[
+            :, :n
+        ]
         D = self.D.repeat(1, m // self.D.shape[1])  # once, but in "mini"
         weight: Tensor = self.base_weight + self.scale * D.T @ S[self.slots]
         return weight
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.linear(self.dropped(x), self._bat()) if self.variant == "bat" else super().delta(x, y)
+        return (
+            F.linear(self.dropped(x), self._bat()) if self.variant == "bat" else super().delta(x, y)
+        )
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """A tiled identity on the input side; "bat" has no such form."""

@@ -35,7 +35,11 @@ class MultiScale(Parameterization):
 
     source = "arXiv:2408.06854"
     accepts = layers.MATRICES
-    axes = {"core": {"B1": 0, "B2a": 1, "e": 0}, "input": {"A": 0, "B1": 1}, "output": {"B2a": 0, "B2b": 1}}
+    axes = {
+        "core": {"B1": 0, "B2a": 1, "e": 0},
+        "input": {"A": 0, "B1": 1},
+        "output": {"B2a": 0, "B2b": 1},
+    }
     no_decay = ("e",)
 
     def __init__(
@@ -74,7 +78,10 @@ class MultiScale(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        return self.base_weight + self.scale * self.B2b @ self.B2a @ torch.diag(self.e) @ self.B1 @ self.A
+        return (
+            self.base_weight
+            + self.scale * self.B2b @ self.B2a @ torch.diag(self.e) @ self.B1 @ self.A
+        )
 
     def product(self) -> tuple[Tensor, Tensor]:
         core = (self.scale * self.B2a * self.e) @ self.B1
@@ -82,11 +89,15 @@ class MultiScale(Parameterization):
 
     def cost(self) -> Cost:
         (m, n), q, inner, outer = self.shape, len(self.e), len(self.A), len(self.B2a)
-        return Cost(flops=2 * inner * (m + n), flops_once=2 * outer * inner * (q + m), kept=n + inner)
+        return Cost(
+            flops=2 * inner * (m + n), flops_once=2 * outer * inner * (q + m), kept=n + inner
+        )
 
     def max_units(self, axis: str) -> int | None:
         m, n = self.shape
-        return {"input": n, "output": m}.get(axis)  # beyond that no row of a plane is orthogonal to the others
+        return {"input": n, "output": m}.get(
+            axis
+        )  # beyond that no row of a plane is orthogonal to the others
 
     def penalty(self) -> Tensor | None:
         if not self.orth:
@@ -98,4 +109,6 @@ class MultiScale(Parameterization):
 def _off_orthogonal(factor: Tensor) -> Tensor:
     """||G - I||_F^2 of the smaller Gram matrix G: 0 where the rows, or the columns if they are fewer, are orthonormal."""
     rows = factor if factor.shape[0] <= factor.shape[1] else factor.T
-    return (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)).square().sum()
+    return (
+        (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)).square().sum()
+    )

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank.parameterizations.base import Cost, Parameterization
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 class NEAT(Parameterization):
@@ -55,7 +59,9 @@ class NEAT(Parameterization):
     ) -> None:
         super().__init__(base)
         if rank < 1 or depth < 0:
-            raise ValueError(f"rank={rank}, depth={depth}: NEAT has at least one unit; use rank >= 1 and depth >= 0.")
+            raise ValueError(
+                f"rank={rank}, depth={depth}: NEAT has at least one unit; use rank >= 1 and depth >= 0."
+            )
         self.scale = scale
         self.depth = depth
         self.activation = activation

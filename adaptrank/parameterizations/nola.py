@@ -68,12 +68,18 @@ class NOLA(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if min(rank, k_a, k_b, chunk) < 1:
-            raise ValueError(f"rank={rank}, k_a={k_a}, k_b={k_b}, chunk={chunk}: use 1 or more of each.")
+            raise ValueError(
+                f"rank={rank}, k_a={k_a}, k_b={k_b}, chunk={chunk}: use 1 or more of each."
+            )
         self.scale = alpha / rank
         self.rank, self.init, self.materialize, self.chunk = rank, init, materialize, chunk
         released = init == "released"
         self.starts_at_base = not released
-        self.c = (1 / math.sqrt(rank * n), 1 / math.sqrt(rank * m)) if released else (k_a**-0.5, k_b**-0.5)
+        self.c = (
+            (1 / math.sqrt(rank * n), 1 / math.sqrt(rank * m))
+            if released
+            else (k_a**-0.5, k_b**-0.5)
+        )
         self.dropout = nn.Dropout(dropout)
         self.alpha = self.zeros(k_a)
         self.beta = self.zeros(k_b)
@@ -94,10 +100,14 @@ class NOLA(Parameterization):
         if self.seed.is_meta:
             return
         if self.init == "anchored":
-            A0 = _draw(int(self.seed), "A0", 0, (self.rank, self.shape[1])) / math.sqrt(self.shape[1])
+            A0 = _draw(int(self.seed), "A0", 0, (self.rank, self.shape[1])) / math.sqrt(
+                self.shape[1]
+            )
             self.A0 = A0.to(self.alpha)
         if self.materialize:
-            self.bases_a, self.bases_b = (torch.stack([*self._drawn(side)]).to(self.alpha) for side in "ab")
+            self.bases_a, self.bases_b = (
+                torch.stack([*self._drawn(side)]).to(self.alpha) for side in "ab"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -106,7 +116,9 @@ class NOLA(Parameterization):
         def combined(side: str, coefficients: Tensor, c: float) -> Tensor:
             ids = cast(Tensor, getattr(self, f"ids_{side}")).tolist()
             drawn = (_draw(int(self.seed), side, j, self._shape(side)).to(W) for j in ids)
-            return c * sum((a * each for a, each in zip(coefficients, drawn, strict=True)), W.new_zeros(()))
+            return c * sum(
+                (a * each for a, each in zip(coefficients, drawn, strict=True)), W.new_zeros(())
+            )
 
         A = combined("a", self.alpha, self.c[0])
         A = A if self.A0 is None else self.A0 + A
@@ -145,7 +157,9 @@ class NOLA(Parameterization):
         ids = cast(Tensor, getattr(self, f"ids_{side}")).tolist() if kept is None else []
         # Bound to what is here now: a backward pass may come after a resize.
         draw = (
-            partial(_chunks, int(self.seed), side, ids, self._shape(side), self.chunk) if kept is None else kept.unbind
+            partial(_chunks, int(self.seed), side, ids, self._shape(side), self.chunk)
+            if kept is None
+            else kept.unbind
         )
         # Chunks of one size, so that neither a fresh unit nor materializing changes in which order a product is summed.
         padded = F.pad(coefficients, (0, -len(coefficients) % self.chunk)).view(-1, 1, self.chunk)
@@ -165,7 +179,9 @@ def _fill(out: Tensor, seed: int, side: str, j: int) -> Tensor:
     return out.uniform_(-1, 1, generator=own)
 
 
-def _chunks(seed: int, side: str, ids: Sequence[int], shape: tuple[int, int], chunk: int) -> Iterator[Tensor]:
+def _chunks(
+    seed: int, side: str, ids: Sequence[int], shape: tuple[int, int], chunk: int
+) -> Iterator[Tensor]:
     for start in range(0, len(ids), chunk):
         here = ids[start : start + chunk]
         some = torch.empty(chunk, math.prod(shape), device="cpu", dtype=torch.float32)

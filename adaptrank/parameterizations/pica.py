@@ -36,7 +36,15 @@ class PiCa(Parameterization):
     accepts = layers.MATRICES
     axes = {"rank": {"P": 0, "index": 0, "M": 1}}
     capabilities = frozenset(
-        {"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init", "weight_gradient"}
+        {
+            "grow",
+            "ordered",
+            "pattern",
+            "matrix_rank",
+            "input_directions",
+            "gradient_init",
+            "weight_gradient",
+        }
     )
     features = {"P": (None, 1), "M": (0, None)}
     shared: tuple[str, ...] = ("M",)
@@ -45,7 +53,12 @@ class PiCa(Parameterization):
     index: Tensor
 
     def __init__(
-        self, base: nn.Module, *, rank: int = 8, side: Literal["input", "output"] = "input", share: bool = True
+        self,
+        base: nn.Module,
+        *,
+        rank: int = 8,
+        side: Literal["input", "output"] = "input",
+        share: bool = True,
     ) -> None:
         super().__init__(base)
         m, n = self.shape
@@ -92,7 +105,9 @@ class PiCa(Parameterization):
     @torch.no_grad()
     def _directions(self, index: Tensor) -> Tensor:
         """Singular vectors of the frozen weight, counted from the largest singular value: (k, n), or (m, k)."""
-        U, _, Vh = torch.linalg.svd(layers.dense(self.innermost, self.adapter_dtype), full_matrices=False)
+        U, _, Vh = torch.linalg.svd(
+            layers.dense(self.innermost, self.adapter_dtype), full_matrices=False
+        )
         rows: Tensor = (Vh if self.side == "input" else U.T).index_select(0, index)
         rows *= rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         return rows if self.side == "input" else rows.T.contiguous()

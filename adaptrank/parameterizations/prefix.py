@@ -40,7 +40,9 @@ class Prefix(Parameterization):
     starts_at_base = False
     no_decay = ("P", "E")
 
-    def __init__(self, base: nn.Module, *, tokens: int = 8, encoder: int = 0, std: float = 0.02) -> None:
+    def __init__(
+        self, base: nn.Module, *, tokens: int = 8, encoder: int = 0, std: float = 0.02
+    ) -> None:
         super().__init__(base)
         body: Any = self.innermost
         if reason := _unfit(body):
@@ -49,7 +51,9 @@ class Prefix(Parameterization):
             raise ValueError(f"tokens={tokens}: a prefix has at least one token; use 10 to 30.")
         config = body.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self.positions = _learned_positions(body)
         self.tokens, self.sizes = tokens, (config.num_hidden_layers, 2, heads, width)
         self.P = self.zeros(*self.sizes[:3], tokens, width) if not encoder else None
@@ -99,7 +103,9 @@ class Prefix(Parameterization):
     def example_input(self, leading: tuple[int, ...], random: torch.Generator) -> Tensor:
         """(batch, 4) tokens: transformers takes two dimensions, and no empty batch."""
         body: Any = self.innermost
-        return torch.randint(body.config.vocab_size, (max(1, torch.Size(leading).numel()), 4), generator=random)
+        return torch.randint(
+            body.config.vocab_size, (max(1, torch.Size(leading).numel()), 4), generator=random
+        )
 
     def prefix(self) -> Tensor:
         """(L, 2, h, T, d), through the encoder where there is one."""
@@ -113,14 +119,22 @@ class Prefix(Parameterization):
         body: Any = self.innermost
         parameters = inspect.signature(body.forward).parameters
         call: dict[str, Any] = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in body.modules()):
-            raise ValueError("Prefix needs the cache, which gradient checkpointing drops; train without it.")
+        if self.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in body.modules()
+        ):
+            raise ValueError(
+                "Prefix needs the cache, which gradient checkpointing drops; train without it."
+            )
         if call.get("encoder_hidden_states") is not None:
-            raise ValueError("Prefix does not go with cross-attention: this call passes encoder_hidden_states.")
+            raise ValueError(
+                "Prefix does not go with cross-attention: this call passes encoder_hidden_states."
+            )
         given = call.get("past_key_values")
         cache = self._cache(given)
         seen = cache.get_seq_length()
-        inputs = next(call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
+        inputs = next(
+            call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None
+        )
         batch, new = inputs.shape[:2]
         past = self._fill(cache, seen, batch)
         if call.get("attention_mask") is not None:
@@ -151,7 +165,9 @@ class Prefix(Parameterization):
 
     def _fill(self, cache: Any, seen: int, batch: int) -> int:
         """Begin the cache with the prefix, unless it did so at an earlier call; the number of tokens in it beside this prefix."""
-        begun: dict[int, int] = cache.__dict__.setdefault("adaptrank_prefixes", {})  # several prefixes stand in a row
+        begun: dict[int, int] = cache.__dict__.setdefault(
+            "adaptrank_prefixes", {}
+        )  # several prefixes stand in a row
         if id(self) in begun:
             return seen - sum(begun.get(id(wrapper), 0) for wrapper in self.nest)
         if seen != sum(begun.values()):
@@ -183,19 +199,27 @@ class Prefix(Parameterization):
             return given + self.tokens
         if mask is None:
             return None
-        return (mask.long().cumsum(-1) - 1).clamp(min=self.tokens)[:, -new:]  # of the longer mask: the prefix counts
+        return (mask.long().cumsum(-1) - 1).clamp(min=self.tokens)[
+            :, -new:
+        ]  # of the longer mask: the prefix counts
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
         """The same without a cache: every attention is computed by hand over the prefix and the tokens of a batch without padding."""
         (tokens,) = args
         body: Any = self.innermost
         prefixes = [
-            wrapper.prefix() for wrapper in reversed(self.nest) if isinstance(wrapper, Prefix) and wrapper.enabled
+            wrapper.prefix()
+            for wrapper in reversed(self.nest)
+            if isinstance(wrapper, Prefix) and wrapper.enabled
         ]
         joined = torch.cat(prefixes, -2)
         with ExitStack() as routes:
-            for index, module in enumerate(module for module in body.modules() if layers.attends(module)):
-                routes.enter_context(layers.attending(module, functools.partial(_attend, *joined[index])))
+            for index, module in enumerate(
+                module for module in body.modules() if layers.attends(module)
+            ):
+                routes.enter_context(
+                    layers.attending(module, functools.partial(_attend, *joined[index]))
+                )
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + joined.shape[-2]
             return body(tokens, position_ids=positions, use_cache=False)
 
@@ -217,7 +241,9 @@ def _attend(
     groups = q.shape[1] // k.shape[1]
     k = torch.cat([first_keys.expand(rows, -1, -1, -1), k], -2).repeat_interleave(groups, 1)
     v = torch.cat([first_values.expand(rows, -1, -1, -1), v], -2).repeat_interleave(groups, 1)
-    sees = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(first_keys.shape[-2])
+    sees = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(
+        first_keys.shape[-2]
+    )
     weights = (scaling * q @ k.mT).masked_fill(~sees, -torch.inf).softmax(-1)
     return (weights @ v).transpose(1, 2), None
 
@@ -244,7 +270,10 @@ def _unfit(body: Any) -> str | None:
 
 def _learned_positions(body: Any) -> int | None:
     """How many positions a model with a table of them has."""
-    longest, tokens = getattr(body.config, "max_position_embeddings", None), body.get_input_embeddings()
+    longest, tokens = (
+        getattr(body.config, "max_position_embeddings", None),
+        body.get_input_embeddings(),
+    )
     if longest is None:
         return None
     tokens = tokens.innermost if isinstance(tokens, Parameterization) else tokens

@@ -33,7 +33,9 @@ class SBoRA(Parameterization):
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
-    capabilities = frozenset({"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"})
+    capabilities = frozenset(
+        {"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"}
+    )
     by_product = True
     index: Tensor
 
@@ -57,8 +59,12 @@ class SBoRA(Parameterization):
         m, n = self.shape
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        drawn = torch.randperm(most, device="cpu")[:rank].sort().values  # on the CPU: the same on every device
-        self.register_buffer("index", drawn.to(layers.device(self.innermost)))  # a buffer: casts leave integers alone
+        drawn = (
+            torch.randperm(most, device="cpu")[:rank].sort().values
+        )  # on the CPU: the same on every device
+        self.register_buffer(
+            "index", drawn.to(layers.device(self.innermost))
+        )  # a buffer: casts leave integers alone
         if variant == "fa":
             self.B = self.zeros(m, rank)
         else:
@@ -73,7 +79,9 @@ class SBoRA(Parameterization):
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.variant == "fa" and self.multiplies(x) and self.dropout.p and self.training:
-            some = x.index_select(-1, self.index)  # gathered first: the slice is all that is dropped and kept
+            some = x.index_select(
+                -1, self.index
+            )  # gathered first: the slice is all that is dropped and kept
             return self.accumulated(x, self.dropout(some), self.scale * self.B)
         return cast(Tensor, super().adapted(x))
 
@@ -81,7 +89,9 @@ class SBoRA(Parameterization):
         """The other factor is rows of the identity."""
         (m, n), trained = self.shape, self.B if self.variant == "fa" else self.A
         rows = F.one_hot(self.index, n if self.variant == "fa" else m).to(trained.dtype)
-        return (self.scale * trained, rows) if self.variant == "fa" else (rows.T, self.scale * trained)
+        return (
+            (self.scale * trained, rows) if self.variant == "fa" else (rows.T, self.scale * trained)
+        )
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)

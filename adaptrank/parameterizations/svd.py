@@ -27,7 +27,9 @@ class SVD(Parameterization):
 
     source = "arXiv:2303.10512"
     axes = {"rank": {"P": 1, "Q": 0, "l": 0}}
-    capabilities = frozenset({"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"})
+    capabilities = frozenset(
+        {"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"}
+    )
     input_factor = {"rank": "Q"}
     no_decay = ("l",)
 
@@ -69,7 +71,10 @@ class SVD(Parameterization):
         return min(self.shape)  # beyond that no direction is orthogonal to the living ones
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"P": _beside(self.P.detach(), n, generator), "Q": _beside(self.Q.detach().T, n, generator).T}
+        return {
+            "P": _beside(self.P.detach(), n, generator),
+            "Q": _beside(self.Q.detach().T, n, generator).T,
+        }
 
     def penalty(self) -> Tensor | None:
         if not self.orth:

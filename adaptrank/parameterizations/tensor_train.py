@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from adaptrank.parameterizations import _trains as trains
+from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -81,7 +81,10 @@ class TensorTrain(Parameterization):
 
     @property
     def weight(self) -> Tensor:
-        A, B = trains.dense(self.cores("A"), self.shape[1]), trains.dense(self.cores("B"), self.modes["B"][0])
+        A, B = (
+            trains.dense(self.cores("A"), self.shape[1]),
+            trains.dense(self.cores("B"), self.modes["B"][0]),
+        )
         return self.base_weight + self.scale * (A @ B).T
 
     def product(self) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank import products
-from adaptrank.parameterizations import _trains as trains
+from adaptrank.ops import low_rank as products
+from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+}
 
 
 class TensorTrainAdapter(Parameterization):
@@ -60,10 +64,16 @@ class TensorTrainAdapter(Parameterization):
         super().__init__(base)
         if bottleneck < 1 or tt_rank < 1:
             raise ValueError(f"bottleneck={bottleneck}, tt_rank={tt_rank}: use 1 or more of both.")
-        known = {"position": ("output", "input"), "activation": tuple(ACTIVATIONS), "init": ("zero_last", "released")}
+        known = {
+            "position": ("output", "input"),
+            "activation": tuple(ACTIVATIONS),
+            "init": ("zero_last", "released"),
+        }
         for word, value in (("position", position), ("activation", activation), ("init", init)):
             if value not in known[word]:
-                raise ValueError(f"{word}={value!r} is unknown; use one of {', '.join(known[word])}.")
+                raise ValueError(
+                    f"{word}={value!r} is unknown; use one of {', '.join(known[word])}."
+                )
         self.position, self.activation, self.scale = position, activation, scale
         self.dropout = nn.Dropout(dropout)
         self.width = self.shape[0 if position == "output" else 1]
@@ -100,7 +110,10 @@ class TensorTrainAdapter(Parameterization):
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
         def change(h: Tensor) -> Tensor:
-            D, U = trains.dense(self.cores("D"), self.width), trains.dense(self.cores("U"), len(self.down))
+            D, U = (
+                trains.dense(self.cores("D"), self.width),
+                trains.dense(self.cores("U"), len(self.down)),
+            )
             return self.scale * (ACTIVATIONS[self.activation](h @ D + self.down) @ U + self.up)
 
         (x,) = args
@@ -122,11 +135,17 @@ class TensorTrainAdapter(Parameterization):
 
     def _change(self, h: Tensor) -> Tensor:
         """s (f(h D + d) U + u), through the bonds in the middle of both trains."""
-        dtype = h.dtype if products.fits(h) else self.down.dtype  # the trains are contracted in their own
+        dtype = (
+            h.dtype if products.fits(h) else self.down.dtype
+        )  # the trains are contracted in their own
         z = self.dropout(h.to(dtype)) @ self._left("D").to(dtype)
-        z = ACTIVATIONS[self.activation](F.linear(z, self._right("D").T.to(dtype), self.down.to(dtype)))
+        z = ACTIVATIONS[self.activation](
+            F.linear(z, self._right("D").T.to(dtype), self.down.to(dtype))
+        )
         z = z @ self._left("U").to(dtype)
-        return F.linear(z, (self.scale * self._right("U")).T.to(dtype), (self.scale * self.up).to(dtype)).to(h.dtype)
+        return F.linear(
+            z, (self.scale * self._right("U")).T.to(dtype), (self.scale * self.up).to(dtype)
+        ).to(h.dtype)
 
     def _left(self, name: str) -> Tensor:
         return trains.left(self.cores(name)[: self.split[name]])
@@ -136,7 +155,10 @@ class TensorTrainAdapter(Parameterization):
 
     def cost(self) -> Cost:
         flops = once = kept = 0
-        for name, rows, columns in (("D", self.width, len(self.down)), ("U", len(self.down), self.width)):
+        for name, rows, columns in (
+            ("D", self.width, len(self.down)),
+            ("U", len(self.down), self.width),
+        ):
             cores, split = self.cores(name), self.split[name]
             bond = cores[split].shape[0]
             flops += 2 * bond * (rows + columns)

@@ -91,7 +91,9 @@ class Point:
     @property
     def key(self) -> str:
         """Name of its folder: the same for the same configuration."""
-        digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=5).hexdigest()
+        digest = hashlib.blake2b(
+            json.dumps(self.config, sort_keys=True).encode(), digest_size=5
+        ).hexdigest()
         parts = [self.method, *([] if self.allocator == "none" else [self.allocator])]
         parts += [] if self.budget is None else [f"b{self.budget}"]
         parts += [] if self.lr is None else [f"lr{self.lr:g}"]
@@ -99,7 +101,9 @@ class Point:
         return "-".join(part.replace("/", "_").replace(" ", "_") for part in parts)
 
 
-def read_study(file: Path, data: str | None = None, overrides: Mapping[str, Any] | None = None) -> Study:
+def read_study(
+    file: Path, data: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Study:
     """A study from its file.
 
     Args:
@@ -123,7 +127,9 @@ def read_study(file: Path, data: str | None = None, overrides: Mapping[str, Any]
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{file}: {key!r} is no key of a study.{hint} There are {', '.join(KEYS)}.")
+            raise ValueError(
+                f"{file}: {key!r} is no key of a study.{hint} There are {', '.join(KEYS)}."
+            )
     for key in ("config", "methods", "metric"):
         if key not in said:
             raise ValueError(f"{file}: a study needs the key {key!r}.")
@@ -135,7 +141,10 @@ def read_study(file: Path, data: str | None = None, overrides: Mapping[str, Any]
         base = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = merged(base, said.get("overlay") or {})
     methods = {str(name): overlay or {} for name, overlay in said["methods"].items()}
-    allocators = {str(name): overlay or {} for name, overlay in (said.get("allocators") or {"none": {}}).items()}
+    allocators = {
+        str(name): overlay or {}
+        for name, overlay in (said.get("allocators") or {"none": {}}).items()
+    }
     selection = said.get("selection") or {}
     study = Study(
         name=file.stem,
@@ -174,14 +183,17 @@ def _check(study: Study, file: Path) -> None:
     need(study.mode in ("max", "min"), f"mode is 'max' or 'min', not {study.mode!r}")
     for name, kind in (("budgets", int), ("lrs", (int, float)), ("seeds", int)):
         values = getattr(study, name)
-        fits = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        fits = isinstance(values, list) and all(
+            isinstance(v, kind) and not isinstance(v, bool) for v in values
+        )
         need(
             fits,
             f"{name} is a list of numbers"
             + ("; YAML reads 1e-3 as a text, write 1.0e-3 or 0.001" if name == "lrs" else ""),
         )
     need(
-        study.baseline is None or study.baseline in study.methods, f"baseline {study.baseline!r} is none of the methods"
+        study.baseline is None or study.baseline in study.methods,
+        f"baseline {study.baseline!r} is none of the methods",
     )
     if len(study.lrs) > 1:
         need(
@@ -199,7 +211,9 @@ def _with_data(config: Config, data: str | None, file: Path) -> Config:
     if not _holds(config, DATA):
         return config
     if data is None:
-        raise ValueError(f"{file} reads data from {DATA}; say where they are with --data.root FOLDER.")
+        raise ValueError(
+            f"{file} reads data from {DATA}; say where they are with --data.root FOLDER."
+        )
     found: Config = replaced(config, lambda text: text.replace(DATA, data))
     return found
 
@@ -235,7 +249,9 @@ def set_at(config: Config, key: str, value: Any) -> Config:
     for name in way:
         at = at.setdefault(name, {})
         if not isinstance(at, dict):
-            raise ValueError(f"{key!r} leads through {name!r}, which is no table in this configuration.")
+            raise ValueError(
+                f"{key!r} leads through {name!r}, which is no table in this configuration."
+            )
     at[last] = value
     return result
 
@@ -272,7 +288,9 @@ def places(study: Study, count: Count) -> Iterator[Place | str]:
                     yield f"{method} has {parameters:,} parameters at any budget, above all of them"
                     continue
                 # It costs what it costs: one place, at the smallest budget that it fits.
-                yield Place(method, allocator, min(fits) if fits else None, None, parameters, config)
+                yield Place(
+                    method, allocator, min(fits) if fits else None, None, parameters, config
+                )
                 continue
             for budget in study.budgets:
                 solved = solve(config, budget, count)
@@ -308,7 +326,9 @@ def solve(config: Config, budget: int, count: Count) -> tuple[int, int, Config] 
 
 
 def _filled(config: Config, units: int) -> Config:
-    found: Config = replaced(config, lambda text: units if text == BUDGET else text.replace(BUDGET, str(units)))
+    found: Config = replaced(
+        config, lambda text: units if text == BUDGET else text.replace(BUDGET, str(units))
+    )
     return found
 
 
@@ -325,9 +345,21 @@ def reported(study: Study, place: Place, lr: float | None) -> list[Point]:
     return [_point(study, place, place.config, lr, seed, False) for seed in study.seeds]
 
 
-def _point(study: Study, place: Place, config: Config, lr: float | None, seed: int, trial: bool) -> Point:
+def _point(
+    study: Study, place: Place, config: Config, lr: float | None, seed: int, trial: bool
+) -> Point:
     if lr is not None:
         config = set_at(config, study.lr_key, lr)
     for key in study.seed_keys:
         config = set_at(config, key, seed)
-    return Point(place.method, place.allocator, place.budget, lr, seed, place.units, place.parameters, trial, config)
+    return Point(
+        place.method,
+        place.allocator,
+        place.budget,
+        lr,
+        seed,
+        place.units,
+        place.parameters,
+        trial,
+        config,
+    )

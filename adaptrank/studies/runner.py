@@ -31,7 +31,9 @@ class Engine(Protocol):
     ) -> Iterable[Result]: ...
 
 
-def run_study(study: Study, out: Path, count: Count, engine: Engine, say: Say = print) -> dict[str, Any]:
+def run_study(
+    study: Study, out: Path, count: Count, engine: Engine, say: Say = print
+) -> dict[str, Any]:
     """Solve, select, run, and return all results as JSON-able data; what is in `out` already is not done again.
 
     Learning rates are selected for every place by equal trials, on the data of `selection`, before anything is reported.
@@ -48,7 +50,9 @@ def run_study(study: Study, out: Path, count: Count, engine: Engine, say: Say = 
     points = [point for place in kept for point in reported(study, place, rates[id(place)])]
     replays = [point for point in points if replayed(point)]
     first = _all([point for point in points if not replayed(point)], out, engine, say, "runs")
-    results = first + _all([_with_ranks(point, first) for point in replays], out, engine, say, "replays")
+    results = first + _all(
+        [_with_ranks(point, first) for point in replays], out, engine, say, "replays"
+    )
     record = {
         "study": study.name,
         "title": study.title,
@@ -56,7 +60,9 @@ def run_study(study: Study, out: Path, count: Count, engine: Engine, say: Say = 
         "metric": study.metric,
         "mode": study.mode,
         "baseline": study.baseline,
-        "selected_on": (study.selection.get("name") or "a slice of train") if len(study.lrs) > 1 else None,
+        "selected_on": (study.selection.get("name") or "a slice of train")
+        if len(study.lrs) > 1
+        else None,
         "selected_by": study.selection.get("metric") if len(study.lrs) > 1 else None,
         "reported_on": study.reported_on,
         "lrs": list(study.lrs),
@@ -85,21 +91,33 @@ def _with_ranks(point: Point, results: Sequence[Result]) -> Point:
     assert asked is not None
     method, allocator = asked["method"], asked["allocator"] or "none"
     for result in results:
-        alike = (result["method"], result["allocator"], result["seed"]) == (method, allocator, point.seed)
+        alike = (result["method"], result["allocator"], result["seed"]) == (
+            method,
+            allocator,
+            point.seed,
+        )
         if alike and result["budget"] in (point.budget, None) and result["status"] == "success":
-            return replace(point, config=_filled_in(point.config, str(Path(result["run"]) / "ranks.json")))
+            return replace(
+                point, config=_filled_in(point.config, str(Path(result["run"]) / "ranks.json"))
+            )
     return point  # it fails, and says that there is no such file
 
 
 def without_replays(value: Any) -> Any:
     """A configuration without the keys whose values are found by other runs."""
     if isinstance(value, dict):
-        return {k: without_replays(v) for k, v in value.items() if not (isinstance(v, str) and _REPLAY.fullmatch(v))}
+        return {
+            k: without_replays(v)
+            for k, v in value.items()
+            if not (isinstance(v, str) and _REPLAY.fullmatch(v))
+        }
     return [without_replays(one) for one in value] if isinstance(value, list) else value
 
 
 def _filled_in(config: dict[str, Any], ranks: str) -> dict[str, Any]:
-    found: dict[str, Any] = replaced(config, lambda text: ranks if _REPLAY.fullmatch(text) else text)
+    found: dict[str, Any] = replaced(
+        config, lambda text: ranks if _REPLAY.fullmatch(text) else text
+    )
     return found
 
 
@@ -135,7 +153,8 @@ def _selected(study: Study, place: Place, tried: Sequence[Result]) -> float | No
     own = [
         (result["metrics"][study.selection["metric"]], result["lr"])
         for result in tried
-        if (result["method"], result["allocator"], result["budget"]) == (place.method, place.allocator, place.budget)
+        if (result["method"], result["allocator"], result["budget"])
+        == (place.method, place.allocator, place.budget)
         and math.isfinite(result["metrics"].get(study.selection["metric"], math.nan))
     ]
     if not own:
@@ -153,7 +172,9 @@ def run_point(point: Point, out: Path) -> Result:
     folder = out / "points" / point.key
     shutil.rmtree(folder, ignore_errors=True)  # a run that did not finish
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(point.config, sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(point.config, sort_keys=False), encoding="utf-8"
+    )
     command = [
         sys.executable,
         "-m",
@@ -167,7 +188,10 @@ def run_point(point: Point, out: Path) -> Result:
     start = time.monotonic()
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     result: Result = {
         "key": point.key,
@@ -185,7 +209,11 @@ def run_point(point: Point, out: Path) -> Result:
     }
     runs = sorted((folder / "runs").glob("*/*/summary.json"))
     if done.returncode or not runs:
-        lines = [line for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         result |= {"status": "failed", "error": _last(lines) or f"exit code {done.returncode}"}
     else:
         result |= _facts(runs[-1])
@@ -205,7 +233,10 @@ def _facts(file: Path) -> Result:
     weights = list((run / "adapter").glob("*.safetensors"))
     events = run / "ranks.jsonl"
     allocated = (
-        [json.loads(line).get("allocated", 0) for line in events.read_text(encoding="utf-8").splitlines()]
+        [
+            json.loads(line).get("allocated", 0)
+            for line in events.read_text(encoding="utf-8").splitlines()
+        ]
         if events.is_file()
         else []
     )
@@ -213,7 +244,11 @@ def _facts(file: Path) -> Result:
     return {
         "status": "success",
         "run": str(run),
-        "metrics": {name: value for name, value in summary["after"].items() if isinstance(value, int | float)},
+        "metrics": {
+            name: value
+            for name, value in summary["after"].items()
+            if isinstance(value, int | float)
+        },
         "before": summary["before"],
         "num_trainable_params": summary["trainable"],
         "num_total_params": summary["parameters"],
@@ -233,7 +268,9 @@ def _facts(file: Path) -> Result:
 def here(jobs: int = 1) -> Engine:
     """Runs points in processes of this machine, `jobs` at a time, which share its cores."""
 
-    def engine(function: Callable[[Point, Path], Result], points: Sequence[Point], out: Path) -> Iterable[Result]:
+    def engine(
+        function: Callable[[Point, Path], Result], points: Sequence[Point], out: Path
+    ) -> Iterable[Result]:
         if jobs > 1:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
         with ThreadPoolExecutor(jobs) as pool:
@@ -254,10 +291,16 @@ def on_ray(address: str | None = None, cpus: float = 1, gpus: float = 0) -> Engi
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Studies on a cluster need Ray: pip install 'adaptrank[ray]'.") from error
+        raise ModuleNotFoundError(
+            "Studies on a cluster need Ray: pip install 'adaptrank[ray]'."
+        ) from error
 
-    def engine(function: Callable[[Point, Path], Result], points: Sequence[Point], out: Path) -> Iterable[Result]:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # by default it makes way for everything else on the machine
+    def engine(
+        function: Callable[[Point, Path], Result], points: Sequence[Point], out: Path
+    ) -> Iterable[Result]:
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # by default it makes way for everything else on the machine
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(function)

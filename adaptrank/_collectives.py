@@ -1,0 +1,45 @@
+"""Collective operations over processes, which do nothing in a single one."""
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def first() -> bool:
+    """Whether this is the process that decides."""
+    return not several() or dist.get_rank() == 0
+
+
+def from_first(value: T) -> T:
+    """What the first process has."""
+    if not several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """What each process has, in their order."""
+    if not several():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes, on each."""
+    if not several():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

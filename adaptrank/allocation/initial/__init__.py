@@ -1,0 +1,1 @@
+"""Rank initializers: one paper, one file. The folder is the registry."""

@@ -1,0 +1,1 @@
+"""Allocators: one paper, one file. The folder is the registry."""

@@ -1,0 +1,1 @@
+"""Scores of units: from gradients, by ablation, from curvature."""

@@ -1,0 +1,1 @@
+"""The callers of the engine: the Lightning callback and the transformers callback."""

@@ -1,0 +1,1 @@
+"""Autograd functions with a plain twin in the tests: low-rank products, scaling, cross entropy."""

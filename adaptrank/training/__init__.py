@@ -1,0 +1,1 @@
+"""Training around the model: penalties, several processes, and an allocator in a Trainer."""
