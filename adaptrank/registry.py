@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Generic, TypeVar
 
+from adaptrank._errors import UserTypeError
+
 T = TypeVar("T")
 
 
@@ -24,7 +26,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """
         known = self._classes.get(cls.__name__)
         if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(
+            raise UserTypeError(
                 f"Two {self._kind}s are called {cls.__name__!r}: {known.__module__}.{known.__qualname__} and "
                 f"{cls.__module__}.{cls.__qualname__}. The class name is the method's name everywhere; rename one."
             )

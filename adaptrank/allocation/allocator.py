@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adaptrank._collectives import first, from_first, mean
+from adaptrank._errors import UserError
 from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
 from adaptrank.allocation.schedules import Phases, cubic, steps
 from adaptrank.allocation.scores.gradient import Axes, Where, importance
@@ -133,14 +134,14 @@ class Allocator(Callback):
         seed: int = 0,
     ) -> None:
         if unit not in ("ranks", "parameters"):
-            raise ValueError(f"unit={unit!r}; a budget counts 'ranks' or 'parameters'.")
+            raise UserError(f"unit={unit!r}; a budget counts 'ranks' or 'parameters'.")
         if (
             every < 1
             or floor < 1
             or (cap is not None and cap < floor)
             or (budget is not None and budget < 1)
         ):
-            raise ValueError(
+            raise UserError(
                 f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, and cap at least floor."
             )
         steps(warmup, 0), steps(final, 0)
@@ -300,7 +301,7 @@ class Allocator(Callback):
                     break
                 self._examples.append(batch)
             if len(self._examples) < self.examples_needed():
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__} evaluates the loss on {self.examples_needed()} training batch(es), and got "
                     f"{len(self._examples)}; give `start` batches, or take a score that needs none."
                 )
@@ -315,7 +316,7 @@ class Allocator(Callback):
             ValueError: if the run was started without a loss.
         """
         if self._loss is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} evaluates the loss of whole batches; give `start` a function, loss=lambda batch: ..."
             )
         with evaluating(self.model):
@@ -481,7 +482,7 @@ class Allocator(Callback):
             ValueError: if the run has no end.
         """
         if not math.isfinite(total):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} needs to know where training ends; set max_steps or max_epochs."
             )
         return Phases(
@@ -498,12 +499,12 @@ class Allocator(Callback):
         if not self.moves:
             return
         if phases.end <= phases.warmup:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} would never act: its warm-up of {phases.warmup} and final {phases.final} steps leave "
                 f"none of the {phases.total} steps of this run; shorten them, or raise max_steps."
             )
         if not any(self.acts_at(step) for step in phases.events()):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} would never act: with an event every {phases.every} steps between {phases.warmup} and "
                 f"{phases.end}, none moves a unit; lower `every`, or raise max_steps."
             )
@@ -528,19 +529,19 @@ class Allocator(Callback):
             found = wrappers(self.model)
             methods = ", ".join(sorted({type(wrapper).__name__ for wrapper in found}))
             if any(wrapper.axes for wrapper in found):
-                raise ValueError(
+                raise UserError(
                     f"{name} has nothing to allocate: no tensor of a rank axis of {methods} is trained."
                 )
             what = f"{methods} has no rank axis" if methods else "the model has no adapter"
             beside = _beside(next(iter(wrapped_layers(self.model).values())), fits) if found else ""
-            raise ValueError(f"{name} has nothing to allocate: {what}; {suggestion}{beside}.")
+            raise UserError(f"{name} has nothing to allocate: {what}; {suggestion}{beside}.")
         for key, axis in self._axes.items():
             reason = self.unfit(axis)
             if reason:
                 method = type(axis.members[0][0]).__name__
-                raise ValueError(f"{name} {reason}, and {method} at {key} cannot; {suggestion}.")
+                raise UserError(f"{name} {reason}, and {method} at {key} cannot; {suggestion}.")
         if refused := self._scores_by_name() and named.refuses(self._axes):
-            raise ValueError(f"{name}: {refused}.")
+            raise UserError(f"{name}: {refused}.")
 
     def _scores_by_name(self) -> bool:
         own = type(self)
@@ -572,7 +573,7 @@ class Allocator(Callback):
         if set(self._start) != set(self._axes):
             differs.append("its axes are not those of this model")
         if differs:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's {type(self).__name__} does not fit this run: {'; '.join(differs)}. Resume with the "
                 f"configuration it was saved under, or start a new run from its adapter (model.adapter)."
             )
@@ -583,7 +584,7 @@ class Allocator(Callback):
         for key, size in (initial or {}).items():
             axis, kept = self._axes[key], min(size, len(self._axes[key]))
             if size > kept and "grow" not in axis.capabilities:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__} asks {key} for {size} units, it has {kept}, and those of "
                     f"{type(axis.members[0][0]).__name__} cannot grow; start with {size} or more."
                 )
@@ -622,17 +623,17 @@ class Allocator(Callback):
         if target is None:
             return
         if target < floors:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a budget of {target} {self.unit} is below {floors}, the cost of {self.floor} unit(s) "
                 f"on each of {len(self._axes)} axes; raise `budget` or lower `floor`."
             )
         if target > start:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a budget of {target} {self.unit} is above the {start} the run starts "
                 f"with; start with more ranks, or lower `budget`."
             )
         if self.budget is None and type(self).plan is Allocator.plan and target == start:
-            raise ValueError(
+            raise UserError(
                 f"{name} would never act: it prunes to a budget, and has none; set `budget` below the "
                 f"{start} {self.unit} of the start."
             )
@@ -783,7 +784,7 @@ class Allocator(Callback):
             None,
         )
         if averaging is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(averaging).__name__} keeps a copy of the weights that cannot follow a rank; leave it out, or run it "
                 f"without an allocator."
             )
@@ -797,15 +798,15 @@ class Allocator(Callback):
         name, second = type(self).__name__, type(other).__name__
         alone = next((type(one).__name__ for one in (self, other) if one.exclusive), None)
         if alone is not None:
-            raise ValueError(
+            raise UserError(
                 f"{name} and {second} are both in this run, and {alone} tolerates no other; keep one."
             )
         if self.moves and other.moves:
-            raise ValueError(
+            raise UserError(
                 f"{name} and {second} would both move the ranks of this model; keep one."
             )
         if self._provides() and other._provides():
-            raise ValueError(
+            raise UserError(
                 f"{name} and {second} would both choose the ranks to start from; keep one."
             )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaptrank._errors import UserError
 from adaptrank.axes import CostModel, natural
 
 Scores = Mapping[str, Tensor]
@@ -57,7 +58,7 @@ def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> P
     sizes = {axis: min(floor, len(units)) for axis, units in order.items()}
     total = cost.total(sizes)
     if total > budget:
-        raise ValueError(
+        raise UserError(
             f"A budget of {budget} is below {total}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
         )
 
@@ -201,7 +202,7 @@ def apportion(
         ValueError: where a weight is negative or no number, or the floors alone cost more than the budget.
     """
     if any(not math.isfinite(weight) or weight < 0 for weight in weights.values()):
-        raise ValueError(
+        raise UserError(
             f"Ranks cannot be shared out by {dict(weights)}: every weight has to be a number, 0 or more."
         )
     axes = sorted(weights, key=natural)
@@ -209,7 +210,7 @@ def apportion(
     bounds = {axis: (caps or {}).get(axis) for axis in axes}
     least = cost.total(dict.fromkeys(axes, floor))
     if least > budget:
-        raise ValueError(
+        raise UserError(
             f"A budget of {budget} is below {least}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
         )
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from adaptrank._errors import UserError
+
 
 @dataclass(frozen=True)
 class Phases:
@@ -45,7 +47,7 @@ def steps(amount: int | float, total: int) -> int:
         ValueError: for a negative amount or a fraction above 1.
     """
     if amount < 0 or (isinstance(amount, float) and amount > 1):
-        raise ValueError(
+        raise UserError(
             f"{amount} is no length of a phase; give whole steps, or a fraction from 0.0 to 1.0."
         )
     return round(amount * total) if isinstance(amount, float) else amount

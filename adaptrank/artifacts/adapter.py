@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers as kinds
 from adaptrank._collectives import first
+from adaptrank._errors import UserError
 from adaptrank.artifacts.header import FORMAT_VERSION, digest_of, parse
 from adaptrank.axes import PRUNED, compact, fit_ranks, rank_axes
 from adaptrank.backbones import fingerprint
@@ -61,14 +62,14 @@ def save_adapter(
         ValueError: if the model holds no wrapper, or none of a name.
     """
     if not wrapped_layers(model):
-        raise ValueError(
+        raise UserError(
             "This model holds no adapter to save; call adapt() first, or unmerge() if it is merged."
         )
     if names is not None:
         names = frozenset([names] if isinstance(names, str) else names)
         known = dict.fromkeys(wrapper.name for wrapper in wrappers(model))
         if unknown := sorted(names - known.keys()):
-            raise ValueError(f"No adapter is called {unknown[0]!r}; there are {', '.join(known)}.")
+            raise UserError(f"No adapter is called {unknown[0]!r}; there are {', '.join(known)}.")
     description = describe_adapter(model, base, names)
     tensors: dict[str, Tensor] = {}
     for key, wrapper, name in _keyed(model, names):
@@ -130,7 +131,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     file = _weights_file(folder)
     description = read_adapter(folder)
     if name is not None and len(held := _names(description)) > 1:
-        raise ValueError(
+        raise UserError(
             f"{file} holds adapters called {', '.join(sorted(held))}; leave `name` out to load them all."
         )
     _check_digest(file, description)
@@ -168,7 +169,7 @@ def _load_tensors(
         absent = sorted(key for key in targets if key not in keys and tied.get(key) not in keys)
         for what, wrong in (("an unexpected tensor", unknown), ("no tensor", absent)):
             if wrong:
-                raise ValueError(
+                raise UserError(
                     f"{file} does not fit this model: it has {what} {wrong[0]} ({len(wrong)} such)."
                 )
         values = {key: stored.get_tensor(tied.get(key, key)) for key in [*targets, *extra]}
@@ -182,11 +183,11 @@ def _load_tensors(
     }
     for key, value in values.items():
         if value.shape != tensors[key].shape:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(tensors[key].shape)}."
             )
         if value.is_floating_point() != tensors[key].is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key} is {value.dtype}, this model's is {tensors[key].dtype}."
             )
     with torch.no_grad():
@@ -232,9 +233,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from None
+        raise UserError(f"{file} is damaged: {error}.") from None
     if "adaptrank" not in metadata:
-        raise ValueError(f"{file} is no adaptrank adapter: its header does not describe one.")
+        raise UserError(f"{file} is no adaptrank adapter: its header does not describe one.")
     return parse(metadata["adaptrank"], file)
 
 
@@ -390,7 +391,7 @@ def _weights_file(folder: str | os.PathLike[str]) -> Path:
             f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
         )
     if file.is_symlink():
-        raise ValueError(
+        raise UserError(
             f"{file} is a symbolic link, which may lead anywhere; copy the file itself."
         )
     if not file.is_file():
@@ -425,14 +426,14 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             if wrapper["class"] not in PARAMETERIZATIONS:
-                raise ValueError(
+                raise UserError(
                     f"{file} needs the parameterization {wrapper['class']!r}, which is not defined here; import the module "
                     f"that defines it first. Known: {', '.join(PARAMETERIZATIONS)}."
                 )
         for path, shape in entry["layers"].items():
             layer = modules.get(path)
             if layer is None:
-                raise ValueError(
+                raise UserError(
                     f"{file} adapts {path!r}, which this model does not have; was it made for another base?"
                 )
             plain = layer.innermost if isinstance(layer, Parameterization) else layer
@@ -440,17 +441,17 @@ def _check_fits(model: nn.Module, description: dict[str, Any], file: Path) -> No
             if isinstance(layer, Parameterization):
                 have = _describe_nest(_called(layer, names))
                 if have and json.loads(json.dumps(have)) != entry["nest"]:
-                    raise ValueError(
+                    raise UserError(
                         f"{path} already carries {_spell(have)}, and {file} holds {_spell(entry['nest'])}; load it under "
                         f"another name, load_adapter(..., name='other'), or into a model without that adapter."
                     )
             elif isinstance(layer, kinds.Parts):
-                raise ValueError(
+                raise UserError(
                     f"{file} adapts {path} as a whole, and here it is split into {', '.join(layer.names)}; load it into a model "
                     f"without adapters."
                 )
             elif have_shape != tuple(shape):
-                raise ValueError(
+                raise UserError(
                     f"{file} was made for {path} of shape {tuple(shape)}, and this model's is {have_shape}."
                 )
 
@@ -461,7 +462,7 @@ def _check_digest(file: Path, description: Mapping[str, Any]) -> None:
     with safe_open(file, framework="pt") as stored:
         found = digest_of(description, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
     if found != description["digest"]:
-        raise ValueError(
+        raise UserError(
             f"{file} is not what was written: its digest is another one. Copy it again."
         )
 
@@ -494,14 +495,14 @@ def _check_allocations(model: nn.Module, description: Mapping[str, Any], file: P
                         nest = PARAMETERIZATIONS[wrapper["class"]](nest, **wrapper["init_args"])
                 except Exception as error:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise ValueError(
+                    raise UserError(
                         f"{file}: {wrapper['class']} at {path} cannot be built as it says: {reason}"
                     ) from None
             assert isinstance(nest, Parameterization)
             state = ((name, t) for wrapper in nest.nest for name, t in wrapper.state_dict().items())
             taken = sum(t.numel() for name, t in state if not name.startswith("base."))
             if taken > room:
-                raise ValueError(
+                raise UserError(
                     f"{file}: the adapter of {path} would take {taken:,} numbers, and the layer has {room // 4:,}; it is damaged, or meant to harm."
                 )
 
@@ -512,7 +513,7 @@ def _check_counts(value: Any, most: int, name: str, file: Path) -> None:
         for one in value.values() if isinstance(value, dict) else value:
             _check_counts(one, most, name, file)
     elif isinstance(value, int) and abs(value) > most:
-        raise ValueError(
+        raise UserError(
             f"{file} asks for a {name} with {value:,}, and the layer has {most // 4:,} numbers; it is damaged, or meant to harm."
         )
 

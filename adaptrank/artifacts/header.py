@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
+
 FORMAT_VERSION = 2
 """2 has a digest; files of version 1, which have none, are read."""
 MOST_PARTS = 64
@@ -38,7 +40,7 @@ def parse(text: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{file} is damaged: the description in its header is no JSON.") from None
+        raise UserError(f"{file} is damaged: the description in its header is no JSON.") from None
     check(found, file)
     description: dict[str, Any] = found
     return description
@@ -49,13 +51,13 @@ def check(found: Any, file: Path) -> None:
 
     def need(true: bool, what: str) -> None:
         if not true:
-            raise ValueError(f"{file} is damaged: {what}.")
+            raise UserError(f"{file} is damaged: {what}.")
 
     need(isinstance(found, dict), "its description is no table of keys")
     version = found.get("format_version")
     need(_is_count(version) and version >= 1, "it does not say what format it has")
     if version > FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{file} has format {version}; this version of adaptrank reads up to {FORMAT_VERSION}: pip install --upgrade adaptrank."
         )
     need(version == 1 or isinstance(found.get("digest"), str), "it has no digest")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
+from adaptrank._errors import UserError
 from adaptrank.injection import join_fused
 from adaptrank.parameterizations import Parameterization, replace_layer, wrapped_layers
 
@@ -43,13 +44,13 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     """
     layers = wrapped_layers(model)
     if getattr(model, "_adaptrank_merged", None) is not None:
-        raise ValueError(
+        raise UserError(
             "This model is merged already, with its originals kept; unmerge() it first."
         )
     if not layers:
-        raise ValueError("This model holds no adapter to merge.")
+        raise UserError("This model holds no adapter to merge.")
     if "" in layers:
-        raise ValueError(
+        raise UserError(
             "The model is itself a wrapper, and nothing holds it; merge a module that does: nn.Sequential(layer)."
         )
     _check_mergeable(model, layers)
@@ -63,7 +64,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
                 for name, value, before, dtype in merged_parameters(layer):
                     rounded = value.to(dtype)
                     if not torch.isfinite(rounded).all():
-                        raise ValueError(
+                        raise UserError(
                             f"{path}: the merged {name} is not finite in {dtype}; merge a float32 model."
                         )
                     lost += float((rounded.to(value.dtype) - value).square().sum())
@@ -92,7 +93,7 @@ def unmerge(model: Model) -> Model:
     """
     merged = getattr(model, "_adaptrank_merged", None)
     if not isinstance(merged, _Merged):
-        raise ValueError(
+        raise UserError(
             "Nothing to unmerge: merge with keep_originals=True, or load the adapter on a fresh base."
         )
     _restore(model, merged)
@@ -140,16 +141,16 @@ def _check_mergeable(model: nn.Module, layers: dict[str, Parameterization]) -> N
     for path, layer in layers.items():
         for wrapper in layer.nest:
             if wrapper.enabled and not wrapper.mergeable:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged."
                 )
         if kinds.quantized(layer.innermost):
-            raise ValueError(
+            raise UserError(
                 f"{path} is quantized, and rounding would eat the change; load the adapter onto the unquantized base and merge there."
             )
         using = users.get(id(getattr(layer.innermost, "weight", None)), [])
         shared = [other for other, module in using if module is not layer.innermost]
         if shared:
-            raise ValueError(
+            raise UserError(
                 f"{path} shares its weight with {shared[0]}, which merging would change too; exclude it."
             )

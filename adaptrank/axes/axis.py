@@ -15,6 +15,7 @@ from typing import cast, overload
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError, UserTypeError
 from adaptrank.parameterizations import Parameterization, wrapped_layers, wrappers
 
 Optimizers = Iterable[torch.optim.Optimizer]
@@ -258,15 +259,15 @@ class RankAxis:
         keep = list(range(size)) if keep is None else list(keep)
         least, largest = self.limits()
         if any(not 0 <= unit < size for unit in keep):
-            raise ValueError(f"{self.key} has units 0 to {size - 1}; asked to keep {keep}.")
+            raise UserError(f"{self.key} has units 0 to {size - 1}; asked to keep {keep}.")
         if (
             len(keep) < least or grow < 0
         ):  # what is fresh takes its size from what lives, so grow does not count
-            raise ValueError(
+            raise UserError(
                 f"{self.key} would keep {len(keep)} units and grow {grow}; at least {least} must stay."
             )
         if largest is not None and len(keep) + grow > max(largest, size):
-            raise ValueError(
+            raise UserError(
                 f"{self.key} holds at most {largest} units; asked for {len(keep)} + {grow}."
             )
         if keep != list(range(size)):
@@ -308,7 +309,7 @@ class RankAxis:
             shape[slot.dim] = n
             value = torch.zeros(shape) if slot.closes else drawn[slot.label]
             if list(value.shape) != shape:
-                raise ValueError(
+                raise UserError(
                     f"{self.key}: fresh() drew {tuple(value.shape)} for {slot.name}, not {tuple(shape)}."
                 )
             result[slot.label] = value.to(slot.tensor)
@@ -497,20 +498,20 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 if full in state_dict:
                     shape, have = state_dict[full].shape, getattr(layer, tensor).shape
                     if len(shape) != len(have):
-                        raise ValueError(
+                        raise UserError(
                             f"{full} was stored with shape {tuple(shape)}, and has {len(have)} dimension(s) here; "
                             f"the file is damaged, or of another model."
                         )
                     stored[f"{full}.{dim}" if full in stored else full] = shape[dim]
         if len(set(stored.values())) > 1:
             sizes = ", ".join(f"{name}: {size}" for name, size in stored.items())
-            raise ValueError(
+            raise UserError(
                 f"The tensors of {key} were stored with different ranks ({sizes}); the file is damaged."
             )
         if stored and (size := next(iter(stored.values()))) != len(axis):
             least, largest = axis.limits()
             if size < least or (largest is not None and size > largest):
-                raise ValueError(
+                raise UserError(
                     f"{key} was stored with {size} units, and holds {least} to {largest or 'any number'} here; "
                     f"the file is damaged, or of another model."
                 )
@@ -549,7 +550,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
                 ):
                     odd = f" (its {key!r} has shape {tuple(value.shape)} for a parameter {tuple(parameter.shape)})"
     if refused or odd:
-        raise TypeError(
+        raise UserTypeError(
             f"{type(optimizer).__name__} keeps state that cannot follow a rank{odd or ''}; "
             f"use {', '.join(_FOLLOWS[:-1])} or {_FOLLOWS[-1]} where ranks move."
         )

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.axes.axis import Optimizers, RankAxis, natural
 from adaptrank.parameterizations import Parameterization, named_layers
 
@@ -161,7 +162,7 @@ def compact(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         groups = there.get(key)
         if groups is None or not indices or not all(0 <= i < len(groups) for i in indices):
             have = "none" if groups is None else str(len(groups))
-            raise ValueError(
+            raise UserError(
                 f"{key} cannot be cut to {len(indices)} {kind}: this model has {have} there."
             )
         for part in groups.parts:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adaptrank._errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -319,7 +321,7 @@ def auto_dtype(name: str) -> torch.dtype:
     if name in named:
         return named[name]
     if name != "auto":
-        raise ValueError(f"dtype {name!r} is unknown; use 'auto' or one of {', '.join(named)}.")
+        raise UserError(f"dtype {name!r} is unknown; use 'auto' or one of {', '.join(named)}.")
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -373,7 +375,7 @@ def load_model(
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not resize:
         key, stored, asked = mismatched[0]
-        raise ValueError(
+        raise UserError(
             f"{source.name}: {key} is {tuple(stored)} in the checkpoint and {tuple(asked)} in the model that was asked "
             f"for ({len(mismatched)} such); pass ignore_mismatched_sizes=True to start them anew."
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrank._errors import UserError
 from adaptrank.cli import errors
 from adaptrank.cli.verbs import make_parser, run_verb
 
@@ -148,7 +149,7 @@ def counting(file: Path) -> Any:
                 try:
                     described = describe(["--config", str(made)])
                 except errors.ConfigError as error:
-                    raise ValueError(str(error)) from error
+                    raise UserError(str(error)) from error
             known[key] = sum(described["layers"].values())
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrank import layers as kinds
+from adaptrank._errors import UserError
 from adaptrank.parameterizations import Parameterization
 
 Change = Union["Product", "Dense"]
@@ -175,7 +176,7 @@ def shared_ranks(changes: Sequence[Change], budget: int) -> list[int]:
     ranks = [1] * len(changes)
     spent = sum(sum(change.shape) for change in changes)
     if spent > budget:
-        raise ValueError(
+        raise UserError(
             f"A budget of {budget:,} parameters is below {spent:,}, one direction for each of {len(changes)} layers."
         )
     rest = sorted(

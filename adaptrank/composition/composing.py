@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
+from adaptrank._errors import UserError
 from adaptrank.artifacts import load_adapter, read_adapter
 from adaptrank.artifacts.adapter import WEIGHTS, frozen_weights
 from adaptrank.backbones import fingerprint
@@ -59,15 +60,15 @@ class Compression:
     def __post_init__(self) -> None:
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(given)} were given; a result is compressed by one of them."
             )
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank}: 1 or more.")
+            raise UserError(f"rank={self.rank}: 1 or more.")
         for name in ("energy", "error"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value}: above 0, and at most 1.")
+                raise UserError(f"{name}={value}: above 0, and at most 1.")
 
     def __bool__(self) -> bool:
         return any(value is not None for value in vars(self).values())
@@ -167,35 +168,35 @@ def _check(
     merged: bool,
 ) -> None:
     if wrapped_layers(model):
-        raise ValueError(
+        raise UserError(
             "compose starts from the base alone, and this model holds adapters already."
         )
     if not folders:
-        raise ValueError("There is no adapter to compose; name their folders.")
+        raise UserError("There is no adapter to compose; name their folders.")
     if len(weights) != len(folders):
-        raise ValueError(f"{len(weights)} weights for {len(folders)} adapters; give one for each.")
+        raise UserError(f"{len(weights)} weights for {len(folders)} adapters; give one for each.")
     if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights={list(weights)}: finite numbers.")
+        raise UserError(f"weights={list(weights)}: finite numbers.")
     if operator not in OPERATORS:
         import difflib
 
         close = difflib.get_close_matches(operator, OPERATORS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
+        raise UserError(
             f"operator={operator!r} is unknown.{hint} There are {', '.join(OPERATORS)}."
         )
     if mode not in ("delta", "sequential"):
-        raise ValueError(f"mode={mode!r} is unknown; use 'delta' or 'sequential'.")
+        raise UserError(f"mode={mode!r} is unknown; use 'delta' or 'sequential'.")
     if mode == "sequential" and (
         any(w != 1 for w in weights) or operator != "sum" or compression or merged
     ):
-        raise ValueError(
+        raise UserError(
             "mode='sequential' nests the adapters as they are: weights, operators, compression and merging are for mode='delta'."
         )
     if order is not None and mode == "delta":
-        raise ValueError("order is for mode='sequential'; a sum in delta space has none.")
+        raise UserError("order is for mode='sequential'; a sum in delta space has none.")
     if order is not None and sorted(order) != list(range(len(folders))):
-        raise ValueError(
+        raise UserError(
             f"order={list(order)}: each of 0 to {len(folders) - 1} once, innermost first."
         )
 
@@ -212,23 +213,21 @@ def _check_described(
             else {"name": "this model", "fingerprint": _fingerprint(model, one)}
         )
         if one["base"]["fingerprint"] != base["fingerprint"]:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained on {_base_name(one['base'])}, and {f'{folders[0]} on' if alike else 'the base is'} "
                 f"{_base_name(base)}; adapters add up on one base only."
             )
         if "pruned" in one:
-            raise ValueError(
+            raise UserError(
                 f"{folder} cuts heads or channels out of its base, and adds up with nothing."
             )
         if one["trained_modules"] and others == "error":
-            raise ValueError(
+            raise UserError(
                 f"{folder} trained {one['trained_modules'][0]} whole, and there is no sum of such modules; say which to take with "
                 f"others: 'first', 'average' or 'drop'."
             )
     if others not in ("error", "first", "average", "drop"):
-        raise ValueError(
-            f"others={others!r} is unknown; use 'error', 'first', 'average' or 'drop'."
-        )
+        raise UserError(f"others={others!r} is unknown; use 'error', 'first', 'average' or 'drop'.")
 
 
 def _fingerprint(model: nn.Module, description: Mapping[str, Any]) -> str:
@@ -262,7 +261,7 @@ def _check_layers(
             if mode == "delta" and (
                 not isinstance(layer.innermost, kinds.MATRICES) or not wrapper.mergeable
             ):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {type(wrapper).__name__} at {path} changes no single matrix, and has no sum; use mode='sequential'."
                 )
             if (
@@ -271,7 +270,7 @@ def _check_layers(
                 and len(folders) > 1
                 and wrapper.product() is None
             ):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {type(wrapper).__name__} may read the weight that it changes, so that the order matters; say it, "
                     f"innermost first: order={list(range(len(folders)))}."
                 )
@@ -430,7 +429,7 @@ def _folded(
     exact = before + result.dense()
     rounded = exact.to(dtype)
     if not torch.isfinite(rounded).all():
-        raise ValueError(
+        raise UserError(
             f"{path}: the merged weight is not finite in {dtype}; compose on a float32 base."
         )
     lost = float((rounded.to(exact.dtype) - exact).double().square().sum())
@@ -447,14 +446,14 @@ def _put(
 ) -> None:
     """A LoRA with these factors, of scale 1."""
     if not isinstance(result, Product):
-        raise ValueError(
+        raise UserError(
             f"The result at {path} is no product of small factors; make it one with a rank, an energy or an error, or merge it into "
             f"the base."
         )
     if not result.rank:
         return
     if not (torch.isfinite(result.U).all() and torch.isfinite(result.V).all()):
-        raise ValueError(f"The result at {path} is not finite; look at the adapters.")
+        raise UserError(f"The result at {path} is not finite; look at the adapters.")
     with torch.random.fork_rng(devices=[]):
         layer = LoRA(
             plain, rank=1, alpha=1.0

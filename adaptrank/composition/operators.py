@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
 from adaptrank.composition.changes import Change, Dense, Product, total
 
 Operator = Callable[..., Change]
@@ -166,7 +167,7 @@ def options_of(operator: str, values: Mapping[str, Any]) -> dict[str, Any]:
         ]
     for name in values:
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"{operator} has no option {name!r}; it has {', '.join(known) or 'none'}."
             )
     return dict(values)
@@ -242,9 +243,9 @@ def _joint(changes: Sequence[Change]) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 def _in_range(name: str, value: float, above: float, most: float, sentence: str = "") -> None:
     if not above < value <= most:
-        raise ValueError(sentence or f"{name}={value}: above {above}, and at most {most}.")
+        raise UserError(sentence or f"{name}={value}: above {above}, and at most {most}.")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: one of {', '.join(allowed)}.")
+        raise UserError(f"{name}={value!r}: one of {', '.join(allowed)}.")

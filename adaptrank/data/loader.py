@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from adaptrank._errors import UserError
+
 if TYPE_CHECKING:
     from lightning import Trainer
 
@@ -114,13 +116,13 @@ class BatchOrder:
         world_size: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} holds no example; use 1 or more.")
+            raise UserError(f"batch_size={batch_size} holds no example; use 1 or more.")
         if not 0 <= rank < world_size:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank} is not among {world_size} processes; use 0 to {world_size - 1}."
             )
         if lengths is not None and len(lengths) != n:
-            raise ValueError(
+            raise UserError(
                 f"{len(lengths)} lengths arrived for {n} examples; give one length an example."
             )
         self.n, self.batch_size, self.seed, self.shuffle, self.lengths = (

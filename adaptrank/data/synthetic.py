@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from adaptrank._errors import UserError
 from adaptrank.data.loader import rng
 from adaptrank.data.task import CompletionTask, LabelTask, Row, Split
 
@@ -202,7 +203,7 @@ def distinct(row: Callable[[], Row], key: str, size: int, argument: str) -> list
         found.setdefault(new[key], new)
     else:
         if len(found) < size:
-            raise ValueError(
+            raise UserError(
                 f"{argument}={size}, but only about {len(found)} different rows can be made; ask for fewer."
             )
     return list(found.values())
@@ -390,7 +391,7 @@ class GeneratedQuestions(LabelTask):
         ]
         most = len(every) * min(len(texts) for texts in every)
         if size > most:
-            raise ValueError(
+            raise UserError(
                 f"{split}_size={size} asks for more questions than there are; use {most} or fewer."
             )
         drawn: list[Row] = []

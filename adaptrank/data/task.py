@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from adaptrank._errors import UserError
 from adaptrank.data.collate import (
     IGNORED,
     Batch,
@@ -75,9 +76,9 @@ class TaskData(LightningDataModule, ABC):
         sizes |= {"limit_train": limit_train, "limit_val": limit_val}
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name}={size} leaves no example; use 1 or more.")
+                raise UserError(f"{name}={size} leaves no example; use 1 or more.")
         if max_length < 2:
-            raise ValueError(
+            raise UserError(
                 f"max_length={max_length} leaves no token to predict from another; use 2 or more."
             )
         self.batch_size = batch_size
@@ -126,7 +127,7 @@ class TaskData(LightningDataModule, ABC):
                 rng("limit", split, self.seed).shuffle(kept)
                 rows = kept[:limit]
             if not rows:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__} has no {split} rows; give it a source that has some."
                 )
             self._examples[split] = self.encode(rows, split)
@@ -141,7 +142,7 @@ class TaskData(LightningDataModule, ABC):
                 getattr(self.trainer, "lightning_module", None), "tokenizer", None
             )
         if self.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} found no tokenizer: the LightningModule has none. Give it a `tokenizer` attribute, or "
                 f"assign one before the run: data.tokenizer = AutoTokenizer.from_pretrained(...)."
             )
@@ -311,7 +312,7 @@ def render(
 ) -> str:
     """Render a conversation by the tokenizer's chat template; `ask` opens the assistant's turn."""
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
+        raise UserError(
             "A chat was asked for, but this tokenizer has no chat template; take an Instruct model, or `chat: false`."
         )
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
@@ -337,7 +338,7 @@ def chat_segments(
             render(tokenizer, messages[: i + 1]),
         )
         if not whole.startswith(opening) or not whole.startswith(closing):
-            raise ValueError(
+            raise UserError(
                 "The chat template renders a turn differently when others follow, so its tokens cannot be told apart; "
                 "give conversations with one assistant turn, or `chat: false` with prompt and completion."
             )
@@ -350,7 +351,7 @@ def chat_segments(
         done = stop
     if not segments:
         roles = sorted({m["role"] for m in messages})
-        raise ValueError(
+        raise UserError(
             f"A conversation has no assistant turn to train on (its roles are {roles})."
         )
     return segments
@@ -511,7 +512,7 @@ class LabelTask(TaskData):
         assert self.tokenizer is not None
         bare = [k for k, r in enumerate(rows) if "text_pair" not in r]
         if 0 < len(bare) < len(rows):
-            raise ValueError(
+            raise UserError(
                 f"{len(bare)} of {len(rows)} {split} rows have no `text_pair`, the first of them "
                 f'{rows[bare[0]]["text"][:60]!r}; give every row one, "" where there is no second text.'
             )

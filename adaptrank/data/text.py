@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptrank._errors import UserError
 from adaptrank.data.loader import rng
 from adaptrank.data.task import CompletionTask, LabelTask, Row, Split
 
@@ -159,10 +160,10 @@ def load(source: Source, split: str) -> "Dataset | None":
             if source.split is None and split != "train":
                 return None
             there = sorted(p.name for p in Path(source.path).expanduser().iterdir())
-            raise ValueError(f"The folder {source.path!r} has no {name!r} split; it holds {there}.")
+            raise UserError(f"The folder {source.path!r} has no {name!r} split; it holds {there}.")
         kinds = sorted({builder_of(p) or p.suffix for p in files})
         if len(kinds) > 1 or kinds[0] not in BUILDERS.values():
-            raise ValueError(
+            raise UserError(
                 f"{source.path!r} holds {kinds} files; give files of one kind, of {sorted(BUILDERS)}."
             )
         options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
@@ -171,11 +172,11 @@ def load(source: Source, split: str) -> "Dataset | None":
                 kinds[0], data_files={name: [str(p) for p in files]}, split=wanted, **options
             )
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"No rows come from {source.path!r} as split {wanted!r}: {error}"
             ) from error
         except DatasetGenerationError as error:
-            raise ValueError(
+            raise UserError(
                 f"{source.path!r} cannot be read as {kinds[0]}: {error.__cause__ or error}"
             ) from error
         assert isinstance(found, Dataset)
@@ -194,7 +195,7 @@ def _load_from_hub(source: Source, wanted: str) -> "Dataset | None":
         if source.split is None:
             names = get_dataset_split_names(source.path, source.name)
             if wanted not in names and wanted == "train":
-                raise ValueError(
+                raise UserError(
                     f"{source.path!r} has no train split; set `split` to one of {names}."
                 )
             if wanted not in names:
@@ -226,14 +227,14 @@ def reader(field: str, template: str, columns: list[str], path: str) -> Callable
     try:
         parts = list(form.parse(template))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{field}: {template!r} is no format string ({error}); double a brace to mean itself."
         ) from error
     gaps = [gap for _, gap, _, _ in parts if gap is not None]
     for column in [gap.split("[")[0].split(".")[0] for gap in gaps] or [template]:
         if column not in columns:
             hint = closest(column, columns)
-            raise ValueError(f"{field}: {path!r} has no column {column!r}, only {columns}{hint}")
+            raise UserError(f"{field}: {path!r} has no column {column!r}, only {columns}{hint}")
     if not gaps:
         return lambda row: row[template]
     literal, gap, spec, conversion = parts[0]
@@ -260,7 +261,7 @@ def mapped(
             )
     for field in required:
         if field not in readers:
-            raise ValueError(
+            raise UserError(
                 f"{source.path!r} has no column {field!r}, only {columns}{closest(field, columns)} "
                 f'Say how to make it, for example {field}: "{{{columns[0]}}}".'
             )
@@ -268,7 +269,7 @@ def mapped(
     for k, raw in enumerate(data):
         row = {f: v for f, read in readers.items() if (v := read(raw)) is not None}
         if absent := [f for f in required if f not in row]:
-            raise ValueError(
+            raise UserError(
                 f"Row {k} of {source.path!r} has no {absent[0]!r} (it is null); remove or fill such rows."
             )
         rows.append(row)
@@ -278,7 +279,7 @@ def mapped(
 def repeated(rows: list[Row], weight: float, *key: object) -> list[Row]:
     """Take every row `weight` times; of a fraction, a seeded sample in the order of the rows."""
     if weight <= 0:
-        raise ValueError(f"weight={weight} takes no row; use a positive one, or remove the source.")
+        raise UserError(f"weight={weight} takes no row; use a positive one, or remove the source.")
     whole, rest = int(weight), round((weight - int(weight)) * len(rows))
     return rows * whole + [
         rows[i] for i in sorted(rng("weight", *key).sample(range(len(rows)), rest))
@@ -299,11 +300,11 @@ class _Sources:
         settings: dict[str, str | None],
     ) -> None:
         if not 0 < val_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"val_fraction={val_fraction} is not a share; use a number between 0 and 1, such as 0.1."
             )
         if not sources:
-            raise ValueError(
+            raise UserError(
                 "`sources` is empty; name a data set, for example sources: [{path: data/train.jsonl}]."
             )
         given: dict[str, Sources | None] = {
@@ -365,7 +366,7 @@ class _Sources:
             return rows, read(own, source)
         held = max(1, round(self.val_fraction * len(rows)))
         if held >= len(rows):
-            raise ValueError(
+            raise UserError(
                 f"{source.path!r} has {len(rows)} row(s), too few to hold {held} back for validation; set `validation`."
             )
         chosen = set(rng("validation", self.seed).sample(range(len(rows)), held))
@@ -479,7 +480,7 @@ def choice_index(label: Any, choices: list[str], where: str) -> int:
         )
     if isinstance(label, int) and 0 <= label < len(choices):
         return label
-    raise ValueError(
+    raise UserError(
         f"{where}: label {label!r} is none of its {len(choices)} choices; use 0 to {len(choices) - 1}, a letter or the text."
     )
 
@@ -529,7 +530,7 @@ class ClassificationData(LabelTask):
     ) -> None:
         super().__init__(**kwargs)
         if regression and classes is not None:
-            raise ValueError(
+            raise UserError(
                 f"`regression` predicts a number, so there are no `classes` {classes}; remove one of the two."
             )
         self.regression = regression
@@ -566,7 +567,7 @@ class ClassificationData(LabelTask):
                 if split != "predict" and not self.regression:
                     row["label"] = self._index(row["label"], f"Row {k} of {source.path!r}")
             if len(paired) > 1:
-                raise ValueError(
+                raise UserError(
                     f"{paired[True]!r} has pairs of texts, and {paired[False]!r} has no column for `text_pair`: name its column, "
                     f'or set `text_pair: ""` for that source if its texts stand alone.'
                 )
@@ -587,7 +588,7 @@ class ClassificationData(LabelTask):
             return int(label)
         shown = names if len(names) <= 20 else [*names[:20], "..."]
         hint = closest(label, names) if isinstance(label, str) else "."
-        raise ValueError(
+        raise UserError(
             f"{where}: label {label!r} is none of the {len(names)} classes {shown}{hint}"
         )
 
@@ -598,7 +599,7 @@ class ClassificationData(LabelTask):
         assert sources is not None
         declared = {s.path: names for s in sources if (names := declared_classes(s)) is not None}
         if len({tuple(names) for names in declared.values()}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"The sources name different classes: {declared}; give all of them in `classes`."
             )
         if declared:
@@ -614,7 +615,7 @@ class ClassificationData(LabelTask):
         if any(isinstance(label, str) for label in found) and not all(
             isinstance(label, str) for label in found
         ):
-            raise ValueError(
+            raise UserError(
                 f"Some labels are names and some are numbers ({sorted(map(str, found))}); use one kind."
             )
         self._derived = {label: i for i, label in enumerate(sorted(found))}
@@ -632,7 +633,7 @@ def declared_classes(source: Source) -> list[str] | None:
         if beside.is_file():
             names = json.loads(beside.read_text(encoding="utf-8"))
             if not isinstance(names, list):
-                raise ValueError(
+                raise UserError(
                     f"{str(beside)!r} holds a {type(names).__name__}; write a list of names in the order of the labels."
                 )
             return [str(name) for name in names]
@@ -661,7 +662,7 @@ def label_rows(
             row["label"] = number(row["label"], where)
         elif isinstance(label := row.get("label"), bool | float):
             if not math.isfinite(label) or label != int(label):
-                raise ValueError(
+                raise UserError(
                     f"{where}: label {label!r} is no class; use whole numbers or names, or `regression: true` to predict numbers."
                 )
             row["label"] = int(label)
@@ -679,6 +680,6 @@ def number(label: Any, where: str) -> float:
             return value
     except (TypeError, ValueError):
         pass
-    raise ValueError(
+    raise UserError(
         f"{where}: label {label!r} is no number, and `regression` predicts one; leave `regression` out for classes."
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from adaptrank import layers as kinds
+from adaptrank._errors import UserError, UserTypeError
 from adaptrank.axes import RankAxis, generator, rank_axes
 from adaptrank.parameterizations import (
     Parameterization,
@@ -66,11 +67,11 @@ def adapt(
     """
     makers = [parameterization] if callable(parameterization) else list(parameterization)
     if not makers:
-        raise ValueError(
+        raise UserError(
             "adapt() needs a parameterization, such as parameterization=partial(LoRA, rank=8)."
         )
     if getattr(model, "_adaptrank_merged", None) is not None:
-        raise ValueError(
+        raise UserError(
             "This model is merged, with its originals kept; unmerge() it before it gets further adapters."
         )
     extra = find_modules(model, train_modules)
@@ -139,14 +140,12 @@ def _adapt(
             if not any(path == p or path.startswith(f"{p}.") for p in left_out)
         ]
     if not paths:
-        raise ValueError(_no_match(modules, targets, exclude, makers[0]))
+        raise UserError(_no_match(modules, targets, exclude, makers[0]))
     if "" in paths:
-        raise ValueError(
-            "The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8)."
-        )
+        raise UserError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
     for path in paths:
         if path in whole:
-            raise ValueError(
+            raise UserError(
                 f"{path} {whole[path]}, so that its parts are no layers of their own; say split_fused=False."
             )
     for parts, layer in fused.items():
@@ -206,7 +205,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         ValueError: if the model is merged: its layers have the change in them.
     """
     if getattr(model, "_adaptrank_merged", None) is not None:
-        raise ValueError(
+        raise UserError(
             "This model is merged, and its adapters cannot be switched off; unmerge() it first."
         )
     before = [(wrapper, wrapper.enabled) for wrapper in wrappers(model)]
@@ -233,7 +232,7 @@ def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     if path := next(
         (p for p, layer in wrapped_layers(model).items() if kinds.is_read(layer.innermost)), None
     ):
-        raise ValueError(
+        raise UserError(
             f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, for all rows at once; adapt with "
             f"exclude=[{_last(path)!r}] to select rows."
         )
@@ -263,7 +262,7 @@ def delete_adapter(model: Model, name: str = "default") -> Model:
     _check_names(model, [name])
     layers = wrapped_layers(model)
     if "" in layers:
-        raise ValueError(
+        raise UserError(
             "The model is itself a wrapper, and nothing holds it; what it wraps is its `base`."
         )
     for layer in layers.values():
@@ -284,7 +283,7 @@ def _check_names(model: nn.Module, names: Iterable[str]) -> None:
     known = list(dict.fromkeys(wrapper.name for wrapper in wrappers(model)))
     for wanted in names:
         if wanted not in known:
-            raise ValueError(
+            raise UserError(
                 f"No adapter is called {wanted!r}; there are {_some(known)}.{_nearest(wanted, known)}"
             )
 
@@ -316,7 +315,7 @@ def _resize_by_pattern(
             continue
         least, largest = axis.limits()
         if size < least or (largest is not None and size > largest):
-            raise ValueError(
+            raise UserError(
                 f"rank_pattern asks {key} for {size} units; it holds {least} to {largest or 'any number'}."
             )
         kept = min(size, len(axis))
@@ -325,7 +324,7 @@ def _resize_by_pattern(
         if key not in used:
             layers = [paths[id(axis.members[0][0])] for axis in axes.values()]
             known = {*axes, *layers, *map(_last, layers)}
-            raise ValueError(
+            raise UserError(
                 f"rank_pattern names {key!r}, which is no axis of this model; axes here: {_some(axes)}.{_nearest(key, known)}"
             )
 
@@ -345,11 +344,11 @@ def _pattern_size(
         if axis in sizes:
             size = sizes[axis]
             if not isinstance(size, int) or isinstance(size, bool):
-                raise ValueError(
+                raise UserError(
                     f"rank_pattern gives {entry!r} the size {size!r}; a size is a whole number of units."
                 )
             return size
-        raise ValueError(
+        raise UserError(
             f"rank_pattern gives {entry!r} sizes of {_some(sizes)}, and {key} is the axis there: {axis!r}."
         )
     return None
@@ -435,12 +434,12 @@ def _match(
         try:
             found |= {path for path in modules if path and re.fullmatch(targets, path)}
         except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
+            raise UserError(f"targets={targets!r} is not a regular expression: {error}.") from None
     else:
         for target in targets:
             ends = [path for path in modules if path == target or path.endswith(f".{target}")]
             if not ends:
-                raise ValueError(_no_match(modules, [target], (), makers[0]))
+                raise UserError(_no_match(modules, [target], (), makers[0]))
             found.update(ends)
     split = {
         path: module.names
@@ -463,10 +462,10 @@ def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str]) ->
                 and (path == entry or path.endswith(f".{entry}") or re.fullmatch(entry, path))
             ]
         except re.error as error:
-            raise ValueError(f"exclude={entry!r} is not a regular expression: {error}.") from None
+            raise UserError(f"exclude={entry!r} is not a regular expression: {error}.") from None
         if not here:
             endings = {path.rsplit(".", 1)[-1] for path in modules if path}
-            raise ValueError(
+            raise UserError(
                 f"exclude={entry!r} names nothing in this model.{_nearest(entry, endings)}"
             )
         found += here
@@ -513,7 +512,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
         }
         if not found:
             known = {path.rsplit(".", 1)[-1] for path in modules if path}
-            raise ValueError(
+            raise UserError(
                 f"train_modules names {name!r}, which this model does not have.{_nearest(name, known)}"
             )
         extra.update(found)
@@ -548,7 +547,7 @@ def _wrap(
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path or 'the model'}: {error}") from error
         if not isinstance(wrapper, Parameterization):
-            raise TypeError(
+            raise UserTypeError(
                 f"A parameterization must return a wrapped layer; {maker} returned {type(wrapper).__name__}."
             )
     assert isinstance(wrapper, Parameterization)
@@ -557,7 +556,7 @@ def _wrap(
         one.name = name
         if not one.mergeable:
             if kinds.is_read(one.innermost):
-                raise TypeError(
+                raise UserTypeError(
                     f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, and {type(one).__name__} "
                     f"has none; exclude it."
                 )
@@ -566,7 +565,7 @@ def _wrap(
         if [(type(w), w.init_args) for w in made] == [(type(w), w.init_args) for w in carried]:
             return None
         have = " on ".join(type(w).__name__ for w in reversed(carried))
-        raise ValueError(
+        raise UserError(
             f"{path} already carries adapter {name!r} ({have}); nest methods in one entry's list, or give this one another name."
         )
     return wrapper.train(was_training)
@@ -618,7 +617,7 @@ def _split_fused(
     if isinstance(split, Mapping):
         for name in split:
             if not any(name in (path, _last(path)) for path in modules):
-                raise ValueError(
+                raise UserError(
                     f"split_fused names {name!r}, which is no layer here.{_nearest(name, map(_last, modules))}"
                 )
     made: dict[kinds.Parts, nn.Module] = {}
@@ -629,7 +628,7 @@ def _split_fused(
             continue
         m, n = kinds.shape(plain)
         if isinstance(split, Mapping) and m % len(parts):
-            raise ValueError(
+            raise UserError(
                 f"split_fused: {path} has {m} outputs, which are not {len(parts)} equal parts."
             )
         if not isinstance(split, Mapping) and (
@@ -665,11 +664,11 @@ def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> dict[kinds
                 if isinstance(layer, Parameterization)
                 else "is none here"
             )
-            raise ValueError(
+            raise UserError(
                 f"The adapter wraps the parts {', '.join(names)} of a linear layer {path}, which {carries}."
             )
         if kinds.quantized(layer):
-            raise ValueError(
+            raise UserError(
                 f"The adapter wraps the parts {', '.join(names)} of {path}, which is quantized as a whole here."
             )
         made[kinds.Parts(layer, names)] = layer

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers as kinds
+from adaptrank._errors import UserError
 from adaptrank.artifacts.adapter import CONFIG, WEIGHTS, trained_modules, write_files
 from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
 from adaptrank.injection import adapt, undone_on_error
@@ -65,7 +66,7 @@ def export_peft(
     """
     layers = wrapped_layers(model)
     if not layers:
-        raise ValueError("This model holds no adapter to export.")
+        raise UserError("This model holds no adapter to export.")
     forms, facts = _forms(model, layers, uniform, rank, error)
     config, tensors, ranks = _fill(forms, uniform)
     config |= {
@@ -110,7 +111,7 @@ def _forms(
     owners = _fused(model)
     for path, layer in layers.items():
         if not isinstance(layer.innermost, kinds.MATRICES):
-            raise ValueError(
+            raise UserError(
                 f"{type(layer).__name__} at {path} changes no single matrix, and PEFT's LoRA has no place for it; merge it instead."
             )
         if (owner := owners.get(path)) is not None:
@@ -165,7 +166,7 @@ def _as_lora(
     lost = 0.0
     if not isinstance(change, Product):
         if rank is None and error is None:
-            raise ValueError(
+            raise UserError(
                 f"The change at {path} is no product of small factors, and a LoRA can only come near it: state the rank or the error "
                 f"of the approximation, or merge instead."
             )
@@ -190,7 +191,7 @@ def _fill(
     types = {(s["peft_type"], s.get("use_dora", False)) for s, _ in forms.values()}
     if len(types) > 1:
         some = " and ".join(sorted({"DoRA" if dora else kind for kind, dora in types}))
-        raise ValueError(
+        raise UserError(
             f"One PEFT adapter is of one kind, and these layers are {some}; export with uniform ranks, or merge."
         )
     ((kind, _),) = types
@@ -221,7 +222,7 @@ def _fill(
     for path, (settings, own) in forms.items():
         for key, value in common.items():
             if settings[key] != value:
-                raise ValueError(
+                raise UserError(
                     f"{path} has {key}={settings[key]!r}, other layers {value!r}; one PEFT adapter has one of them."
                 )
         weight = {"lora_A", "lora_B"}
@@ -308,13 +309,13 @@ def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "defau
         for path, tensors in of.items():
             layer = modules.get(path)
             if layer is None or not isinstance(getattr(layer, "innermost", layer), kinds.MATRICES):
-                raise ValueError(
+                raise UserError(
                     f"{folder} adapts {path!r}, which is no layer of this model; was it made for another base?"
                 )
             maker, values = _maker(config, path, tensors, folder)
             m, n = kinds.shape(getattr(layer, "innermost", layer))
             if isinstance(maker.keywords.get("rank"), int) and maker.keywords["rank"] > 4 * (m + n):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: a rank of {maker.keywords['rank']:,} for {path} of {m} x {n} is absurd."
                 )
             adapt(model, f"^{re.escape(path)}$", maker, name=name, split_fused=False)
@@ -322,7 +323,7 @@ def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "defau
             for attribute, value in values.items():
                 mine = getattr(wrapper, attribute)
                 if tuple(value.shape) != tuple(mine.shape):
-                    raise ValueError(
+                    raise UserError(
                         f"{folder}: {attribute} of {path} is {tuple(value.shape)}, this model's is {tuple(mine.shape)}."
                     )
                 with torch.no_grad():
@@ -332,7 +333,7 @@ def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "defau
             for key, value in whole.items():
                 have = parameters.get(key)
                 if have is None or have.shape != value.shape:
-                    raise ValueError(
+                    raise UserError(
                         f"{folder} holds {key} {tuple(value.shape)}, which this model has not."
                     )
                 before[have] = have.detach().clone()
@@ -360,7 +361,7 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(folder / WEIGHTS, framework="pt") as stored:
             return config, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}.") from None
+        raise UserError(f"{folder / WEIGHTS} is damaged: {error}.") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -372,7 +373,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     for file in (CONFIG, WEIGHTS):
         if (folder / file).is_symlink():
-            raise ValueError(
+            raise UserError(
                 f"{folder / file} is a symbolic link, which may lead anywhere; copy the file itself."
             )
         if not (folder / file).is_file():
@@ -387,12 +388,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON: {error}.") from None
+        raise UserError(f"{folder / CONFIG} is no JSON: {error}.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind is None:
-        raise ValueError(f"{folder} is no adapter of PEFT: its {CONFIG} names no peft_type.")
+        raise UserError(f"{folder} is no adapter of PEFT: its {CONFIG} names no peft_type.")
     if kind not in ("LORA", "ADALORA", "LOKR"):
-        raise ValueError(
+        raise UserError(
             f"{folder} is of PEFT's kind {kind}, which is not imported; LORA (with DoRA), ADALORA and LOKR are."
         )
     for name, off in (
@@ -403,7 +404,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ("trainable_token_indices", None),
     ):
         if config.get(name, off) not in (off, None):
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained with {name}={config[name]!r}, which none of our classes has."
             )
     _check_config(config, folder)
@@ -416,7 +417,7 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
 
     def need(true: bool, name: str) -> None:
         if not true:
-            raise ValueError(
+            raise UserError(
                 f"{folder / CONFIG} has {name}={config.get(name)!r}, which is not what PEFT writes."
             )
 
@@ -465,7 +466,7 @@ _OWN = re.compile(
 def _split(key: str, folder: Path) -> tuple[str, str | None]:
     """(path, tensor) of a key; (whole name, None) of a module that was trained whole."""
     if not key.startswith(PREFIX):
-        raise ValueError(f"{folder} holds {key!r}, and PEFT's keys begin with {PREFIX!r}.")
+        raise UserError(f"{folder} holds {key!r}, and PEFT's keys begin with {PREFIX!r}.")
     match = _OWN.match(key.removeprefix(PREFIX))
     return (match["path"], match["name"]) if match else (key.removeprefix(PREFIX), None)
 
@@ -480,7 +481,7 @@ def _maker(
     A = tensors.get("lora_A", tensors.get("lora_embedding_A"))
     B = tensors.get("lora_B", tensors.get("lora_embedding_B"))
     if A is None or B is None:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no lora_A or no lora_B of {path}; it has {', '.join(sorted(names))}."
         )
     if (
@@ -490,14 +491,14 @@ def _maker(
         or not A.is_floating_point()
         or not B.is_floating_point()
     ):
-        raise ValueError(
+        raise UserError(
             f"{folder}: the factors of {path} are {tuple(A.shape)} and {tuple(B.shape)}, which are no matrices."
         )
     A, B = A.flatten(1), B.flatten(1)
     r = len(A)
     if config["peft_type"] == "ADALORA":
         if "lora_E" not in tensors:
-            raise ValueError(f"{folder} is of AdaLoRA, and has no lora_E of {path}.")
+            raise UserError(f"{folder} is of AdaLoRA, and has no lora_E of {path}.")
         alpha = float(config.get("lora_alpha") or 8)
         count = (
             float(tensors["ranknum"])
@@ -512,9 +513,7 @@ def _maker(
         }
     stated = _by_pattern(config.get("rank_pattern"), path, config["r"])
     if stated != r:
-        raise ValueError(
-            f"{folder} states a rank of {stated} for {path}, and its tensors have {r}."
-        )
+        raise UserError(f"{folder} states a rank of {stated} for {path}, and its tensors have {r}.")
     alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha") or 8))
     if config.get("use_rslora"):
         alpha *= math.sqrt(
@@ -523,7 +522,7 @@ def _maker(
     if config.get("use_dora"):
         magnitude = tensors.get("lora_magnitude_vector")
         if magnitude is None:
-            raise ValueError(f"{folder} says use_dora, and has no lora_magnitude_vector of {path}.")
+            raise UserError(f"{folder} says use_dora, and has no lora_magnitude_vector of {path}.")
         return partial(DoRA, rank=r, alpha=alpha), {"A": A, "B": B, "m": magnitude.flatten()}
     return partial(LoRA, rank=r, alpha=alpha), {"A": A, "B": B}
 
@@ -532,7 +531,7 @@ def _lokr(
     config: Mapping[str, Any], path: str, tensors: dict[str, Tensor], folder: Path
 ) -> tuple[Any, dict[str, Tensor]]:
     if "lokr_w2" in tensors:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the large factor of {path} is whole, and our LoKr has it as a product; lower the rank in PEFT."
         )
     r = int(_by_pattern(config.get("rank_pattern"), path, config["r"]))
@@ -540,9 +539,9 @@ def _lokr(
     both = "lokr_w1_a" in tensors
     needed = {"lokr_w2_a", "lokr_w2_b", *({"lokr_w1_a", "lokr_w1_b"} if both else {"lokr_w1"})}
     if missing := sorted(needed - tensors.keys()):
-        raise ValueError(f"{folder} has no {missing[0]} of {path}.")
+        raise UserError(f"{folder} has no {missing[0]} of {path}.")
     if r > max(t.numel() for t in tensors.values()):
-        raise ValueError(f"{folder} states a rank of {r} for {path}, and its tensors are smaller.")
+        raise UserError(f"{folder} states a rank of {r} for {path}, and its tensors are smaller.")
     made = partial(
         LoKr,
         rank=r,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from adaptrank._errors import UserTypeError
+
 LINEAR = (nn.Linear, Conv1D)
 """What "all-linear" means."""
 MATRICES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
@@ -38,7 +40,7 @@ def shape(layer: nn.Module) -> tuple[int, int]:
         return layer.out_channels, layer.in_channels * kh * kw
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
-    raise TypeError(f"{type(layer).__name__} is no matrix.")
+    raise UserTypeError(f"{type(layer).__name__} is no matrix.")
 
 
 def unsupported(layer: nn.Module) -> str | None:
@@ -109,7 +111,7 @@ def dtype(layer: nn.Module) -> torch.dtype:
         else next(layer.parameters())
     )
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(layer).__name__} has no weight.")
+        raise UserTypeError(f"{type(layer).__name__} has no weight.")
     if weight.is_floating_point():
         return weight.dtype
     return cast(torch.dtype, getattr(getattr(weight, "quant_state", None), "dtype", torch.float32))
@@ -210,7 +212,7 @@ class Parts(nn.Module):
     def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         if quantized(layer):
-            raise TypeError(
+            raise UserTypeError(
                 "a quantized layer cannot be split into its parts; say split_fused=False."
             )
         self.names = tuple(names)

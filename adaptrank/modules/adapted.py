@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adaptrank import backbones
+from adaptrank._errors import UserError
 from adaptrank.allocation.schedules import steps
 from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
@@ -87,7 +88,7 @@ class AdaptedModule(LightningModule):
     ) -> None:
         super().__init__()
         if not adapters and adapter is None:
-            raise ValueError(
+            raise UserError(
                 "Nothing to train: give `adapters` to make, or an `adapter` folder to start from."
             )
         self.strict_loading = (
@@ -200,7 +201,7 @@ class AdaptedModule(LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         warmup = steps(self.warmup, total)
         if warmup >= total > 0:
-            raise ValueError(
+            raise UserError(
                 f"A warm-up of {warmup} steps never ends in a run of {total}; shorten `warmup`, or train longer."
             )
         scheduler = get_scheduler(self.schedule_name(), optimizer, warmup, total)
@@ -272,7 +273,7 @@ class AdaptedModule(LightningModule):
             ("has an unexpected", stored.keys() - expected),
         ):
             if names:
-                raise ValueError(
+                raise UserError(
                     f"The checkpoint {what} {min(names)} ({len(names)} such); it was saved under other adapters than this "
                     f"configuration has. Resume with the run's own config.yaml."
                 )
@@ -329,7 +330,7 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
     """
     closing = {id(slot.tensor) for axis in rank_axes(model).values() for slot in axis.closing()}
     if lora_plus_ratio != 1.0 and not closing:
-        raise ValueError(
+        raise UserError(
             "lora_plus_ratio needs a method with a rank axis, such as LoRA; leave it at 1.0 here."
         )
     exempt = {
@@ -378,7 +379,7 @@ def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
     except ValueError:
         read = None
     if not isinstance(read, dict):
-        raise ValueError(
+        raise UserError(
             f"rank_pattern={pattern!r} holds no JSON mapping; give the ranks.json that a run leaves."
         )
     return read

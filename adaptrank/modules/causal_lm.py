@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from adaptrank._errors import UserError
 from adaptrank.modules import padding_free as unpadded
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.metrics import ExactMatch, MultipleChoice
@@ -58,7 +59,7 @@ class CausalLM(AdaptedModule):
     ) -> tuple[Tensor, Tensor]:
         """Loss of every labelled token, and the row it is in: (tokens,), (tokens,)."""
         if labels.dim() != 2:
-            raise ValueError(
+            raise UserError(
                 f"CausalLM needs a label for each token, (rows, tokens), and got labels of shape {tuple(labels.shape)}; use a "
                 f"data module of completions, such as CausalLMData, or the module SequenceClassification."
             )

@@ -16,6 +16,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from adaptrank import backbones
+from adaptrank._errors import UserError
 from adaptrank.modules.adapted import AdaptedModule
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -84,7 +85,7 @@ class SequenceClassification(AdaptedModule):
         data = getattr(self._trainer, "datamodule", None)
         known = getattr(data, "num_classes", None)
         if known is None:
-            raise ValueError(
+            raise UserError(
                 "How many classes are there? Set model.num_labels; the data module does not say."
             )
         return int(known)
@@ -134,7 +135,7 @@ def make_metric(name: MetricName, labels: int) -> Metric:
     """
     if (name in ("pearson", "spearman")) != (labels == 1):
         fits = "pearson, spearman" if labels == 1 else "accuracy, f1, matthews"
-        raise ValueError(f"metric {name!r} does not fit {labels} label(s); use {fits}.")
+        raise UserError(f"metric {name!r} does not fit {labels} label(s); use {fits}.")
     if name == "accuracy":
         return MulticlassAccuracy(labels, average="micro")
     if name == "f1":

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -50,19 +51,17 @@ class ALoRE(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if placement not in ("parallel", "pre"):
-            raise ValueError(f"placement={placement!r} is unknown; use 'parallel' or 'pre'.")
+            raise UserError(f"placement={placement!r} is unknown; use 'parallel' or 'pre'.")
         self.placement, self.scale = placement, scale
         if placement == "pre":
             self.needs_weight()
             m = n
         if blocks < 1 or m % blocks or n % blocks:
             fits = [b for b in range(1, min(m, n) + 1) if m % b == n % b == 0]
-            raise ValueError(
-                f"blocks={blocks} does not divide a {m}x{n} change; use one of {fits}."
-            )
+            raise UserError(f"blocks={blocks} does not divide a {m}x{n} change; use one of {fits}.")
         self.most = min(m, n) // blocks
         if not 1 <= rank <= self.most or experts < 1:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank}, experts={experts} with {blocks} blocks do not fit a {m}x{n} change; use ranks of 1 to {self.most}, "
                 f"and 1 or more experts."
             )

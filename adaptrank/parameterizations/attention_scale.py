@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -42,7 +43,7 @@ class AttentionScale(Parameterization):
         super().__init__(base)
         plain, heads = self.innermost, self._heads()
         if form not in ("scalar", "lite", "full"):
-            raise ValueError(
+            raise UserError(
                 f"form={form!r} is none of AttentionScale's; use 'scalar', 'lite' or 'full'."
             )
         if (form == "scalar") != (tokens is None):
@@ -51,7 +52,7 @@ class AttentionScale(Parameterization):
                 if form == "scalar"
                 else "say tokens=197 for a ViT of 14x14 patches, for example"
             )
-            raise ValueError(f"AttentionScale(form={form!r}, tokens={tokens}): {say}.")
+            raise UserError(f"AttentionScale(form={form!r}, tokens={tokens}): {say}.")
         self.form, self.tokens = form, tokens
         n = tokens or 1
         self.da = self.zeros(1 if form == "lite" else heads, n, n)
@@ -109,12 +110,12 @@ class AttentionScale(Parameterization):
             return inner
         query, path = self.innermost.get_submodule(self._query()), self._query()
         if isinstance(query, Parameterization):
-            raise ValueError(
+            raise UserError(
                 f"AttentionScale folds into {path}, which still carries {type(query).__name__}; merge the whole model, which "
                 f"folds that one first."
             )
         if layers.quantized(query):
-            raise ValueError(
+            raise UserError(
                 f"AttentionScale folds into {path}, which is quantized; merge on the unquantized base."
             )
         values = {**inner, f"{path}.weight": layers.stored(query, self.dense())}
@@ -196,7 +197,7 @@ def _scaled(
             continue
         n = scale.tokens
         if (q.shape[-2], k.shape[-2]) != (n, n):
-            raise ValueError(
+            raise UserError(
                 f"AttentionScale(form={scale.form!r}) holds {n}x{n} pairs of positions, and this attention has {q.shape[-2]}x{k.shape[-2]}; "
                 f"use form='scalar' where lengths vary."
             )
@@ -224,7 +225,7 @@ def _by_hand(
     odd = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     if odd or (isinstance(mask, Tensor) and mask.dim() < 4) or not isinstance(mask, Tensor | None):
         what = odd[0] if odd else f"mask of shape {tuple(getattr(mask, 'shape', ()))}"
-        raise ValueError(
+        raise UserError(
             f"AttentionScale computes lite and full by hand, and knows no {what}; load the model with sdpa, or use form='scalar'."
         )
     groups = q.shape[1] // k.shape[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
+from adaptrank._errors import UserError, UserTypeError
 from adaptrank.ops import low_rank as products
 from adaptrank.registry import Registry
 
@@ -147,9 +148,11 @@ class Parameterization(nn.Module, ABC):
         name = type(self).__name__
         innermost = base.innermost if isinstance(base, Parameterization) else base
         if not self.wraps(innermost):
-            raise TypeError(f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}.")
+            raise UserTypeError(
+                f"{name} wraps {self.wraps_what()}, not {type(innermost).__name__}."
+            )
         if reason := layers.unsupported(innermost):
-            raise TypeError(f"{name}: {reason}.")
+            raise UserTypeError(f"{name}: {reason}.")
         if not isinstance(base, Parameterization):
             training = {
                 id(p) for p in adapter_parameters(base)
@@ -260,7 +263,7 @@ class Parameterization(nn.Module, ABC):
             living = cast(Tensor, getattr(self, name)).detach()
             rms = float(living.double().square().mean().sqrt())
             if rms == 0:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__}.axes[{axis!r}] names {name!r} before the tensor that closes the axis, but "
                     f"{name!r} is zero: name the zero-initialized tensor last."
                 )
@@ -331,7 +334,7 @@ class Parameterization(nn.Module, ABC):
             *(type(w).__name__ for w in self.nest[:-1] if not w.mergeable),
         )
         if formless:
-            raise ValueError(
+            raise UserError(
                 f"{name} takes the weight of what it wraps, and {formless[0]} has none; put {formless[0]} outermost, "
                 f"[{name}, {formless[0]}]."
             )
@@ -518,7 +521,7 @@ class Parameterization(nn.Module, ABC):
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or len(x) != batch:
             got = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
-            raise ValueError(
+            raise UserError(
                 f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads {got}."
             )
         y = cast(Tensor, self.base(x))

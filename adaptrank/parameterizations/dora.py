@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -54,7 +55,7 @@ class DoRA(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if rank < 1:
-            raise ValueError(f"rank={rank}: a DoRA has at least one unit; use rank >= 1.")
+            raise UserError(f"rank={rank}: a DoRA has at least one unit; use rank >= 1.")
         self.scale = alpha / rank
         self.detach_norm = detach_norm
         self.dropout = nn.Dropout(dropout)

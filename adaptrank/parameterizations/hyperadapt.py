@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -33,7 +34,7 @@ class HyperAdapt(Parameterization):
     def __init__(self, base: nn.Module, *, rows: bool = True, cols: bool = True) -> None:
         super().__init__(base)
         if not (rows or cols):
-            raise ValueError(
+            raise UserError(
                 "HyperAdapt(rows=False, cols=False) trains nothing; leave one of them on."
             )
         m, n = self.shape

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -51,7 +52,7 @@ class Kronecker(Parameterization):
     ) -> None:
         super().__init__(base)
         if rank < 1:
-            raise ValueError(f"rank={rank}: a Kronecker has at least one product; use rank >= 1.")
+            raise UserError(f"rank={rank}: a Kronecker has at least one product; use rank >= 1.")
         (m, n), plain = self.shape, self.innermost
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
@@ -135,7 +136,7 @@ def divisor(size: int, factor: int) -> int:
         ValueError: if factor is neither -1 nor positive.
     """
     if factor < 1 and factor != -1:
-        raise ValueError(
+        raise UserError(
             f"factor={factor}: use -1 for factors as equal as possible, or a positive number."
         )
     return next(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -33,7 +34,7 @@ class LNTune(Parameterization):
         (width,) = plain.get_parameter("weight").shape
         shift = shift and getattr(plain, "bias", None) is not None
         if not (gain or shift):
-            raise ValueError(
+            raise UserError(
                 f"LNTune trains nothing of this {type(plain).__name__}, which has a gain only; say gain=True."
             )
         self.dg = self.zeros(width) if gain else None

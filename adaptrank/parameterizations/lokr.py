@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.kronecker import divisor
 
@@ -53,11 +54,11 @@ class LoKr(Parameterization):
         m1, n1 = divisor(m, factor), divisor(n, factor)
         self.most = min(m // m1, n // n1)
         if not 1 <= rank <= self.most:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank} does not fit B of {m // m1}x{n // n1} ({m}x{n} with factor={factor}); use 1 to {self.most}."
             )
         if zero not in ("A", "B"):
-            raise ValueError(f"zero={zero!r} is no factor; use 'A' or 'B'.")
+            raise UserError(f"zero={zero!r} is no factor; use 'A' or 'B'.")
         self.scale, self.factor, self.decompose_both = alpha / rank, factor, decompose_both
         self.dropout = nn.Dropout(dropout)
         self.decomposed = decompose_both and 2 * rank < max(m1, n1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -59,7 +60,7 @@ class LoRA(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if rank < 1:
-            raise ValueError(f"rank={rank}: a LoRA has at least one unit; use rank >= 1.")
+            raise UserError(f"rank={rank}: a LoRA has at least one unit; use rank >= 1.")
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
         self.A = self.zeros(rank, n)
@@ -71,7 +72,7 @@ class LoRA(Parameterization):
         elif rank <= n:
             nn.init.orthogonal_(self.A)
         else:
-            raise ValueError(
+            raise UserError(
                 f"init='orthogonal' needs rank <= {n}, the layer's inputs; got rank={rank}."
             )
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -62,10 +63,10 @@ class MELoRA(Parameterization):
         m, n = self.shape
         if minis < 1 or m % minis or n % minis:
             fits = [k for k in range(1, min(m, n) + 1) if m % k == n % k == 0]
-            raise ValueError(f"minis={minis} does not divide a {m}x{n} layer; use one of {fits}.")
+            raise UserError(f"minis={minis} does not divide a {m}x{n} layer; use one of {fits}.")
         ranks = [rank] * minis if isinstance(rank, int) else list(rank)
         if len(ranks) != minis or min(ranks) < 1:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank}: {minis} minis need one rank each, of 1 or more; use rank=1, or such a list."
             )
         self.minis = self.parts = minis

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -59,16 +60,16 @@ class MiSS(Parameterization):
         self.period = rank if period is None else period
         self.dropout = nn.Dropout(dropout)
         if variant not in ("linear", "mini", "bat"):
-            raise ValueError(f"variant={variant!r} is unknown; use 'linear', 'mini' or 'bat'.")
+            raise UserError(f"variant={variant!r} is unknown; use 'linear', 'mini' or 'bat'.")
         if not 1 <= rank <= self.period <= n:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank} with period={self.period} does not fit {n} inputs; use 1 <= rank <= period <= {n}."
             )
         self.blocks = -(-n // self.period)
         if variant == "bat":
             self.needs_weight()
             if self.period != rank or m % rank or n % rank:
-                raise ValueError(
+                raise UserError(
                     f"variant='bat' has square blocks and no period: rank={rank} with period={self.period} does not "
                     f"fit {m}x{n}; leave period out and use a rank of {_divisors(m, n)}."
                 )
@@ -76,7 +77,7 @@ class MiSS(Parameterization):
             self.D = self.zeros(m // rank, rank, rank)
             return
         if variant == "mini" and (mini_rank < 1 or m % mini_rank):
-            raise ValueError(
+            raise UserError(
                 f"mini_rank={mini_rank} does not divide {m} outputs; use one of {_divisors(m)}."
             )
         self.D = self.zeros(rank, mini_rank if variant == "mini" else m)

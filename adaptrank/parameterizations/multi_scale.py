@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -56,9 +57,9 @@ class MultiScale(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if rank < 1:
-            raise ValueError(f"rank={rank}: MultiScale has at least one core value; use rank >= 1.")
+            raise UserError(f"rank={rank}: MultiScale has at least one core value; use rank >= 1.")
         if not 1 <= width <= min(m, n):
-            raise ValueError(f"width={width} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
+            raise UserError(f"width={width} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
         self.scale = alpha / rank
         self.orth = orth
         self.dropout = nn.Dropout(dropout)

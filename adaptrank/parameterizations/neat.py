@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,7 +60,7 @@ class NEAT(Parameterization):
     ) -> None:
         super().__init__(base)
         if rank < 1 or depth < 0:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank}, depth={depth}: NEAT has at least one unit; use rank >= 1 and depth >= 0."
             )
         self.scale = scale

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -68,7 +69,7 @@ class NOLA(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if min(rank, k_a, k_b, chunk) < 1:
-            raise ValueError(
+            raise UserError(
                 f"rank={rank}, k_a={k_a}, k_b={k_b}, chunk={chunk}: use 1 or more of each."
             )
         self.scale = alpha / rank

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -63,9 +64,9 @@ class PiCa(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if side not in ("input", "output"):
-            raise ValueError(f"side={side!r} is unknown; use 'input' or 'output'.")
+            raise UserError(f"side={side!r} is unknown; use 'input' or 'output'.")
         if not 1 <= rank <= min(m, n):
-            raise ValueError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
+            raise UserError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
         self.side = side
         if side == "output":
             self.axes, self.input_factor = {"rank": {"P": 1, "index": 0, "M": 0}}, {"rank": "M"}

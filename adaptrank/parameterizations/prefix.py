@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError, UserTypeError
 from adaptrank.parameterizations.base import Parameterization
 
 
@@ -46,9 +47,9 @@ class Prefix(Parameterization):
         super().__init__(base)
         body: Any = self.innermost
         if reason := _unfit(body):
-            raise TypeError(f"Prefix does not fit {type(body).__name__}: {reason}.")
+            raise UserTypeError(f"Prefix does not fit {type(body).__name__}: {reason}.")
         if tokens < 1:
-            raise ValueError(f"tokens={tokens}: a prefix has at least one token; use 10 to 30.")
+            raise UserError(f"tokens={tokens}: a prefix has at least one token; use 10 to 30.")
         config = body.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = (
@@ -122,11 +123,11 @@ class Prefix(Parameterization):
         if self.training and any(
             getattr(m, "gradient_checkpointing", False) for m in body.modules()
         ):
-            raise ValueError(
+            raise UserError(
                 "Prefix needs the cache, which gradient checkpointing drops; train without it."
             )
         if call.get("encoder_hidden_states") is not None:
-            raise ValueError(
+            raise UserError(
                 "Prefix does not go with cross-attention: this call passes encoder_hidden_states."
             )
         given = call.get("past_key_values")
@@ -143,7 +144,7 @@ class Prefix(Parameterization):
             call["position_ids"] = self._positions(call, new)
         longest = self.positions
         if longest is not None and cache.get_seq_length() + new > longest:
-            raise ValueError(
+            raise UserError(
                 f"{past + new} tokens and a prefix of {cache.get_seq_length() - past} do not fit the {longest} learned positions of "
                 f"{type(body).__name__}; use at most {longest - cache.get_seq_length() + past} tokens, or a shorter prefix."
             )
@@ -158,7 +159,7 @@ class Prefix(Parameterization):
         body: Any = self.innermost
         cache = DynamicCache(config=body.config) if given is None else given
         if not isinstance(cache, DynamicCache):
-            raise ValueError(
+            raise UserError(
                 f"Prefix fills a DynamicCache, not a {type(cache).__name__}; leave cache_implementation out."
             )
         return cache
@@ -171,7 +172,7 @@ class Prefix(Parameterization):
         if id(self) in begun:
             return seen - sum(begun.get(id(wrapper), 0) for wrapper in self.nest)
         if seen != sum(begun.values()):
-            raise ValueError(
+            raise UserError(
                 f"This cache holds {seen} positions that were computed without the prefix; start with an empty one."
             )
         begun[id(self)] = self.tokens
@@ -181,11 +182,11 @@ class Prefix(Parameterization):
 
     def _mask(self, mask: Any, batch: int, tokens: int) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError(
+            raise UserError(
                 "Prefix extends masks of shape (batch, tokens), not prepared ones; leave that to the model."
             )
         if mask.shape[1] != tokens:
-            raise ValueError(
+            raise UserError(
                 f"The attention mask covers {mask.shape[1]} positions, and there are {tokens} tokens; it must cover the tokens, those in "
                 f"the cache included, and not the prefix."
             )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -50,12 +51,12 @@ class SBoRA(Parameterization):
     ) -> None:
         super().__init__(base)
         if variant not in ("fa", "fb"):
-            raise ValueError(f"variant={variant!r} is unknown; use 'fa' (columns) or 'fb' (rows).")
+            raise UserError(f"variant={variant!r} is unknown; use 'fa' (columns) or 'fb' (rows).")
         self.variant = variant
         most = self.max_units("rank")
         if not 1 <= rank <= most:
             what = "columns" if variant == "fa" else "rows"
-            raise ValueError(f"rank={rank} does not fit a layer of {most} {what}; use 1 to {most}.")
+            raise UserError(f"rank={rank} does not fit a layer of {most} {what}; use 1 to {most}.")
         m, n = self.shape
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)

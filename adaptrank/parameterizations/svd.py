@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -46,7 +47,7 @@ class SVD(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if not 1 <= rank <= min(m, n):
-            raise ValueError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
+            raise UserError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
         self.scale = alpha / rank
         self.orth = orth
         self.dropout = nn.Dropout(dropout)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
 
@@ -52,9 +53,9 @@ class TensorTrain(Parameterization):
         super().__init__(base)
         m, n = self.shape
         if rank < 1 or tt_rank < 1:
-            raise ValueError(f"rank={rank}, tt_rank={tt_rank}: use 1 or more of both.")
+            raise UserError(f"rank={rank}, tt_rank={tt_rank}: use 1 or more of both.")
         if init not in ("zero_last", "released"):
-            raise ValueError(f"init={init!r} is unknown; use 'zero_last' or 'released'.")
+            raise UserError(f"init={init!r} is unknown; use 'zero_last' or 'released'.")
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         inputs = trains.check_modes(in_modes, n, "in_modes")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as products
 from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
@@ -63,7 +64,7 @@ class TensorTrainAdapter(Parameterization):
     ) -> None:
         super().__init__(base)
         if bottleneck < 1 or tt_rank < 1:
-            raise ValueError(f"bottleneck={bottleneck}, tt_rank={tt_rank}: use 1 or more of both.")
+            raise UserError(f"bottleneck={bottleneck}, tt_rank={tt_rank}: use 1 or more of both.")
         known = {
             "position": ("output", "input"),
             "activation": tuple(ACTIVATIONS),
@@ -71,7 +72,7 @@ class TensorTrainAdapter(Parameterization):
         }
         for word, value in (("position", position), ("activation", activation), ("init", init)):
             if value not in known[word]:
-                raise ValueError(
+                raise UserError(
                     f"{word}={value!r} is unknown; use one of {', '.join(known[word])}."
                 )
         self.position, self.activation, self.scale = position, activation, scale

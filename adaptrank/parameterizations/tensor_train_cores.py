@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
+
 MODE = 16
 """Modes up to this size are split no further."""
 
@@ -45,7 +47,7 @@ def check_modes(modes: Sequence[int] | None, size: int, what: str) -> list[int]:
     if modes is None:
         return modes_of(size)
     if not modes or min(modes) < 1 or math.prod(modes) != size:
-        raise ValueError(
+        raise UserError(
             f"{what}={list(modes)} does not multiply to {size}; use {modes_of(size)}, or leave it out."
         )
     return list(modes)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrank._errors import UserError
+
 STRIPES = 6
 """Events of which the ranks over time show a map."""
 
@@ -64,14 +66,14 @@ def read_history(folder: Path) -> History:
             events.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise ValueError(
+                raise UserError(
                     f"{file}, line {number}: this is no JSON; the file is damaged."
                 ) from None
     events.sort(key=lambda event: int(event["step"]))
     final = _json(folder / "ranks.json")
     sizes = _sizes(events, final)
     if not sizes:
-        raise ValueError(
+        raise UserError(
             f"{file} says nowhere what sizes the axes had; the file is damaged, or of an older version."
         )
     return History(

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from adaptrank._errors import UserError
+
 Config = dict[str, Any]
 Count = Callable[[Config], int]
 """Configuration -> numbers that train, adapters alone."""
@@ -119,20 +121,20 @@ def read_study(
     try:
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(said, dict):
-        raise ValueError(f"{file} is no study: it has to be a table of keys.")
+        raise UserError(f"{file} is no study: it has to be a table of keys.")
     said |= overrides or {}
     for key in said:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key!r} is no key of a study.{hint} There are {', '.join(KEYS)}."
             )
     for key in ("config", "methods", "metric"):
         if key not in said:
-            raise ValueError(f"{file}: a study needs the key {key!r}.")
+            raise UserError(f"{file}: a study needs the key {key!r}.")
     base = said["config"]
     if isinstance(base, str):
         path = file.parent / base
@@ -177,7 +179,7 @@ def read_study(
 def _check(study: Study, file: Path) -> None:
     def need(true: bool, what: str) -> None:
         if not true:
-            raise ValueError(f"{file}: {what}.")
+            raise UserError(f"{file}: {what}.")
 
     need(bool(study.methods), "methods names none")
     need(study.mode in ("max", "min"), f"mode is 'max' or 'min', not {study.mode!r}")
@@ -211,7 +213,7 @@ def _with_data(config: Config, data: str | None, file: Path) -> Config:
     if not _holds(config, DATA):
         return config
     if data is None:
-        raise ValueError(
+        raise UserError(
             f"{file} reads data from {DATA}; say where they are with --data.root FOLDER."
         )
     found: Config = replaced(config, lambda text: text.replace(DATA, data))
@@ -249,7 +251,7 @@ def set_at(config: Config, key: str, value: Any) -> Config:
     for name in way:
         at = at.setdefault(name, {})
         if not isinstance(at, dict):
-            raise ValueError(
+            raise UserError(
                 f"{key!r} leads through {name!r}, which is no table in this configuration."
             )
     at[last] = value

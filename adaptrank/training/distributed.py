@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
 from torch import Tensor, nn
 
 from adaptrank._collectives import several
+from adaptrank._errors import UserError
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import Parameterization, adapter_parameters, wrappers
 
@@ -90,7 +91,7 @@ def keep_apart(trainer: Trainer, owner: object) -> None:
     elif isinstance(strategy, ModelParallelStrategy):
         strategy.load_checkpoint = partial(_load_checkpoint, strategy)  # type: ignore[method-assign]
     elif not isinstance(strategy, SingleDeviceStrategy):
-        raise ValueError(
+        raise UserError(
             f"{type(strategy).__name__} takes hold of all parameters, and ranks that move change their shapes; use strategy=ddp, or "
             f"ModelParallelStrategy to shard the frozen weights."
         )
@@ -126,7 +127,7 @@ def _load_checkpoint(
 ) -> dict[str, Any]:
     """Load as the strategy does, which asks no hook of the module, once the axes have the stored sizes."""
     if not Path(path).is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} is a checkpoint in shards, which ranks that move cannot be read from; save it whole, with "
             f"ModelParallelStrategy(save_distributed_checkpoint=False)."
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from adaptrank._errors import UserError
 from adaptrank.axes import RankAxis
 from adaptrank.parameterizations import wrapped_layers
 
@@ -39,7 +40,7 @@ def find_blocks(model: nn.Module, axes: Mapping[str, RankAxis]) -> tuple[str, di
         }
     )
     if not lists:
-        raise ValueError(
+        raise UserError(
             f"The layers with an adapter lie in no numbered list of blocks, as {next(iter(axes))!r} does not; give `rank_pattern`."
         )
     best = min(lists, key=lambda place: (-lists[place], place.count("."), len(place), place))

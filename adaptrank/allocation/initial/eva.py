@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import from_all
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.initial.layer_inputs import watch
 from adaptrank.allocation.plans import Resize, keep_best
@@ -58,7 +59,7 @@ class EVA(Allocator):
     ) -> None:
         super().__init__(budget, unit, warmup=0, final=0, floor=floor)
         if rho < 1 or not 0 < tau <= 1 or max_batches < 1:
-            raise ValueError(
+            raise UserError(
                 f"rho={rho}, tau={tau}, max_batches={max_batches}: rho and batches are at least 1, 0 < tau <= 1."
             )
         self.rho, self.tau, self.init, self.whiten, self.max_batches = (
@@ -126,7 +127,7 @@ class EVA(Allocator):
             if float(self.reduce(torch.tensor(float(settled)))) == 1.0:
                 break
         if not read:
-            raise ValueError(
+            raise UserError(
                 "EVA looks at training batches, and got none; give `start` batches and a loss."
             )
         for key in sorted(sketches, key=natural):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import from_all, from_first
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator, Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
@@ -62,11 +63,11 @@ class GeLoRA(Allocator):
     ) -> None:
         super().__init__(budget, unit, cap=cap, seed=seed)
         if samples < 3:
-            raise ValueError(
+            raise UserError(
                 f"samples={samples}: a dimension needs three points or more; the default is 2000."
             )
         if pooling not in ("mean", "last", "first") or estimator not in ("slope", "mle"):
-            raise ValueError(
+            raise UserError(
                 f"pooling={pooling!r}, estimator={estimator!r}: use 'mean', 'last' or 'first', and 'slope' or 'mle'."
             )
         self.samples, self.pooling, self.estimator = samples, pooling, estimator
@@ -147,7 +148,7 @@ class GeLoRA(Allocator):
                 (v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None
             )
             if hidden is None:
-                raise ValueError(
+                raise UserError(
                     f"GeLoRA finds no hidden states in what block {prefix}{boundary} reads."
                 )
             vectors[boundary].append(pooled(hidden, state["mask"], self.pooling).float().cpu())
@@ -199,9 +200,7 @@ class GeLoRA(Allocator):
         try:
             return two_nn(points, self.estimator)
         except ValueError as error:
-            raise ValueError(
-                f"GeLoRA cannot tell what {prefix}{boundary} reads: {error}"
-            ) from error
+            raise UserError(f"GeLoRA cannot tell what {prefix}{boundary} reads: {error}") from error
 
 
 def ranks_of(dimensions: Sequence[float]) -> list[int]:

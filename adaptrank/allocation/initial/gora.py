@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import apportion
 from adaptrank.axes import CostModel, RankAxis
@@ -75,12 +76,12 @@ class GoRA(Allocator):
             or phi not in _PHI
             or share not in ("exact", "reference")
         ):
-            raise ValueError(
+            raise UserError(
                 f"importance_of_weight={importance_of_weight!r}, phi={phi!r}, share={share!r}; use one of {', '.join(IMPORTANCES)}; "
                 f"of {', '.join(_PHI)}; 'exact' or 'reference'."
             )
         if batches < 1 or lr <= 0 or (temperature is not None and temperature <= 0):
-            raise ValueError(
+            raise UserError(
                 f"batches={batches}, lr={lr}, temperature={temperature}: all are above 0."
             )
         self.count, self.kind, self.phi, self.temperature = (
@@ -140,7 +141,7 @@ class GoRA(Allocator):
                     not isinstance(layer.innermost, nn.Linear)
                     and type(layer.innermost).__name__ != "Conv1D"
                 ):
-                    raise ValueError(
+                    raise UserError(
                         f"GoRA takes gradients of linear layers, and {key} is {type(layer.innermost).__name__}; leave it out of the adapters."
                     )
                 handles.append(layer.register_forward_hook(partial(_gather, sums, (key, i))))
@@ -157,7 +158,7 @@ class GoRA(Allocator):
             for handle in handles:
                 handle.remove()
         if not read:
-            raise ValueError(
+            raise UserError(
                 "GoRA looks at training batches, and got none; give `start` batches and a loss."
             )
         return {place: self.reduce(sums[place] / read) for place in sorted(sums)}

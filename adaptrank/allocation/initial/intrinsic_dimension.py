@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
+
 
 def two_nn(points: Tensor, method: Literal["slope", "mle"] = "slope") -> float:
     """TwoNN: the dimension d of points (N, D), from the distances r1 <= r2 of each to its two nearest neighbours.
@@ -37,7 +39,7 @@ def two_nn(points: Tensor, method: Literal["slope", "mle"] = "slope") -> float:
     again = copies.tril_(-1).any(1)  # of an earlier point
     squares = squares[~again][:, ~again]
     if len(squares) < 3:
-        raise ValueError(
+        raise UserError(
             f"An intrinsic dimension needs three points that differ; {len(squares)} of these {len(x)} do. Give more, or other, data."
         )
     squares.fill_diagonal_(math.inf)
@@ -52,7 +54,7 @@ def two_nn(points: Tensor, method: Literal["slope", "mle"] = "slope") -> float:
         heights = -(1 - torch.arange(1, kept + 1, dtype=x.dtype, device=x.device) / total).log()
         over, under = float(logs @ heights), float(logs @ logs)
     if under == 0:
-        raise ValueError(
+        raise UserError(
             "All points are equally far from their two nearest neighbours, so they tell no dimension."
         )
     return over / under

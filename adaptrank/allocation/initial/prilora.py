@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator, Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks
 from adaptrank.allocation.plans import apportion, in_steps
@@ -68,11 +69,11 @@ class PRILoRA(Allocator):
     ) -> None:
         super().__init__(None, unit, every, 0, final, 1, cap, seed)
         if first < 1 or last < 1:
-            raise ValueError(
+            raise UserError(
                 f"first={first}, last={last}: ranks are at least 1; the paper's are 4 and 12."
             )
         if not 0 <= sparsity < 1 or not 0 <= beta < 1:
-            raise ValueError(
+            raise UserError(
                 f"sparsity={sparsity}, beta={beta}: both are fractions from 0 to below 1; use 0.5 and 0.9."
             )
         self.first, self.last, self.sparsity, self.beta = first, last, sparsity, beta
@@ -121,7 +122,7 @@ class PRILoRA(Allocator):
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if self.sparsity and self.every > self.phases.end:
-            raise ValueError(
+            raise UserError(
                 f"PRILoRA would never prune A: every {self.every} steps, and {self.phases.end} of {self.phases.total} steps before "
                 f"the final phase; lower `every`, or set sparsity=0 for the ranks alone."
             )
@@ -135,7 +136,7 @@ class PRILoRA(Allocator):
         for key, axis in axes.items():
             for layer, _ in axis.members:
                 if isinstance(layer.innermost, (nn.Embedding, nn.Conv2d)):
-                    raise ValueError(
+                    raise UserError(
                         f"PRILoRA prunes A by the vectors that a layer reads, and {key} is {type(layer.innermost).__name__}; leave "
                         f"it out, or set sparsity=0 for the ranks alone."
                     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Scores, reallocate
 from adaptrank.allocation.schedules import steps
@@ -54,7 +55,7 @@ class ALoRA(Allocator):
     ) -> None:
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
         if units <= 0 or (isinstance(units, float) and units > 1) or rounds < 1 or batches < 1:
-            raise ValueError(
+            raise UserError(
                 f"units={units}, rounds={rounds}, batches={batches}: prune at least one unit, or a fraction up to 1.0, in at least one "
                 f"round, on at least one batch."
             )
@@ -65,7 +66,7 @@ class ALoRA(Allocator):
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if all(size <= self.floor for size in sizes.values()):
-            raise ValueError(
+            raise UserError(
                 f"ALoRA would never act: every axis starts at its floor of {self.floor} unit(s), and none can be pruned; start "
                 f"with a higher rank."
             )

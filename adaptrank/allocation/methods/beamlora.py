@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.gates import adam, leaf
 from adaptrank.allocation.plans import Plan, Resize, Scores, ranked
@@ -59,11 +60,11 @@ class BeamLoRA(Allocator):
     ) -> None:
         super().__init__(None, "ranks", every, warmup, final, seed=seed)
         if not 0 < p0 <= 1 or tau <= 0 or gate_lr_ratio <= 0:
-            raise ValueError(
+            raise UserError(
                 f"p0={p0}, tau={tau}, gate_lr_ratio={gate_lr_ratio}: 0 < p0 <= 1, the others above 0."
             )
         if split not in ("snapshot", "exact"):
-            raise ValueError(f"split={split!r}; use 'snapshot' (as released) or 'exact'.")
+            raise UserError(f"split={split!r}; use 'snapshot' (as released) or 'exact'.")
         self.p0, self.tau, self.until, self.split, self.gate_lr_ratio = (
             p0,
             tau,
@@ -75,7 +76,7 @@ class BeamLoRA(Allocator):
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if max(sizes.values()) < 2:
-            raise ValueError(
+            raise UserError(
                 "BeamLoRA would never act: no axis has two units, one to copy and one to copy it to."
             )
 

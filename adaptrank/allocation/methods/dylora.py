@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.scores.gradient import Axes, Elements, elements
@@ -47,7 +48,7 @@ class DyLoRA(Allocator):
         super().__init__(warmup=0, final=0, seed=seed)
         least = min(truncate.values(), default=1) if isinstance(truncate, dict) else truncate
         if (b_eval is not None and b_eval < 1) or (least is not None and least < 1):
-            raise ValueError(
+            raise UserError(
                 f"b_eval={b_eval}, truncate={truncate}: a prefix has at least one unit."
             )
         self.frozen, self.b_eval, self.truncate = frozen, b_eval, truncate
@@ -61,7 +62,7 @@ class DyLoRA(Allocator):
         for key in self.truncate if isinstance(self.truncate, dict) else ():
             if key not in sizes:
                 close = difflib.get_close_matches(key, sizes, 1, 0) or list(sizes)[:1]
-                raise ValueError(
+                raise UserError(
                     f"truncate names {key!r}, which is no axis of this model; use one such as {close[0]!r}."
                 )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Scores, exchange
 from adaptrank.allocation.schedules import late_drop
@@ -52,7 +53,7 @@ class ElaLoRA(Allocator):
     ) -> None:
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
         if swaps < 0 or pool < 1:
-            raise ValueError(
+            raise UserError(
                 f"swaps={swaps}, pool={pool}: exchange at least 0 units, and offer at least 1 of each axis."
             )
         self.swaps, self.pool, self.two_pools = swaps, pool, two_pools
@@ -72,7 +73,7 @@ class ElaLoRA(Allocator):
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if all(size <= self.floor for size in sizes.values()):
-            raise ValueError(
+            raise UserError(
                 f"ElaLoRA would never act: every axis starts at its floor of {self.floor} unit(s), and none can be pruned; start "
                 f"with a higher rank."
             )

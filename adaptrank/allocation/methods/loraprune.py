@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
 from adaptrank.allocation.scores.gradient import Axes, zeros
@@ -50,7 +51,7 @@ class LoRAPrune(Allocator):
     ) -> None:
         super().__init__(None, "ranks", every, warmup, final)
         if not 0 < sparsity < 1 or not 0 <= whole < 1:
-            raise ValueError(
+            raise UserError(
                 f"sparsity={sparsity}, whole={whole}: give shares, 0 < sparsity < 1 and 0 <= whole < 1."
             )
         self.sparsity, self.whole, self.beta = sparsity, whole, beta

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.gates import adam, leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
@@ -62,11 +63,11 @@ class SoRA(Allocator):
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
         if min(xi, xi if xi_end is None else xi_end, l1) < 0 or gate_lr_ratio <= 0:
-            raise ValueError(
+            raise UserError(
                 f"xi={xi}, xi_end={xi_end}, l1={l1}, gate_lr_ratio={gate_lr_ratio}: strengths are 0 or more, the ratio above 0."
             )
         if prox not in ("exact", "reference") or prox_scale not in ("lr", "none"):
-            raise ValueError(
+            raise UserError(
                 f"prox={prox!r}, prox_scale={prox_scale!r}; use 'exact' or 'reference', 'lr' or 'none'."
             )
         self.xi, self.xi_end, self.prox, self.prox_scale = xi, xi_end, prox, prox_scale

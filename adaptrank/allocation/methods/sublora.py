@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.schedules import cubic
@@ -49,7 +50,7 @@ class SubLoRA(Allocator):
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
         if estimator not in ("fisher", "exact", "block") or batches < 1:
-            raise ValueError(
+            raise UserError(
                 f"estimator={estimator!r}, batches={batches}; use 'fisher', 'exact' or 'block' on at least one batch."
             )
         self.estimator, self.count, self.allow_under_budget = estimator, batches, allow_under_budget
@@ -60,7 +61,7 @@ class SubLoRA(Allocator):
     def _check_axes(self) -> None:
         super()._check_axes()
         if self.estimator != "block" and (refused := second_order.too_many(self._axes)):
-            raise ValueError(f"SubLoRA: {refused}.")
+            raise UserError(f"SubLoRA: {refused}.")
 
     def examples_needed(self) -> int:
         return self.count

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from adaptrank._errors import UserError
 from adaptrank.axes import RankAxis, Slot, generator
 
 Axes = Mapping[str, RankAxis]
@@ -303,7 +304,7 @@ def importance(name: str) -> Importance:
     if plain not in IMPORTANCES:
         close = difflib.get_close_matches(plain, IMPORTANCES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
+        raise UserError(
             f"importance={name!r} is no score.{hint} There are {', '.join(IMPORTANCES)}, each also with _per_cost appended."
         )
     found = IMPORTANCES[plain]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adaptrank._collectives import several
+from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator, fit_before_load
 
 STATE = "allocator.pt"
@@ -45,13 +46,13 @@ class AllocatorCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._scaler = getattr(optimizer, "scaler", None)  # of accelerate's wrapper, in float16
         if several():
-            raise ValueError(
+            raise UserError(
                 f"{type(self.allocator).__name__} moves ranks under several processes with Lightning only; run the Trainer in one."
             )
         if state.global_step:
             file = _state_file(args, state)
             if not file.is_file():
-                raise ValueError(
+                raise UserError(
                     f"{file.parent} holds no {STATE}, so the allocator cannot go on; it was saved without this callback."
                 )
             self.allocator.load_state_dict(torch.load(file, weights_only=True))
