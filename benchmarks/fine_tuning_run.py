@@ -141,7 +141,7 @@ def ours(folder: Path, grouped: bool) -> dict[str, Any]:
 
 def encoded(folder: Path) -> tuple[list[dict[str, list[int]]], Any]:
     """The training rows, tokenized as CausalLMData does, and the tokenizer."""
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
     from adaptrank.data import CausalLMData
 
     tokenizer = backbones.load_tokenizer(backbones.resolve(common.SMOLLM2))
@@ -161,7 +161,7 @@ def theirs(folder: Path, more: list[str]) -> dict[str, Any]:
         TrainingArguments,
     )
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     rows, tokenizer = encoded(folder)
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def curves(folder: Path, steps: int) -> dict[str, list[float]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_scheduler
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
     from adaptrank.data import CausalLMData
     from adaptrank.parameterizations import wrapped_layers
 

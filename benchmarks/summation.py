@@ -30,8 +30,7 @@ import transformers
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from adaptrank.backbones import compose, load_adapter, save_adapter
-from adaptrank.backbones import sources as backbones
+from adaptrank import backbones, compose, load_adapter, save_adapter
 from adaptrank.data.collate import causal_batch
 from adaptrank.data.task import CompletionTask
 from adaptrank.modules import Adapter, CausalLM

@@ -104,7 +104,7 @@ def smollm2(
 ) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForCausalLM
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
     from adaptrank.data.collate import causal_batch
     from adaptrank.modules import Adapter, CausalLM
 
@@ -138,7 +138,7 @@ def minilm(
 ) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForSequenceClassification
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     source = backbones.resolve(common.MINILM)
     tokenizer = backbones.load_tokenizer(source)

@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     path = str(backbones.resolve(common.SMOLLM2).path)
     with tempfile.TemporaryDirectory() as folder:
