@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from adaptrank.data.batch_order import BatchOrder, rounds
 from adaptrank.data.collate import (
     causal_batch,
     choice_batch,
@@ -20,7 +21,7 @@ from adaptrank.data.collate import (
     prompt_batch,
     validation_batch,
 )
-from adaptrank.data.loader import BatchOrder, ResumableLoader, rounds
+from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.task import TaskData
 
 EXAMPLES = [torch.tensor([float(i)]) for i in range(11)]
@@ -134,7 +135,7 @@ def test_resume_with_other_settings_says_so():
     ("options", "says"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"rank": 2, "world_size": 2}, "use 0 to 1"),
+        ({"rank": 2, "world_size": 2}, "Use 0 to 1"),
         ({"lengths": [1]}, "1 lengths"),
     ],
 )

@@ -12,13 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from adaptrank.data import ArithmeticProblems, GeneratedQuestions
-from adaptrank.data.synthetic import (
+from adaptrank.data.arithmetic_problems import (
     TRAIN_PROBLEMS,
-    TRAIN_QUESTIONS,
     VALIDATION_PROBLEMS,
-    VALIDATION_QUESTIONS,
-    distinct,
+    draw_distinct,
 )
+from adaptrank.data.generated_questions import TRAIN_QUESTIONS, VALIDATION_QUESTIONS
 
 
 def tiny_tokenizer():
@@ -91,9 +90,9 @@ def test_the_seed_decides_everything():
 
 def test_more_rows_than_there_are():
     with pytest.raises(ValueError, match="train_size=3, but only about 1 different"):
-        distinct(lambda: {"prompt": "same"}, "prompt", 3, "train_size")
+        draw_distinct(lambda: {"prompt": "same"}, "prompt", 3, "train_size")
     with pytest.raises(
-        ValueError, match="val_size=400 asks for more questions than there are; use 96"
+        ValueError, match=r"val_size=400 asks for more questions than there are\. Use 96"
     ):
         GeneratedQuestions(val_size=400).rows("val")
 

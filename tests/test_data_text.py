@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from adaptrank.cli import main
 from adaptrank.cli.train import AdaptrankCLI
 from adaptrank.data import CausalLMData, ClassificationData, LabelTask, Source, TaskData
-from adaptrank.data.task import cut, encode_segments
+from adaptrank.data.segments import cut, encode_segments
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
@@ -579,7 +579,7 @@ def test_what_the_hub_has_not_is_said(hub, monkeypatch):
         ClassificationData([Source("some/flims", split="train")])
     )
     monkeypatch.setattr("datasets.inspect.get_dataset_split_names", lambda *_: ["dev"])
-    assert "has no train split; set `split` to one of ['dev']" in problem(
+    assert "has no train split. Set `split` to one of ['dev']" in problem(
         ClassificationData("some/films")
     )
 
@@ -626,7 +626,7 @@ def test_classes_and_regression_exclude_each_other(tmp_path):
     path = write(tmp_path / "a.jsonl", scores([0.5, 1.0]))
     assert "label 0.5 is no class" in problem(ClassificationData(path, path))
     assert "`regression: true`" in problem(ClassificationData(path, path))
-    with pytest.raises(ValueError, match="remove one of the two"):
+    with pytest.raises(ValueError, match="Remove one of the two"):
         ClassificationData(path, regression=True, classes=["a"])
 
 
@@ -681,13 +681,13 @@ def problem(data, stage="fit"):
 
 
 def test_missing_files_are_answered_with_the_nearest(folder, tmp_path):
-    assert "did you mean 'sums'?" in problem(CausalLMData(str(tmp_path / "sum")))
-    assert "did you mean 'train.jsonl'?" in problem(CausalLMData(str(folder / "trains.jsonl")))
+    assert "Did you mean 'sums'?" in problem(CausalLMData(str(tmp_path / "sum")))
+    assert "Did you mean 'train.jsonl'?" in problem(CausalLMData(str(folder / "trains.jsonl")))
     assert "does not exist either" in problem(CausalLMData(str(tmp_path / "no/where.csv")))
     assert "No file matches" in problem(CausalLMData(str(tmp_path / "*.csv")))
     (tmp_path / "empty").mkdir()
     assert "has no data file" in problem(CausalLMData(str(tmp_path / "empty")))
-    assert "no 'extra' split; it holds ['train.jsonl'" in problem(
+    assert "no 'extra' split. It holds ['train.jsonl'" in problem(
         CausalLMData([Source(str(folder), split="extra")])
     )
 
@@ -695,7 +695,7 @@ def test_missing_files_are_answered_with_the_nearest(folder, tmp_path):
 def test_missing_columns_are_answered_with_those_there_are(folder, tmp_path):
     said = problem(CausalLMData(str(folder), prompt="{promt}"))
     assert (
-        "no column 'promt', only ['prompt', 'completion', 'answer']; did you mean 'prompt'?" in said
+        "no column 'promt', only ['prompt', 'completion', 'answer']. Did you mean 'prompt'?" in said
     )
     assert "prompt: 'Q {' is no format string" in problem(CausalLMData(str(folder), prompt="Q {"))
     path = write(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}] * 3)
@@ -710,7 +710,7 @@ def test_missing_columns_are_answered_with_those_there_are(folder, tmp_path):
 
 def test_labels_outside(tmp_path):
     rows = [{"prompt": "q", "choices": ["a", "b"], "label": 2}] * 3
-    assert "label 2 is none of its 2 choices; use 0 to 1" in problem(
+    assert "label 2 is none of its 2 choices. Use 0 to 1" in problem(
         CausalLMData(write(tmp_path / "a.jsonl", rows))
     )
     good, bad = (
@@ -724,7 +724,7 @@ def test_labels_outside(tmp_path):
         ClassificationData(good, classes=["a", "b"])
     )
     named = write(tmp_path / "n.jsonl", [{"text": "x", "label": "positiv"}] * 3)
-    assert "did you mean 'positive'?" in problem(
+    assert "Did you mean 'positive'?" in problem(
         ClassificationData(named, classes=["negative", "positive"])
     )
 

@@ -146,7 +146,7 @@ def _registered_attention(body: nn.Module, lengths: list[int]) -> Iterator[None]
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = earlier[key]
-        del ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
+        ALL_ATTENTION_FUNCTIONS.pop(ATTENTION_NAME)
 
 
 def attention_by_example(
