@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptrank._collectives import mean
 from adaptrank._errors import UserError
+from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import Progress, TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis, cost_model, rank_cost
@@ -143,6 +144,20 @@ class Run:
     def cost(self) -> CostModel:
         """Return what sizes cost, in the unit of the budget."""
         return rank_cost(self.axes) if self.unit == "ranks" else cost_model(self.model)
+
+    def note_start(self) -> None:
+        """Note the present sizes, and their cost, as those that the run begins with."""
+        self.progress.start_sizes = self.sizes()
+        self.progress.start_total = self.cost().total(self.start_sizes)
+
+    def record(self, event: Event) -> Event:
+        """Add the totals to an event, append it to the events of the run, and return it."""
+        open_sizes = self.open_sizes()
+        event["total"] = self.cost().total(open_sizes)
+        event["active"] = sum(open_sizes.values())
+        event["allocated"] = sum(self.sizes().values())
+        self.progress.events.append(event)
+        return event
 
     def ceilings(self, cap: int | None = None) -> dict[str, int | None]:
         """Return the largest size of each axis: `cap` or the ceiling of the method."""

@@ -184,7 +184,7 @@ class DyLoRA(Policy[PrefixState]):
         if isinstance(b, int):
             reason = f"the first {b} units of each axis"
         event.update({"step": step, "reason": reason, "unit": self.unit})
-        self.engine.record(event)
+        self.run.record(event)
 
     def check_start(self, sizes: Mapping[str, int]) -> None:
         for key in self.truncate if isinstance(self.truncate, dict) else ():
