@@ -73,7 +73,7 @@ def test_no_number_is_in_the_problems_of_both_sides(problems):
 
 
 def test_a_problem_has_at_most_40_tokens(problems):
-    """Estimated: a token a word, a mark, a line break and a digit, and one for the space before a number."""
+    """Estimated: one token for a word, a mark, a line break, a digit, a space before a number."""
     for rows in problems:
         for row in rows:
             text = row["prompt"] + row["completion"]
@@ -219,7 +219,7 @@ def test_overfitting_sees_the_same_batches_in_every_epoch():
 
 
 def test_processes_share_the_rows(monkeypatch):
-    """What a strategy says about its processes decides the shares, and the Trainer has no sampler to replace."""
+    """The strategy's processes decide the shares, and the Trainer has no sampler to replace."""
     model = Model()
     shares = []
     for rank in range(2):

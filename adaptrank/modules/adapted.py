@@ -27,8 +27,8 @@ from adaptrank.modules.trained_state import (
     select_trained,
     set_random_state,
 )
-from adaptrank.training.distributed import average_adapters, repeated_blocks, shard_frozen
-from adaptrank.training.penalties import add_penalty_gradients
+from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.lightning import ensure_gradients
 
 log = logging.getLogger("adaptrank")
 
@@ -217,13 +217,8 @@ class AdaptedModule(LightningModule):
         """Return the name that the schedule has in transformers."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
-    def on_after_backward(self) -> None:
-        average_adapters(self.trainer, self, owner=None)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        add_penalty_gradients(self.trainer, self)
-
     def setup(self, stage: str) -> None:
+        ensure_gradients(self.trainer)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
                 "precision=%s trains the adapters in half precision, where small steps vanish. "
