@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -83,7 +83,7 @@ class DoRA(Parameterization):
             return cast(Tensor, super().adapted(x))
         y = self.with_product(x, self.scale * self.B, self.A)
         # The bias is subtracted inside the deviation, so that k = 1 is the identity to the last bit.
-        return products.scale_output(y, self.m / self._norm() - 1, self.bias)
+        return scaling.scale_output(y, self.m / self._norm() - 1, self.bias)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         k = self.m / self._norm()

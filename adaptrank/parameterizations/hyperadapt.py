@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 
 
@@ -65,13 +65,13 @@ class HyperAdapt(Parameterization):
         else:
             if self.dc is not None:
                 x = layers.channels_first(
-                    plain, products.scale_input(layers.channels_last(plain, x), self.dc)
+                    plain, scaling.scale_input(layers.channels_last(plain, x), self.dc)
                 )
             y = self.base(x)
         # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
         if self.da is not None:
             y = layers.channels_first(
-                plain, products.scale_output(layers.channels_last(plain, y), self.da, self.bias)
+                plain, scaling.scale_output(layers.channels_last(plain, y), self.da, self.bias)
             )
         return y
 
