@@ -12,7 +12,7 @@ from torch import nn
 import adaptrank
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization, formula
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
@@ -227,7 +227,7 @@ def test_an_attribute_error_in_a_formula_is_not_reported_as_a_missing_weight():
     cls = type(
         "Misspelt",
         (PARAMETERIZATIONS["LoRA"],),
-        {"weight": property(lambda self: self.base_weigth)},
+        {"weight": formula(lambda self: self.base_weigth)},
     )
     with pytest.raises(RuntimeError, match=r"Misspelt\.weight failed: .*base_weigth"):
         _ = cls(nn.Linear(48, 24)).weight

@@ -18,7 +18,7 @@ from adaptrank.testing import builder, perturb
 
 
 def drawn(layer, side, ids):
-    shape = layer._shape(side)
+    shape = layer.matrix_shape(side)
     return torch.stack([module._draw(int(layer.seed), side, j, shape) for j in ids]).double()
 
 

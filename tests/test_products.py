@@ -82,7 +82,7 @@ def test_only_a_layer_that_nobody_watches_is_not_called():
     assert low_rank.plain(layer) is None
 
 
-def by_product():
+def methods_with_a_fast_path():
     built = {
         name: cls
         for name, cls in PARAMETERIZATIONS.items()
@@ -92,7 +92,7 @@ def by_product():
         name
         for name, cls in built.items()
         if cls.wraps(nn.Linear(48, 24))
-        and (cls.by_product or cls.adapted is not Parameterization.adapted)
+        and cls.forward_adapted is not Parameterization.forward_adapted
     ]
 
 
@@ -108,7 +108,7 @@ def run(layer, x, weights):
     }
 
 
-@pytest.mark.parametrize("method", by_product())
+@pytest.mark.parametrize("method", methods_with_a_fast_path())
 def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch):
     layer = PARAMETERIZATIONS[method](nn.Linear(48, 24))
     testing.perturb(layer, 0.1)
@@ -122,7 +122,7 @@ def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch)
         )
 
 
-@pytest.mark.parametrize("method", by_product())
+@pytest.mark.parametrize("method", methods_with_a_fast_path())
 def test_over_bf16_it_is_as_exact_as_its_rounding(method):
     """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and no more; of a smooth
     function, as a ReLU that rounding turns on or off has another gradient."""
