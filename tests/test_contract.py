@@ -195,6 +195,11 @@ def broken(**overrides):
             r"A is torch\.bfloat16",
         ),
         ({"penalty": lambda self: self.A.sum(1)}, "must be one number"),
+        ({"factors": lambda self: (self.scale * self.B, self.A)}, r"read .* self\.gated\('B'\)"),
+        (
+            {"weight": formula(lambda self: self.base_weight + self.scale * self.B @ self.A)},
+            r"read .* self\.gated\('B'\)",
+        ),
     ],
 )
 def test_a_broken_method_fails_with_a_sentence(overrides, sentence):

@@ -53,8 +53,10 @@ def evaluate(wrapper: "Parameterization", compute: Callable[[Any], Tensor]) -> T
     # The meta device has no autocast.
     can_autocast = torch.amp.is_autocast_available(device)
     exact = torch.autocast(device, enabled=False) if can_autocast else nullcontext()
+    # A method that does not merge leaves the weight alone, whatever its gates.
+    gates = wrapper.reading_gates() if wrapper.mergeable else nullcontext()
     try:
-        with exact, wrapper.reading_gates():
+        with exact, gates:
             return compute(wrapper)
     except AttributeError as error:
         raise RuntimeError(f"{type(wrapper).__name__}.weight failed: {error}") from error
