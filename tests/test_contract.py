@@ -45,7 +45,8 @@ def nest(inner, outer, base):
 
 @pytest.mark.parametrize(("inner", "outer"), PAIRS, ids=lambda cls: cls.__name__)
 def test_nests_of_two(inner, outer):
-    """The whole contract over the first base that both can wrap; over others what they compute. What has no meaning is refused."""
+    """The whole contract over the first base that both can wrap; over others what they compute.
+    What has no meaning is refused."""
     if not bases(inner, outer):
         with pytest.raises(TypeError, match=f"{outer.__name__} wraps"):
             outer(inner(inner.example()))
@@ -85,7 +86,8 @@ def test_nests_over_conv1d(inner, outer):
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growing_does_not_change_one_bit(method, dtype):
-    """In whole numbers: how many columns a product has decides in which order a processor sums, and rounds, the others."""
+    """In whole numbers: how many columns a product has decides in which order a processor sums, and
+    rounds, the others."""
     layer = method(method.example().to(dtype))
     testing.whole_numbers(layer)
     layer.load_state_dict(layer.state_dict())  # refreshes what derives from them
@@ -247,7 +249,8 @@ def test_the_cost_of_a_method_without_an_axis_is_fixed(layer):
 
 
 def test_imports_point_one_way():
-    """parameterizations know nobody; axes and adapt know them; allocators know axes; nothing points back."""
+    """parameterizations know nobody; axes and adapt know them; allocators know axes; nothing points
+    back."""
     root = Path(adaptrank.__file__).parent
     may = {
         "registry": {"_errors"},
@@ -286,6 +289,7 @@ def test_imports_point_one_way():
 
 
 def test_a_model_cast_after_it_was_adapted_still_runs(method):
-    """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no crash."""
+    """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no
+    crash."""
     layer = method(method.example()).to(torch.bfloat16)
     testing.output(layer, testing.normal_input(layer, (2,))).float().sum().backward()

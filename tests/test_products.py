@@ -1,4 +1,5 @@
-"""What methods compute with, against its definition: one autograd step each for thin products, blocks and scales."""
+"""What methods compute with, against its definition: one autograd step each for thin products,
+blocks and scales."""
 
 import inspect
 from functools import partial
@@ -124,8 +125,8 @@ def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch)
 
 @pytest.mark.parametrize("method", methods_with_a_fast_path())
 def test_over_bf16_it_is_as_exact_as_its_rounding(method):
-    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and no more; of a smooth
-    function, as a ReLU that rounding turns on or off has another gradient."""
+    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and
+    no more; of a smooth function, as a ReLU that rounding turns on or off has another gradient."""
     cls = PARAMETERIZATIONS[method]
     smooth = {"activation": "gelu"} if "activation" in inspect.signature(cls).parameters else {}
     layer = cls(nn.Linear(768, 96).bfloat16(), **smooth)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 """Signature of an attention function in transformers.
 
-(module, query, key, value, mask, **more) -> (output (batch, queries, heads, width), weights or None)
+(module, query, key, value, mask, **more) -> (output, weights or None), with an output of shape
+(batch, queries, heads, width).
 """
 
 QUERIES = ("q_proj", "query", "q_lin", "q", "q_attn")

@@ -16,14 +16,15 @@ from adaptrank.parameterizations.formula import formula
 class ALoRE(Parameterization):
     """W' = W + s sum_k S_k kron (U_k V_k): a plain sum of K low-rank experts.
 
-    Each expert has a small rule S_k over b x b blocks. With placement="pre" the module stands before
-    the layer, as a residual: y = W (x + s D x) + bias, with D = sum_k S_k kron (U_k V_k) square. It
-    is folded in by re-parameterization, W' = W (I + s D). U starts at zero, so training starts at W.
+    Each expert has a small rule S_k over b x b blocks. With placement="pre" the module stands
+    before the layer, as a residual: y = W (x + s D x) + bias, with D = sum_k S_k kron (U_k V_k)
+    square. It is folded in by re-parameterization, W' = W (I + s D). U starts at zero, so training
+    starts at W.
 
     Source: arXiv:2412.08341. The paper puts modules in sequence, "pre". "parallel" is the form of
         the other methods here. The sequence and the re-parameterization are from the abstract.
-        Number and rank of experts, start, scale and biases of the paper are unverified. The defaults
-        give the 0.15M parameters that its abstract states for ViT-B.
+        Number and rank of experts, start, scale and biases of the paper are unverified. The
+        defaults give the 0.15M parameters that its abstract states for ViT-B.
     Shapes: W (m, n), S (K, b, b), V (K, r, n/b), U (K, m/b, r). "pre" has U (K, n/b, r).
         Parameters: K (b^2 + r (m + n) / b).
     Args:

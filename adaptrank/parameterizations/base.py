@@ -145,7 +145,7 @@ class Parameterization(Wrapper):
         return y + layers.channels_first(self.innermost, change).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (U (m, k), V (k, n)) with W' = W + U V for any W, or None if there is no such form.
+        """Return (U (m, k), V (k, n)) with W' = W + U V for any W, or None without such a form.
 
         Composition, spectra and exports work on the factors, without a matrix of the layer's size.
         """
@@ -207,9 +207,11 @@ class Parameterization(Wrapper):
         raise NotImplementedError(f"{type(self).__name__} does not estimate its weight's gradient.")
 
     def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """(settings, tensors) of HF PEFT's layer of the same function, where it has this method; None elsewhere.
+        """(settings, tensors) of HF PEFT's layer of the same function, where it has this method;
+        None elsewhere.
 
-        Settings are fields of its configuration, `peft_type` among them; tensors go by the names of PEFT's files.
+        Settings are fields of its configuration, `peft_type` among them; tensors go by the names of
+        PEFT's files.
         """
         return None
 
@@ -232,7 +234,10 @@ class Parameterization(Wrapper):
         return layers.dense(self.base, self.adapter_dtype)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
-        """Return A x, (..., k): the innermost layer's output for the weight A (k, n) and no bias."""
+        """Return A x, (..., k): the output of the innermost layer for the weight A (k, n).
+
+        The bias is left out.
+        """
         return layers.project(self.innermost, x, A)
 
     def apply_dropout(self, x: Tensor) -> Tensor:
@@ -246,7 +251,10 @@ class Parameterization(Wrapper):
     # only place that decides where it does.
 
     def fuses(self, x: Tensor) -> bool:
-        """Return whether products with x are fused: the layer is linear, and its dtype allows it."""
+        """Return whether products with x are fused with the layer's own.
+
+        The layer must be linear, and the dtype of x safe to sum in.
+        """
         return isinstance(self.innermost, layers.LINEAR) and ops.fits(x)
 
     def add_product(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Capability(StrEnum):
     ORDERED = "ordered"
     """The first units alone are a smaller method of the same kind."""
     PATTERN = "pattern"
-    """A rule may choose another number of units for each layer. Not for thousands of coefficients."""
+    """The number of units may differ from layer to layer by a rule."""
     MATRIX_RANK = "matrix_rank"
     """The number of units bounds the rank of the change."""
     INPUT_DIRECTIONS = "input_directions"

@@ -17,8 +17,8 @@ from adaptrank.parameterizations.formula import formula
 class Kronecker(Parameterization):
     """W' = W + s sum_k A_k kron B_k: a sum of r Kronecker products.
 
-    A is the coarse factor, whose entries scale blocks of B's size. One product can already have full
-    rank: rank(A kron B) = rank(A) rank(B). B starts at zero, so training starts at W.
+    A is the coarse factor, whose entries scale blocks of B's size. One product can already have
+    full rank: rank(A kron B) = rank(A) rank(B). B starts at zero, so training starts at W.
 
     For few tokens or products, the change is A (B X) or (A X) B on the input as a matrix X,
     whichever is cheaper. From three products and max(m, n) / r tokens on, the change of a linear

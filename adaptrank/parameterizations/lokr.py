@@ -22,8 +22,8 @@ class LoKr(Parameterization):
     W.
 
     Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT, whose defaults
-        are rank 8 and alpha 8. HF PEFT leaves B undivided from rank >= max(m2, n2) / 2 on. Here B is
-        a product for every rank.
+        are rank 8 and alpha 8. HF PEFT leaves B undivided from rank >= max(m2, n2) / 2 on. Here B
+        is a product for every rank.
     Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2. Decomposed,
         A1 (m1, r), A2 (r, n1) with r as at construction. Parameters: m1 n1 + r (m2 + n2), or
         r (m1 + n1) + r (m2 + n2).

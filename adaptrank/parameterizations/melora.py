@@ -21,11 +21,11 @@ class MELoRA(LowRankUpdate):
     """W' = W + blockdiag(s_1 B_1 A_1, ..., s_k B_k A_k), with s_j = alpha / rank_j.
 
     The scales are fixed at construction. Slice j of the outputs sees slice j of the inputs only. So
-    a unit costs (m + n) / k, and the rank of the change is the sum of the ranks of the k mini-LoRAs.
-    A unit belongs to one mini for good. A fresh unit joins a mini with the fewest units. A mini may
-    end without any. Blocks off the diagonal keep every bit when the change is merged. Which inputs
-    see which outputs depends on their order: if k divides the number of heads, slices are whole
-    heads.
+    a unit costs (m + n) / k, and the rank of the change is the sum of the ranks of the k
+    mini-LoRAs. A unit belongs to one mini for good. A fresh unit joins a mini with the fewest
+    units. A mini may end without any. Blocks off the diagonal keep every bit when the change is
+    merged. Which inputs see which outputs depends on their order: if k divides the number of heads,
+    slices are whole heads.
 
     Source: arXiv:2402.17263 (abstract and released code; no table was read).
     Shapes: W (m, n), A (R, n/k), B (m/k, R), block (R,) the mini of each unit.

@@ -22,12 +22,12 @@ class MultiScale(LowRankUpdate):
     call, so a token costs what it does in a LoRA of rank k.
 
     Source: arXiv:2408.06854 (abstract and released code; no table was read). The code has no
-        separate widths, k = 8 in both, and adds 1e-5 to the rank in s. Its term that sets the planes
-        against each other has no effect there, and is left out.
+        separate widths, k = 8 in both, and adds 1e-5 to the rank in s. Its term that sets the
+        planes against each other has no effect there, and is left out.
     Shapes: W (m, n), A (k, n), B1 (q, k), e (q,), B2a (k, q), B2b (m, k).
         Parameters: k (m + n) + 2 k q + q.
-    Penalty: orth / 4 * sum of ||G - I||_F^2 over the four factors, with G the smaller Gram matrix of
-        each. The norm is squared, because the norm itself has no gradient at 0, where training
+    Penalty: orth / 4 * sum of ||G - I||_F^2 over the four factors, with G the smaller Gram matrix
+        of each. The norm is squared, because the norm itself has no gradient at 0, where training
         starts. The smaller Gram matrix is used, because the k x k one of the code is never I when
         q < k.
     Args:

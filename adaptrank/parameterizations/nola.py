@@ -41,8 +41,8 @@ class NOLA(LowRankUpdate):
         init: "anchored" as the code for language models has it: A0 uniform as in LoRA,
             alpha = beta = 0, c = 1/sqrt(k), A_j and B_j uniform in (-1, 1). "paper" has A0 = 0 and
             alpha from N(0, 1), because two zeros would never move. "released" as the code for ViT:
-            A0 = 0, alpha = beta = 1/k, c_A = 1/sqrt(r n) and c_B = 1/sqrt(r m), which does not start
-            at W. A k in c is that of the construction.
+            A0 = 0, alpha = beta = 1/k, c_A = 1/sqrt(r n) and c_B = 1/sqrt(r m), which does not
+            start at W. A k in c is that of the construction.
         materialize: keep the matrices in memory.
         chunk: number of matrices that are combined at a time.
     Raises:

@@ -29,8 +29,8 @@ class Prefix(ModuleWrapper):
 
     Source: prefix-tuning, arXiv:2101.00190 (recalled; sizes, start and learning rates are this
         library's choice; others use 10 to 30 tokens and 1e-2, or 1e-3 with an encoder).
-    Shapes: P (L, 2, h, T, d) for L layers of h key-value heads of width d. With an encoder E (T, e),
-        and W1 (e, e), W2 (2 L h d, e) with their biases. Parameters: 2 L h T d, or
+    Shapes: P (L, 2, h, T, d) for L layers of h key-value heads of width d. With an encoder
+        E (T, e), and W1 (e, e), W2 (2 L h d, e) with their biases. Parameters: 2 L h T d, or
         T e + e (e + 1) + 2 L h d (e + 1).
     Args:
         tokens: length T of the prefix.
@@ -97,8 +97,8 @@ class Prefix(ModuleWrapper):
 
     @classmethod
     def example(cls) -> nn.Module:
-        # Like a Llama, but its norms compute in the model's own dtype. In float32 no derivative could
-        # be checked.
+        # Like a Llama, but its norms compute in the model's own dtype. In float32 no derivative
+        # could be checked.
         from transformers import Starcoder2Config, Starcoder2Model
 
         config = Starcoder2Config(

@@ -15,13 +15,15 @@ from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
 class SBoRA(LowRankUpdate):
-    """W'[:, I] = W[:, I] + s B for r columns I ("fa"), or W'[I, :] = W[I, :] + s A for r rows ("fb").
+    """W'[:, I] = W[:, I] + s B for r columns I, or W'[I, :] = W[I, :] + s A for r rows I.
+
+    Variant "fa" trains columns, and "fb" rows.
 
     It is LoRA with one factor frozen to rows of the identity: A = E_I in "fa", B = E_I^T in "fb".
-    s = alpha / rank is fixed at construction. The other factor starts at zero, and has a gradient at
-    once. A unit is one column or one row, so units are orthogonal: ||W' - W||^2 is the sum over
-    units. I is drawn without replacement, for each layer anew, from torch's global generator, and is
-    saved, so seed the run. "fa" keeps r numbers a token for the backward pass, "fb" all n. The
+    s = alpha / rank is fixed at construction. The other factor starts at zero, and has a gradient
+    at once. A unit is one column or one row, so units are orthogonal: ||W' - W||^2 is the sum over
+    units. I is drawn without replacement, for each layer anew, from torch's global generator, and
+    is saved, so seed the run. "fa" keeps r numbers a token for the backward pass, "fb" all n. The
     release draws dropout before it gathers. The elements that it keeps are distributed as here.
 
     Source: arXiv:2407.05413. Variants, scale, uniform indices and counts are as in the released

@@ -35,7 +35,7 @@ class Wrapper(Traits, nn.Module, ABC):
     rows: tuple[Tensor, int] | None = None
     """(indices, batch size): the rows of a batch that this wrapper is on for, or None for all."""
     gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = {}
-    """Axis -> factors of its units, (units,), or a function that returns them. Allocators set it."""
+    """Axis -> factors of its units, (units,), or a function that returns them."""
     init_args: dict[str, Any]
     """Arguments of the constructor but `base`, with defaults. They build the wrapper again."""
     base: nn.Module
