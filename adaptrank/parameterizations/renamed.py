@@ -8,6 +8,7 @@ RENAMED = {
     "with_product": "add_product",
     "accumulated": "add_low_rank",
     "folded": "gated",
+    "needs_weight": "require_weight",
 }
 """Previous name of a member -> its name now."""
 

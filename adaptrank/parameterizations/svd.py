@@ -19,8 +19,8 @@ class SVD(LowRankUpdate):
         start as in their released codes.
     Shapes: W (m, n), P (m, r), l (r,), Q (r, n). Parameters: r (m + n + 1).
     Penalty: orth * (||P^T P - I||_F + ||Q Q^T - I||_F) / 2. As in both released codes, the norms
-        are not squared. The library averages the penalty over the layers, which is the mean over all
-        P and Q.
+        are not squared. The library averages the penalty over the layers, which is the mean over
+        all P and Q.
     Args:
         rank: number r of triplets.
         alpha: numerator of the scale s.
