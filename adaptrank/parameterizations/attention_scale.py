@@ -28,8 +28,8 @@ class AttentionScale(ModuleWrapper):
     number n of positions, which suits images of one size and no text. They compute the attention by
     hand, start at the module up to rounding, and do not merge.
 
-    Source: AttnScale, arXiv:2304.01917 (abstract; the three shapes, and that the factor comes
-        before the softmax, are recalled or chosen, not read).
+    Source: AttnScale, arXiv:2304.01917 (abstract). The three shapes, and that the factor comes
+        before the softmax, are recalled or chosen, not read.
     Shapes: da (h, 1, 1), (1, n, n) or (h, n, n) for h heads. Parameters: h, n^2 or h n^2.
     Args:
         form: "scalar", "lite" or "full".

@@ -20,8 +20,8 @@ class LNTune(ModuleWrapper):
     The authors' learning rates were not read. Other reports have it fail at 1e-4, so use 1e-3 to
     1e-2.
 
-    Source: LN-Tune, arXiv:2304.01917 (abstract; that deviations are added, not multiplied, is this
-        library's choice).
+    Source: LN-Tune, arXiv:2304.01917 (abstract). That deviations are added, not multiplied, is this
+        library's choice.
     Shapes: g, b, dg, db (d,). Parameters: 2 d, or d if the norm has no shift.
     Args:
         gain: train the gain.

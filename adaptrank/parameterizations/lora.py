@@ -19,7 +19,7 @@ class LoRA(LowRankUpdate):
     s is fixed at construction. When an allocator changes the rank, surviving units keep their
     scale. B starts at zero, so training starts at W.
 
-    Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+    Source: LoRA, arXiv:2106.09685, and rsLoRA, arXiv:2312.03732.
     Shapes: W (m, n), A (r, n), B (m, r). Parameters: r (m + n).
     Args:
         rank: number r of rank-1 components.

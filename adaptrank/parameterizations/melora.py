@@ -27,7 +27,7 @@ class MELoRA(LowRankUpdate):
     merged. Which inputs see which outputs depends on their order: if k divides the number of heads,
     slices are whole heads.
 
-    Source: arXiv:2402.17263 (abstract and released code; no table was read).
+    Source: arXiv:2402.17263 (abstract and released code). No table was read.
     Shapes: W (m, n), A (R, n/k), B (m/k, R), block (R,) the mini of each unit.
         Parameters: R (m + n) / k. For equal ranks r, R = r k and they are r (m + n).
     Args:

@@ -21,7 +21,7 @@ class MultiScale(LowRankUpdate):
     most of the parameters. The product of the three inner factors is small and computed once a
     call, so a token costs what it does in a LoRA of rank k.
 
-    Source: arXiv:2408.06854 (abstract and released code; no table was read). The code has no
+    Source: arXiv:2408.06854 (abstract and released code). No table was read. The code has no
         separate widths, k = 8 in both, and adds 1e-5 to the rank in s. Its term that sets the
         planes against each other has no effect there, and is left out.
     Shapes: W (m, n), A (k, n), B1 (q, k), e (q,), B2a (k, q), B2b (m, k).

@@ -16,8 +16,8 @@ class ResidualOffset(Parameterization):
     fixed. Merging adds d to the bias, and gives the layer one if it has none. If a layer scale or a
     norm stands between the projection and the residual sum, d comes before it.
 
-    Source: AttnScale and DRA, arXiv:2304.01917 (abstract; that DRA is an offset, from the code of
-        eTT; learning rates not read).
+    Source: AttnScale and DRA, arXiv:2304.01917 (abstract). That DRA is an offset is from the code
+        of eTT. Learning rates were not read.
     Shapes: W (m, n), d (m,). Parameters: m.
     """
 
