@@ -295,13 +295,6 @@ class Parameterization(nn.Module, ABC):
         """
         return None
 
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """(settings, tensors) of HF PEFT's layer of the same function, where it has this method; None elsewhere.
-
-        Settings are fields of its configuration, `peft_type` among them; tensors go by the names of PEFT's files.
-        """
-        return None
-
     def weight_gradient(self) -> Tensor:
         """An estimate of the gradient of W' (m, n) from those of the factors, where the method is "weight_gradient"."""
         raise NotImplementedError(

@@ -1,7 +1,7 @@
 """DoRA: LoRA on the direction of every row, and a trained magnitude for each."""
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +98,6 @@ class DoRA(Parameterization):
         return Cost(
             flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + m
         )
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        settings = {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r, "use_dora": True}
-        return settings, {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.m}
 
     def refresh(self) -> None:
         self.squares = None  # the base may have been loaded anew

@@ -1,7 +1,7 @@
 """LoRA: a low-rank product beside a frozen weight."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,13 +82,6 @@ class LoRA(Parameterization):
 
     def product(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.A
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        return {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r}, {
-            "lora_A": self.A,
-            "lora_B": self.B,
-        }
 
     def weight_gradient(self) -> Tensor:
         """gB A + B gA - gB gA: the change of B A by a step of size one (arXiv:2305.18403), up to its sign and without s."""
