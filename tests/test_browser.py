@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from test_studies import made
 
-from adaptrank.reports.ranks import History, write_report
+from adaptrank.reports.history import History
+from adaptrank.reports.ranks import write_report
 from adaptrank.reports.study import write_study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

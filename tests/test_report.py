@@ -11,7 +11,9 @@ from test_configs import CONFIGS, short
 from adaptrank import load_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.cli import main
-from adaptrank.reports.ranks import grid, read_history
+from adaptrank.reports.history import History, read_history
+from adaptrank.reports.layer_grid import layer_grid
+from adaptrank.reports.ranks import page
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +149,23 @@ def test_folders_without_a_history(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_escapes_whatever_a_run_says():
+    word = "<script>&'"
+    event = {"step": 0, "reason": word, "total": word, "sizes": {word: 4}}
+    summary = {"base": {"name": word}, "layers": [{"method": word}]}
+    summary |= {"before": {word: 1.0}, "after": {word: 2.0}}
+    history = History(word, [event], [(0, {word: 4})], summary)
+    text = page(history, {}, word)
+    assert "script" not in Links(text).tags
+    assert text.count("&lt;script&gt;&amp;&#39;") == 9
+
+
 def test_layers_and_kinds():
-    layers, kinds, places = grid(
+    layers, kinds, places = layer_grid(
         ["m.layers.0.attn.q:rank", "m.layers.10.attn.q:rank", "m.layers.2.mlp.up:rank", "head:rank"]
     )
     assert layers == ["0", "2", "10", "-"]
     assert kinds == ["q", "up", "head"]
     assert places["m.layers.10.attn.q:rank"] == (2, 0)
-    _, kinds, _ = grid(["m.layers.0.q:a1", "m.layers.0.q:b1"])
+    _, kinds, _ = layer_grid(["m.layers.0.q:a1", "m.layers.0.q:b1"])
     assert kinds == ["q a1", "q b1"]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
 from adaptrank.cli.compare import counting
-from adaptrank.reports.study import markdown, page, pareto, rows, write_study
+from adaptrank.reports.comparison import pareto, rows
+from adaptrank.reports.study import markdown, page, write_study
 from adaptrank.studies.design import (
     merged,
     places,

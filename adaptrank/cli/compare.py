@@ -51,7 +51,8 @@ def compare(args: Sequence[str]) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from adaptrank.reports.study import markdown, rows, write_study
+    from adaptrank.reports.comparison import rows
+    from adaptrank.reports.study import markdown, write_study
     from adaptrank.studies import read_study, run_study
     from adaptrank.studies.runner import here, on_ray
 
