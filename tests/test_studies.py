@@ -16,18 +16,16 @@ from test_cli import cli, here, write  # noqa: F401
 from adaptrank.cli.compare import counting
 from adaptrank.reports.comparison import pareto, rows
 from adaptrank.reports.study import markdown, page, write_study
-from adaptrank.studies.design import (
-    merged,
-    places,
+from adaptrank.studies import (
+    on_this_machine,
     read_study,
-    replaced,
-    reported,
-    set_at,
-    solve,
-    trials,
+    reported_points,
+    run_study,
+    solve_budget,
+    solve_settings,
+    trial_points,
 )
-from adaptrank.studies.runner import here as on_this_machine
-from adaptrank.studies.runner import run_study
+from adaptrank.studies.overlays import map_texts, merge, set_at
 
 STUDIES = sorted(Path(__file__).parents[1].joinpath("configs/studies").glob("*.yaml"))
 
@@ -64,7 +62,7 @@ def linear(config):
 
 
 def test_places_are_solved_to_the_largest_not_above_the_budget(tmp_path):
-    found = list(places(read_study(study(tmp_path)), linear))
+    found = list(solve_settings(read_study(study(tmp_path)), linear))
     assert [(p.method, p.budget, p.units, p.parameters) for p in found] == [
         ("A", 100, 3, 90),
         ("A", 250, 8, 240),
@@ -81,7 +79,7 @@ def test_solving(slope, fixed, budget, ceiling):
             raise ValueError("too large")
         return fixed + slope * config["k"]
 
-    found = solve({"k": "$budget"}, budget, count)
+    found = solve_budget({"k": "$budget"}, budget, count)
     fits = [k for k in range(1, ceiling + 1) if fixed + slope * k <= budget]
     if fits:
         assert found[0] == min(max(fits), 1 << 14)
@@ -91,7 +89,7 @@ def test_solving(slope, fixed, budget, ceiling):
 
 
 def test_what_no_integer_fits_is_said(tmp_path):
-    found = list(places(read_study(study(tmp_path, budgets=[20])), linear))
+    found = list(solve_settings(read_study(study(tmp_path, budgets=[20])), linear))
     assert found == [
         "A, none, 20: already 1 takes 30 parameters",
         "B has 90 parameters at any budget, above all of them",
@@ -100,31 +98,31 @@ def test_what_no_integer_fits_is_said(tmp_path):
 
 def test_trials_and_reported_runs(tmp_path):
     asked = read_study(study(tmp_path))
-    place = next(iter(places(asked, linear)))
-    tried = trials(asked, place)
+    place = next(iter(solve_settings(asked, linear)))
+    tried = trial_points(asked, place)
     assert [(p.lr, p.seed, p.trial) for p in tried] == [(0.1, 0, True), (0.01, 0, True)]
     assert all(p.config["data"]["slice"] for p in tried)
     assert tried[1].config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
-    final = reported(asked, place, 0.01)
+    final = reported_points(asked, place, 0.01)
     found = [
         (p.seed, p.config["seed_everything"], p.config["data"]["init_args"]["seed"]) for p in final
     ]
     assert found == [(0, 0, 0), (1, 1, 1)]
     assert len({p.key for p in [*tried, *final]}) == 4
-    assert trials(replace(asked, lrs=[0.1]), place) == []
+    assert trial_points(replace(asked, lrs=[0.1]), place) == []
 
 
 def test_overlays():
     base = {"a": {"class_path": "X", "init_args": {"p": 1, "q": [1, 2]}}, "b": 1}
-    assert merged(base, {"a": {"init_args": {"p": 2}}}) == {
+    assert merge(base, {"a": {"init_args": {"p": 2}}}) == {
         "a": {"class_path": "X", "init_args": {"p": 2, "q": [1, 2]}},
         "b": 1,
     }
-    assert merged(base, {"a": {"class_path": "Y"}})["a"] == {"class_path": "Y"}
-    assert merged(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
+    assert merge(base, {"a": {"class_path": "Y"}})["a"] == {"class_path": "Y"}
+    assert merge(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
     assert base["a"]["init_args"] == {"p": 1, "q": [1, 2]}
     assert set_at(base, "c.d", 1)["c"] == {"d": 1}
-    assert replaced({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {
+    assert map_texts({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {
         "x": ["/d/a", 1]
     }
 
@@ -427,7 +425,7 @@ def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
     """Each in a process of the cluster, and at once."""
     import ray
 
-    from adaptrank.studies.runner import on_ray
+    from adaptrank.studies import on_ray
 
     write(
         tmp_path,
