@@ -18,7 +18,7 @@ from adaptrank.reports.ranks import page
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, request):
-    """A tiny run with ElaLoRA, and the folder that its runs are in."""
+    """Return the folder of a tiny run with ElaLoRA."""
     folder = tmp_path_factory.mktemp("report")
     llama, bert = request.getfixturevalue("tiny_llama"), request.getfixturevalue("tiny_bert")
     file = next(file for file in CONFIGS if file.stem == "elalora_llama")
@@ -135,13 +135,13 @@ def test_half_a_last_line_is_left_out_and_any_other_is_named(run, tmp_path, caps
     (tmp_path / "ranks.jsonl").write_text("{\n" + whole)
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
-    assert "ranks.jsonl, line 1: this is no JSON; the file is damaged." in capsys.readouterr().err
+    assert "ranks.jsonl, line 1: this is no JSON. The file is damaged." in capsys.readouterr().err
 
 
 def test_folders_without_a_history(tmp_path, capsys):
     for folder, sentence in (
         (tmp_path, "no allocator moved a rank in this run"),
-        (tmp_path / "x", "is no folder; name the folder"),
+        (tmp_path / "x", "is no folder. Name the folder"),
     ):
         with pytest.raises(SystemExit):
             main(["report", str(folder)])

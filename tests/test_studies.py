@@ -1,4 +1,8 @@
-"""Studies: what a file asks for, budgets solved exactly, learning rates selected on other data, runs that are not done twice, the report."""
+"""Studies.
+
+Files are read and checked. Budgets are solved exactly. Learning rates are selected on other data.
+No run is done twice. The report says what came out.
+"""
 
 import json
 import math
@@ -57,7 +61,7 @@ def study(tmp_path, **changes):
 
 
 def linear(config):
-    """30 parameters a unit."""
+    """Return 30 parameters for each unit."""
     return 30 * config["model"]["init_args"]["rank"]
 
 
@@ -133,13 +137,13 @@ def test_overlays():
         ({"budget": [1]}, r"'budget' is no key of a study. Did you mean 'budgets'"),
         ({"metric": None}, "a study needs the key 'metric'"),
         ({"mode": "up"}, "mode is 'max' or 'min', not 'up'"),
-        ({"lrs": ["1e-3"]}, "lrs is a list of numbers; YAML reads 1e-3 as a text"),
+        ({"lrs": ["1e-3"]}, "lrs is a list of numbers. YAML reads 1e-3 as a text"),
         ({"baseline": "C"}, "baseline 'C' is none of the methods"),
         ({"selection": None}, "several lrs are selected by trials: selection needs an overlay"),
         ({"budgets": None}, r"A has \$budget, and the study no budgets"),
         (
             {"overlay": {"data": "$data/x"}},
-            r"reads data from \$data; say where they are with --data.root",
+            r"reads data from \$data. Say where they are with --data.root",
         ),
         ({"config": "missing.yaml"}, "there is no configuration"),
         ({"methods": {}}, "methods names none"),
@@ -165,7 +169,7 @@ def test_the_studies_of_the_folder_are_studies(file, tmp_path):
 
 
 class Counted:
-    """An engine that makes results up, and counts."""
+    """Engine that makes up results and counts the runs."""
 
     def __init__(self, fail=()):
         self.ran, self.fail = [], fail
@@ -181,13 +185,29 @@ class Counted:
                 + (point.budget or 0) / 10**4
             )
             result = {
-                "key": point.key, "method": point.method, "allocator": point.allocator, "budget": point.budget, "units": point.units,
-                "lr": point.lr, "seed": point.seed, "trial": point.trial, "adapter_params_at_start": point.parameters,
-                "status": "failed" if failed else "success", "error": "it broke" if failed else "",
-                "metrics": {} if failed else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
-                "num_trainable_params": point.parameters, "num_total_params": 1000, "train_time": 2.0, "units_final": 3, "units_peak": 4,
-                "accelerator_memory_max": 2**30, "file_size": 1000, "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
-            }  # fmt: skip
+                "key": point.key,
+                "method": point.method,
+                "allocator": point.allocator,
+                "budget": point.budget,
+                "units": point.units,
+                "lr": point.lr,
+                "seed": point.seed,
+                "trial": point.trial,
+                "adapter_params_at_start": point.parameters,
+                "status": "failed" if failed else "success",
+                "error": "it broke" if failed else "",
+                "metrics": {}
+                if failed
+                else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
+                "num_trainable_params": point.parameters,
+                "num_total_params": 1000,
+                "train_time": 2.0,
+                "units_final": 3,
+                "units_peak": 4,
+                "accelerator_memory_max": 2**30,
+                "file_size": 1000,
+                "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
+            }
             folder = out / "points" / point.key
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").write_text(json.dumps(result))
@@ -422,7 +442,7 @@ class Ordered(Counted):
 
 
 def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
-    """Each in a process of the cluster, and at once."""
+    """Run each point in a process of the cluster, all at once."""
     import ray
 
     from adaptrank.studies import on_ray

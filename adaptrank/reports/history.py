@@ -52,7 +52,7 @@ def read_history(folder: Path) -> History:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder; name the folder of a run, such as runs/NAME/0."
+            f"{folder} is no folder. Name the folder of a run, such as runs/NAME/0."
         )
     file = folder / "ranks.jsonl"
     if not file.is_file():
@@ -80,7 +80,7 @@ def _read_events(file: Path) -> list[Event]:
         except ValueError:
             if number < len(lines):
                 raise UserError(
-                    f"{file}, line {number}: this is no JSON; the file is damaged."
+                    f"{file}, line {number}: this is no JSON. The file is damaged."
                 ) from None
     return sorted(events, key=lambda event: int(event["step"]))
 

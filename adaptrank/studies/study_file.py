@@ -172,7 +172,7 @@ def _check_study(study: Study, file: Path) -> None:
     _require(_are_numbers(study.budgets, int), "budgets is a list of numbers", file)
     _require(
         _are_numbers(study.lrs, int, float),
-        "lrs is a list of numbers; YAML reads 1e-3 as a text, write 1.0e-3 or 0.001",
+        "lrs is a list of numbers. YAML reads 1e-3 as a text: write 1.0e-3 or 0.001",
         file,
     )
     _require(_are_numbers(study.seeds, int), "seeds is a list of numbers", file)
@@ -229,7 +229,7 @@ def _with_data(study: Study, data: str | None, file: Path) -> Study:
             return config
         if data is None:
             raise UserError(
-                f"{file} reads data from {DATA}; say where they are with --data.root FOLDER."
+                f"{file} reads data from {DATA}. Say where they are with --data.root FOLDER."
             )
         with_folder: Config = map_texts(config, lambda text: text.replace(DATA, data))
         return with_folder
