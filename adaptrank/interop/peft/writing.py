@@ -48,11 +48,10 @@ def export_peft(
         uniform: give all layers one rank, filled up with zeros, and a scale of 1 (alpha = r), for
             servers that know one of each. The true ranks are in the header of the weights.
         rank: rank of the LoRA that approximates a change which is no product.
-        error: or its largest relative error in Frobenius norm.
+        error: largest relative error of that LoRA in Frobenius norm, instead of a rank.
 
     Returns:
-        {"type": PEFT's type, "layers": {path: {"rank", "error"}}}. The error of an exact layer is
-        0.
+        {"type": PEFT's type, "layers": {path: {"rank", "error"}}}. Exact layers have an error of 0.
 
     Raises:
         UserError: if there is nothing to write, or a layer has no such form. Nothing is written
