@@ -206,15 +206,6 @@ class Parameterization(Wrapper):
         """Return an estimate of the gradient of W' (m, n), from the gradients of the factors."""
         raise NotImplementedError(f"{type(self).__name__} does not estimate its weight's gradient.")
 
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """(settings, tensors) of HF PEFT's layer of the same function, where it has this method;
-        None elsewhere.
-
-        Settings are fields of its configuration, `peft_type` among them; tensors go by the names of
-        PEFT's files.
-        """
-        return None
-
     def cost(self) -> Cost | None:
         """Return the cost over the frozen layer, or None if the method does not state it."""
         return None

@@ -1,7 +1,6 @@
 """DoRA: LoRA on the direction of every row, and a trained magnitude for each row."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +99,6 @@ class DoRA(Parameterization):
         (m, n), r = self.shape, len(self.A)
         once = 2 * r * (m * n + r * n + r * m)
         return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r + m)
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        settings = {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r, "use_dora": True}
-        return settings, {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.m}
 
     def refresh(self) -> None:
         # The base may have been loaded anew.

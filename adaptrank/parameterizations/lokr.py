@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product whose large factor is of low rank."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,20 +102,6 @@ class LoKr(Parameterization):
         z = F.linear(self.dropout(x).unflatten(-1, (A.shape[1], -1)), self.B2)  # (..., n1, r)
         z = torch.einsum("...ur,pu->...pr", z, A)
         return self.scale * F.linear(z, self.gated("B1")).flatten(-2)
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = self.B1.shape[1]
-        coarse = (
-            {"lokr_w1_a": self.A1, "lokr_w1_b": self.A2} if self.decomposed else {"lokr_w1": self.A}
-        )
-        settings = {
-            "peft_type": "LOKR",
-            "r": r,
-            "alpha": self.scale * r,
-            "decompose_both": self.decompose_both,
-            "decompose_factor": self.factor,
-        }
-        return settings, {**coarse, "lokr_w2_a": self.B1, "lokr_w2_b": self.B2}
 
     def cost(self) -> Cost:
         (m, n), r, (m1, n1) = self.shape, len(self.B2), self.coarse.shape

@@ -1,7 +1,7 @@
 """LoRA: a low-rank product beside a frozen weight."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,6 @@ class LoRA(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.gated("B"), self.A
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        return {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r}, {
-            "lora_A": self.A,
-            "lora_B": self.B,
-        }
 
     def weight_gradient(self) -> Tensor:
         """Return gB A + B gA - gB gA, with gA and gB the gradients of A and B.

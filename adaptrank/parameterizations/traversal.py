@@ -1,7 +1,6 @@
 """Find the wrappers of a model, and replace layers in it."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from torch import nn
 
@@ -74,4 +73,4 @@ def adapted_part(module: nn.Module) -> nn.Module:
     if not isinstance(backbone, nn.Module):
         return module
     holds_all = len(wrapped_layers(backbone)) == len(wrapped_layers(module))
-    return cast(nn.Module, backbone) if holds_all else module
+    return backbone if holds_all else module
