@@ -473,13 +473,14 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
     def run(folder, *callbacks, ckpt_path=None):
         torch.manual_seed(1 if ckpt_path is None else 2)
         module = causal(tiny_llama, partial(SVD, rank=4, dropout=0.1), generate=False)
+        moves_ranks = ALLOCATORS[allocator]()
         trainer = Trainer(
             **QUIET,
             **length,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,
             callbacks=[
-                ALLOCATORS[allocator](),
+                moves_ranks,
                 ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
                 *callbacks,
             ],
@@ -493,7 +494,7 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
             )
         except (KeyboardInterrupt, SystemExit):
             return None
-        return whole_state(trainer, module), trainer.callbacks[0].events
+        return whole_state(trainer, module), moves_ranks.events
 
     whole, events = run(tmp_path / "whole")
     assert run(tmp_path / "part", Stop(stop)) is None
