@@ -51,9 +51,9 @@ def compare(args: Sequence[str]) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from adaptrank.reports.study import markdown, rows, write_study
-    from adaptrank.studies import read_study, run_study
-    from adaptrank.studies.runner import here, on_ray
+    from adaptrank.reports.comparison import rows
+    from adaptrank.reports.study import markdown, write_study
+    from adaptrank.studies import on_ray, on_this_machine, read_study, run_study
 
     if not Path(options.study).is_file():
         raise errors.ConfigError(errors.missing_file(options.study, "study file"))
@@ -88,7 +88,7 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         try:
             engine = (
-                here(options.jobs)
+                on_this_machine(options.jobs)
                 if options.ray is None
                 else on_ray(None if options.ray == "local" else options.ray)
             )
@@ -106,19 +106,21 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _say_plan(study: Any, count: Any) -> None:
-    from adaptrank.studies.design import Place, places, reported, trials
+    from adaptrank.studies import Setting, reported_points, solve_settings, trial_points
 
     total = 0
-    for place in places(study, count):
-        if not isinstance(place, Place):
-            print(f"  left out: {place}")
+    for setting in solve_settings(study, count):
+        if not isinstance(setting, Setting):
+            print(f"  left out: {setting}")
             continue
-        runs = len(trials(study, place)) + len(reported(study, place, None))
+        runs = len(trial_points(study, setting)) + len(reported_points(study, setting, None))
         total += runs
-        budget = "" if place.budget is None else f" of {place.budget:,}"
-        units = "" if place.units is None else f", $budget = {place.units}"
-        name = place.method if place.allocator == "none" else f"{place.method}, {place.allocator}"
-        print(f"  {name}: {place.parameters:,}{budget} parameters{units}; {runs} runs")
+        budget = "" if setting.budget is None else f" of {setting.budget:,}"
+        units = "" if setting.units is None else f", $budget = {setting.units}"
+        name = setting.method
+        if setting.allocator != "none":
+            name = f"{setting.method}, {setting.allocator}"
+        print(f"  {name}: {setting.parameters:,}{budget} parameters{units}; {runs} runs")
     print(f"{total} runs in all")
 
 
@@ -130,7 +132,7 @@ def counting(file: Path) -> Any:
 
     from adaptrank.artifacts.run import write_json
     from adaptrank.cli.plan import describe
-    from adaptrank.studies.runner import without_replays
+    from adaptrank.studies import without_replays
 
     known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,28 +166,9 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _draw(report: dict[str, Any], file: Path) -> None:
-    from adaptrank.reports.figures import heat_maps
+    from adaptrank.reports.figures import draw_composition
 
-    layers = report["layers"]
-    maps: dict[str, dict[str, float]] = {}
-    for pair in report["pairs"]:
-        name = " + ".join(pair["adapters"])
-        maps[f"cosine, {name}"] = {
-            k: facts["cos"][name] for k, facts in layers.items() if name in facts["cos"]
-        }
-    signed = frozenset([*maps, "interference"])
-    for i, adapter in enumerate(report["adapters"]):
-        values = {
-            k: facts["relative"][i]
-            for k, facts in layers.items()
-            if facts["relative"][i] is not None
-        }
-        maps[f"|D| / |W|, {adapter}"] = values
-    maps["interference"] = {k: facts["interference"] for k, facts in layers.items()}
-    for name in ("rank", "error"):
-        if any(name in facts for facts in layers.values()):
-            maps[name] = {k: facts.get(name, math.nan) for k, facts in layers.items()}
     try:
-        heat_maps({title: values for title, values in maps.items() if values}, file, signed)
+        draw_composition(report, file)
     except ModuleNotFoundError as error:
         raise errors.ConfigError(str(error)) from error

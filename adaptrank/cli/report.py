@@ -28,7 +28,8 @@ def report(args: Sequence[str]) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from adaptrank.reports.ranks import read_history, write_report
+    from adaptrank.reports.history import read_history
+    from adaptrank.reports.ranks import write_report
 
     folder = Path(options.run)
     try:
