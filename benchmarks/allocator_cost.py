@@ -47,22 +47,15 @@ def backbone(layers: int, dtype: torch.dtype) -> nn.Module:
 
 
 class Half(Allocator):
-    """Allocator that prunes a little at each event, so that every event has work."""
+    """Allocator that prunes a little at every second step, so that every event has work."""
 
-    def __init__(self, importance: str, events: list[int]) -> None:
-        super().__init__(budget=1, every=1, warmup=0, final=1)
-        self.importance, self._at = importance, events
-
-    def acts_at(self, step: int) -> bool:
-        return step in self._at
+    def __init__(self, importance: str, rounds: int) -> None:
+        super().__init__(budget=1, every=2, warmup=0, final=1)
+        self.importance, self.rounds = importance, rounds
 
     def budget_at(self, step: int) -> int:
-        done = sum(at <= step for at in self._at)
-        return self._start_total - done * (self._start_total // (4 * len(self._at)))
-
-    def _step(self, step: int) -> Any:
-        self.moves = step in self._at  # between events only what scoring does
-        return super()._step(step)
+        start = self.run.start_total
+        return start - step * start // (4 * self.rounds)
 
 
 class Variant:
@@ -106,9 +99,11 @@ def ours(importance: str | None, layers: int, dtype: torch.dtype, rounds: int) -
     model = adapt(backbone(layers, dtype), "all-linear", partial(SVD, rank=RANK))
     if importance is None:
         return Variant(model, lambda: None, lambda: None)
-    allocator = Half(importance, list(range(2, rounds + 1, 2)))
-    variant = Variant(model, allocator._before_step, allocator.step)  # without the penalty
-    allocator.start(model, variant.optimizer, rounds + 2)
+    allocator = Half(importance, rounds)
+    # The engine's own call leaves out the penalty, which `Variant` times apart.
+    variant = Variant(model, allocator.engine.before_step, allocator.step)
+    # The run is longer than what is measured, so that scoring never ends.
+    allocator.start(model, variant.optimizer, 2 * rounds + 2)
     return variant
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import Parameterization, adapt, merge, rank_axes
+from adaptrank.parameterizations import formula
 from adaptrank.testing import check_parameterization
 
 
@@ -38,7 +39,7 @@ class HiRA(Parameterization):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.B = self.zeros(m, rank)
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         return self.base_weight + self.change
 
