@@ -46,7 +46,8 @@ class HiRA(Parameterization):
     @property
     def change(self) -> Tensor:
         """What is added to the weight, (m, n)."""
-        return self.scale * self.base_weight * (self.B @ self.A)
+        # An allocator may multiply the units of B by a gate.
+        return self.scale * self.base_weight * (self.gated("B") @ self.A)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         return nn.functional.linear(x, self.change.to(x.dtype))
