@@ -19,7 +19,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "adaptrank.allocators.alora": ("adaptrank.allocation.methods.alora",),
     "adaptrank.allocators.base": (
         "adaptrank.allocation",
-        "adaptrank.allocation.run",
+        "adaptrank.allocation.context",
         "adaptrank.allocation.state",
         "adaptrank.allocation.shells.lightning",
     ),
@@ -82,7 +82,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "adaptrank.modules.half_precision",
     ),
     "adaptrank.products": ("adaptrank.ops.low_rank", "adaptrank.ops.scaling"),
-    "adaptrank.regularize": ("adaptrank.training.penalties", "adaptrank.training.lightning"),
+    "adaptrank.regularize": ("adaptrank.training.penalties", "adaptrank.training.adapter_gradients"),
     "adaptrank.studies.report": ("adaptrank.reports.study",),
     "adaptrank.unpadded": ("adaptrank.modules.padding_free",),
 }
@@ -104,7 +104,7 @@ RENAMED: dict[str, str] = {
     "adaptrank.data.text.number": "adaptrank.data.classification_data.parse_number",
     "adaptrank.data.text.reader": "adaptrank.data.columns.field_reader",
     "adaptrank.data.text.repeated": "adaptrank.data.mixing.repeat_rows",
-    "adaptrank.regularize.Regularize": "adaptrank.training.lightning.AdapterGradients",
+    "adaptrank.regularize.Regularize": "adaptrank.training.adapter_gradients.AdapterGradients",
     "adaptrank.regularize.penalty_gradients": (
         "adaptrank.training.penalties.add_penalty_gradients"
     ),

@@ -28,7 +28,7 @@ from adaptrank.parameterizations import (
     Parameterization,
 )
 from adaptrank.testing import trainable
-from adaptrank.training.lightning import AdapterGradients
+from adaptrank.training.adapter_gradients import AdapterGradients
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 TOTAL, PHASES = 24, {"every": 4, "warmup": 6, "final": 6}  # events at 10, 14, 18

@@ -430,6 +430,10 @@ def imports_of(part):
     return found - {part}
 
 
+SAME_ROLE = {"low_rank"}
+"""Names of files that stand in several rooms because they do the same there."""
+
+
 def test_imports_point_one_way_as_the_architecture_page_says():
     table = re.findall(
         r"^\| `(\w+)` \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE
@@ -447,6 +451,21 @@ def test_imports_point_one_way_as_the_architecture_page_says():
             assert imports_of(part) == names, part
             assert names <= set(above), f"{part} stands before what it imports"
         above.append(part)
+
+
+def test_the_picture_of_the_rooms_has_every_room_and_only_real_arrows():
+    page = (DOCS / "architecture.md").read_text()
+    picture = re.search(r"^```mermaid\n(.*?)^```", page, re.MULTILINE | re.DOTALL).group(1)
+    arrows = re.findall(r"^ *(\w+) --> (\w+)$", picture, re.MULTILINE)
+    rooms = {file.name for file in PACKAGE.iterdir() if (file / "__init__.py").is_file()}
+    assert rooms | {"registry"} == {room for arrow in arrows for room in arrow}
+    for room, imported in arrows:
+        assert imported in imports_of(room), f"{room} does not import {imported}"
+
+
+def test_no_two_files_share_a_name_unless_they_play_the_same_role():
+    names = [file.stem for file in PACKAGE.rglob("*.py") if file.stem != "__init__"]
+    assert {name for name in names if names.count(name) > 1} <= SAME_ROLE
 
 
 def test_nothing_names_a_method_outside_of_its_file():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from adaptrank._errors import UserError
 from adaptrank.allocation import checks
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.run import Run
+from adaptrank.allocation.context import Run
 from adaptrank.axes import generator
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar, cast
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Participant
 from adaptrank.allocation.plans import Plan, Scores, keep_best
-from adaptrank.allocation.run import Axes, ScoreContext
+from adaptrank.allocation.context import Axes, ScoreContext
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores.gradient import Importance, importance
 from adaptrank.allocation.state import TrackedTensors

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptrank.allocation.gates import adam, leaf
-from adaptrank.allocation.run import Axes
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.scores.gradient import zeros
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis

@@ -28,7 +28,7 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.distributed import repeated_blocks, shard_frozen
-from adaptrank.training.lightning import ensure_gradients
+from adaptrank.training.adapter_gradients import ensure_gradients
 
 log = logging.getLogger("adaptrank")
 

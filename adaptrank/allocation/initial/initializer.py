@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from adaptrank.allocation.participant import Choice, Participant
-from adaptrank.allocation.run import Axes
+from adaptrank.allocation.context import Axes
 
 __all__ = ["Choice", "RankInitializer"]
 

@@ -7,7 +7,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores import curvature
 from adaptrank.allocation.state import TrackedTensors
