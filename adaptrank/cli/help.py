@@ -50,7 +50,7 @@ def usage(verb: str) -> str:
             lines += _rows([(f"model: {node.name}", _summary(node)), *own])
     lines += ["", "an entry of model.adapters"]
     lines += _rows(
-        [(n + d, w) for n, d, w in _arguments(_class(modules / "adapted.py", "Adapter"))]
+        [(n + d, w) for n, d, w in _arguments(_class(modules / "settings.py", "Adapter"))]
     )
     lines += _rows([("parameterizations here", _names("parameterizations", {"Parameterization"}))])
     if verb == "fit":

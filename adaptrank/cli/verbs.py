@@ -510,10 +510,12 @@ def complete(
     import torch
     from transformers import TextStreamer
 
-    from adaptrank.data.task import render, tokens
+    from adaptrank.data import render_chat, token_ids
 
-    text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True) if chat else prompt
-    ids = torch.tensor(tokens(tokenizer, [text], special=not chat), device=model.device)
+    text = (
+        render_chat(tokenizer, [{"role": "user", "content": prompt}], ask=True) if chat else prompt
+    )
+    ids = torch.tensor(token_ids(tokenizer, [text], special=not chat), device=model.device)
     if not ids.shape[1]:
         raise errors.ConfigError("An empty prompt has nothing to complete.")
     with torch.no_grad():
