@@ -20,7 +20,6 @@ import adaptrank
 from adaptrank import PARAMETERIZATIONS, adapt, load_adapter, rank_axes, save_adapter
 from adaptrank.axes import cost_model
 from adaptrank.cli import VERBS, main
-from adaptrank.parameterizations import Parameterization
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -539,6 +538,7 @@ def test_counts_on_the_page_how_to_choose():
 def test_t5_and_multihead_attention_read_the_weight():
     from transformers import T5Config, T5ForConditionalGeneration
 
+    formulas = importlib.import_module("adaptrank.parameterizations.formula")
     config = T5Config(
         d_model=16,
         d_kv=4,
@@ -557,12 +557,13 @@ def test_t5_and_multihead_attention_read_the_weight():
         built = set()
         paths = {module: path for path, module in model.named_modules()}
         with pytest.MonkeyPatch.context() as patch:
-            dense = Parameterization.dense
-            patch.setattr(
-                Parameterization,
-                "dense",
-                lambda self, p=paths, b=built, d=dense: (b.add(p[self]), d(self))[1],
-            )
+            evaluate = formulas.evaluate
+
+            def watched(wrapper, compute, paths=paths, built=built, evaluate=evaluate):
+                built.add(paths[wrapper])
+                return evaluate(wrapper, compute)
+
+            patch.setattr(formulas, "evaluate", watched)
             model(**inputs)
         assert built
         assert all(path.endswith(ending) for path in built)
