@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
-from adaptrank.cli.compare import counting
+from adaptrank.cli.verbs.compare import counting
 from adaptrank.reports.study import markdown, page, pareto, rows, write_study
 from adaptrank.studies.design import (
     merged,

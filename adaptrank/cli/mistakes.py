@@ -7,7 +7,7 @@ from adaptrank.cli.errors import ConfigError
 from adaptrank.cli.given import Entry, locate, sources, spell
 
 
-class Mistake(UserError):
+class ParsingError(UserError):
     """A mistake whose place is not known yet.
 
     Args:
@@ -54,7 +54,7 @@ class Mistake(UserError):
         return ConfigError(f"{entry.where}: {sentence}", entry.key)
 
 
-class Misfit(Mistake):
+class MisfitError(ParsingError):
     """A value of a wrong type, or none of the choices."""
 
     def sentence(self, entry: Entry) -> str:
@@ -73,7 +73,7 @@ class Misfit(Mistake):
         )
 
 
-class NoClass(Mistake):
+class NoClassError(ParsingError):
     """A value that names no class: a mapping with wrong keys, or something else."""
 
     def sentence(self, entry: Entry) -> str:
@@ -86,7 +86,7 @@ class NoClass(Mistake):
         return super().sentence(entry)
 
 
-class MissingKey(Mistake):
+class MissingKeyError(ParsingError):
     """A required key that is missing. Its place is that of the mapping around it."""
 
     def entry(self, args: Sequence[str]) -> Entry | None:

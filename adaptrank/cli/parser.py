@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from adaptrank._errors import did_you_mean, some
 from adaptrank.cli.errors import shorten
-from adaptrank.cli.mistakes import Misfit, MissingKey, Mistake, NoClass
+from adaptrank.cli.mistakes import MisfitError, MissingKeyError, NoClassError, ParsingError
 
 TYPES = {
     "<class 'int'>": "a whole number",
@@ -38,7 +38,7 @@ ACTIONS = ("help", "config", "print_config", "print_shtab")
 
 
 class Parser(LightningArgumentParser):
-    """Raises a Mistake instead of printing everything that would be right. No abbreviated keys."""
+    """Raises a ParsingError instead of printing everything that would be right. No abbreviated keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -65,12 +65,12 @@ class Parser(LightningArgumentParser):
         parser: Parser = self._subcommands_action.choices[self.args[0]]
         return parser
 
-    def _around(self, mistake: Mistake, names: tuple[str, ...]) -> Mistake:
+    def _around(self, mistake: ParsingError, names: tuple[str, ...]) -> ParsingError:
         """Return the mistake of an inner parser with the keys of this one in front."""
         base = class_of(self.type_of(".".join(names)))
         # Without a class_path jsonargparse takes the base class, and refuses its arguments.
-        if isinstance(mistake, UnknownKey) and mistake.owner is base and known_classes(base):
-            return NoClass(f"KEY has no class_path. Name a class, {one_of(base)}.", names)
+        if isinstance(mistake, UnknownKeyError) and mistake.owner is base and known_classes(base):
+            return NoClassError(f"KEY has no class_path. Name a class, {one_of(base)}.", names)
         # A copy: the inner one is among its causes.
         outer = copy.copy(mistake)
         outer.names = (*names, *mistake.names)
@@ -87,15 +87,15 @@ class Parser(LightningArgumentParser):
         return getattr(action, "_typehint", None)
 
 
-class UnknownKey(Mistake):
+class UnknownKeyError(ParsingError):
     """A key that a class does not take."""
 
     owner: type | None = None
 
 
-def _inner_mistake(error: BaseException | None) -> Mistake | None:
+def _inner_mistake(error: BaseException | None) -> ParsingError | None:
     """Return the mistake of the next inner parser among the causes of an error."""
-    while error is not None and not isinstance(error, Mistake):
+    while error is not None and not isinstance(error, ParsingError):
         error = error.__cause__
     return error
 
@@ -156,36 +156,36 @@ class Wording:
         self.key = ".".join(report.names)
         self.base = class_of(parser.type_of(self.key))
 
-    def mistake(self) -> Mistake:
+    def mistake(self) -> ParsingError:
         """Return the mistake with its sentence."""
         for word in (self._argument, self._key, self._number, self._class, self._type):
             mistake = word()
             if mistake is not None:
                 return mistake
         reason = shorten(next(iter(self.report.reasons), "it is not valid"))
-        return Mistake(f"KEY: {reason}" if self.key else reason, self.report.names)
+        return ParsingError(f"KEY: {reason}" if self.key else reason, self.report.names)
 
-    def _argument(self) -> Mistake | None:
+    def _argument(self) -> ParsingError | None:
         """Word a command line that is no sequence of options with values."""
         if match := self.report.search(r"unrecognized arguments: (\S+)"):
             option = match[0].partition("=")[0]
             if option.endswith((".yaml", ".yml")):
-                return Mistake(f"{option!r} is no option. Write --config {option}")
+                return ParsingError(f"{option!r} is no option. Write --config {option}")
             if not option.startswith("--"):
-                return Mistake(
+                return ParsingError(
                     f"{option!r} is no option. Write --key value, such as --trainer.max_steps 100."
                 )
             known = [f"--{key}" for key in self._with_groups()]
-            return Mistake(f"Unknown option {option}.{did_you_mean(option, known)}")
+            return ParsingError(f"Unknown option {option}.{did_you_mean(option, known)}")
         if match := self.report.search(r"argument (?:-\w/)?(--\S+): expected one argument"):
             option = match[0]
             if option == "--config":
-                return Mistake("--config needs a file: --config FILE.yaml")
+                return ParsingError("--config needs a file: --config FILE.yaml")
             fits = TYPES.get(str(self.parser.type_of(option.removeprefix("--"))))
-            return Mistake(f"{option} needs a value{f': {fits}' if fits else ''}.")
+            return ParsingError(f"{option} needs a value{f': {fits}' if fits else ''}.")
         return None
 
-    def _key(self) -> Mistake | None:
+    def _key(self) -> ParsingError | None:
         """Word an unknown key, or a missing one."""
         owner = self.parser.owner
         if match := self.report.search(r".*[oO]ption '([^']+)'(?: is not accepted|$)"):
@@ -196,15 +196,15 @@ class Wording:
             elif owner is None and "." not in match[0]:
                 text += f"\nKeys here: {some([k for k in known if '.' not in k], 20)}."
             names = (*self.report.names, *match[0].split("."))
-            mistake = UnknownKey(text, names)
+            mistake = UnknownKeyError(text, names)
             mistake.owner = owner
             return mistake
         if match := self.report.search(r"the following arguments are required: (.+)"):
             missing = [key.rpartition(".")[2] for key in match[0].split(", ")]
             if owner is not None:
                 text = f"KEY is missing: {owner.__name__} cannot do without it."
-                return MissingKey(text, (*self.report.names, missing[0]))
-            return Mistake(
+                return MissingKeyError(text, (*self.report.names, missing[0]))
+            return ParsingError(
                 f"There is no {' and no '.join(map(repr, missing))}. Give --config FILE, "
                 f"such as one of configs/, or --{missing[0]} CLASS."
             )
@@ -215,12 +215,12 @@ class Wording:
         keys = self.parser.keys()
         return list(dict.fromkeys([*(key.partition(".")[0] for key in keys), *keys]))
 
-    def _number(self) -> Mistake | None:
+    def _number(self) -> ParsingError | None:
         """Word a value that should be a number, whatever classes would fit as well."""
         numbers = r"Expected a <class '(int|float)'>"
         return self._type() if self.report.search(numbers) else None
 
-    def _class(self) -> Mistake | None:
+    def _class(self) -> ParsingError | None:
         """Word a class that does not exist, or that does not fit."""
         kind = "class" if self.base is None else self.base.__name__
         text = None
@@ -245,10 +245,10 @@ class Wording:
             return self._class_mistake(text, match[0])
         if self.report.search(r"Not a valid subclass of") is not None:
             text = f"KEY is VALUE. It must name a {kind}, {one_of(self.base)}, or be a mapping "
-            return NoClass(f"{text}with class_path and init_args.", self.report.names)
+            return NoClassError(f"{text}with class_path and init_args.", self.report.names)
         return None
 
-    def _module(self, missing: str) -> Mistake:
+    def _module(self, missing: str) -> ParsingError:
         """Word an import that failed: of the module that is named, or inside it."""
         given = self.report.search(r"Problem with given class_path '([^']+)'")
         path = given[0] if given else str(self.report.value)
@@ -260,10 +260,10 @@ class Wording:
         text += "A module of your own is looked for in the "
         return self._class_mistake(f"{text}folder you start from, and on PYTHONPATH.", path)
 
-    def _class_mistake(self, text: str, name: str) -> Mistake:
-        return Mistake(f"KEY: {text}", self.report.names, name)
+    def _class_mistake(self, text: str, name: str) -> ParsingError:
+        return ParsingError(f"KEY: {text}", self.report.names, name)
 
-    def _type(self) -> Mistake | None:
+    def _type(self) -> ParsingError | None:
         """Word a value of a wrong type, and the nearest of the choices."""
         types = re.findall(r"Expected an? (?!dot import)(.+)", "\n".join(self.report.reasons))
         if not types:
@@ -271,12 +271,12 @@ class Wording:
         value = self.report.value
         if choices := _choices(types):
             fits = f"one of {some(map(repr, choices), 20)}.{did_you_mean(str(value), choices)}"
-            return Misfit(f"KEY is VALUE. It must be {fits}", self.report.names, value)
+            return MisfitError(f"KEY is VALUE. It must be {fits}", self.report.names, value)
         words = list(dict.fromkeys(TYPES.get(kind, _short_name(kind)) for kind in types))
         if "a number" in words and "a whole number" in words:
             words.remove("a whole number")
         fits = " or ".join(sorted(words, key=lambda word: word == "null"))
-        return Misfit(f"KEY is VALUE. It must be {fits}.", self.report.names, value)
+        return MisfitError(f"KEY is VALUE. It must be {fits}.", self.report.names, value)
 
 
 def _choices(types: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ from adaptrank.artifacts.run import (
 from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
-from adaptrank.cli.mistakes import Mistake
+from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
     metric_names,
     next_commands,
@@ -44,7 +44,7 @@ from adaptrank.cli.output import (
     table,
 )
 from adaptrank.cli.parser import Parser, subclasses
-from adaptrank.cli.progress import StepProgress
+from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.parameterizations import adapted_part
@@ -125,7 +125,7 @@ class AdaptrankCLI(LightningCLI):
         """
         try:
             self.config = parser.parse_args([self.verb, *self.args])
-        except Mistake as mistake:
+        except ParsingError as mistake:
             raise mistake.at_its_place(self.args) from mistake
 
     def _parse_ckpt_path(self) -> None:
@@ -141,6 +141,10 @@ class AdaptrankCLI(LightningCLI):
             )
 
     # ---- building
+
+    def configured(self, key: str) -> Any:
+        """Return the value of a key, or the object that was built from it."""
+        return self._get(self.config_init, key)
 
     def before_instantiate_classes(self) -> None:
         """Refuse a file where an adapter's folder belongs, before minutes of building."""
@@ -169,25 +173,25 @@ class AdaptrankCLI(LightningCLI):
         allocators = self._allocators()
         callbacks = [*allocators]
         configured = self._configured_callbacks()
-        own_logger = self._get(self.config_init, "trainer.logger") in (None, True)
+        own_logger = self.configured("trainer.logger") in (None, True)
         if self.verb == "fit":
             folder = self.run_folder = self._new_folder()
             callbacks += [RunFiles(folder), Interrupt(folder), Begins(self._begin)]
             callbacks += self._checkpoint(folder)
-            if self._get(self.config_init, "trainer.default_root_dir") is None:
+            if self.configured("trainer.default_root_dir") is None:
                 kwargs["default_root_dir"] = str(folder)
             if own_logger:
                 kwargs["logger"] = JsonlLogger(folder)
         elif own_logger:
             kwargs["logger"] = False
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
-        if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not has_bar:
-            callbacks.append(StepProgress())
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if self.configured("trainer.enable_progress_bar") is not False and not has_bar:
+            callbacks.append(progress())
+        config = {**(self.configured("trainer") or {}), **kwargs}
         return self._instantiate_trainer(config, callbacks)
 
     def _configured_callbacks(self) -> list[Callback]:
-        configured = self._get(self.config_init, "trainer.callbacks") or []
+        configured = self.configured("trainer.callbacks") or []
         return configured if isinstance(configured, list) else [configured]
 
     def _allocators(self) -> list[Callback]:
@@ -195,8 +199,8 @@ class AdaptrankCLI(LightningCLI):
 
         They come before any ModelCheckpoint, so that a checkpoint at an event holds the new ranks.
         """
-        allocator = self._get(self.config_init, "allocator")
-        initial = self._get(self.config_init, "initial_ranks")
+        allocator = self.configured("allocator")
+        initial = self.configured("initial_ranks")
         if initial is not None and initial.moves:
             raise errors.ConfigError(
                 f"initial_ranks: {type(initial).__name__} moves ranks while training. "
@@ -213,7 +217,7 @@ class AdaptrankCLI(LightningCLI):
 
     def _checkpoint(self, folder: Path) -> list[Callback]:
         """Return the checkpoint callback of a run that configures none."""
-        disabled = self._get(self.config_init, "trainer.enable_checkpointing") is False
+        disabled = self.configured("trainer.enable_checkpointing") is False
         configured = self._configured_callbacks()
         if disabled or any(isinstance(callback, ModelCheckpoint) for callback in configured):
             return []
