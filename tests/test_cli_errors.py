@@ -1,4 +1,4 @@
-"""What mistakes say. Pure functions first; then the command line, in this process, on a random tiny Llama."""
+"""Sentences of mistakes, on the command line in this process, and of single functions."""
 
 import copy
 import os
@@ -11,7 +11,7 @@ from adaptrank._errors import UserError, nearest
 from adaptrank.cli import main
 from adaptrank.cli.errors import ConfigError, explain, shorten
 from adaptrank.cli.given import locate, read_node
-from adaptrank.cli.parser import Report
+from adaptrank.cli.wording import Report
 
 ENTRY = ("model", "init_args", "adapters", 0)
 METHODS = (*ENTRY, "parameterization")
@@ -71,7 +71,7 @@ def drop(config, path):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capsys):
-    """Run a verb that must exit with 2, and return what it says, checked for brevity; no run folder may be left."""
+    """Run a verb that must exit with 2 and leave no run folder, and return its short text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAPTRANK_DEBUG", raising=False)
 
@@ -351,7 +351,7 @@ def test_debug_shows_the_traceback(config, mistake, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
-    """In a user's class while it is built, and a ValueError in mid-training: neither is a mistake in the configuration."""
+    """A ZeroDivisionError while a user's class is built, and a ValueError in mid-training."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faulty_callbacks.py").write_text(
         "from lightning.pytorch import Callback\n"

@@ -1,4 +1,4 @@
-"""Studies: what a file asks for, budgets solved exactly, learning rates selected on other data, runs that are not done twice, the report."""
+"""Studies: files, budgets solved exactly, selected learning rates, resumed runs, the report."""
 
 import json
 import math
@@ -181,13 +181,18 @@ class Counted:
                 + (0.2 if point.method == "A" else 0)
                 + (point.budget or 0) / 10**4
             )
+            metrics = {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)}
             result = {
-                "key": point.key, "method": point.method, "allocator": point.allocator, "budget": point.budget, "units": point.units,
-                "lr": point.lr, "seed": point.seed, "trial": point.trial, "adapter_params_at_start": point.parameters,
+                "key": point.key, "method": point.method, "allocator": point.allocator,
+                "budget": point.budget, "units": point.units,
+                "lr": point.lr, "seed": point.seed, "trial": point.trial,
+                "adapter_params_at_start": point.parameters,
                 "status": "failed" if failed else "success", "error": "it broke" if failed else "",
-                "metrics": {} if failed else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
-                "num_trainable_params": point.parameters, "num_total_params": 1000, "train_time": 2.0, "units_final": 3, "units_peak": 4,
-                "accelerator_memory_max": 2**30, "file_size": 1000, "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
+                "metrics": {} if failed else metrics,
+                "num_trainable_params": point.parameters, "num_total_params": 1000,
+                "train_time": 2.0, "units_final": 3, "units_peak": 4,
+                "accelerator_memory_max": 2**30, "file_size": 1000,
+                "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
             }  # fmt: skip
             folder = out / "points" / point.key
             folder.mkdir(parents=True, exist_ok=True)
@@ -349,7 +354,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
     assert "1 runs, 1 of them finished" in out
     code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
     assert code == 2
-    assert "did you mean 'LoRA'" in err
+    assert "Did you mean 'LoRA'" in err
 
 
 def test_a_failed_point_says_why(tmp_path, tiny_llama):
@@ -403,6 +408,7 @@ class Ordered(Counted):
     def __call__(self, function, points, out):
         for point in points:
             self.ran.append((point.method, point.config))
+            metrics = {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)}
             result = {
                 "key": point.key,
                 "method": point.method,

@@ -51,15 +51,18 @@ def locate(args: Sequence[str], names: tuple[str, ...], value: str | None) -> En
         names: keys around the value, outermost first, the value's own last. Some may be missing.
         value: the value as text, which tells entries with equal keys apart.
     """
-    entries = [entry for source in sources(args) for entry in source]
-    fitting = [entry for entry in entries if _is_under(entry.names(), names)]
-    equal = [entry for entry in fitting if value is not None and str(entry.value) == value]
-    # The last entry of a key counts. Of nested entries with one name the outermost comes first.
-    candidates = equal or fitting
-    if not candidates:
-        return None
-    last_source = candidates[-1].where.partition(", line")[0]
-    return next(e for e in candidates if e.where.partition(", line")[0] == last_source)
+    # The last file or option that gives a key counts.
+    fitting = [_fitting(source, names) for source in reversed(sources(args))]
+    for entries in fitting:
+        for entry in entries:
+            if value is not None and str(entry.value) == value:
+                return entry
+    return next((entries[0] for entries in fitting if entries), None)
+
+
+def _fitting(source: list[Entry], names: tuple[str, ...]) -> list[Entry]:
+    """Return the entries of a source that have the names, the outermost first."""
+    return [entry for entry in source if _is_under(entry.names(), names)]
 
 
 def _is_under(path: tuple[str, ...], names: tuple[str, ...]) -> bool:

@@ -17,9 +17,10 @@ INTRO = {
     "(runs/<config>/<n>/).",
     "validate": "Evaluate on the validation set, most often with\n"
     "`--model.adapter runs/<config>/<n>/adapter`.",
-    "test": "Evaluate on the test set, most often with `--model.adapter runs/<config>/<n>/adapter`.",
-    "predict": "Predict with `--model.adapter runs/<config>/<n>/adapter`. Each example is one line\n"
-    "of JSON, printed or written to `--out FILE`.",
+    "test": "Evaluate on the test set, most often with\n"
+    "`--model.adapter runs/<config>/<n>/adapter`.",
+    "predict": "Predict with `--model.adapter runs/<config>/<n>/adapter`. Each example is one\n"
+    "line of JSON, printed or written to `--out FILE`.",
 }
 OVERRIDE = """A key on the command line overrides the file:
 --trainer.max_steps 50 --model.optimizer.lr 1e-3"""

@@ -73,6 +73,20 @@ class MisfitError(ParsingError):
         )
 
 
+class UnknownKeyError(ParsingError):
+    """A key that a class does not take.
+
+    Args:
+        owner: the class, or None for the keys of a verb.
+    """
+
+    def __init__(
+        self, template: str, names: tuple[str, ...] = (), owner: type | None = None
+    ) -> None:
+        super().__init__(template, names)
+        self.owner = owner
+
+
 class NoClassError(ParsingError):
     """A value that names no class: a mapping with wrong keys, or something else."""
 

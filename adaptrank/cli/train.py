@@ -32,6 +32,7 @@ from adaptrank.artifacts.run import (
 from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
+from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
     metric_names,
@@ -43,7 +44,7 @@ from adaptrank.cli.output import (
     say,
     table,
 )
-from adaptrank.cli.parser import Parser, subclasses
+from adaptrank.cli.parser import Parser
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.modules.adapted import AdaptedModule

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,20 @@ def _draw(report: dict[str, Any], file: Path) -> None:
     maps: dict[str, dict[str, float]] = {}
     for pair in report["pairs"]:
         name = " + ".join(pair["adapters"])
-        maps[f"cosine, {name}"] = {
-            path: facts["cos"][name] for path, facts in layers.items() if name in facts["cos"]
-        }
+        cosines = {path: facts["cos"] for path, facts in layers.items()}
+        maps[f"cosine, {name}"] = _present(cosines, name)
     signed = frozenset([*maps, "interference"])
     for position, adapter in enumerate(report["adapters"]):
-        relative = {path: facts["relative"][position] for path, facts in layers.items()}
-        maps[f"|D| / |W|, {adapter}"] = {
-            path: value for path, value in relative.items() if value is not None
-        }
-    maps["interference"] = {path: facts["interference"] for path, facts in layers.items()}
+        sizes = {path: dict(enumerate(facts["relative"])) for path, facts in layers.items()}
+        maps[f"|D| / |W|, {adapter}"] = _present(sizes, position)
+    maps["interference"] = _present(layers, "interference")
     for name in ("rank", "error"):
         if any(name in facts for facts in layers.values()):
             maps[name] = {path: facts.get(name, math.nan) for path, facts in layers.items()}
     heat_maps({title: values for title, values in maps.items() if values}, file, signed)
+
+
+def _present(layers: Mapping[str, Mapping[Any, Any]], name: Any) -> dict[str, float]:
+    """Return one fact of each layer that has it."""
+    values = {path: facts.get(name) for path, facts in layers.items()}
+    return {path: value for path, value in values.items() if value is not None}

@@ -15,10 +15,10 @@ FORMATS = {
 }
 
 DESCRIPTION = """\
-Write an adapter so that HF PEFT and servers load it. LoRA, DoRA and LoKr stay what they are. Any other
-product of small factors becomes a LoRA, exactly. A change that is no product (HyperAdapt, most
-hybrids) becomes the best LoRA of a stated --rank or --error, and the loss is printed. `merge` is
-exact for all of them.
+Write an adapter so that HF PEFT and servers load it. LoRA, DoRA and LoKr stay what they are. Any
+other product of small factors becomes a LoRA, exactly. A change that is no product (HyperAdapt,
+most hybrids) becomes the best LoRA of a stated --rank or --error, and the loss is printed. `merge`
+is exact for all of them.
 
 formats:
 """ + "\n".join(f"  {name:14}{text}" for name, text in FORMATS.items())

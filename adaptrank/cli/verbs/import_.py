@@ -8,9 +8,9 @@ from adaptrank.cli.errors import ConfigError, missing_file
 from adaptrank.cli.options import FORCE
 
 DESCRIPTION = """\
-Read an adapter that HF PEFT wrote (LoRA with rsLoRA, DoRA and patterns; AdaLoRA; LoKr), and write it as
-an adapter of this library: for allocators, compose, inspect, merge. Only safetensors and JSON are
-read."""
+Read an adapter that HF PEFT wrote (LoRA with rsLoRA, DoRA and patterns; AdaLoRA; LoKr), and write
+it as an adapter of this library: for allocators, compose, inspect, merge. Only safetensors and JSON
+are read."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from adaptrank.cli.errors import ConfigError
 from adaptrank.cli.options import ADAPTER, BASE
 
 DESCRIPTION = """\
-Look at the change that an adapter makes to each weight: its size beside the weight, its rank by several
-measures, and intruder dimensions (leading singular vectors of W' that W does not have). Each rank
-measure is scale-free: read it beside |D| / |W|."""
+Look at the change that an adapter makes to each weight: its size beside the weight, its rank by
+several measures, and intruder dimensions (leading singular vectors of W' that W does not have). Each
+rank measure is scale-free: read it beside |D| / |W|."""
 
 LEGEND = (
     "rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); "
@@ -99,11 +99,18 @@ def _why_nothing(adapter: Path, pattern: str | None) -> str:
 def _draw(layers: dict[str, dict[str, Any]], file: Path) -> None:
     from adaptrank.reports.figures import heat_maps
 
-    maps = {
-        "|D| / |W|": {k: f["relative"] for k, f in layers.items() if f["relative"] is not None},
-        "effective rank": {k: f["effective_rank"] for k, f in layers.items()},
-        "stable rank": {k: f["stable_rank"] for k, f in layers.items()},
-        "rank at 1e-3, of full": {k: f["rank_share"]["0.001"] for k, f in layers.items()},
-        "intruders of 10": {k: f["intruders"] for k, f in layers.items() if "intruders" in f},
+    titles = {
+        "relative": "|D| / |W|",
+        "effective_rank": "effective rank",
+        "stable_rank": "stable rank",
+        "rank_share": "rank at 1e-3, of full",
+        "intruders": "intruders of 10",
     }
-    heat_maps({title: values for title, values in maps.items() if values}, file)
+    maps: dict[str, dict[str, float]] = {}
+    for path, facts in layers.items():
+        shown = {**facts, "rank_share": facts["rank_share"]["0.001"]}
+        for name, title in titles.items():
+            if shown.get(name) is not None:
+                maps.setdefault(title, {})[path] = shown[name]
+    ordered = {title: maps[title] for title in titles.values() if title in maps}
+    heat_maps(ordered, file)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from adaptrank.modules.adapted import AdaptedModule
 
 DESCRIPTION = """\
-What a configuration would train, take and leave, without loading a weight: parameters of each kind of
-layer, the budget over the events, memory of adapter, gradients and optimizer, the size of the file,
-and whether a run would be refused. It takes --config FILE and all other keys of `fit`."""
+Say what a configuration would train, take and leave, without loading a weight: parameters of each
+kind of layer, the budget over the events, memory of adapter, gradients and optimizer, the size of
+the file, and whether a run would be refused. It takes --config FILE and all other keys of `fit`."""
 
 TAKES_KEYS = True
 
