@@ -408,7 +408,6 @@ class Ordered(Counted):
     def __call__(self, function, points, out):
         for point in points:
             self.ran.append((point.method, point.config))
-            metrics = {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)}
             result = {
                 "key": point.key,
                 "method": point.method,

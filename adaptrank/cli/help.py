@@ -225,7 +225,7 @@ def _documented(docstring: str) -> dict[str, str]:
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
     if section is None:
         return {}
-    sentences = {}
+    sentences: dict[str, str] = {}
     for entry in re.split(r"\n(?= {4}\w)", section[1]):
         names, _, text = entry.strip().partition(": ")
         sentence = re.split(r"[.;](?=\s|$)", " ".join(text.split()))[0]

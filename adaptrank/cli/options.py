@@ -67,7 +67,8 @@ def run_verb(verb: str, args: Sequence[str]) -> None:
     parser = make_parser(verb, module.DESCRIPTION)
     module.add_options(parser)
     if getattr(module, "TAKES_KEYS", False):
-        options, options.keys = parser.parse_known_args(args)
+        options, keys = parser.parse_known_args(args)
+        options.keys = keys
     else:
         parser.check_options(args)
         options = parser.parse_args(args)

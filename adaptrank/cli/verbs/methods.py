@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 DESCRIPTION = (
@@ -209,7 +210,7 @@ def _allocators_table(allocators: list[dict[str, Any]]) -> str:
     return _columns(rows, [allocator["does"] for allocator in allocators])
 
 
-def _columns(rows: list[tuple[str, ...]], notes: list[str]) -> str:
+def _columns(rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
     """Return aligned columns under a head, and below each other row its note, indented."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     indent = " " * 6
