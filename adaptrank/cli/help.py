@@ -39,7 +39,7 @@ TRAINER = {
 }
 """The usual arguments of Lightning's Trainer. A test holds them against its signature."""
 
-ALLOCATION_BASES = ("Allocator", "Policy", "RankInitializer")
+ALLOCATION_BASES = ("Participant", "Allocator", "Policy", "RankInitializer")
 """Bases of allocators and of rank initializers."""
 
 WIDTH = 112
@@ -72,7 +72,7 @@ def _model_rows() -> list[Row]:
     rows = _argument_rows("modules", "AdaptedModule", "model.")
     for node in _concrete("modules", "AdaptedModule"):
         rows.append((f"model: {node.name}", _summary(node)))
-        rows += [(f"  {name}{default}", text) for name, default, text in _arguments(node)]
+        rows += _argument_rows("modules", node.name, "  ")
     return rows
 
 
@@ -152,13 +152,23 @@ def _bases(node: ast.ClassDef) -> list[str]:
     return [ast.unparse(base).rpartition(".")[2] for base in bases]
 
 
+def _lineage(room: str, name: str) -> list[ast.ClassDef]:
+    """Return a class and its ancestors, as far as the room defines them, the nearest first."""
+    node = _classes(room).get(name)
+    if node is None:
+        return []
+    lineage = [node]
+    for base in _bases(node):
+        lineage += _lineage(room, base)
+    return lineage
+
+
 def _ancestors(room: str, name: str) -> set[str]:
-    """Return the names of a class's bases, and of theirs as far as the room defines them."""
-    names: set[str] = set()
-    if name in _classes(room):
-        for base in _bases(_classes(room)[name]):
-            names |= {base} | _ancestors(room, base)
-    return names
+    """Return the names of all bases of a class and of its ancestors."""
+    bases: set[str] = set()
+    for node in _lineage(room, name):
+        bases.update(_bases(node))
+    return bases
 
 
 def _concrete(room: str, *roots: str) -> list[ast.ClassDef]:
@@ -183,32 +193,44 @@ def _has_source(node: ast.ClassDef) -> bool:
 
 
 def _argument_rows(room: str, name: str, prefix: str) -> list[Row]:
-    """Return the arguments of a class, with their defaults and first sentences."""
-    arguments = _arguments(_classes(room)[name])
-    return [(f"{prefix}{argument}{default}", text) for argument, default, text in arguments]
+    """Return the arguments of a class, with their defaults and first sentences.
+
+    A class without a constructor has that of its nearest ancestor. An argument is documented by
+    the nearest class that says something about it.
+    """
+    lineage = _lineage(room, name)
+    documented: dict[str, str] = {}
+    for node in reversed(lineage):
+        documented |= _documented(ast.get_docstring(node) or "")
+    parameters = next((found for node in lineage if (found := _parameters(node))), [])
+    return [
+        (f"{prefix}{argument}{_default(value)}", documented.get(argument, ""))
+        for argument, value in parameters
+    ]
 
 
 def _summary(node: ast.ClassDef) -> str:
     return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _arguments(node: ast.ClassDef) -> list[tuple[str, str, str]]:
-    """Return (name, " = default", first sentence) of a constructor's or a dataclass's arguments."""
-    documented = _documented(ast.get_docstring(node) or "")
-    return [(name, _default(value), documented.get(name, "")) for name, value in _parameters(node)]
-
-
 def _parameters(node: ast.ClassDef) -> list[tuple[str, ast.expr | None]]:
     """Return (name, default) of the constructor's parameters, or of a dataclass's fields."""
     functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
     init = next((function for function in functions if function.name == "__init__"), None)
-    if init is None:
-        fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-        return [(f.target.id, f.value) for f in fields if isinstance(f.target, ast.Name)]
-    positional = init.args.args[1:]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(init.args.defaults))
-    defaults = [*missing, *init.args.defaults, *init.args.kw_defaults]
-    names = [argument.arg for argument in [*positional, *init.args.kwonlyargs]]
+    if init is not None:
+        return _signature(init.args)
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return []
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    return [(f.target.id, f.value) for f in fields if isinstance(f.target, ast.Name)]
+
+
+def _signature(arguments: ast.arguments) -> list[tuple[str, ast.expr | None]]:
+    """Return (name, default) of a method's parameters, without self."""
+    positional = arguments.args[1:]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    names = [argument.arg for argument in [*positional, *arguments.kwonlyargs]]
     return list(zip(names, defaults, strict=True))
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # Their classes are known by name once they are imported.
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
-from adaptrank.allocation import Allocator
+from adaptrank.allocation import Participant
 from adaptrank.artifacts.adapter import WEIGHTS
 from adaptrank.artifacts.run import (
     JsonlLogger,
@@ -100,8 +100,8 @@ class AdaptrankCLI(LightningCLI):
         """Add the keys of the library."""
         moves = "Moves ranks while training. See `python -m adaptrank methods`."
         chooses = "Chooses the ranks to start from, beside an allocator that moves them."
-        parser.add_subclass_arguments(Allocator, "allocator", required=False, help=moves)
-        parser.add_subclass_arguments(Allocator, "initial_ranks", required=False, help=chooses)
+        parser.add_subclass_arguments(Participant, "allocator", required=False, help=moves)
+        parser.add_subclass_arguments(Participant, "initial_ranks", required=False, help=chooses)
         runs = "Folder that holds the run folders."
         parser.add_argument("--runs", type=str, default="runs", help=runs)
         evaluate = "Whether `fit` evaluates before and after."
@@ -208,7 +208,9 @@ class AdaptrankCLI(LightningCLI):
                 f"Give it as `allocator`."
             )
         for callback in self._configured_callbacks():
-            both_move = isinstance(callback, Allocator) and callback.moves and allocator is not None
+            both_move = (
+                isinstance(callback, Participant) and callback.moves and allocator is not None
+            )
             if both_move and allocator.moves:
                 raise errors.ConfigError(
                     f"`allocator` is {type(allocator).__name__}, and trainer.callbacks lists "
@@ -255,10 +257,10 @@ class AdaptrankCLI(LightningCLI):
 
     def _check_schedules(self) -> None:
         for allocator in self._callbacks():
-            if not isinstance(allocator, Allocator) or self.trainer.max_steps <= 0:
+            if not isinstance(allocator, Participant) or self.trainer.max_steps <= 0:
                 continue
             try:
-                allocator.check_schedule(allocator.phases_of(self.trainer.max_steps))
+                allocator.engine.check_steps(self.trainer.max_steps)
             except ValueError as error:
                 steps = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
                 if not steps:

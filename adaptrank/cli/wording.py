@@ -33,6 +33,9 @@ TYPES = {
 }
 """A type as jsonargparse prints it -> what fits, in words."""
 
+KINDS = {"Participant": "Allocator"}
+"""Name of a base class -> what users call its classes."""
+
 REPETITIONS = (
     "Does not validate against",
     "Subtypes:",
@@ -89,7 +92,8 @@ class Wording:
         self.reasons = report.reasons
         self.value = report.value
         self.base = class_of(parser.type_of(".".join(report.names)))
-        self.kind = "class" if self.base is None else self.base.__name__
+        name = "class" if self.base is None else self.base.__name__
+        self.kind = KINDS.get(name, name)
 
     def mistake(self) -> ParsingError:
         """Return the mistake, by the first of the known reasons."""

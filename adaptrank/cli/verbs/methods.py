@@ -4,7 +4,7 @@ import argparse
 import inspect
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DESCRIPTION = (
@@ -40,16 +40,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the tables."""
     from adaptrank.allocation import ALLOCATORS
-    from adaptrank.allocation.compatibility import rows
+    from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     methods = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
     allocators = [describe_allocator(cls) for cls in ALLOCATORS.values()]
     # Hybrids stand below their parts. A user's own classes, from --import, are in the table, too.
-    hybrids = [nest for nest in rows() if len(nest) > 1]
-    nests = [*((method["name"],) for method in methods), *hybrids]
+    hybrids = [nest for nest in nests() if len(nest) > 1]
+    rows = [*((method["name"],) for method in methods), *hybrids]
     pairs = {
-        name: {" + ".join(nest): cls.pair(*nest) for nest in nests}
+        name: {" + ".join(nest): cls.pair(*nest) for nest in rows}
         for name, cls in ALLOCATORS.items()
     }
     if options.json:
@@ -136,16 +136,13 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def _score(cls: type[Any], arguments: dict[str, Any]) -> str:
-    """Return the name of an allocator's score."""
-    from adaptrank.allocation import Allocator
+def _score(cls: type[Any], arguments: Mapping[str, Any]) -> str:
+    """Return the importance of an allocator, "its own", or "-" for a rank initializer."""
+    from adaptrank.allocation import Policy
 
-    if not cls.moves:
-        return "-"
-    if cls.score is Allocator.score and cls.scores is Allocator.scores:
-        name: str = arguments.get("importance", cls.importance)
-        return name
-    return "its own"
+    if issubclass(cls, Policy) and cls.scores_by_name():
+        return str(arguments.get("importance", cls.importance))
+    return "its own" if cls.moves else "-"
 
 
 def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:

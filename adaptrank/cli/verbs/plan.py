@@ -9,7 +9,7 @@ from adaptrank.cli.errors import ConfigError
 from adaptrank.cli.quiet import quiet
 
 if TYPE_CHECKING:
-    from adaptrank.allocation import Allocator
+    from adaptrank.allocation import Participant
     from adaptrank.modules.adapted import AdaptedModule
 
 DESCRIPTION = """\
@@ -171,7 +171,7 @@ def _configured(module: "AdaptedModule", num_classes: int | None) -> Any:
 
 
 def _budget(
-    allocator: "Allocator", model: Any, steps: int | None, starts: bool, heads: int
+    allocator: "Participant", model: Any, steps: int | None, starts: bool, heads: int
 ) -> dict[str, Any]:
     """Return the allocator's budget over the events, and the numbers that train at the end.
 
