@@ -182,7 +182,7 @@ def links(names: list[str]) -> str:
 def axis_words(layer: Any, axis: str) -> str:
     """An axis: its tensors, in which dimensions they count its units, and which of them closes."""
     dims: dict[str, list[str]] = {}
-    for tensor, dim in layer.factors(axis):
+    for tensor, dim in layer.axis_tensors(axis):
         dims.setdefault(tensor, []).append(str(dim))
     said = [
         f"`{t}` (dimension{'s' if len(d) > 1 else ''} {' and '.join(d)})" for t, d in dims.items()

@@ -170,7 +170,7 @@ def test_what_cannot_be_nested_is_not_proposed(scratch):
             self.gain = self.zeros(len(base.weight))
 
         weight = property(lambda self: self.base_weight + self.gain)
-        adapted = Parameterization.definition
+        forward_adapted = Parameterization.definition
         example = classmethod(lambda cls: nn.LayerNorm(24))
 
     class Unfinished(LoRA):

@@ -76,7 +76,7 @@ def save_adapter(
         if (
             key not in description["tied"]
         ):  # a gate that an allocator has hung here is multiplied in
-            tensor = _get(wrapper, name) if "." in name else wrapper.folded(name)
+            tensor = _get(wrapper, name) if "." in name else wrapper.gated(name)
             tensors[key] = tensor.detach().contiguous()
     for name, tensor in trained_modules(model).items():
         if name not in description["tied"]:

@@ -75,7 +75,7 @@ class RankAxis:
         slots: list[Slot] = []
         seen: set[tuple[int, int]] = set()
         for number, (layer, axis) in enumerate(self.members):
-            factors = layer.factors(axis)
+            factors = layer.axis_tensors(axis)
             for position, (name, dim) in enumerate(factors):
                 tensor = getattr(layer, name)
                 if (id(tensor), dim) not in seen:
@@ -144,9 +144,7 @@ class RankAxis:
     def fold(self) -> None:
         """Multiply the gate into the closing factors, and take it away; the function stays as it is."""
         named = dict(self.members)
-        folded = [
-            (slot, slot.layer.folded(slot.name, named[slot.layer])) for slot in self.closing()
-        ]
+        folded = [(slot, slot.layer.gated(slot.name, named[slot.layer])) for slot in self.closing()]
         for slot, value in folded:
             slot.tensor.data.copy_(value)
         self.gate = None
@@ -329,7 +327,9 @@ def _input_words(layer: Parameterization, axis: str) -> frozenset[str]:
     if name is None:
         return frozenset()
     return frozenset(
-        {"input_factor"} if name == layer.factors(axis)[-1][0] else {"input_factor", "input_init"}
+        {"input_factor"}
+        if name == layer.axis_tensors(axis)[-1][0]
+        else {"input_factor", "input_init"}
     )
 
 
@@ -399,7 +399,7 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
         for wrapper in layer.nest
     }
     for key, wrapper, axis in members:
-        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.factors(axis)]
+        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.axis_tensors(axis)]
         first = next((owner[tensor] for tensor in tensors if tensor in owner), key)
         groups.setdefault(first, []).append((wrapper, axis))
         owner.update(dict.fromkeys(tensors, first))
@@ -493,7 +493,7 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for key, axis in rank_axes(model).items():
         stored = {}
         for layer, name in axis.members:
-            for tensor, dim in layer.factors(name):
+            for tensor, dim in layer.axis_tensors(name):
                 full = f"{paths[layer]}.{tensor}".removeprefix(".")
                 if full in state_dict:
                     shape, have = state_dict[full].shape, getattr(layer, tensor).shape

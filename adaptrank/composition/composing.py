@@ -268,7 +268,7 @@ def _check_layers(
                 mode == "sequential"
                 and order is None
                 and len(folders) > 1
-                and wrapper.product() is None
+                and wrapper.factors() is None
             ):
                 raise UserError(
                     f"{folder}: {type(wrapper).__name__} may read the weight that it changes, so that the order matters; say it, "

@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the study, or a part of this work, and print the table. Exit with 1 if a run failed."""
-    from adaptrank.reports.study import markdown, rows, write_study
+    from adaptrank.reports.comparison import rows
+    from adaptrank.reports.study import markdown, write_study
 
     study = _study(options)
     out = Path(options.out) if options.out else Path("runs/studies") / study.name
@@ -86,31 +87,32 @@ def _results(out: Path) -> Any:
 
 def _run(study: Any, out: Path, count: Callable[..., int], options: argparse.Namespace) -> Any:
     """Run all points that are not finished, and return the results."""
-    from adaptrank.studies import run_study
-    from adaptrank.studies.runner import here, on_ray
+    from adaptrank.studies import on_ray, on_this_machine, run_study
 
     if options.ray is None:
-        engine = here(options.jobs)
+        engine = on_this_machine(options.jobs)
     else:
         engine = on_ray(None if options.ray == "local" else options.ray)
     return run_study(study, out, count, engine, lambda line: print(line, flush=True))
 
 
 def _print_plan(study: Any, count: Callable[..., int]) -> None:
-    """Print the places of a study, with their sizes and numbers of runs."""
-    from adaptrank.studies.design import Place, places, reported, trials
+    """Print the settings of a study, with their sizes and numbers of runs."""
+    from adaptrank.studies import Setting, reported_points, solve_settings, trial_points
 
     total = 0
-    for place in places(study, count):
-        if not isinstance(place, Place):
-            print(f"  left out: {place}")
+    for setting in solve_settings(study, count):
+        if not isinstance(setting, Setting):
+            print(f"  left out: {setting}")
             continue
-        runs = len(trials(study, place)) + len(reported(study, place, None))
+        runs = len(trial_points(study, setting)) + len(reported_points(study, setting, None))
         total += runs
-        budget = "" if place.budget is None else f" of {place.budget:,}"
-        units = "" if place.units is None else f", $budget = {place.units}"
-        name = place.method if place.allocator == "none" else f"{place.method}, {place.allocator}"
-        print(f"  {name}: {place.parameters:,}{budget} parameters{units}; {runs} runs")
+        budget = "" if setting.budget is None else f" of {setting.budget:,}"
+        units = "" if setting.units is None else f", $budget = {setting.units}"
+        name = setting.method
+        if setting.allocator != "none":
+            name = f"{setting.method}, {setting.allocator}"
+        print(f"  {name}: {setting.parameters:,}{budget} parameters{units}; {runs} runs")
     print(f"{total} runs in all")
 
 
@@ -121,7 +123,7 @@ def counting(file: Path) -> Callable[[Mapping[str, Any]], int]:
         file: JSON file that keeps the counts, by a digest of the configuration.
     """
     from adaptrank._files import write_json
-    from adaptrank.studies.runner import without_replays
+    from adaptrank.studies import without_replays
 
     known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 

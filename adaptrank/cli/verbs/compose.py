@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import math
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from adaptrank.cli.out_folder import check_out, write_folder
     from adaptrank.composition.composing import table, to_json
     from adaptrank.composition.similarity import lines
+    from adaptrank.reports.figures import draw_composition
 
     out = Path(options.out)
     stored = [find_adapter(name, options.base) for name in options.adapters]
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     def write(folder: Path) -> None:
         _save(model, folder, base, first if options.merge else None)
         (folder / "composition.json").write_text(to_json(report), encoding="utf-8")
-        _draw(report, folder / "composition.png")
+        draw_composition(report, folder / "composition.png")
 
     write_folder(out, write)
     if options.json:
@@ -126,30 +125,3 @@ def _save(model: Any, folder: Path, base: dict[str, Any], merged: Any) -> None:
     else:
         model.save_pretrained(folder)
         backbones.load_tokenizer(merged.source).save_pretrained(folder)
-
-
-def _draw(report: dict[str, Any], file: Path) -> None:
-    """Draw the report's numbers as maps over layers."""
-    from adaptrank.reports.figures import heat_maps
-
-    layers = report["layers"]
-    maps: dict[str, dict[str, float]] = {}
-    for pair in report["pairs"]:
-        name = " + ".join(pair["adapters"])
-        cosines = {path: facts["cos"] for path, facts in layers.items()}
-        maps[f"cosine, {name}"] = _present(cosines, name)
-    signed = frozenset([*maps, "interference"])
-    for position, adapter in enumerate(report["adapters"]):
-        sizes = {path: dict(enumerate(facts["relative"])) for path, facts in layers.items()}
-        maps[f"|D| / |W|, {adapter}"] = _present(sizes, position)
-    maps["interference"] = _present(layers, "interference")
-    for name in ("rank", "error"):
-        if any(name in facts for facts in layers.values()):
-            maps[name] = {path: facts.get(name, math.nan) for path, facts in layers.items()}
-    heat_maps({title: values for title, values in maps.items() if values}, file, signed)
-
-
-def _present(layers: Mapping[str, Mapping[Any, Any]], name: Any) -> dict[str, float]:
-    """Return one fact of each layer that has it."""
-    values = {path: facts.get(name) for path, facts in layers.items()}
-    return {path: value for path, value in values.items() if value is not None}

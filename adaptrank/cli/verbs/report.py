@@ -21,7 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the report, and print the largest changes."""
-    from adaptrank.reports.ranks import read_history, write_report
+    from adaptrank.reports.history import read_history
+    from adaptrank.reports.ranks import write_report
 
     folder = Path(options.run)
     history = read_history(folder)
