@@ -11,8 +11,8 @@ from adaptrank.cli.options import ADAPTER, BASE
 
 DESCRIPTION = """\
 Look at the change that an adapter makes to each weight: its size beside the weight, its rank by
-several measures, and intruder dimensions (leading singular vectors of W' that W does not have). Each
-rank measure is scale-free: read it beside |D| / |W|."""
+several measures, and intruder dimensions (leading singular vectors of W' that W does not have).
+Each rank measure is scale-free: read it beside |D| / |W|."""
 
 LEGEND = (
     "rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); "
