@@ -1,4 +1,4 @@
-"""Sphinx configuration; the method pages are written into docs/methods/ by `_ext.py` at every build."""
+"""Sphinx configuration. `_ext.py` writes the method pages into docs/methods/ at every build."""
 
 import sys
 from pathlib import Path

@@ -497,7 +497,8 @@ def test_an_axis_that_cannot_do_what_is_required():
 
     with pytest.raises(
         ValueError,
-        match=r"Needs needs axes that can fly, and SVD at maps\.0:rank cannot; no parameterization here can",
+        match=r"Needs needs axes that can fly, and SVD at maps\.0:rank cannot; "
+        r"no parameterization here can",
     ):
         fit(Toy(), Needs(budget=6, **PHASES))
 
@@ -564,7 +565,10 @@ def test_a_wrong_plan_is_caught_whoever_wrote_it(plan, sentence):
 
 
 class Spiky(Toy):
-    """Gradients that are not finite at some steps; the module drops them after the callbacks have seen them."""
+    """Model with gradients that are not finite at some steps.
+
+    The module drops them after the callbacks have seen them.
+    """
 
     bad = range(0)
 

@@ -263,6 +263,7 @@ def test_imports_point_one_way():
         "allocation": {
             "_collectives",
             "_errors",
+            "_files",
             "registry",
             "parameterizations",
             "axes",

@@ -1,4 +1,4 @@
-"""The documentation is held against the code: snippets run, configurations parse, links and tables are right."""
+"""The documentation agrees with the code: snippets, configurations, links and tables."""
 
 import ast
 import importlib.util
@@ -120,7 +120,7 @@ CALM = [
 
 
 def fit(tmp_path, tiny_llama, *configs):
-    """Run `fit` on configurations given as texts, with a tiny Llama for any model; returns the run folder."""
+    """Run `fit` on configurations given as texts, with a tiny Llama. Return the run folder."""
     args = []
     for number, text in enumerate(configs):
         file = tmp_path / f"part{number}.yaml"
@@ -157,7 +157,10 @@ def test_an_allocator_from_the_docs_runs_from_a_file_named_in_yaml(
 
 
 def test_a_parameterization_from_the_docs_is_complete(tmp_path, tiny_llama, monkeypatch, modules):
-    """Registered, trained by the command, pruned and grown by an allocator, saved, loaded; the page does the rest."""
+    """It is registered, trained by the command, pruned, grown, saved and loaded.
+
+    The snippets of the page test the rest.
+    """
     page = DOCS / "add_a_parameterization.md"
     (tmp_path / "row_blocks.py").write_text(blocks(page, "python")[0])
     monkeypatch.chdir(tmp_path)
@@ -494,9 +497,14 @@ def test_counts_on_the_page_how_to_choose():
     )
     assert len(rows) == 5
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
     for nest, count, share in rows:
         with torch.device("meta"):
             model = LlamaForCausalLM(config)

@@ -1,4 +1,7 @@
-"""Every cell of the table of pairs, by a run: what works trains through its events, what does not is refused at the start."""
+"""Every cell of the table of pairs is tested by a run.
+
+Pairs that work train through their events. Pairs that do not work are refused at the start.
+"""
 
 import inspect
 
@@ -32,7 +35,7 @@ class Block(nn.Module):
 
 
 class Stack(lightning.LightningModule):
-    """Three blocks that learn to be a fixed map; a nest that wraps no linear layer stands alone on its own example."""
+    """Three blocks that learn a fixed map. A nest without linear layers wraps its own example."""
 
     width = 24
 
