@@ -834,6 +834,21 @@ def test_methods_lists_the_registries(cli):
     assert max(map(len, out.splitlines())) <= 110 + sum(len(name) + 1 for name in foreign)
 
 
+def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(monkeypatch, capsys):
+    from adaptrank.cli.progress import StepBar, StepLines, progress
+
+    lines = progress()
+    assert isinstance(lines, StepLines)
+    assert lines.is_enabled  # LightningModule.print asks
+    lines.print("a line")
+    assert capsys.readouterr().out == "a line\n"
+    lines.disable()
+    assert not lines.is_enabled
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    assert isinstance(progress(), StepBar)
+
+
 # ---- help
 
 

@@ -52,6 +52,11 @@ class StepLines(ProgressBar):
         self._first = 0
         self._shown = 0
 
+    @property
+    def is_enabled(self) -> bool:
+        """True if the lines are printed, which `LightningModule.print` asks for."""
+        return self._enabled
+
     def disable(self) -> None:
         """Print nothing, as on all processes but the first."""
         self._enabled = False
