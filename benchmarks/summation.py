@@ -38,8 +38,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from adaptrank import backbones, compose, load_adapter, save_adapter
-from adaptrank.data.collate import causal_batch
-from adaptrank.data.task import CompletionTask
+from adaptrank.data import CompletionTask, causal_batch
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import LoRA
 

@@ -109,7 +109,7 @@ def smollm2(
     from transformers import AutoModelForCausalLM
 
     from adaptrank import backbones
-    from adaptrank.data.collate import causal_batch
+    from adaptrank.data import causal_batch
     from adaptrank.modules import Adapter, CausalLM
 
     source = backbones.resolve(common.SMOLLM2)

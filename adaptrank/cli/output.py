@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
-from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules import AdaptedModule
 from adaptrank.parameterizations import wrapped_layers
 
 PROMPT = r'"Question: Ann has 12 pears and buys 7 more. How many pears does Ann have now?\nAnswer:"'

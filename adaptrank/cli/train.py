@@ -47,7 +47,7 @@ from adaptrank.cli.output import (
 from adaptrank.cli.parser import Parser
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
-from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules import AdaptedModule
 from adaptrank.parameterizations import adapted_part
 from adaptrank.reports.card import write_card
 

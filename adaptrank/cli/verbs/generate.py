@@ -122,12 +122,12 @@ def complete(
     import torch
     from transformers import TextStreamer
 
-    from adaptrank.data.task import render, tokens
+    from adaptrank.data import render_chat, token_ids
 
     text = prompt
     if chat:
-        text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True)
-    ids = torch.tensor(tokens(tokenizer, [text], special=not chat), device=model.device)
+        text = render_chat(tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    ids = torch.tensor(token_ids(tokenizer, [text], special=not chat), device=model.device)
     if not ids.shape[1]:
         raise ConfigError("An empty prompt has nothing to complete.")
     streamer = None

@@ -10,7 +10,7 @@ from adaptrank.cli.quiet import quiet
 
 if TYPE_CHECKING:
     from adaptrank.allocation import Participant
-    from adaptrank.modules.adapted import AdaptedModule
+    from adaptrank.modules import AdaptedModule
 
 DESCRIPTION = """\
 Say what a configuration would train, take and leave, without loading a weight: parameters of each
@@ -134,7 +134,7 @@ def _built(args: Sequence[str]) -> Any:
 
 def _checked(module: Any) -> "AdaptedModule":
     """Refuse a module that `plan` cannot describe."""
-    from adaptrank.modules.adapted import AdaptedModule
+    from adaptrank.modules import AdaptedModule
 
     if not isinstance(module, AdaptedModule):
         raise ConfigError(
