@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
-from adaptrank.cli.compare import counting
+from adaptrank.cli.verbs.compare import counting
 from adaptrank.reports.comparison import pareto, rows
 from adaptrank.reports.study import markdown, page, write_study
 from adaptrank.studies import (
@@ -368,7 +368,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
     assert "1 runs, 1 of them finished" in out
     code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
     assert code == 2
-    assert "did you mean 'LoRA'" in err
+    assert "Did you mean 'LoRA'" in err
 
 
 def test_a_failed_point_says_why(tmp_path, tiny_llama):
