@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from adaptrank._errors import UserError
 from adaptrank.allocation import checks
-from adaptrank.allocation.events import Event
 from adaptrank.allocation.context import Run
+from adaptrank.allocation.events import Event
 from adaptrank.axes import generator
 
 if TYPE_CHECKING:

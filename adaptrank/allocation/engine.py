@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from adaptrank._collectives import first, from_first
 from adaptrank.allocation import checks
 from adaptrank.allocation.beginning import begin
+from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
 from adaptrank.allocation.plans import Close, Plan
-from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.state import Progress, TrackedTensors
 from adaptrank.axes import check_optimizer
 from adaptrank.parameterizations import adapted_part

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from adaptrank._errors import UserError, did_you_mean
 from adaptrank.data.columns import read_fields
+from adaptrank.data.files import declared_classes
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.mixing import SourceMix
-from adaptrank.data.reading import declared_classes
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.task import Row, Split
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptrank._errors import UserError
-from adaptrank.data.reading import is_file, load_split
+from adaptrank.data.files import is_file, load_split
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.task import Row, Split

@@ -27,8 +27,8 @@ from adaptrank.modules.trained_state import (
     select_trained,
     set_random_state,
 )
-from adaptrank.training.distributed import repeated_blocks, shard_frozen
 from adaptrank.training.adapter_gradients import ensure_gradients
+from adaptrank.training.distributed import repeated_blocks, shard_frozen
 
 log = logging.getLogger("adaptrank")
 

@@ -5,9 +5,9 @@ from typing import Literal
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.plans import Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.context import Axes
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores.gradient import magnitude, zeros
 from adaptrank.allocation.state import TrackedTensors
