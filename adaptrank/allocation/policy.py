@@ -20,7 +20,7 @@ from adaptrank.axes import CostModel
 State = TypeVar("State", bound=TrackedTensors)
 
 
-class Policy(Participant, Generic[State]):
+class Policy(Participant, Generic[State], registered=False):
     """Decides how many units each rank axis keeps, and when that changes.
 
     By default every event keeps the units with the largest importance per cost, within a budget
