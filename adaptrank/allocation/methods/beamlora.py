@@ -10,10 +10,11 @@ from torch import Tensor
 
 from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.copying import copies, kinds_of
 from adaptrank.allocation.gates import adam, leaf
-from adaptrank.allocation.plans import Plan, Resize, Scores, ranked
+from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.scores.gradient import Axes, elements, zeros
-from adaptrank.axes import CostModel, RankAxis, generator, natural
+from adaptrank.axes import CostModel, RankAxis, generator
 
 
 class BeamLoRA(Allocator):
@@ -231,52 +232,3 @@ class BeamLoRA(Allocator):
     def scores(self, axes: Axes) -> Scores:
         self._before = {key: self.logits(axis).detach().clone() for key, axis in axes.items()}
         return super().scores(axes)
-
-
-def kinds_of(axis: RankAxis) -> list[tuple[int, ...]]:
-    """What each unit is for good, by the integers that it owns, such as the part of the layer it belongs to; most have none."""
-    owned = [slot for slot in axis.slots() if not slot.tensor.is_floating_point()]
-    rows = [slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1).tolist() for slot in owned]
-    return [tuple(number for row in rows for number in row[unit]) for unit in range(len(axis))]
-
-
-def copies(
-    scores: Scores,
-    kept: float,
-    seed: int,
-    step: int,
-    kinds: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
-) -> dict[str, list[tuple[int, int]]]:
-    """Axis -> (source, target) units: each target becomes a copy. Pure, and the same wherever it is computed.
-
-    Units of all axes together are sorted by weight; those after the point where the cumulated weight passes `kept` of the sum
-    are targets, the weakest first and never more than half of an axis. An axis' strongest are its sources, paired by a permutation.
-    Where `kinds` has several in an axis, this holds of each: no unit becomes one of another kind.
-    """
-    order = [
-        (w, axis, unit)
-        for axis in sorted(scores, key=natural)
-        for unit, w in enumerate(scores[axis].tolist())
-    ]
-    order.sort(key=lambda entry: -entry[0])  # stable: ties stay in natural order, then by unit
-    limit, total = kept * sum(weight for weight, _, _ in order), 0.0
-    pruned: dict[str, set[int]] = {axis: set() for axis in scores}
-    for weight, axis, unit in order:
-        total += weight
-        if total > limit * (1 + 1e-6):
-            pruned[axis].add(unit)
-    result = {}
-    for axis, units in pruned.items():
-        best, random, pairs = ranked(scores[axis]), generator(seed, axis, step), []
-        of = [()] * len(best) if kinds is None else kinds[axis]
-        for kind in sorted(set(of)):
-            alike = [unit for unit in best if of[unit] == kind]
-            most = min(len(units.intersection(alike)), len(alike) // 2)
-            if most:
-                permutation = torch.randperm(most, generator=random).tolist()
-                pairs += [
-                    (alike[i], alike[len(alike) - most + j]) for i, j in enumerate(permutation)
-                ]
-        if pairs:
-            result[axis] = pairs
-    return result
