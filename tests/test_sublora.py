@@ -9,6 +9,7 @@ from test_allocators import Toy, everything, fit, sizes
 
 from adaptrank.allocation import AdaLoRA, SubLoRA
 from adaptrank.allocation.scores import curvature as second_order
+from adaptrank.allocation.scores import submodular
 from adaptrank.axes import cost_model
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, TensorTrain
 
@@ -68,7 +69,7 @@ def test_under_the_budget_where_staying_hurts():
 
 
 def test_an_event_says_where_the_guarantee_does_not_hold(monkeypatch):
-    monkeypatch.setattr(second_order, "greedy", lambda *a: (list(range(12))[: a[2]], False))
+    monkeypatch.setattr(submodular, "greedy", lambda *a: (list(range(12))[: a[2]], False))
     allocator = SubLoRA(batches=1, floor=1, **PHASES)
     monkeypatch.setattr(allocator, "_check_plan", lambda *a: None)
     monkeypatch.setattr(allocator, "plan", partial(_plan, allocator))

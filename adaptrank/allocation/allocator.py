@@ -18,7 +18,7 @@ from adaptrank._collectives import first, from_first, mean
 from adaptrank._errors import UserError
 from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
 from adaptrank.allocation.schedules import Phases, cubic, steps
-from adaptrank.allocation.scores.gradient import Axes, Where, importance
+from adaptrank.allocation.scores.importance import Axes, Where, importance
 from adaptrank.axes import (
     CostModel,
     RankAxis,

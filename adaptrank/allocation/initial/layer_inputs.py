@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaptrank.allocation.scores.gradient import Axes
+from adaptrank.allocation.scores.importance import Axes
 
 See = Callable[[str, Tensor, int], None]
 

@@ -13,7 +13,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator, Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks
 from adaptrank.allocation.plans import apportion, in_steps
-from adaptrank.allocation.scores.gradient import Axes
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import CostModel, RankAxis, Slot, natural
 
 log = logging.getLogger("adaptrank")

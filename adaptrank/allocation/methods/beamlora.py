@@ -13,7 +13,8 @@ from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.copying import copies, kinds_of
 from adaptrank.allocation.gates import adam, leaf
 from adaptrank.allocation.plans import Plan, Resize, Scores
-from adaptrank.allocation.scores.gradient import Axes, elements, zeros
+from adaptrank.allocation.scores.elements import elements, zeros
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import CostModel, RankAxis, generator
 
 

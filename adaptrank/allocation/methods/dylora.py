@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Resize
-from adaptrank.allocation.scores.gradient import Axes, Elements, elements
+from adaptrank.allocation.scores.elements import Elements, elements
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import RankAxis, generator
 
 

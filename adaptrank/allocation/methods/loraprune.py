@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
-from adaptrank.allocation.scores.gradient import Axes, zeros
+from adaptrank.allocation.scores.elements import zeros
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import CostModel, RankAxis, rank_cost
 from adaptrank.axes import groups as groups
 

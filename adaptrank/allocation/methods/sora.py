@@ -11,7 +11,8 @@ from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.gates import adam, leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores.gradient import Axes, zeros
+from adaptrank.allocation.scores.elements import zeros
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import CostModel, RankAxis, generator
 
 

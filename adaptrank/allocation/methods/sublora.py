@@ -7,7 +7,8 @@ from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores import curvature as second_order
-from adaptrank.allocation.scores.gradient import Axes
+from adaptrank.allocation.scores import submodular
+from adaptrank.allocation.scores.importance import Axes
 from adaptrank.axes import CostModel
 
 
@@ -76,10 +77,10 @@ class SubLoRA(Allocator):
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         assert self._second is not None
-        kept, self._monotone = second_order.greedy(
+        kept, self._monotone = submodular.greedy(
             self._second, cost, budget, self.floor, self.allow_under_budget
         )
-        return second_order.as_plan(self._second, kept)
+        return submodular.as_plan(self._second, kept)
 
     def carried_out(self, plan: Plan, step: int) -> None:
         self._second = None
