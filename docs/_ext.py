@@ -319,7 +319,7 @@ def cell(pair: str) -> str:
 def index_page() -> str:
     """Both registries in two tables, and which pairs work."""
     from adaptrank.allocation import ALLOCATORS
-    from adaptrank.allocation.compatibility import rows
+    from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
@@ -335,7 +335,7 @@ def index_page() -> str:
             " on ".join(links([m]) for m in reversed(nest)),
             *(cell(c.pair(*nest)) for c in allocators.values()),
         )
-        for nest in rows()
+        for nest in nests()
     ]
     toctree = "\n".join([*methods, *allocators])
     return "\n\n".join(
