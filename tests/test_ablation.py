@@ -328,7 +328,7 @@ def test_too_many_units_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr(ablation, "MAX_UNITS", 100)
     with pytest.raises(
         ValueError,
-        match=r"each of 192 units, and takes at most 100; use importance='ablation_first_order'",
+        match=r"each of 192 units, and takes at most 100. Use importance='ablation_first_order'",
     ):
         fit(Toy(NOLA), AdaLoRA(importance="ablation"))
     fit(Toy(NOLA), AdaLoRA(importance="ablation_first_order", every=4, warmup=6, final=6))

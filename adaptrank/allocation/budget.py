@@ -103,7 +103,7 @@ def fill_in_turns(
 
 
 def value_per_cost(value: float, price: int) -> float:
-    """Return the value of a unit in relation to its price; a negative value grows with it."""
+    """Return the value of a unit over its price. A negative value is multiplied by it."""
     price = max(price, 1)
     if value >= 0:
         return value / price

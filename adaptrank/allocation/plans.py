@@ -91,6 +91,11 @@ def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> P
     }
 
 
+def kept_units(plan: Plan) -> dict[str, int]:
+    """Return axis -> number of old units that are kept, for each axis that is resized."""
+    return {axis: len(change.keep) for axis, change in plan.items() if isinstance(change, Resize)}
+
+
 # ---- exchanging units
 
 

@@ -85,7 +85,7 @@ def too_many(axes: Axes) -> str:
         return ""
     return (
         f"importance='ablation' runs the model twice for each of {units} units, and takes at most "
-        f"{MAX_UNITS}; use importance='ablation_first_order', two backward passes in all"
+        f"{MAX_UNITS}. Use importance='ablation_first_order', two backward passes in all"
     )
 
 

@@ -181,7 +181,7 @@ def too_many(axes: Axes) -> str:
     if units <= MAX_UNITS:
         return ""
     return (
-        f"the Hessian of {units} units is too large, {MAX_UNITS} are the most; take the one within "
+        f"the Hessian of {units} units is too large, {MAX_UNITS} are the most. Take the one within "
         f"each axis, 'block'"
     )
 
