@@ -13,7 +13,7 @@ from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Participant
 from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores.gradient import Importance, importance
+from adaptrank.allocation.scores.importance import Importance, importance
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
