@@ -224,7 +224,7 @@ def _columns(rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
 def _in_two_lines(name: str) -> tuple[str, str]:
     """Return a class name cut before its last word, so that a column is narrow: Ela, LoRA."""
     words = re.findall(r"LoRA|[A-Z][a-z]*", name)
-    last = words[-1] if len(words) > 1 else ""
+    last = words[-1] if len(words) > 1 and len(words[-1]) > 1 else ""
     return name.removesuffix(last), last
 
 
