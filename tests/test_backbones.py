@@ -203,7 +203,7 @@ def test_a_conversion_that_fails_or_is_killed_leaves_nothing_to_find(wheels, hom
 TWO_PROCESSES = """
 import sys, time
 sys.path[:0] = sys.argv[1:3]
-import backbones
+import sources as backbones
 def slow(file, folder):
     (folder / "config.json").write_text("{}")
     time.sleep(1)
@@ -551,7 +551,7 @@ def test_a_tokenizer_without_padding_or_length_is_mended(tmp_path):
 
 
 def test_importing_is_cheap():
-    heavy = "import backbones; print({'torch', 'transformers', 'huggingface_hub', 'filelock'} & set(sys.modules))"
+    heavy = "import sources; print({'torch', 'transformers', 'huggingface_hub', 'filelock'} & set(sys.modules))"
     path = str(Path(backbones.__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {heavy}"],

@@ -10,7 +10,8 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.injection import adapt
-from adaptrank.parameterizations import Kronecker, divisor
+from adaptrank.parameterizations import Kronecker
+from adaptrank.parameterizations.kronecker import divisor
 
 
 def build(base=None, **arguments):

@@ -17,6 +17,7 @@ from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import cost_model
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import LNTune, LoRA, wrapped_layers
+from adaptrank.testing import contract
 
 NORMS = {
     "LayerNorm": lambda: nn.LayerNorm(48),
@@ -44,7 +45,7 @@ def test_every_norm(norm, monkeypatch):
     if not isinstance(
         norm, (nn.LayerNorm, nn.RMSNorm)
     ):  # transformers' normalize in float32, whatever the model is in
-        monkeypatch.setattr(testing, "_close", partial(testing._close, tolerance=1e-5))
+        monkeypatch.setattr(contract, "_close", partial(contract._close, tolerance=1e-5))
     build = testing.builder(LNTune, norm.double())
     for check in (
         testing.check_identity, testing.check_definition, testing.check_exact_gradients, testing.check_training,

@@ -6,8 +6,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers import Cohere2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from adaptrank import losses
 from adaptrank.modules.causal_lm import body_of
+from adaptrank.ops import cross_entropy as losses
 
 
 @pytest.fixture(autouse=True)

@@ -28,9 +28,9 @@ from adaptrank.parameterizations import (
     LoRA,
     MiSS,
     Prefix,
-    divisor,
     wrappers,
 )
+from adaptrank.parameterizations.kronecker import divisor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

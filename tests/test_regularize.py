@@ -5,8 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adaptrank import adapt, regularize, testing
+from adaptrank import adapt, testing
 from adaptrank.parameterizations import SVD, wrappers
+from adaptrank.training import penalties as regularize
 
 
 def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
