@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError
-from adaptrank.artifacts import load_adapter, read_adapter
-from adaptrank.artifacts.adapter import WEIGHTS, frozen_weights
+from adaptrank.artifacts import WEIGHTS, frozen_weights, load_adapter, read_adapter
 from adaptrank.backbones import fingerprint
 from adaptrank.composition.changes import (
     Change,
