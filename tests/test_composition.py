@@ -22,9 +22,9 @@ from adaptrank.composition.changes import (
     total,
     truncated,
 )
-from adaptrank.composition.composing import Compression
+from adaptrank.composition.compression import Compression
 from adaptrank.composition.operators import OPERATORS, options_of
-from adaptrank.composition.similarity import Similarity, lines, sign_conflict
+from adaptrank.composition.similarity import Similarity, pair_lines, sign_conflict
 from adaptrank.parameterizations import (
     SVD,
     DoRA,
@@ -318,7 +318,7 @@ def test_layers_of_one_adapter_alone_and_changes_of_nothing():
     assert [pair["layers"] for pair in report["pairs"]] == [0, 0, 0]
     assert report["layers"]["one"]["norm"][1:] == [None, None]
     assert report["rms_cos"] is None
-    assert len(list(lines(report))) == 4
+    assert len(list(pair_lines(report))) == 4
     json.dumps(report)
 
 

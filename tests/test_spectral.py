@@ -20,10 +20,10 @@ from adaptrank.composition.spectral import (
     effective_rank,
     energy_rank,
     intruders,
+    mean_by_kind,
     numerical_rank,
     participation_ratio,
     stable_rank,
-    summed_up,
 )
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, PiCa
@@ -190,7 +190,7 @@ def test_the_layers_of_a_model_and_their_kinds():
     found = spectra(model)
     assert list(found) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert list(spectra(model, r".*\.0\..*", intruders=False)) == ["blocks.0.up", "blocks.0.down"]
-    summary = summed_up(found, {path: kind_of(path) for path in found})
+    summary = mean_by_kind(found, {path: kind_of(path) for path in found})
     assert {kind: means["layers"] for kind, means in summary.items()} == {
         "up": 2,
         "down": 2,

@@ -108,9 +108,8 @@ def compose(args: Sequence[str]) -> None:
 def _compose(options: argparse.Namespace) -> None:
     from adaptrank import backbones
     from adaptrank.artifacts import read_adapter, save_adapter
-    from adaptrank.composition.composing import Compression, table, to_json
-    from adaptrank.composition.composing import compose as put_together
-    from adaptrank.composition.similarity import lines
+    from adaptrank.composition import Compression, layer_lines, pair_lines, report_json
+    from adaptrank.composition import compose as put_together
 
     out = Path(options.out)
     found = [find_model(name, options.base, must_be_adapter=True) for name in options.adapters]
@@ -145,7 +144,7 @@ def _compose(options: argparse.Namespace) -> None:
             backbones.load_tokenizer(found[0].source).save_pretrained(folder)
         else:
             save_adapter(model, folder, base)
-        (folder / "composition.json").write_text(to_json(report), encoding="utf-8")
+        (folder / "composition.json").write_text(report_json(report), encoding="utf-8")
         _draw(report, folder / "composition.png")
 
     write_folder(out, write)
@@ -158,7 +157,7 @@ def _compose(options: argparse.Namespace) -> None:
         else f"{options.method} of {len(folders)} adapters"
     )
     print(f"Composed {how}: {out}")
-    for line in [*lines(report), *table(report)]:
+    for line in [*pair_lines(report), *layer_lines(report)]:
         print(f"  {line}")
     quoted = shlex.quote(str(out))
     print(f"  report:   {out / 'composition.json'}, {out / 'composition.png'}")

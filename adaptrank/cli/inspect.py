@@ -45,8 +45,7 @@ def _inspect(options: argparse.Namespace) -> None:
     import torch
 
     from adaptrank.artifacts import read_adapter
-    from adaptrank.composition.monitor import kind_of, spectra
-    from adaptrank.composition.spectral import lines, summed_up
+    from adaptrank.composition import kind_of, mean_by_kind, spectra, spectral_lines
     from adaptrank.reports.figures import heat_maps
 
     if options.layers is not None:
@@ -68,7 +67,8 @@ def _inspect(options: argparse.Namespace) -> None:
             else "what it wraps are no single matrices"
         )
         raise errors.ConfigError(f"There is nothing to inspect in {found.adapter}: {why}.")
-    summary = summed_up(layers, {path: path if options.each else kind_of(path) for path in layers})
+    kinds = {path: path if options.each else kind_of(path) for path in layers}
+    summary = mean_by_kind(layers, kinds)
     data = {
         "adapter": str(found.adapter),
         "base": found.source.name,
@@ -81,7 +81,7 @@ def _inspect(options: argparse.Namespace) -> None:
     print(
         f"{found.adapter} on {found.source.name}: the change D = W' - W, means over layers of a kind"
     )
-    for line in lines(summary):
+    for line in spectral_lines(summary):
         print(f"  {line}")
     print(
         "  rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); 99 %: of the energy"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError
-from adaptrank.artifacts import CONFIG, WEIGHTS, trained_modules, write_files
+from adaptrank.artifacts.adapter import CONFIG, WEIGHTS, trained_modules, write_files
 from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
 from adaptrank.injection import adapt, undone_on_error
 from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
