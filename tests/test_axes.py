@@ -23,7 +23,7 @@ SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
 
 
 class Third(torch.optim.Optimizer):
-    """A third party's: its state has the parameter's shape, and names nobody knows."""
+    """An optimizer of another package, with state of the parameter's shape and unknown names."""
 
     def __init__(self, params, lr=1e-2):
         super().__init__(params, {"lr": lr})

@@ -53,7 +53,7 @@ def product(rank, seed, shape=SHAPE):
 
 
 def regauged(change, seed=9):
-    """The same matrix by other factors."""
+    """Return the same matrix with other factors."""
     T = torch.randn(
         change.rank, change.rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -131,7 +131,7 @@ def test_a_shared_budget_goes_where_the_energy_is():
 
 
 def dense_ties(matrices, weights, density, elect="total"):
-    """Entry by entry, as the paper has it."""
+    """TIES entry by entry, as the paper describes it."""
     trimmed = []
     for D in matrices:
         flat = D.flatten().tolist()

@@ -155,7 +155,10 @@ def test_picas_energy_is_one_in_its_space_and_its_share_of_a_random_one():
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_hyperadapt_never_exceeds_its_bound_and_has_full_rank_however_small_it_is(size):
-    """Its high rank is a property of its form: at 1 part in 10,000 it is the same, and only |D|/|W| says so."""
+    """The high rank of such a change is a property of its form, not of its size.
+
+    At 1 part in 10,000 it is the same, and only |D| / |W| tells the size.
+    """
     torch.manual_seed(0)
     layer = HyperAdapt(nn.Linear(64, 64, bias=False).double())
     perturb(layer, size)

@@ -39,7 +39,7 @@ def footprint(model: nn.Module, states: float) -> Footprint:
 
     Args:
         model: with adapters.
-        states: numbers that the optimizer keeps for each trainable parameter; see `states_of`.
+        states: numbers that the optimizer keeps for each trainable parameter (see `states_of`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

@@ -217,7 +217,7 @@ class RankAxis:
         Args:
             keep: indices of units, which may permute or repeat. None keeps all.
             grow: number of fresh units, which come last.
-            generator: CPU generator for the random numbers of a method; needed if grow > 0.
+            generator: CPU generator for the random numbers of a method. It is needed if grow > 0.
             optimizers: optimizers whose state has to follow.
         Raises:
             ValueError: if an index does not exist, no unit would be left, or the upper limit would
@@ -225,7 +225,7 @@ class RankAxis:
         """
         all_units = list(range(len(self)))
         keep = all_units if keep is None else list(keep)
-        self._check_resize(keep, grow)
+        _check_resize(self, keep, grow)
         if keep != all_units:
             for slot in self.slots():
                 replace_units(slot.tensor, slot.dim, keep, None, optimizers)
@@ -249,26 +249,26 @@ class RankAxis:
                 replace_units(slot.tensor, slot.dim, range(min(present, size)), added, ())
         self._refresh()
 
-    def _check_resize(self, keep: Sequence[int], grow: int) -> None:
-        size = len(self)
-        least, largest = self.limits()
-        if any(not 0 <= unit < size for unit in keep):
-            raise UserError(f"{self.key} has units 0 to {size - 1}; asked to keep {keep}.")
-        # Fresh units take their shapes from the kept ones, so `grow` does not count here.
-        if len(keep) < least or grow < 0:
-            raise UserError(
-                f"{self.key} would keep {len(keep)} units and grow {grow}; "
-                f"at least {least} must stay."
-            )
-        # An axis that is larger than its upper limit may stay as large as it is.
-        if largest is not None and len(keep) + grow > max(largest, size):
-            raise UserError(
-                f"{self.key} holds at most {largest} units; asked for {len(keep)} + {grow}."
-            )
-
     def _refresh(self) -> None:
         for layer, _ in self.members:
             layer.refresh()
+
+
+def _check_resize(axis: RankAxis, keep: Sequence[int], grow: int) -> None:
+    size = len(axis)
+    least, largest = axis.limits()
+    if any(not 0 <= unit < size for unit in keep):
+        raise UserError(f"{axis.key} has units 0 to {size - 1}; asked to keep {keep}.")
+    # Fresh units take their shapes from the kept ones, so `grow` does not count here.
+    if len(keep) < least or grow < 0:
+        raise UserError(
+            f"{axis.key} would keep {len(keep)} units and grow {grow}; at least {least} must stay."
+        )
+    # An axis that is larger than its upper limit may stay as large as it is.
+    if largest is not None and len(keep) + grow > max(largest, size):
+        raise UserError(
+            f"{axis.key} holds at most {largest} units; asked for {len(keep)} + {grow}."
+        )
 
 
 def _reduce(elements: Tensor, dim: int, reduce: str) -> Tensor:

@@ -42,7 +42,7 @@ class Groups(RankAxis):
     Args:
         key: "<path>:heads" or "<path>:channels".
         owner: the module that has the layers.
-        parts: shares in its layers; the last layer reads what the others make.
+        parts: shares in its layers. The last layer reads what the others make.
         count: number of groups.
     """
 

@@ -22,7 +22,7 @@ Description = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `compose`; see there.
+    """The arguments of `compose`, which describes them.
 
     Args:
         folders: folders of the adapters.
