@@ -31,7 +31,7 @@ from adaptrank import Allocator, adapt, backbones
 from adaptrank.allocation.scores.gradient import IMPORTANCES
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD
-from adaptrank.training.penalties import penalty_gradients
+from adaptrank.training.penalties import add_penalty_gradients
 
 RANK, BATCH, LENGTH = 8, 8, 128
 
@@ -79,7 +79,7 @@ class Variant:
         start = time.perf_counter()
         self.model(input_ids=batch, labels=batch).loss.backward()
         if self.penalized:
-            penalty_gradients(self.model)
+            add_penalty_gradients(self.model)
         penalty = time.perf_counter()
         self.before()
         clip = time.perf_counter()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from adaptrank import PARAMETERIZATIONS, adapt, testing
 from adaptrank.parameterizations import Parameterization
-from adaptrank.training.penalties import penalty_gradients
+from adaptrank.training.penalties import add_penalty_gradients
 
 RANK = 8
 ASKED = {  # ratio to HF PEFT, (fp32, bf16)
@@ -70,7 +70,7 @@ def step(model: nn.Module, loss: Loss) -> Callable[[], float]:
     penalized = any(
         isinstance(m, Parameterization) and m.penalty() is not None for m in model.modules()
     )
-    penalty = partial(penalty_gradients, model) if penalized else lambda: None
+    penalty = partial(add_penalty_gradients, model) if penalized else lambda: None
     return common.step(model, partial(loss, model), penalty)
 
 

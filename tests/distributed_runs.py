@@ -67,24 +67,26 @@ class Activations(AdaLoRA):
 
     importance = "magnitude"
 
-    def attach(self, axes):
+    def install(self, state, axes):
         self.local = {}
         for key, axis in axes.items():
             layer = axis.members[0][0]
-            self.handles.append(layer.register_forward_pre_hook(partial(self.see, key)))
+            self.run.handles.append(layer.register_forward_pre_hook(partial(self.see, key)))
 
     def see(self, key, layer, inputs):
         if layer.training:
             value = (inputs[0].detach() @ layer.Q.detach().T * layer.l.detach()).square().mean(0)
             self.local[key] = self.local.get(key, 0) + value
 
-    def observe(self, axes):
+    def update(self, state, axes):
         for key, value in self.local.items():
-            self.track(axes[key], "seen", torch.zeros_like(value)).add_(self.reduce(value))
+            seen = state.track(axes[key], "seen", torch.zeros_like(value))
+            seen.add_(self.run.reduce(value))
         self.local = {}
 
-    def score(self, axis):
-        return self.track(axis, "seen", torch.zeros(len(axis), dtype=torch.float64))
+    def score_units(self, state, axes):
+        zeros = {key: torch.zeros(len(axis), dtype=torch.float64) for key, axis in axes.items()}
+        return {key: state.track(axis, "seen", zeros[key]) for key, axis in axes.items()}
 
 
 class Variance(AdaLoRA):

@@ -28,7 +28,7 @@ from adaptrank.parameterizations import (
     Parameterization,
 )
 from adaptrank.testing import trainable
-from adaptrank.training.penalties import Regularize
+from adaptrank.training.lightning import AdapterGradients
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 TOTAL, PHASES = 24, {"every": 4, "warmup": 6, "final": 6}  # events at 10, 14, 18
@@ -203,9 +203,9 @@ def test_scores_see_whole_unclipped_gradients_once_a_step_and_events_follow_the_
         def after_step(self, axes):
             order.append("after_step")
 
-        def apply(self, plan, step, optimizers):
+        def carry_out(self, state, plan, step, apply):
             order.append(f"event {step}")
-            return super().apply(plan, step, optimizers)
+            return super().carry_out(state, plan, step, apply)
 
     class Stepping(Toy):
         def optimizer_step(self, *args, **kwargs):
@@ -266,7 +266,7 @@ def test_the_budget_holds_at_every_event(name, method, unit):
     if unit == "parameters":
         assert cost.total(sizes(model)) == allocator.events[-1]["total"]
     assert not allocator.closed
-    assert not allocator._tracked
+    assert not allocator.engine.state
 
 
 def test_a_budget_equal_to_the_start_moves_nothing():
@@ -278,8 +278,8 @@ def test_a_budget_equal_to_the_start_moves_nothing():
 
 def test_closed_units_come_back_in_the_middle_and_are_gone_at_the_end():
     class Look(AdaLoRA):
-        def after_step(self, axes):
-            for key, units in self.closed.items():
+        def finish_step(self, state, axes):
+            for key, units in self.run.progress.closed.items():
                 l = axes[key].closing()[0].tensor
                 self.revived = getattr(self, "revived", False) or bool(l[list(units)].any())
 
@@ -296,7 +296,7 @@ def test_fractions_of_the_steps_the_trainer_knows():
     model = Toy()
     allocator = AdaLoRA(budget=6, every=4, warmup=0.25, final=0.25)
     fit(model, allocator, steps=-1, max_epochs=2, limit_train_batches=24, accumulate_grad_batches=2)
-    assert allocator.phases.total == 24
+    assert allocator.engine.run.phases.total == 24
     assert [event["step"] for event in allocator.events] == [10, 14, 18]
 
 
@@ -583,8 +583,8 @@ def test_gradients_that_are_not_finite_are_not_scored():
     seen = []
 
     class Counting(AdaLoRA):
-        def observe(self, axes):
-            super().observe(axes)
+        def update(self, state, axes):
+            super().update(state, axes)
             seen.append(len(seen))
 
     model = Spiky()
@@ -602,7 +602,7 @@ def test_gradients_that_are_not_finite_are_not_scored():
 def test_a_score_that_is_no_number_defers_the_event():
     class Doubtful(Chosen):
         def score(self, axis):
-            return super().score(axis) * (float("nan") if self._steps_done == 10 else 1)
+            return super().score(axis) * (float("nan") if self.steps_done == 10 else 1)
 
     model, allocator = Toy(), Doubtful(budget=6, **PHASES)
     fit(model, allocator)
@@ -616,11 +616,11 @@ def test_a_score_that_is_no_number_defers_the_event():
 def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
     class Late(Chosen):
         def score(self, axis):
-            return super().score(axis) * (float("nan") if self._steps_done in (18, 19) else 1)
+            return super().score(axis) * (float("nan") if self.steps_done in (18, 19) else 1)
 
     model, allocator = Toy(), Late(budget=6, **PHASES)
     fit(model, allocator)
-    end = allocator.phases.end
+    end = allocator.engine.run.phases.end
     assert end == 18
     assert [(e["step"], "skipped" in e) for e in allocator.events][-3:] == [
         (18, True),
@@ -632,8 +632,10 @@ def test_a_last_event_that_was_put_off_is_made_up_for_in_the_final_phase():
 
 def test_what_adalora_closed_is_removed_by_a_last_event_that_was_put_off():
     class LateAda(AdaLoRA):
-        def score(self, axis):
-            return super().score(axis) * (float("nan") if self._steps_done == 18 else 1)
+        def score_units(self, state, axes):
+            factor = float("nan") if self.run.steps_done == 18 else 1
+            scores = super().score_units(state, axes)
+            return {key: values * factor for key, values in scores.items()}
 
     model, allocator = Toy(), LateAda(budget=6, **PHASES)
     fit(model, allocator)
@@ -653,7 +655,11 @@ def test_elalora_at_its_floor_is_refused():
 
 
 @pytest.mark.parametrize(
-    "callbacks", [lambda: [Regularize()], lambda: [Regularize(), ALL["AdaLoRA"](), Regularize()]]
+    "callbacks",
+    [
+        lambda: [AdapterGradients()],
+        lambda: [AdapterGradients(), ALL["AdaLoRA"](), AdapterGradients()],
+    ],
 )
 def test_a_penalty_is_added_once_a_step_and_logged(callbacks):
     grads = []
@@ -680,7 +686,7 @@ def test_a_penalty_is_added_once_a_step_and_logged(callbacks):
 def test_a_penalty_is_added_in_a_second_run_as_well():
     model = Toy()
     for _ in range(2):
-        trainer = fit(model, Regularize(), steps=1)
+        trainer = fit(model, AdapterGradients(), steps=1)
         assert "penalty" in trainer.callback_metrics
 
 

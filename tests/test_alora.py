@@ -64,12 +64,13 @@ def test_rounds_end():
     """After the last one no loss is evaluated any more: exact ablation would go on for the rest of the run, for nothing."""
     asked = []
 
-    class Counting(ALoRA):
+    class Counting(Toy):
         def loss(self, batch):
-            asked.append(self.steps_done)
+            if not self.training:
+                asked.append(allocator.engine.run.steps_done)
             return super().loss(batch)
 
-    model, allocator = Toy(LORA4), Counting(rounds=2, **PHASES)
+    model, allocator = Counting(LORA4), ALoRA(rounds=2, **PHASES)
     fit(model, allocator)
     assert [bool(event["pruned"]) for event in allocator.events] == [True, True, False]
     assert sorted(set(asked)) == [10, 14]
@@ -100,14 +101,15 @@ def test_scores_are_the_mean_over_batches(importance):
         return allocator
 
     allocator = first_round(3)
-    assert len(allocator.examples) == 3
-    assert len({int(batch[0]) for batch in allocator.examples}) == 3
+    assert len(allocator.run.examples) == 3
+    assert len({int(batch[0]) for batch in allocator.run.examples}) == 3
     # Until the first round nothing differs but the number of examples; what each of them says alone has to average to what they say together.
     alone = []
-    for batch in allocator.examples:
+    for batch in allocator.run.examples:
 
         class Only(Keeping):
-            examples = (batch,)
+            def install(self, state, axes, batch=batch):
+                self.run.progress.examples = [batch]
 
         fit(Numbered(LORA4), Only(importance=importance, **PHASES))
         alone.append(scores[1, 10])
@@ -127,7 +129,7 @@ def test_the_examples_are_in_the_checkpoint(tmp_path):
 
     whole, allocator = Toy(LORA4), make()
     want = everything(whole, fit(whole, allocator, checkpoint))
-    assert len(allocator.examples) == 2
+    assert len(allocator.run.examples) == 2
     for step in (4, 10, 13, 18, 20):
         model, resumed = Toy(LORA4), make()
         have = everything(model, fit(model, resumed, ckpt_path=tmp_path / f"step={step}.ckpt"))

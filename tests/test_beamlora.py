@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import ALL, Toy, everything, fit, sizes
 
 from adaptrank.allocation import BeamLoRA
-from adaptrank.allocation.methods.beamlora import copies
+from adaptrank.allocation.copying import copies
+from adaptrank.allocation.methods.beamlora import BeamState
 from adaptrank.allocation.plans import Resize
-from adaptrank.allocation.schedules import Phases
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import (
     SVD,
@@ -79,8 +79,8 @@ def test_all_tied_the_rule_alone_says_how_many():
 
 
 def test_the_share_that_is_kept_is_half_a_cosine():
-    allocator = BeamLoRA(p0=0.8, until=0.5)
-    allocator._phases = Phases(100, 0, 10, 10)
+    allocator = BeamLoRA(p0=0.8, until=0.5, every=10, final=10)
+    allocator.engine.check_steps(100)
     assert allocator.kept_at(0) == pytest.approx(0.8)
     assert allocator.kept_at(25) == pytest.approx(0.9)
     assert allocator.kept_at(50) == allocator.kept_at(90) == 1.0
@@ -109,28 +109,29 @@ def test_sizes_stay_and_the_end_is_the_plain_method(method, split):
     assert any(event["pruned"] for event in allocator.events)
     assert all(event["total"] == event["budget"] for event in allocator.events)
     assert all(axis.gate is None for axis in rank_axes(model).values())
-    assert not allocator._tracked
+    assert not allocator.engine.state
 
 
 def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
     model, allocator = Toy(LORA4), BeamLoRA(split="exact", **PHASES)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     allocator.start(model, optimizer, 24)
-    mine = next(iter(allocator._axes.values()))
+    mine = next(iter(allocator.run.axes.values()))
+    state = allocator.engine.state
     with torch.no_grad():
         for layer in model.maps:
             layer.B.normal_()
         # The weakest weight is 3e-4 of the whole.
-        allocator.logits(mine).copy_(allocator.tau * torch.tensor([1.0, 0.5, 0.2, -6.5]))
+        state.values(mine).copy_(allocator.tau * torch.tensor([1.0, 0.5, 0.2, -6.5]))
     x = torch.randn(5, 16)
-    before, was = model.maps[0](x), allocator.gate(mine).detach()
+    before, was = model.maps[0](x), allocator.weights(state, mine).detach()
     row = model.maps[0].A[0].detach().clone()
     plan = {mine.key: copies({mine.key: was}, 0.9999, 0, 1)[mine.key]}
     ((source, target),) = plan[mine.key]
     assert (source, target) == (0, 3)
     mine.resize([0, 1, 2, 0], 0, None, [optimizer])
-    allocator._follow(mine, Resize((0, 1, 2, 0)))
-    allocator._settle(mine, [(0, 3)], 1)
+    state.follow(mine, Resize((0, 1, 2, 0)))
+    allocator.split_exactly(state, mine, [(0, 3)], 1)
     layer = model.maps[0]
     assert torch.equal(layer.B[:, 0], layer.B[:, 3])
     apart = (layer.A[0] - layer.A[3]).detach()
@@ -138,7 +139,7 @@ def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
         "equal units would stay equal for ever"
     )
     torch.testing.assert_close((layer.A[0] + layer.A[3]).detach(), 2 * row, rtol=1e-6, atol=1e-7)
-    now = allocator.gate(mine).detach()
+    now = allocator.weights(state, mine).detach()
     assert now[0] == now[3]
     torch.testing.assert_close(now[0] + now[3], was[0] / (1 - was[3] / 4), rtol=1e-5, atol=0)
     relative = float(((model.maps[0](x) - before).norm() / before.norm()).detach())
@@ -150,17 +151,24 @@ def test_copies_are_as_they_were_half_an_interval_ago(method):
     """Of a tensor between two axes that both have copies, too: its slice of two copies is the old one of their sources."""
     kept, checked, both = {}, [], []
 
-    class Look(BeamLoRA):
-        def _snapshot(self, axes):
-            super()._snapshot(axes)
+    class Kept(BeamState):
+        def take_snapshot(self, tensors):
+            super().take_snapshot(tensors)
             kept.clear()
-            kept.update({(a.key, name): t.detach().clone() for a, name, t, _ in self._states(axes)})
+            for entry in tensors:
+                kept[entry.axis.key, entry.name] = entry.tensor.detach().clone()
 
-        def carried_out(self, plan, step):
-            s = self._before if plan else {}
-            super().carried_out(plan, step)
-            for axis, name, now, where in self._states(self._axes):
-                assert name not in self._tracked.get(axis.key, {}), "it is used up"
+    class Look(BeamLoRA):
+        def init_state(self, axes):
+            return Kept()
+
+        def carry_out(self, state, plan, step, apply):
+            axes = self.run.axes
+            s = {key: state.values(axis).detach().clone() for key, axis in axes.items()}
+            done = super().carry_out(state, plan, step, apply)
+            for entry in self.trained_tensors(axes):
+                axis, name, now, where = entry.axis, entry.name, entry.tensor, entry.where
+                assert name not in state.state_dict().get(axis.key, {}), "it is used up"
                 old, copied = kept[axis.key, name], torch.zeros_like(now, dtype=torch.bool)
                 for key, dim in where:
                     units = plan[key].keep if key in plan else range(now.shape[dim])
@@ -176,13 +184,11 @@ def test_copies_are_as_they_were_half_an_interval_ago(method):
             for key, change in plan.items():
                 for source, target in [(a, b) for b, a in enumerate(change.keep) if a != b]:
                     mean = (s[key][source] + s[key][target]) / 2
-                    assert (
-                        self.logits(self._axes[key])[source]
-                        == self.logits(self._axes[key])[target]
-                        == mean
-                    )
+                    logits = state.values(axes[key])
+                    assert logits[source] == logits[target] == mean
                     for moment in "mv":
-                        assert not self.track(self._axes[key], moment, None)[[source, target]].any()
+                        assert not state.track(axes[key], moment, None)[[source, target]].any()
+            return done
 
     fit(Toy(method), Look(p0=0.5, until=1.0, **PHASES))
     assert {name.split(".")[-1] for name in checked} >= {"exp_avg", "exp_avg_sq"}
@@ -205,9 +211,9 @@ def test_units_that_were_split_go_their_own_ways(told):
     pairs = []
 
     class Look(BeamLoRA):
-        def _tell_apart(self, axis, sources, targets, step):
+        def add_noise(self, axis, sources, targets, step):
             if told:
-                super()._tell_apart(axis, sources, targets, step)
+                super().add_noise(axis, sources, targets, step)
             pairs.extend((axis, *pair) for pair in zip(sources, targets, strict=True))
             assert all(
                 torch.equal(*axis.closing()[0].select([a, b]).unbind(1)) for axis, a, b in pairs

@@ -44,8 +44,9 @@ def test_three_calls_in_a_loop_are_what_lightning_does(name):
 
 def test_an_allocator_that_evaluates_the_loss_says_when_it_has_none():
     class Evaluates(AdaLoRA):
-        def score(self, axis):
-            return self.loss(None) * torch.ones(len(axis))
+        def score_units(self, state, axes):
+            loss = self.run.loss(None)
+            return {key: loss * torch.ones(len(axis)) for key, axis in axes.items()}
 
     model, allocator = Toy(), Evaluates(budget=6, warmup=0, every=1, final=1)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])

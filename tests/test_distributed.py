@@ -149,7 +149,7 @@ def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
         ValueError,
         match=r"FSDPStrategy takes hold of all parameters.*use strategy=ddp, or ModelParallel",
     ):
-        keep_apart(trainer, None)
+        keep_apart(trainer)
 
 
 @pytest.mark.parametrize("dies", [0, 1])

@@ -47,7 +47,7 @@ def started(method=LORA4, **arguments):
 def test_a_prefix_is_the_truncated_method(b, method):
     """Against a layer of rank b, whose multiplier is alpha / b."""
     model, allocator, _ = started(method)
-    allocator.b, x = b, torch.randn(3, 16)
+    allocator.engine.state.b, x = b, torch.randn(3, 16)
     have = [layer(x) for layer in model.maps]
     for axis in rank_axes(model).values():
         axis.resize(range(b))
@@ -61,7 +61,7 @@ def test_a_prefix_is_the_truncated_method(b, method):
 def test_a_prefix_is_a_lora_of_that_rank(b):
     """LoRA(rank=b, alpha=a) itself, which multiplies by a / b."""
     model, allocator, _ = started()
-    allocator.b, x = b, torch.randn(3, 16)
+    allocator.engine.state.b, x = b, torch.randn(3, 16)
     for layer in model.maps:
         small = LoRA(layer.base, rank=b, alpha=4 * layer.scale)
         small.A.data.copy_(layer.A[:b])
@@ -89,14 +89,14 @@ def test_several_axes_of_a_layer_share_the_multiplier():
 def test_frozen_every_entry_has_its_b_and_only_one(method):
     """What b adds to b - 1: all entries of all tensors train, each with one b, those between two axes too."""
     _, allocator, _ = started(method)
-    axes, most = allocator._axes, max(map(len, allocator._axes.values()))
+    axes, most = allocator.engine.run.axes, max(map(len, allocator.engine.run.axes.values()))
     tensors = {id(s.tensor): s.tensor for axis in axes.values() for s in axis.slots()}.values()
     trained = {id(tensor): torch.zeros_like(tensor) for tensor in tensors}
     for b in range(1, most + 1):
-        allocator.b = b
+        allocator.engine.state.b = b
         for tensor in tensors:
             tensor.grad = torch.ones_like(tensor)
-        allocator.observe(axes)
+        allocator.update(allocator.engine.state, axes)
         for tensor in tensors:
             trained[id(tensor)] += tensor.grad
     for axis in axes.values():
@@ -110,13 +110,13 @@ def test_frozen_every_entry_has_its_b_and_only_one(method):
     allocator.frozen = False
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
-    allocator.b = 1
-    allocator.observe(axes)
+    allocator.engine.state.b = 1
+    allocator.update(allocator.engine.state, axes)
     assert all(int(tensor.grad.sum()) < tensor.numel() for tensor in tensors)
-    allocator.b = most
+    allocator.engine.state.b = most
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
-    allocator.observe(axes)
+    allocator.update(allocator.engine.state, axes)
     assert all(bool(tensor.grad.all()) for tensor in tensors)
 
 
@@ -125,13 +125,13 @@ def test_each_axis_can_be_truncated_to_a_b_of_its_own():
     want = {}
 
     class Look(DyLoRA):
-        def _truncate(self, axes, b):
-            for layer, units in zip(self.model.maps, (1, 4, 3), strict=True):
+        def truncate_axes(self, axes, b):
+            for layer, units in zip(self.run.model.maps, (1, 4, 3), strict=True):
                 want[layer] = (
                     layer.base(x)
                     + 4 / units * layer.scale * x @ layer.A[:units].T @ layer.B[:, :units].T
                 )
-            super()._truncate(axes, b)
+            super().truncate_axes(axes, b)
 
     model = Toy(LORA4)
     fit(model, Look(truncate={"maps.0:rank": 1, "maps.2:rank": 3}))
@@ -195,21 +195,21 @@ def test_what_a_step_leaves_out_stays_to_the_last_bit(frozen, optimizer):
     moved = Counter()
 
     class Look(DyLoRA):
-        def before_forward(self, axes):
-            super().before_forward(axes)
+        def before_pass(self, state, axes):
+            super().before_pass(state, axes)
             self.was = {
                 (key, s.label): (
                     s.tensor.detach().clone(),
-                    [m.clone() for m in self._moments(s.tensor)],
+                    [m.clone() for m in self.moments(s.tensor)],
                 )
                 for key, axis in axes.items()
                 for s in axis.slots()
             }
-            self.used = self.b
+            self.used = state.b
 
-        def after_step(self, axes):
+        def finish_step(self, state, axes):
             b, was = self.used, self.was
-            super().after_step(axes)
+            super().finish_step(state, axes)
             active = [b - 1] if frozen else list(range(b))
             idle = [unit for unit in range(4) if unit not in active]
             for key, axis in axes.items():
@@ -219,13 +219,13 @@ def test_what_a_step_leaves_out_stays_to_the_last_bit(frozen, optimizer):
                         slot.select(idle),
                         value.index_select(slot.dim, torch.tensor(idle, dtype=torch.long)),
                     )
-                    for now, before in zip(self._moments(slot.tensor), moments, strict=False):
+                    for now, before in zip(self.moments(slot.tensor), moments, strict=False):
                         index = torch.tensor(idle, dtype=torch.long)
                         assert torch.equal(
                             now.index_select(slot.dim, index), before.index_select(slot.dim, index)
                         )
                     if not moments:
-                        for now in self._moments(slot.tensor):
+                        for now in self.moments(slot.tensor):
                             assert not now.index_select(
                                 slot.dim, torch.tensor(idle, dtype=torch.long)
                             ).any()
@@ -254,7 +254,7 @@ def test_b_is_the_same_in_all_micro_batches_of_a_step():
 
     class Seen(Toy):
         def training_step(self, batch, batch_idx):
-            seen.setdefault(self.global_step, set()).add(allocator.b)
+            seen.setdefault(self.global_step, set()).add(allocator.engine.state.b)
             return super().training_step(batch, batch_idx)
 
     allocator = DyLoRA()
@@ -281,12 +281,12 @@ def test_truncated_at_the_end_it_is_what_the_prefix_computed(method):
     x = torch.randn(3, 16)
 
     class Look(DyLoRA):
-        def _truncate(self, axes, b):
-            before = [(self.b_eval, layer) for layer in self.model.maps]
-            self.model.eval()
+        def truncate_axes(self, axes, b):
+            before = [(self.b_eval, layer) for layer in self.run.model.maps]
+            self.run.model.eval()
             want = [layer(x) for _, layer in before]
-            self.model.train()
-            super()._truncate(axes, b)
+            self.run.model.train()
+            super().truncate_axes(axes, b)
             self.finish()
             for (_, layer), y in zip(before, want, strict=True):
                 torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
@@ -300,7 +300,7 @@ def test_truncated_at_the_end_it_is_what_the_prefix_computed(method):
 
 def test_a_file_in_the_midst_of_training_holds_all_units(tmp_path):
     model, allocator, _ = started()
-    allocator.b = 1
+    allocator.engine.state.b = 1
     model.maps[0](torch.randn(2, 16))
     save_adapter(model.maps, tmp_path / "a")
     again = Toy(LORA4).maps

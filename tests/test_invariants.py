@@ -77,19 +77,23 @@ class Drawn:
     last: dict
     without: dict  # outputs of the layers, the units that will go being closed
 
-    def score(self, axis):
+    def score_units(self, state, axes):
+        return {key: self.drawn_score(axis) for key, axis in axes.items()}
+
+    def drawn_score(self, axis):
+        step = self.run.steps_done
         drawn = torch.randint(
-            self.problem.levels, (len(axis),), generator=generator(7, axis.key, self.steps_done)
+            self.problem.levels, (len(axis),), generator=generator(7, axis.key, step)
         )
-        return drawn / 0 - drawn / 0 if self.steps_done in self.problem.bad else drawn.double()
+        return drawn / 0 - drawn / 0 if step in self.problem.bad else drawn.double()
 
     def plan(self, *arguments):
         self.last = super().plan(*arguments)
         with ExitStack() as stack:
             for key, change in self.last.items():
-                axis = self._axes[key]
+                axis = self.run.axes[key]
                 stack.enter_context(axis.closed(sorted(set(range(len(axis))) - set(change.keep))))
-            self.without = outputs(self.model, self.problem)
+            self.without = outputs(self.run.model, self.problem)
         return self.last
 
 
@@ -173,12 +177,11 @@ def state(model, optimizer, allocator):
                     optimizer.state[tensor][moment].clone(),
                     dims[id(tensor)],
                 )
-    for key, of_axis in allocator._tracked.items():
-        for name, one in of_axis.items():
-            kept[f"{key} average {name}"] = (
-                one.tensor.detach().clone(),
-                {dim: axis for axis, dim in one.dims},
-            )
+    for key, name, tracked in allocator.engine.state.items():
+        kept[f"{key} average {name}"] = (
+            tracked.tensor.detach().clone(),
+            {dim: axis for axis, dim in tracked.dims},
+        )
     return kept
 
 
@@ -197,7 +200,7 @@ def leading(tensor, shape):
 
 def check_sizes(problem, allocator, model, event, before):
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
-    cost = allocator.cost()
+    cost = allocator.run.cost()
     total = cost.total(sizes)
     assert total == event["total"] <= event["budget"]
     for key, size in sizes.items():

@@ -9,7 +9,7 @@ from test_allocators import fit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank.allocation import AdaLoRA, LoRAPrune
-from adaptrank.allocation.methods.loraprune import gone, local
+from adaptrank.allocation.methods.loraprune import mask_within_layers, masked_groups
 from adaptrank.allocation.plans import ranked
 from adaptrank.artifacts import load_adapter, save_adapter
 from adaptrank.axes import PRUNED, compact, find_groups
@@ -118,11 +118,11 @@ def test_picas_estimate_is_the_exact_gradient_on_the_span():
 
 @given(st.integers(1, 40), st.floats(0.01, 0.99), st.floats(0, 1))
 def test_how_many_go(size, sparsity, progress):
-    lost = gone(size, sparsity, progress)
+    lost = masked_groups(size, sparsity, progress)
     assert 0 <= lost < size
     assert lost <= size * sparsity + 1e-9
     scores = torch.rand(size).round(decimals=1)
-    plan = local({"a": scores}, sparsity, progress)
+    plan = mask_within_layers({"a": scores}, sparsity, progress)
     assert set(plan["a"].units if plan else ()) == set(ranked(scores)[size - lost :])
 
 

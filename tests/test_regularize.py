@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adaptrank import adapt, testing
 from adaptrank.parameterizations import SVD, wrappers
-from adaptrank.training import penalties as regularize
+from adaptrank.training import penalties
 
 
 def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
@@ -21,11 +21,11 @@ def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
         for wrapper in wrappers(model):
             testing.perturb(wrapper, 0.3)
         wrappers(model)[0].P.grad = torch.ones_like(wrappers(model)[0].P)
-        value = regularize.penalty_gradients(model)
+        value = penalties.add_penalty_gradients(model)
         return value, [p.grad for w in wrappers(model) for _, p in w.own_parameters()]
 
     value, grads = gradients()
-    monkeypatch.setattr(regularize, "_together", lambda group: None)
+    monkeypatch.setattr(penalties, "_batched", lambda group: None)
     plain, want = gradients()
     torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
     assert [g is None for g in grads] == [g is None for g in want]
@@ -52,4 +52,6 @@ def test_layers_whose_penalties_differ_by_a_list_are_not_taken_for_alike():
     for layer in layers:
         testing.perturb(layer, 0.3)
     want = torch.stack([layer.penalty() for layer in layers]).mean()
-    torch.testing.assert_close(regularize.penalty_gradients(nn.Sequential(*layers)), want.detach())
+    torch.testing.assert_close(
+        penalties.add_penalty_gradients(nn.Sequential(*layers)), want.detach()
+    )

@@ -15,6 +15,7 @@ from torch import nn
 from adaptrank.allocation import AdaLoRA, SoRA
 from adaptrank.allocation.gates import adam, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Resize
+from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, rank_axes
 from adaptrank.parameterizations import (
     NOLA,
@@ -87,7 +88,7 @@ def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, fl
 def test_what_is_left_of_a_budget_buys_no_unit_whose_gate_is_zero():
     scores = {"a": torch.tensor([3.0, 2.0]), "b": torch.tensor([1.0, 0.0, 0.0])}
     allocator = SoRA(**PHASES)
-    allocator.check_schedule(allocator.phases_of(TOTAL))
+    allocator.engine.check_steps(TOTAL)
     plan = allocator.plan(
         scores, CostModel(0, ((5, ("a",)), (1, ("b",)))), 9, TOTAL
     )  # a second of "a" is 11
@@ -124,18 +125,20 @@ def test_lasso_recovery():
 )
 def test_a_run_ends_in_the_plain_method_and_folding_changes_nothing(method):
     class Look(SoRA):
-        def carried_out(self, plan, step):
-            before = [layer(x) for layer in self.model.maps] if step >= self.phases.end else []
-            super().carried_out(plan, step)
-            for layer, want in zip(self.model.maps, before, strict=False):
+        def carry_out(self, state, plan, step, apply):
+            layers = self.run.model.maps if self.acts_at(step) else []
+            before = [layer(x) for layer in layers]
+            done = super().carry_out(state, plan, step, apply)
+            for layer, want in zip(layers, before, strict=True):
                 torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+            return done
 
     x = torch.randn(5, 16)
     model, allocator = Toy(method), Look(xi=30.0, **PHASES)
     start = sum(sizes(model).values())
     fit(model, allocator)
     assert all(axis.gate is None for axis in rank_axes(model).values())
-    assert not allocator._tracked
+    assert not allocator.engine.state
     assert (
         allocator.events[-1]["allocated"]
         == allocator.events[-1]["active"]
@@ -190,15 +193,17 @@ def test_a_gate_of_zero_has_a_gradient_and_may_come_back():
     revived = []
 
     class Look(SoRA):
-        def after_step(self, axes):
-            zero = (
-                {key: (self.gate(axis) == 0) for key, axis in axes.items()} if self._tracked else {}
-            )
-            super().after_step(axes)
-            revived.extend(int((self.gate(axes[key])[was] != 0).sum()) for key, was in zero.items())
-            if self.steps_done == 3:
+        def update(self, state, axes):
+            zero = {key: (state.values(axis) == 0) for key, axis in axes.items()}
+            super().update(state, axes)
+            for key, was in zero.items():
+                revived.append(int((state.values(axes[key])[was] != 0).sum()))
+
+        def finish_step(self, state, axes):
+            super().finish_step(state, axes)
+            if self.run.steps_done == 3:
                 for axis in axes.values():
-                    self.gate(axis)[0] = 0
+                    state.values(axis)[0] = 0
 
     fit(Toy(LORA4), Look(xi=0.1, **PHASES))
     assert sum(revived) > 0
@@ -211,11 +216,10 @@ def test_a_trained_adapter_starts_with_open_gates():
     want = [layer(x) for layer in model.maps]
 
     class Look(SoRA):
-        def attach(self, axes):
-            super().attach(axes)
-            assert all(
-                torch.equal(layer(x), y) for layer, y in zip(self.model.maps, want, strict=True)
-            )
+        def install(self, state, axes):
+            super().install(state, axes)
+            for layer, y in zip(self.run.model.maps, want, strict=True):
+                assert torch.equal(layer(x), y)
 
     fit(model, Look(**PHASES))
 
@@ -235,13 +239,10 @@ def test_steps_that_are_not_finite_move_no_gate():
     gates = []
 
     class Look(SoRA):
-        def after_step(self, axes):
-            super().after_step(axes)
-            gates.append(
-                [self.gate(axis).detach().clone() for axis in axes.values()]
-                if self._tracked
-                else []
-            )
+        def finish_step(self, state, axes):
+            super().finish_step(state, axes)
+            tracked = axes.values() if state else ()
+            gates.append([state.values(axis).detach().clone() for axis in tracked])
 
     fit(Spiky(LORA4), Look(**PHASES))
     assert all(torch.equal(a, b) for a, b in zip(gates[2], gates[3], strict=True))
@@ -255,13 +256,14 @@ def test_a_gradient_scaler_leaves_no_trace():
         seen, final = [], []
 
         class Look(SoRA):
-            def observe(self, axes):
-                seen.append(torch.cat([self.gate(axis).grad for axis in axes.values()]))
-                super().observe(axes)
+            def update(self, state, axes):
+                seen.append(torch.cat([state.values(axis).grad for axis in axes.values()]))
+                super().update(state, axes)
 
-            def carried_out(self, plan, step):
-                final.append(torch.cat([self.gate(axis).detach() for axis in self._axes.values()]))
-                super().carried_out(plan, step)
+            def carry_out(self, state, plan, step, apply):
+                gates = [state.values(axis).detach() for axis in self.run.axes.values()]
+                final.append(torch.cat(gates))
+                return super().carry_out(state, plan, step, apply)
 
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
         plugins = MixedPrecision("16-mixed", "cpu", scaler)
@@ -278,20 +280,20 @@ def test_gates_whose_gradient_alone_is_not_finite_do_not_move():
     before, after = [], []
 
     class Look(SoRA):
-        def before_forward(self, axes):
-            if self.steps_done == 3:
-                before.extend(self.gate(axis).detach().clone() for axis in axes.values())
+        def before_pass(self, state, axes):
+            if self.run.steps_done == 3:
+                before.extend(state.values(axis).detach().clone() for axis in axes.values())
 
-        def _before_step(self, scale=1.0):
-            if self.steps_done == 3:
-                next(iter(self._leaves())).grad.fill_(float("inf"))
-            super()._before_step(scale)
+        def on_before_optimizer_step(self, *args):
+            if self.run.steps_done == 3:
+                self.gate_parameters()[0].grad.fill_(float("inf"))
+            super().on_before_optimizer_step(*args)
 
-        def after_step(self, axes):
-            super().after_step(axes)
-            if self.steps_done == 4:
-                after.extend(self.gate(axis).detach().clone() for axis in axes.values())
-                assert all(self.gate(axis).grad is None for axis in axes.values())
+        def finish_step(self, state, axes):
+            super().finish_step(state, axes)
+            if self.run.steps_done == 4:
+                after.extend(state.values(axis).detach().clone() for axis in axes.values())
+                assert all(state.values(axis).grad is None for axis in axes.values())
 
     fit(Toy(LORA4), Look(**PHASES))
     assert len(before) == 3
@@ -303,16 +305,16 @@ def test_a_skipped_step_does_not_count_in_the_gates_adam(monkeypatch):
     counted = []
 
     class Look(SoRA):
-        def _before_step(self, scale=1.0):
-            if self.steps_done in (0, 1, 5):
-                next(iter(self._leaves())).grad.fill_(float("nan"))
-            super()._before_step(scale)
+        def on_before_optimizer_step(self, *args):
+            if self.run.steps_done in (0, 1, 5):
+                self.gate_parameters()[0].grad.fill_(float("nan"))
+            super().on_before_optimizer_step(*args)
 
     def counting(values, grads, first, second, step, lr):
-        counted.append((allocator.steps_done, step))
+        counted.append((allocator.run.steps_done + 1, step))
         adam(values, grads, first, second, step, lr)
 
-    monkeypatch.setattr("adaptrank.allocation.methods.sora.adam", counting)
+    monkeypatch.setattr("adaptrank.allocation.trained_gates.adam", counting)
     allocator = Look(**PHASES)
     fit(Toy(LORA4), allocator)
     assert counted == [
@@ -326,8 +328,8 @@ def test_gates_are_float32_over_a_half_precision_adapter():
     allocator.start(
         model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), TOTAL
     )
-    axis = next(iter(allocator._axes.values()))
-    assert allocator.gate(axis).dtype == torch.float32
+    axis = next(iter(allocator.run.axes.values()))
+    assert allocator.engine.state.values(axis).dtype == torch.float32
     assert model.maps[0](torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
@@ -357,10 +359,14 @@ def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
 def test_the_learning_rate_is_that_of_the_run():
     rates = []
 
+    class Gates(TrainedGates):
+        def adam_step(self, axes, gradients, learning_rate):
+            super().adam_step(axes, gradients, learning_rate)
+            rates.append(learning_rate)
+
     class Look(SoRA):
-        def observe(self, axes):
-            super().observe(axes)
-            rates.append(self._lr)
+        def init_state(self, axes):
+            return Gates("g")
 
     fit(Toy(LORA4), Look(gate_lr_ratio=2.0, **PHASES))
     assert rates[0] == pytest.approx(2 * 1e-2 / 3)  # LinearLR starts at a third

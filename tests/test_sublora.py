@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import Toy, everything, fit, sizes
 
-from adaptrank.allocation import AdaLoRA, SubLoRA
+from adaptrank.allocation import AdaLoRA, SubLoRA, checks
 from adaptrank.allocation.scores import curvature as second_order
 from adaptrank.axes import cost_model
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, TensorTrain
@@ -69,16 +69,11 @@ def test_under_the_budget_where_staying_hurts():
 
 def test_an_event_says_where_the_guarantee_does_not_hold(monkeypatch):
     monkeypatch.setattr(second_order, "greedy", lambda *a: (list(range(12))[: a[2]], False))
+    monkeypatch.setattr(checks, "check_plan", lambda *a: None)
+    monkeypatch.setattr(second_order, "as_plan", lambda *a: {})
     allocator = SubLoRA(batches=1, floor=1, **PHASES)
-    monkeypatch.setattr(allocator, "_check_plan", lambda *a: None)
-    monkeypatch.setattr(allocator, "plan", partial(_plan, allocator))
     fit(Rows(LORA4), allocator)
     assert "heuristic" in allocator.events[0]["reason"]
-
-
-def _plan(allocator, scores, cost, budget, step):
-    allocator._monotone = False
-    return {}
 
 
 def test_resume_is_exact_to_the_bit(tmp_path):

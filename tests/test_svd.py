@@ -7,7 +7,7 @@ from torch import nn
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.parameterizations import SVD, LoRA
 from adaptrank.testing import builder, check_parameter_count, perturb
-from adaptrank.training.penalties import penalty_gradients
+from adaptrank.training.penalties import add_penalty_gradients
 
 
 def build(**arguments):
@@ -35,12 +35,12 @@ def test_the_library_averages_the_penalty_over_all_p_and_q():
     want = torch.stack([layer.penalty() for layer in layers]).mean()
     grads = torch.autograd.grad(want, [layer.P for layer in layers])
     layers[0].P.grad = torch.ones_like(layers[0].P)
-    value = penalty_gradients(model)
+    value = add_penalty_gradients(model)
     torch.testing.assert_close(value, want.detach())
     torch.testing.assert_close(layers[0].P.grad, 1 + grads[0])
     torch.testing.assert_close(layers[1].P.grad, grads[1])
     assert layers[0].l.grad is None
-    assert penalty_gradients(nn.Sequential(LoRA(nn.Linear(4, 4)))) is None
+    assert add_penalty_gradients(nn.Sequential(LoRA(nn.Linear(4, 4)))) is None
 
 
 @pytest.mark.parametrize("keep", [range(8), [1, 5], [2, 2, 3]])

@@ -1,17 +1,31 @@
 """How many units each layer keeps, and when that changes: allocators and rank initializers."""
 
 from adaptrank.allocation import initial, methods
-from adaptrank.allocation.allocator import ALLOCATORS, Allocator
+from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.events import Event
+from adaptrank.allocation.initial.initializer import Choice, RankInitializer
+from adaptrank.allocation.participant import ALLOCATORS, Participant
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.state import TrackedTensors
 
 ALLOCATORS.import_folder(methods.__name__, methods.__path__)
 ALLOCATORS.import_folder(initial.__name__, initial.__path__)
 
 
-def __getattr__(name: str) -> type[Allocator]:
+def __getattr__(name: str) -> type[Participant]:
     """`from adaptrank.allocation import ElaLoRA`, with no second list to keep."""
     if name in ALLOCATORS:
         return ALLOCATORS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["ALLOCATORS", "Allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "Choice",
+    "Event",
+    "Participant",
+    "Policy",
+    "RankInitializer",
+    "TrackedTensors",
+]

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
-from adaptrank.allocation import Allocator
+from adaptrank.allocation import Participant
 from adaptrank.artifacts.adapter import WEIGHTS
 from adaptrank.artifacts.run import (
     JsonlLogger,
@@ -95,13 +95,13 @@ class AdaptrankCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(
-            Allocator,
+            Participant,
             "allocator",
             required=False,
             help="Moves ranks while training; see `python -m adaptrank methods`.",
         )
         parser.add_subclass_arguments(
-            Allocator,
+            Participant,
             "initial_ranks",
             required=False,
             help="Chooses the ranks to start from, beside an allocator that moves them.",
@@ -177,7 +177,7 @@ class AdaptrankCLI(LightningCLI):
             (
                 c
                 for c in configured
-                if isinstance(c, Allocator) and allocator and c.moves and allocator.moves
+                if isinstance(c, Participant) and allocator and c.moves and allocator.moves
             ),
             None,
         )
@@ -238,10 +238,10 @@ class AdaptrankCLI(LightningCLI):
 
     def _check_schedules(self) -> None:
         for allocator in self._callbacks():
-            if not isinstance(allocator, Allocator) or self.trainer.max_steps <= 0:
+            if not isinstance(allocator, Participant) or self.trainer.max_steps <= 0:
                 continue
             try:
-                allocator.check_schedule(allocator.phases_of(self.trainer.max_steps))
+                allocator.engine.check_steps(self.trainer.max_steps)
             except ValueError as error:
                 fast: int = self.trainer.fast_dev_run  # type: ignore[attr-defined]
                 if not fast:
@@ -496,8 +496,8 @@ def schema(parser: Any) -> dict[str, Any]:
     classes = {
         "model": LightningModule,
         "data": LightningDataModule,
-        "allocator": Allocator | None,
-        "initial_ranks": Allocator | None,
+        "allocator": Participant | None,
+        "initial_ranks": Participant | None,
     }
     scalars = {
         "runs": str,

@@ -118,7 +118,7 @@ def methods(args: Sequence[str]) -> None:
 
 def _methods(options: argparse.Namespace) -> None:
     from adaptrank.allocation import ALLOCATORS
-    from adaptrank.allocation.compatibility import rows
+    from adaptrank.allocation.compatibility import nests as rows
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     made = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
@@ -224,11 +224,7 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
         "name": cls.__name__,
         "does": _first_sentence(cls),
         "source": cls.source,
-        "score": arguments.get("importance", cls.importance)
-        if _default_score(cls)
-        else "its own"
-        if cls.moves
-        else "-",
+        "score": _score_name(cls, arguments),
         "needs": sorted(cls.requires),
         "options": {name: sorted(needs) for name, needs in cls.options.items()},
         "exclusive": cls.exclusive,
@@ -238,10 +234,11 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def _default_score(cls: type[Any]) -> bool:
-    from adaptrank.allocation import Allocator
-
-    return cls.moves and cls.score is Allocator.score and cls.scores is Allocator.scores
+def _score_name(cls: type[Any], arguments: Mapping[str, Any]) -> str:
+    """Return the importance of an allocator, "its own", or "-" for a rank initializer."""
+    if cls.scores_by_name():
+        return str(arguments.get("importance", cls.importance))
+    return "its own" if cls.moves else "-"
 
 
 def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from adaptrank.artifacts import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules
 from adaptrank.parameterizations import Parameterization, adapter_parameters, wrappers
-from adaptrank.training.distributed import average_adapters, repeated_blocks, shard_frozen
-from adaptrank.training.penalties import add_penalty_gradients
+from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.lightning import ensure_gradients
 
 log = logging.getLogger("adaptrank")
 
@@ -214,13 +214,8 @@ class AdaptedModule(LightningModule):
         """The schedule by its name in transformers."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
-    def on_after_backward(self) -> None:
-        average_adapters(self.trainer, self, owner=None)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        add_penalty_gradients(self.trainer, self)
-
     def setup(self, stage: str) -> None:
+        ensure_gradients(self.trainer)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
                 "precision=%s trains the adapters in half precision, where small steps vanish; use precision=32-true and "

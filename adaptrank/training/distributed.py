@@ -1,7 +1,8 @@
-"""Several processes: adapters stay out of what replicates or shards the base, and their gradients are averaged by themselves.
+"""Several processes: adapters are kept apart from what replicates or shards the frozen model.
 
-A bucketed reducer cannot follow tensors whose shape changes, and a sharder cannot cut them. Adapters are small: one flat all-reduce
-after each backward pass does the same. The frozen base has no gradients to average.
+A bucketed reducer cannot follow tensors whose shape changes, and a sharder cannot cut them.
+Adapters are small, so one flat all-reduce after each backward pass averages their gradients. The
+frozen base has no gradients to average.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def average_gradients(tensors: Sequence[Tensor]) -> None:
-    """Average `.grad` over all processes, by one all-reduce a dtype.
+    """Average `.grad` over all processes, by one all-reduce for each device and dtype.
 
-    Where a tensor has a gradient on some processes only, the others count as zero; where it has none on any, it has none afterwards:
-    an optimizer would move it.
+    A missing gradient counts as zero if another process has one. A tensor without a gradient on
+    any process has none afterwards, since an optimizer would move it.
     """
     if not several():
         return
@@ -58,17 +59,20 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def copy_from_first(model: nn.Module, more: Iterable[Tensor] = ()) -> None:
-    """Give every process the adapters of the first, parameters and buffers such as indices, and further tensors."""
+    """Copy the adapters of the first process, and further tensors, to all processes.
+
+    Buffers, such as the indices of units, are copied as well.
+    """
     if not several():
         return
-    own = [tensor for wrapper in wrappers(model) for _, tensor in _own(wrapper)]
+    own = [tensor for wrapper in wrappers(model) for _, tensor in _own_tensors(wrapper)]
     for tensor in {id(tensor): tensor for tensor in [*own, *more]}.values():
         value = tensor.detach().contiguous()
         dist.broadcast(value, 0)
         tensor.data.copy_(value)
 
 
-def _own(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
+def _own_tensors(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
     named = [
         *wrapper.named_parameters(remove_duplicate=False),
         *wrapper.named_buffers(remove_duplicate=False),
@@ -76,14 +80,14 @@ def _own(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in named if not name.startswith("base.")]
 
 
-def keep_apart(trainer: Trainer, owner: object) -> None:
-    """Have the trainer's strategy leave adapters out; call it before the strategy sets the module up, and `rejoin` after the run.
+def keep_apart(trainer: Trainer) -> None:
+    """Have the trainer's strategy leave adapters out; call it before the strategy sets up.
 
-    Args:
-        trainer: whose strategy.
-        owner: who calls `average_adapters` after each backward pass; of several the last one.
+    `rejoin` undoes it after the run. In between, `average_adapters` has to be called after each
+    backward pass.
+
     Raises:
-        ValueError: for a strategy that flattens or shards all there is.
+        ValueError: if the strategy flattens or shards all parameters.
     """
     strategy: Strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
@@ -92,20 +96,20 @@ def keep_apart(trainer: Trainer, owner: object) -> None:
         strategy.load_checkpoint = partial(_load_checkpoint, strategy)  # type: ignore[method-assign]
     elif not isinstance(strategy, SingleDeviceStrategy):
         raise UserError(
-            f"{type(strategy).__name__} takes hold of all parameters, and ranks that move change their shapes; use strategy=ddp, or "
-            f"ModelParallelStrategy to shard the frozen weights."
+            f"{type(strategy).__name__} takes hold of all parameters, and ranks that move change "
+            f"their shapes; use strategy=ddp, or ModelParallelStrategy to shard the frozen weights."
         )
-    strategy.__dict__[_OWNER] = owner
+    strategy.__dict__[_APART] = True
 
 
 def rejoin(trainer: Trainer) -> None:
-    """Undo `keep_apart`: a later run without an allocator is the strategy's own matter."""
-    for name in ("configure_ddp", "load_checkpoint", _OWNER):
+    """Undo `keep_apart`, so that a later run without an allocator is left to the strategy."""
+    for name in ("configure_ddp", "load_checkpoint", _APART):
         trainer.strategy.__dict__.pop(name, None)
     trainer.lightning_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
 
 
-_OWNER = "_averages_adapters"
+_APART = "_adapters_are_apart"
 
 
 def _configure_ddp(strategy: DDPStrategy) -> None:
@@ -125,11 +129,14 @@ def _configure_ddp(strategy: DDPStrategy) -> None:
 def _load_checkpoint(
     strategy: ModelParallelStrategy, path: Any, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """Load as the strategy does, which asks no hook of the module, once the axes have the stored sizes."""
+    """Give the axes their stored sizes, and then load as the strategy does.
+
+    The strategy calls no hook of the module.
+    """
     if not Path(path).is_file():
         raise UserError(
-            f"{path} is a checkpoint in shards, which ranks that move cannot be read from; save it whole, with "
-            f"ModelParallelStrategy(save_distributed_checkpoint=False)."
+            f"{path} is a checkpoint in shards, which ranks that move cannot be read from; save it "
+            f"whole, with ModelParallelStrategy(save_distributed_checkpoint=False)."
         )
     assert strategy.lightning_module is not None
     fit_ranks(
@@ -139,36 +146,32 @@ def _load_checkpoint(
 
 
 def apart(module: nn.Module) -> set[str]:
-    """Full names of all parameters and buffers of adapters."""
+    """Return the full names of all parameters and buffers of adapters."""
     return {
         f"{path}.{name}".removeprefix(".")
         for path, wrapper in module.named_modules(remove_duplicate=False)
         if isinstance(wrapper, Parameterization)
-        for name, _ in _own(wrapper)
+        for name, _ in _own_tensors(wrapper)
     }
 
 
 def average_adapters(
-    trainer: Trainer, module: LightningModule, owner: object, more: Iterable[Tensor] = ()
+    trainer: Trainer, module: LightningModule, more: Iterable[Tensor] = ()
 ) -> None:
-    """Average the gradients of adapters, and of further tensors, where the strategy leaves that to us; done by the owner only.
+    """Average the gradients of adapters, and of further tensors, if the strategy does not.
 
-    A module that shards its base calls it without one, which counts where no allocator owns it.
+    A strategy that shards the base averages nothing that is whole on each process, so all trained
+    parameters are averaged here. Under DDP these are the adapters, if `keep_apart` took them out.
     """
-    sharded = isinstance(
-        trainer.strategy, ModelParallelStrategy
-    )  # which averages nothing that is whole
-    if trainer.strategy.__dict__.get(_OWNER) is owner and (owner is not None or sharded):
-        own = (
-            [p for p in module.parameters() if p.requires_grad]
-            if sharded
-            else adapter_parameters(module)
-        )
-        average_gradients([*own, *more])
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        trained = [p for p in module.parameters() if p.requires_grad]
+        average_gradients([*trained, *more])
+    elif trainer.strategy.__dict__.get(_APART):
+        average_gradients([*adapter_parameters(module), *more])
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules of the lists that hold wrappers: the blocks of a transformer."""
+    """Return the blocks of a transformer: members of module lists that hold wrappers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [
         block
@@ -179,12 +182,15 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_frozen(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
-    """Shard frozen weights over the processes (FSDP2), block by block; what trains stays whole on each.
+    """Shard frozen weights over the processes (FSDP2), block by block.
+
+    Trained parameters stay whole on each process.
 
     Args:
-        model: with adapters.
-        blocks: modules that are gathered for their forward and backward pass, one at a time; what is in no block stays whole.
-        mesh: of the data parallel processes.
+        model: the model with its adapters.
+        blocks: modules that are gathered one at a time for their forward and backward pass. Frozen
+            weights outside of all blocks stay whole.
+        mesh: mesh of the data parallel processes.
     """
     from torch.distributed.fsdp import fully_shard
 

@@ -1,125 +1,139 @@
-"""The regularizers of methods (orthogonality): their gradient, added once a step, with no user's loss rewritten."""
+"""Penalties: regularizers that methods bring along, such as the orthogonality of the SVD form.
 
-from collections.abc import Hashable
-from typing import Any, cast
+The gradient of the mean penalty is added once an optimizer step. No user's loss is rewritten.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from adaptrank.parameterizations import Parameterization, wrappers
 
+Gradients = list[tuple[nn.Parameter, Tensor]]
+"""(parameter, gradient) pairs; a tied parameter may occur several times."""
 
-class Regularize(Callback):
-    """Adds the gradient of every method's `penalty` before each optimizer step.
 
-    Allocators and the modules of this library do it by themselves; a LightningModule of your own that trains such a
-    method without an allocator takes this callback.
+def add_penalty_gradients(model: nn.Module) -> Tensor | None:
+    """Add the gradient of the mean penalty over the wrappers that have one.
+
+    Returns:
+        The mean penalty, or None if no wrapper has one.
     """
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
-    ) -> None:
-        add_penalty_gradients(trainer, pl_module)
-
-
-def add_penalty_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Add the gradient of the mean penalty to `.grad` and log it as "penalty"; a second call in one step does nothing."""
-    # The trainer remembers, not the module: a module that is fitted again starts at step 0 again.
-    if getattr(trainer, "_penalized_at", None) == trainer.global_step:
-        return
-    trainer._penalized_at = trainer.global_step  # type: ignore[attr-defined]
-    value = penalty_gradients(pl_module)
-    if value is not None:
-        pl_module.log("penalty", value)
-
-
-def penalty_gradients(model: nn.Module) -> Tensor | None:
-    """Add the gradient of the mean penalty over the wrappers that have one; returns its value, or None without any."""
-    groups: dict[Hashable, list[Parameterization]] = {}
-    for wrapper in wrappers(model):
-        if wrapper.enabled and type(wrapper).penalty is not Parameterization.penalty:
-            groups.setdefault(_alike(wrapper), []).append(wrapper)
     values: list[Tensor] = []
-    found: list[tuple[nn.Parameter, Tensor]] = []
-    for group in groups.values():
-        value, grads = _together(group) or _one_by_one(group)
-        values += value
-        found += grads
+    gradients: Gradients = []
+    for group in _groups(model):
+        batched = _batched(group)
+        group_values, group_gradients = _one_by_one(group) if batched is None else batched
+        values += group_values
+        gradients += group_gradients
     if not values:
         return None
     # Not backward(): under data parallel that would wake the reducer a second time.
-    weighted = torch._foreach_div([grad for _, grad in found], len(values))
-    for (parameter, _), grad in zip(found, weighted, strict=True):
+    weighted = torch._foreach_div([grad for _, grad in gradients], len(values))
+    for (parameter, _), grad in zip(gradients, weighted, strict=True):
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
     return torch.stack(values).mean()
 
 
-_Penalties = tuple[list[Tensor], list[tuple[nn.Parameter, Tensor]]]
-"""(values, (parameter, gradient)), of some wrappers; a tied parameter several times."""
+def _groups(model: nn.Module) -> list[list[Parameterization]]:
+    """Return the wrappers with a penalty, grouped by those that can be computed together."""
+    groups: dict[Hashable, list[Parameterization]] = {}
+    for wrapper in wrappers(model):
+        if wrapper.enabled and type(wrapper).penalty is not Parameterization.penalty:
+            groups.setdefault(_group_key(wrapper), []).append(wrapper)
+    return list(groups.values())
 
 
-def _alike(wrapper: Parameterization) -> Hashable:
-    """Equal for wrappers whose penalties are one function of tensors of the same shapes; unique where that cannot be told."""
-    plain = {
-        k: v
-        for k, v in vars(wrapper).items()
-        if not k.startswith("_") and k not in ("name", "training")
+def _group_key(wrapper: Parameterization) -> Hashable:
+    """Return a key that is equal for wrappers whose penalties are one function of like tensors.
+
+    The key is unique to the wrapper where that cannot be told from its attributes.
+    """
+    settings = {
+        name: value
+        for name, value in vars(wrapper).items()
+        if not name.startswith("_") and name not in ("name", "training")
     }
-    told = all(
-        isinstance(v, int | float | str | tuple | list | dict | None) for v in plain.values()
+    plain = all(
+        isinstance(value, int | float | str | tuple | list | dict | None)
+        for value in settings.values()
     )
-    more: list[object] = [b for b in wrapper._buffers.values() if b is not None]
-    more += [
-        m
-        for name, m in wrapper._modules.items()
-        if name != "base" and not isinstance(m, nn.Dropout)
+    buffers = [buffer for buffer in wrapper._buffers.values() if buffer is not None]
+    modules = [
+        module
+        for name, module in wrapper._modules.items()
+        if name != "base" and not isinstance(module, nn.Dropout)
     ]
-    if more or wrapper.gates or isinstance(wrapper.base, Parameterization) or not told:
+    nested = isinstance(wrapper.base, Parameterization)
+    if buffers or modules or wrapper.gates or nested or not plain:
         return id(wrapper)
-    own = [
+    tensors = [
         (name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in wrapper.own_parameters()
     ]
-    return (type(wrapper), repr(plain), *own)
+    return (type(wrapper), repr(settings), *tensors)
 
 
-def _together(group: list[Parameterization]) -> _Penalties | None:
-    """One batched computation for many layers, or None where there is nothing to gain, or a penalty cannot be batched."""
-    first, named = group[0], [dict(wrapper.own_parameters()) for wrapper in group]
-    if len(group) == 1 or not all(p.requires_grad for p in named[0].values()):
+class _Penalty(nn.Module):
+    """The penalty of a wrapper as a forward pass, for `torch.func.functional_call`."""
+
+    def __init__(self, wrapper: Parameterization) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self) -> Tensor:
+        return cast(Tensor, self.wrapper.penalty())
+
+
+def _batched(group: Sequence[Parameterization]) -> tuple[list[Tensor], Gradients] | None:
+    """Return penalties and gradients of many wrappers from one batched computation.
+
+    Returns None where there is nothing to gain, or where a penalty cannot be batched.
+    """
+    tensors = [dict(wrapper.own_parameters()) for wrapper in group]
+    if len(group) == 1 or not all(p.requires_grad for p in tensors[0].values()):
         return None
-    of_first = {id(p) for p, _ in _one_by_one([first])[1]}
-    used = [name for name, p in named[0].items() if id(p) in of_first]
+    used = _tensors_of_penalty(group[0])
     if not used:
         return None
+    module = _Penalty(group[0])
 
-    def penalty(tensors: dict[str, Tensor]) -> Tensor:
-        before = dict(first._parameters)
-        try:
-            first._parameters.update(tensors)  # type: ignore[arg-type]
-            return cast(Tensor, first.penalty())
-        finally:
-            first._parameters.update(before)
+    def penalty(values: dict[str, Tensor]) -> Tensor:
+        named = {f"wrapper.{name}": value for name, value in values.items()}
+        return cast(Tensor, torch.func.functional_call(module, named, ()))
 
-    stacked = {name: torch.stack([own[name].detach() for own in named]) for name in used}
+    stacked = {name: torch.stack([named[name].detach() for named in tensors]) for name in used}
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(penalty))(stacked)
-    except RuntimeError:  # it looks at values, or draws
+    except RuntimeError:  # the penalty looks at values, or draws random numbers
         return None
-    return list(values.unbind()), [
-        (own[n], g) for n in grads for own, g in zip(named, grads[n], strict=True)
-    ]
+    gradients: Gradients = []
+    for name, stack in grads.items():
+        parameters = [named[name] for named in tensors]
+        gradients += zip(parameters, stack, strict=True)
+    return list(values.unbind()), gradients
 
 
-def _one_by_one(group: list[Parameterization]) -> _Penalties:
-    values, found = [], []
+def _tensors_of_penalty(wrapper: Parameterization) -> list[str]:
+    """Return the names of the tensors that the penalty of a wrapper depends on."""
+    _, gradients = _one_by_one([wrapper])
+    used = {id(parameter) for parameter, _ in gradients}
+    return [name for name, parameter in wrapper.own_parameters() if id(parameter) in used]
+
+
+def _one_by_one(group: Sequence[Parameterization]) -> tuple[list[Tensor], Gradients]:
+    values: list[Tensor] = []
+    gradients: Gradients = []
     for wrapper in group:
-        own = [p for _, p in wrapper.own_parameters() if p.requires_grad]
+        trained = [p for _, p in wrapper.own_parameters() if p.requires_grad]
         with torch.enable_grad():
             value = wrapper.penalty()
             if value is None or not value.requires_grad:
                 continue
-            grads = torch.autograd.grad(value, own, allow_unused=True)
+            grads = torch.autograd.grad(value, trained, allow_unused=True)
         values.append(value.detach())
-        found += [(p, g) for p, g in zip(own, grads, strict=True) if g is not None]
-    return values, found
+        for parameter, grad in zip(trained, grads, strict=True):
+            if grad is not None:
+                gradients.append((parameter, grad))
+    return values, gradients

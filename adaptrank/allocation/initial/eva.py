@@ -72,8 +72,8 @@ class EVA(Allocator):
         self._sketches: dict[str, list[Sketch]] = {}
 
     def initial_ranks(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
-        columns = {key: read_columns(axis) for key, axis in self._axes.items()}
-        most = {key: self._most(key, axis) for key, axis in self._axes.items()}
+        columns = {key: read_columns(axis) for key, axis in self.run.axes.items()}
+        most = {key: self._most(key, axis) for key, axis in self.run.axes.items()}
         total = self.cost().total(self.sizes()) if self.budget is None else self.budget
         sketches: dict[str, list[Sketch]] = {}
         owner: dict[str, str] = {}  # axis -> the first that reads the same tensors
@@ -88,7 +88,7 @@ class EVA(Allocator):
             ) -> None:
                 seen.setdefault(key, []).append((of, rows))
 
-            handles = watch(self.model, self._axes, see)
+            handles = watch(self.model, self.run.axes, see)
             try:
                 with torch.no_grad():
                     self.loss(batch)
@@ -164,7 +164,7 @@ class EVA(Allocator):
     def begin(self, sizes: Mapping[str, int]) -> None:
         if not self.init:
             return
-        for key, axis in self._axes.items():
+        for key, axis in self.run.axes.items():
             if key not in self._sketches:
                 continue  # it took no part in the forward passes
             for layer, name in axis.members:

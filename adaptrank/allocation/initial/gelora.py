@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from adaptrank._collectives import from_all, from_first
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator, Event
+from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.events import Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
 from adaptrank.allocation.plans import apportion, in_steps
@@ -74,7 +75,7 @@ class GeLoRA(Allocator):
         self._dimensions: list[float] = []
 
     def initial_ranks(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
-        place, blocks = find_blocks(model, self._axes)
+        place, blocks = find_blocks(model, self.run.axes)
         self._say_what_does_not_hold(model, place, blocks)
         self._dimensions = from_first(self._measure(model, place, batches))
         of_block = ranks_of(self._dimensions)
@@ -93,10 +94,10 @@ class GeLoRA(Allocator):
 
     def _sizes(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Units for these ranks, within caps and the budget."""
-        steps = {key: axis.step for key, axis in self._axes.items()}
+        steps = {key: axis.step for key, axis in self.run.axes.items()}
         caps = {
             key: None if (cap := self.caps()[key]) is None else cap // steps[key]
-            for key in self._axes
+            for key in self.run.axes
         }
         if self.budget is None:
             shares = {key: math.ceil(rank / steps[key]) for key, rank in ranks.items()}
@@ -119,7 +120,7 @@ class GeLoRA(Allocator):
                 "GeLoRA: %d axes lie outside of the blocks in %r and keep their rank: %s%s.",
                 len(outside), place, ", ".join(outside[:3]), ", ..." if len(outside) > 3 else "",
             )  # fmt: skip
-        ranked = {id(layer) for axis in self._axes.values() for layer, _ in axis.members}
+        ranked = {id(layer) for axis in self.run.axes.values() for layer, _ in axis.members}
         nests = [
             layer.nest
             for layer in wrapped_layers(model).values()

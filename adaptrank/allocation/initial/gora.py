@@ -98,7 +98,7 @@ class GoRA(Allocator):
     def initial_ranks(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
         self._gradients = self._average(batches)
         weights, prices, sizes = {}, {}, self.sizes()
-        for key, axis in self._axes.items():
+        for key, axis in self.run.axes.items():
             found = [
                 (layer, self._gradients.get((key, i))) for i, (layer, _) in enumerate(axis.members)
             ]
@@ -120,9 +120,9 @@ class GoRA(Allocator):
         return shared_out(weights, prices, sizes, self.floor, self._largest(sizes), self.share)
 
     def _largest(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        own = {key: axis.limits()[1] for key, axis in self._axes.items()}
+        own = {key: axis.limits()[1] for key, axis in self.run.axes.items()}
         caps = {key: 4 * size if self.cap is None else self.cap for key, size in sizes.items()}
-        grows = {key: "grow" in axis.capabilities for key, axis in self._axes.items()}
+        grows = {key: "grow" in axis.capabilities for key, axis in self.run.axes.items()}
         fits = {
             key: cap if (most := own[key]) is None else min(cap, most) for key, cap in caps.items()
         }
@@ -135,7 +135,7 @@ class GoRA(Allocator):
         """The gradient of each weight, from what enters its layer and the gradient of what leaves it; the weight needs none."""
         sums: dict[tuple[str, int], Tensor] = {}
         handles = []
-        for key, axis in self._axes.items():
+        for key, axis in self.run.axes.items():
             for i, (layer, _) in enumerate(axis.members):
                 if (
                     not isinstance(layer.innermost, nn.Linear)
@@ -165,7 +165,7 @@ class GoRA(Allocator):
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         if self.init:
-            for key, axis in self._axes.items():
+            for key, axis in self.run.axes.items():
                 members = [layer for layer, _ in axis.members]
                 targets = [self._gradients.get((key, i)) for i in range(len(members))]
                 gamma = self.lr * math.sqrt(members[0].shape[1]) / len(axis)

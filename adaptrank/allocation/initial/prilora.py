@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator, Event
+from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.events import Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks
 from adaptrank.allocation.plans import apportion, in_steps
 from adaptrank.allocation.scores.gradient import Axes
@@ -85,7 +86,7 @@ class PRILoRA(Allocator):
     # ---- the ranks to start from
 
     def initial_ranks(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
-        place, numbers = find_blocks(model, self._axes)
+        place, numbers = find_blocks(model, self.run.axes)
         outside = {key: size for key, size in self.sizes().items() if not numbers[key]}
         if outside:
             log.warning(
@@ -99,7 +100,7 @@ class PRILoRA(Allocator):
             block: sum(wanted[int(i)] for i in block.split("+")) / (block.count("+") + 1)
             for block in block_of.values()
         }
-        steps = {key: axis.step for key, axis in self._axes.items()}
+        steps = {key: axis.step for key, axis in self.run.axes.items()}
         if self.unit == "ranks":
             cost = CostModel(0, tuple((1, (block,)) for block in weights))
             budget = math.floor(sum(weights.values()) + 0.5)
@@ -199,7 +200,7 @@ class PRILoRA(Allocator):
                 "grown": {},
                 "closed": {},
             }  # nothing: entries are no units
-            self._record(
+            self.engine.record(
                 {
                     "step": self.steps_done,
                     "reason": reason,

@@ -2,31 +2,41 @@
 
 from typing import Literal
 
-from adaptrank.allocation.allocator import Allocator
 from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
+from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
+from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
 
-class AdaLoRA(Allocator):
-    """Prune to a budget on a cubic curve: b(t) = floor(b_T + (b_0 - b_T) (1 - p)^3), p from 0 to 1.
+class AdaLoRA(Policy[TrackedTensors]):
+    """Prune to a falling budget by smoothed sensitivity times uncertainty.
 
-    Soft, as in the paper: an event sets the closing factor of the least important units to zero, but they keep their
-    slices and their gradients, grow again, and may be chosen at the next event. The last event removes what is closed
-    physically, so that memory and time fall. `soft=False` removes at every event, and nothing comes back.
+    The budget is b(t) = floor(b_T + (b_0 - b_T) (1 - p)^3), with p from 0 to 1 between the warm-up
+    and the final phase.
 
-    Scores are running sensitivity times uncertainty of every element, I <- b I + (1 - b) |w g|,
-    U <- b U + (1 - b) ||w g| - I|, no bias correction; a unit's is that of its gate plus the mean over each factor's slice.
-    The product rewards noisy units and vanishes where training is deterministic; `importance="sensitivity"` does not.
+    Pruning is soft, as in the paper: an event sets the closing factor of the least important units
+    to zero. They keep their slices and their gradients, grow again, and may be chosen at the next
+    event. The last event removes closed units physically, so that memory and time fall. With
+    `soft=False` every event removes units, and none comes back.
 
-    Source: arXiv:2303.10512; rules from the authors' code. Its README: 12 -> 8 ranks, warm-up 500, final 1500 and an
-    event every 10 of 3000 steps, betas 0.85, an orthogonality weight of 0.1 (`SVD(orth=0.1)`).
+    Scores are running averages over every element w with gradient g, without bias correction:
+    I <- b I + (1 - b) |w g| and U <- b U + (1 - b) ||w g| - I|. The score of an element is I U. The
+    score of a unit is that of its gate plus the mean over the slice of each factor. The product
+    rewards noisy units, and vanishes where training is deterministic. `importance="sensitivity"`
+    does not.
+
+    Source: arXiv:2303.10512; rules from the authors' code. Its README prunes 12 to 8 ranks, with a
+    warm-up of 500, a final phase of 1500 and an event every 10 of 3000 steps, betas of 0.85, and an
+    orthogonality weight of 0.1 (`SVD(orth=0.1)`).
+
     Args:
-        budget: final total in `unit`; None is the total at the start divided by 1.5, as in the paper.
-        soft: close until the last event, rather than remove at each.
+        budget: final total in `unit`; None is the total at the start divided by 1.5, as in the
+            paper.
+        soft: close units until the last event. False removes them at each event.
         importance: score of a unit, any of `scores.IMPORTANCES`.
-        beta: of the running averages.
-        unit, every, warmup, final, floor, seed: as in `Allocator`.
+        beta: decay of the running averages.
+        unit, every, warmup, final, floor, seed: as in `Policy`.
     """
 
     source = "arXiv:2303.10512"
@@ -49,15 +59,22 @@ class AdaLoRA(Allocator):
         self.importance, self.beta = importance, beta
 
     def budget_at(self, step: int) -> int:
-        target = int(self._start_total / 1.5) if self.budget is None else self.budget
-        return cubic(self._start_total, target, self.phases.progress(step))
+        start = self.run.start_total
+        target = int(start / 1.5) if self.budget is None else self.budget
+        return cubic(start, target, self.run.phases.progress(step))
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
-        if not self.soft or step >= self.phases.end:
-            return plan
-        soft: Plan = {}
-        for axis, change in plan.items():
-            assert isinstance(change, Resize)
-            soft[axis] = Close(tuple(sorted(set(range(len(scores[axis]))) - set(change.keep))))
-        return soft
+        if self.soft and step < self.run.phases.end:
+            return _close_instead(plan, scores)
+        return plan
+
+
+def _close_instead(plan: Plan, scores: Scores) -> Plan:
+    """Return a plan that closes the units which the given plan removes."""
+    soft: Plan = {}
+    for key, change in plan.items():
+        assert isinstance(change, Resize)
+        removed = set(range(len(scores[key]))) - set(change.keep)
+        soft[key] = Close(tuple(sorted(removed)))
+    return soft

@@ -1,7 +1,8 @@
 """BeamLoRA: inside each layer the weakest units become copies of the strongest."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -9,35 +10,85 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
-from adaptrank.allocation.gates import adam, leaf
-from adaptrank.allocation.plans import Plan, Resize, Scores, ranked
-from adaptrank.allocation.scores.gradient import Axes, elements, zeros
-from adaptrank.axes import CostModel, RankAxis, generator, natural
+from adaptrank.allocation.copying import Pair, copies, kinds_of
+from adaptrank.allocation.events import Event
+from adaptrank.allocation.plans import Plan, Resize, Scores
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.run import Axes
+from adaptrank.allocation.scores.gradient import elements, zeros
+from adaptrank.allocation.trained_gates import TrainedGates
+from adaptrank.axes import CostModel, RankAxis, generator
+
+SPLIT_NOISE = 1e-3
+"""Noise that tells a unit from its copy, relative to the root mean square of the factor."""
 
 
-class BeamLoRA(Allocator):
-    """A trained weight on each unit, w = softmax(s / tau) r with s (r,) from zero; each event copies strong units over weak ones.
+@dataclass(frozen=True)
+class _Trained:
+    """A trained tensor, or a moment of it, with the axes that it follows."""
 
-    An axis keeps its size. Importance is w, which sums to r in each axis, so that axes compare. All w are sorted together, and units after
-    the point where their sum passes p(t) of the whole are pruned, p(t) = 1 - (1 - p0) / 2 (1 + cos(pi t / t_end)), never more than half of
-    an axis. Its K pruned units become copies of its K strongest, paired at random: slices and Adam's moments as they were half an interval
-    ago (else equal units would get equal gradients for ever), s of both the mean of the two, without moments. So an event changes the
-    function a little. `split="exact"` copies what is there now and gives both half of the weight, which does not, but for what
-    was pruned; to tell the two apart it adds noise of 1e-3 to one factor of the copied unit and takes it from that of its copy.
+    axis: RankAxis
+    name: str
+    tensor: Tensor
+    where: tuple[tuple[str, int], ...]
 
-    Where a layer has parts, and a unit belongs to one for good, a copy stays in its part; a part of one unit has none.
-    It keeps three copies of the adapter between half an interval and the event. The last event multiplies w into the weights.
 
-    Source: arXiv:2502.13604; rules from the authors' code: rank 64, alpha 128, tau 0.05, p0 0.95, an event every 3000 of 37,000 steps,
-        t_end two thirds of them; the tables were not read. It decays s, which pulls it to uniform; here it does not decay.
+class BeamState(TrainedGates):
+    """Logits s with their moments, and a snapshot of the adapter half an interval ago."""
+
+    def __init__(self) -> None:
+        super().__init__("s")
+
+    def take_snapshot(self, tensors: Sequence[_Trained]) -> None:
+        """Copy what is trained and its moments; the copies follow the next event."""
+        for entry in tensors:
+            value = entry.tensor.detach()
+            self.track(entry.axis, entry.name, zeros(value), entry.where).copy_(value)
+
+    def use_snapshot(self, tensors: Sequence[_Trained], targets: Mapping[str, list[int]]) -> None:
+        """Give the target units of each axis their values in the snapshot, and drop it."""
+        for entry in tensors:
+            stored = self.pop(entry.axis, entry.name)
+            if stored is None:
+                continue
+            for key, dim in entry.where:
+                units = torch.tensor(
+                    targets.get(key, ()), dtype=torch.long, device=entry.tensor.device
+                )
+                entry.tensor.data.index_copy_(dim, units, stored.index_select(dim, units))
+
+
+class BeamLoRA(Policy[BeamState]):
+    """Train a weight on each unit, and let each event copy strong units over weak ones.
+
+    The weight of a unit is w = softmax(s / tau) r, with logits s (r,) that start at zero. An axis
+    keeps its size. The importance of a unit is w, which sums to r in each axis, so that axes
+    compare. All w are sorted together. Units after the point where their sum passes the share p(t)
+    of the whole are pruned, p(t) = 1 - (1 - p0) / 2 (1 + cos(pi t / t_end)), but never more than
+    half of an axis.
+
+    The K pruned units of an axis become copies of its K strongest, paired at random. A copy takes
+    slices and Adam moments as they were half an interval ago; otherwise equal units would get equal
+    gradients for ever. The logits of both become the mean of the two, without moments. So an event
+    changes the function a little. `split="exact"` copies the present slices and gives both units
+    half of the weight. That changes nothing but the pruned units. To tell the two apart it adds
+    noise of 1e-3 to one factor of the copied unit, and subtracts it from that of its copy.
+
+    Where a layer has parts, and a unit belongs to one for good, a copy stays in its part. A part of
+    one unit has no copies. The snapshot takes three copies of the adapter between half an interval
+    and the event. The last event multiplies w into the weights.
+
+    Source: arXiv:2502.13604; rules from the authors' code: rank 64, alpha 128, tau 0.05, p0 0.95,
+    an event every 3000 of 37,000 steps, t_end two thirds of them. The tables were not read. The
+    release decays s, which pulls it to uniform; here s does not decay.
+
     Args:
         p0: share of the weight that is kept at the first step.
-        tau: temperature.
-        until: t_end, in steps or a fraction of all; from there nothing is pruned.
+        tau: temperature of the softmax.
+        until: t_end, in steps or as a fraction of all; from there on nothing is pruned.
         split: "snapshot", as released, or "exact".
         gate_lr_ratio: learning rate of s over that of the run.
-        every, warmup, final, seed: as in `Allocator`.
+        every, warmup, final, seed: as in `Policy`.
     Raises:
         ValueError: for arguments out of range; at the start, if no axis has two units.
     """
@@ -61,109 +112,56 @@ class BeamLoRA(Allocator):
         super().__init__(None, "ranks", every, warmup, final, seed=seed)
         if not 0 < p0 <= 1 or tau <= 0 or gate_lr_ratio <= 0:
             raise UserError(
-                f"p0={p0}, tau={tau}, gate_lr_ratio={gate_lr_ratio}: 0 < p0 <= 1, the others above 0."
+                f"p0={p0}, tau={tau}, gate_lr_ratio={gate_lr_ratio}: 0 < p0 <= 1, the others "
+                f"above 0."
             )
         if split not in ("snapshot", "exact"):
             raise UserError(f"split={split!r}; use 'snapshot' (as released) or 'exact'.")
-        self.p0, self.tau, self.until, self.split, self.gate_lr_ratio = (
-            p0,
-            tau,
-            until,
-            split,
-            gate_lr_ratio,
-        )
-        self._lr: float | None = None
+        self.p0, self.tau, self.until, self.split = p0, tau, until, split
+        self.gate_lr_ratio = gate_lr_ratio
 
-    def begin(self, sizes: Mapping[str, int]) -> None:
-        if max(sizes.values()) < 2:
-            raise UserError(
-                "BeamLoRA would never act: no axis has two units, one to copy and one to copy it to."
-            )
+    def init_state(self, axes: Axes) -> BeamState:
+        return BeamState()
 
-    @property
-    def _gated(self) -> bool:
-        return self.steps_done < self.phases.end or self._owed
-
-    def attach(self, axes: Axes) -> None:
-        if self._gated:
+    def install(self, state: BeamState, axes: Axes) -> None:
+        """Multiply every unit by its weight."""
+        if self.run.moves_left:
             for axis in axes.values():
-                self.logits(axis).requires_grad_()
-                axis.gate = partial(self.gate, axis)
+                state.values(axis).requires_grad_()
+                axis.gate = partial(self.weights, state, axis)
 
-    def logits(self, axis: RankAxis) -> Tensor:
-        """s of an axis, (units,)."""
-        return self.track(axis, "s", leaf(axis))
+    def weights(self, state: BeamState, axis: RankAxis) -> Tensor:
+        """Return w = softmax(s / tau) r, (units,); its sum is r."""
+        return torch.softmax(state.values(axis) / self.tau, dim=-1) * len(axis)
 
-    def gate(self, axis: RankAxis) -> Tensor:
-        """w = softmax(s / tau) r, (units,); its sum is r."""
-        return torch.softmax(self.logits(axis) / self.tau, dim=-1) * len(axis)
+    def update(self, state: BeamState, axes: Axes) -> None:
+        """Train the logits. No other tensor of the step depends on them."""
+        gradients = state.with_gradient(axes)
+        if gradients:
+            state.adam_step(axes, gradients, self.run.learning_rate * self.gate_lr_ratio)
 
-    def observe(self, axes: Axes) -> None:
-        self._lr = self.optimizers[0].param_groups[0]["lr"] * self.gate_lr_ratio
-
-    @torch.no_grad()
-    def after_step(self, axes: Axes) -> None:
-        lr, self._lr = self._lr, None
-        if not self._tracked:
+    def finish_step(self, state: BeamState, axes: Axes) -> None:
+        if not state:
             return
-        trained = {
-            key: s for key, axis in axes.items() if (s := self.logits(axis)).grad is not None
-        }
-        if lr is not None and trained:
-            first, second = (
-                [self.track(axes[k], name, zeros(s)) for k, s in trained.items()] for name in "mv"
-            )
-            grads = [s.grad for s in trained.values() if s.grad is not None]
-            steps = self.track(
-                next(iter(axes.values())), "steps", torch.zeros((), dtype=torch.int64), None
-            )
-            adam(
-                [s.detach() for s in trained.values()], grads, first, second, int(steps.add_(1)), lr
-            )
-        for s in trained.values():
-            s.grad = None
-        following = next((t for t in self.phases.events() if t > self.steps_done), None)
-        if (
-            self.split == "snapshot"
-            and following is not None
-            and following - self.steps_done == max(1, self.every // 2)
-        ):
-            self._snapshot(axes)
+        state.clear_gradients(axes)
+        step = self.run.steps_done
+        next_event = next((event for event in self.run.phases.events() if event > step), None)
+        half_interval = max(1, self.every // 2)
+        due = next_event is not None and next_event - step == half_interval
+        if self.split == "snapshot" and due:
+            state.take_snapshot(self.trained_tensors(axes))
 
-    def _snapshot(self, axes: Axes) -> None:
-        for axis, name, tensor, where in self._states(axes):
-            self.track(axis, name, zeros(tensor.detach()), where).copy_(tensor.detach())
-
-    def _states(
-        self, axes: Axes
-    ) -> list[tuple[RankAxis, str, Tensor, tuple[tuple[str, int], ...]]]:
-        """(owner, name, tensor, its dimensions that count units) of all that trains, and of the moments of its shape."""
-        found = []
-        for one in elements(axes):
-            found.append((one.axis, f"old.{one.label}", one.tensor, one.where))
-            for optimizer in self.optimizers:
-                for key, value in optimizer.state.get(one.tensor, {}).items():
-                    if isinstance(value, Tensor) and value.shape == one.tensor.shape:
-                        found.append((one.axis, f"old.{one.label}.{key}", value, one.where))
-        return found
-
-    def score(self, axis: RankAxis) -> Tensor:
-        return self.gate(axis).detach()
+    def score_units(self, state: BeamState, axes: Axes) -> Scores:
+        return {key: self.weights(state, axis).detach() for key, axis in axes.items()}
 
     def budget_at(self, step: int) -> int:
-        return self._start_total
-
-    def kept_at(self, step: int) -> float:
-        """p(t): from p0 at the first step to 1 at `until`, on half a cosine."""
-        end = self.until if isinstance(self.until, int) else self.until * self.phases.total
-        progress = min(1.0, step / max(end, 1))
-        return 1 - (1 - self.p0) / 2 * (1 + math.cos(math.pi * progress))
+        return self.run.start_total
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        if step >= self.phases.end:
+        if step >= self.run.phases.end:
             return {}
+        kinds = {key: kinds_of(self.run.axes[key]) for key in scores}
         plan: Plan = {}
-        kinds = {key: kinds_of(self._axes[key]) for key in scores}
         for key, pairs in copies(scores, self.kept_at(step), self.seed, step, kinds).items():
             keep = list(range(len(scores[key])))
             for source, target in pairs:
@@ -171,112 +169,104 @@ class BeamLoRA(Allocator):
             plan[key] = Resize(tuple(keep))
         return plan
 
-    def carried_out(self, plan: Plan, step: int) -> None:
-        pairs = {}
-        for key, change in plan.items():
-            assert isinstance(change, Resize)
-            pairs[key] = [
-                (source, target) for target, source in enumerate(change.keep) if source != target
-            ]
+    def kept_at(self, step: int) -> float:
+        """Return p(t): from p0 at the first step to 1 at `until`, on half a cosine."""
+        total = self.run.phases.total
+        end = self.until if isinstance(self.until, int) else self.until * total
+        progress = min(1.0, step / max(end, 1))
+        return 1 - (1 - self.p0) / 2 * (1 + math.cos(math.pi * progress))
+
+    def carry_out(
+        self, state: BeamState, plan: Plan, step: int, apply: Callable[[Plan, int], Event]
+    ) -> Event:
+        axes = self.run.axes
+        logits = {key: state.values(axis).detach().clone() for key, axis in axes.items()}
+        done = apply(plan, step)
+        pairs = {key: _pairs(change) for key, change in plan.items()}
         for key, copied in pairs.items():
-            self._settle(self._axes[key], copied, step)
+            if self.split == "exact":
+                self.split_exactly(state, axes[key], copied, step)
+            else:
+                self.share_logits(state, axes[key], copied, logits[key])
         if self.split == "snapshot":
-            self._restore({key: [target for _, target in copied] for key, copied in pairs.items()})
-        if step >= self.phases.end:
-            for axis in self._axes.values():
+            targets = {key: [target for _, target in copied] for key, copied in pairs.items()}
+            state.use_snapshot(self.trained_tensors(axes), targets)
+        if step >= self.run.phases.end:
+            for axis in axes.values():
                 axis.fold()
-            self._tracked.clear()
+            state.clear()
+        return done
+
+    def check_start(self, sizes: Mapping[str, int]) -> None:
+        if max(sizes.values()) < 2:
+            raise UserError(
+                "BeamLoRA would never act: no axis has two units, one to copy and one to copy it "
+                "to."
+            )
 
     @torch.no_grad()
-    def _settle(self, axis: RankAxis, pairs: Sequence[tuple[int, int]], step: int) -> None:
-        """After the copy: s of both, and what tells them apart. `s` has followed: target holds the source's."""
-        s, sources, targets = self.logits(axis), [a for a, _ in pairs], [b for _, b in pairs]
-        if self.split == "exact":
-            s[sources] -= self.tau * math.log(2)
-            s[targets] = s[sources]
-            self._tell_apart(axis, sources, targets, step)
-        else:
-            before = self._before[axis.key]
-            s[sources] = s[targets] = (before[sources] + before[targets]) / 2
-        for moment in "mv":
-            self.track(axis, moment, zeros(s))[[*sources, *targets]] = 0
+    def share_logits(
+        self, state: BeamState, axis: RankAxis, pairs: Sequence[Pair], before: Tensor
+    ) -> None:
+        """Give a unit and its copy the mean of their logits before the copy."""
+        sources, targets = _split(pairs)
+        logits = state.values(axis)
+        mean = (before[sources] + before[targets]) / 2
+        logits[sources] = mean
+        logits[targets] = mean
+        state.clear_moments(axis, [*sources, *targets])
 
-    def _tell_apart(
+    @torch.no_grad()
+    def split_exactly(
+        self, state: BeamState, axis: RankAxis, pairs: Sequence[Pair], step: int
+    ) -> None:
+        """Give a unit and its copy half of the weight each, and tell them apart by noise.
+
+        A unit is linear in one factor, and both weigh the same, so opposite noise in this factor
+        leaves their sum as it is.
+        """
+        sources, targets = _split(pairs)
+        logits = state.values(axis)
+        logits[sources] -= self.tau * math.log(2)
+        logits[targets] = logits[sources]
+        self.add_noise(axis, sources, targets, step)
+        state.clear_moments(axis, [*sources, *targets])
+
+    def add_noise(
         self, axis: RankAxis, sources: Sequence[int], targets: Sequence[int], step: int
     ) -> None:
-        """Opposite noise in one factor of both: a unit is linear in it, and both weigh the same, so that their sum stays."""
-        slot = next((s for s in axis.slots() if s.tensor.requires_grad and not s.closes), None)
-        if slot is not None:
-            values = slot.select(sources)
-            drawn = torch.randn(
-                values.shape, generator=generator(self.seed, f"{axis.key}/split", step)
-            )
-            noise = 1e-3 * values.square().mean().sqrt() * drawn.to(values)
-            for units, sign in ((sources, 1), (targets, -1)):
-                index = torch.tensor(units, device=values.device)
-                slot.tensor.data.index_add_(slot.dim, index, noise, alpha=sign)
+        """Add noise to one trained factor of the sources, and subtract it from the targets."""
+        opening = [slot for slot in axis.slots() if slot.tensor.requires_grad and not slot.closes]
+        if not opening:
+            return
+        slot = opening[0]
+        values = slot.select(sources)
+        drawn = torch.randn(values.shape, generator=generator(self.seed, f"{axis.key}/split", step))
+        noise = SPLIT_NOISE * values.square().mean().sqrt() * drawn.to(values)
+        for units, sign in ((sources, 1), (targets, -1)):
+            index = torch.tensor(units, device=values.device)
+            slot.tensor.data.index_add_(slot.dim, index, noise, alpha=sign)
 
-    @torch.no_grad()
-    def _restore(self, targets: Mapping[str, Sequence[int]]) -> None:
-        """Give the copies the values and moments of the snapshot, which has followed; it is used up."""
-        for axis, name, tensor, where in self._states(self._axes):
-            old = self._tracked[axis.key].pop(name, None)
-            if old is not None:
-                for key, dim in where:
-                    index = torch.tensor(
-                        targets.get(key, ()), dtype=torch.long, device=tensor.device
-                    )
-                    tensor.data.index_copy_(dim, index, old.tensor.index_select(dim, index))
+    def trained_tensors(self, axes: Axes) -> list[_Trained]:
+        """Return everything that is trained on the axes, and the optimizer's moments of it."""
+        return list(self._trained_tensors(axes))
 
-    def scores(self, axes: Axes) -> Scores:
-        self._before = {key: self.logits(axis).detach().clone() for key, axis in axes.items()}
-        return super().scores(axes)
+    def _trained_tensors(self, axes: Axes) -> Iterator[_Trained]:
+        for element in elements(axes):
+            name = f"old.{element.label}"
+            yield _Trained(element.axis, name, element.tensor, element.where)
+            for optimizer in self.run.optimizers:
+                for key, value in optimizer.state.get(element.tensor, {}).items():
+                    if isinstance(value, Tensor) and value.shape == element.tensor.shape:
+                        yield _Trained(element.axis, f"{name}.{key}", value, element.where)
 
 
-def kinds_of(axis: RankAxis) -> list[tuple[int, ...]]:
-    """What each unit is for good, by the integers that it owns, such as the part of the layer it belongs to; most have none."""
-    owned = [slot for slot in axis.slots() if not slot.tensor.is_floating_point()]
-    rows = [slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1).tolist() for slot in owned]
-    return [tuple(number for row in rows for number in row[unit]) for unit in range(len(axis))]
+def _pairs(change: object) -> list[Pair]:
+    """Return the (source, target) pairs of a plan that copies units."""
+    assert isinstance(change, Resize)
+    return [(source, target) for target, source in enumerate(change.keep) if source != target]
 
 
-def copies(
-    scores: Scores,
-    kept: float,
-    seed: int,
-    step: int,
-    kinds: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
-) -> dict[str, list[tuple[int, int]]]:
-    """Axis -> (source, target) units: each target becomes a copy. Pure, and the same wherever it is computed.
-
-    Units of all axes together are sorted by weight; those after the point where the cumulated weight passes `kept` of the sum
-    are targets, the weakest first and never more than half of an axis. An axis' strongest are its sources, paired by a permutation.
-    Where `kinds` has several in an axis, this holds of each: no unit becomes one of another kind.
-    """
-    order = [
-        (w, axis, unit)
-        for axis in sorted(scores, key=natural)
-        for unit, w in enumerate(scores[axis].tolist())
-    ]
-    order.sort(key=lambda entry: -entry[0])  # stable: ties stay in natural order, then by unit
-    limit, total = kept * sum(weight for weight, _, _ in order), 0.0
-    pruned: dict[str, set[int]] = {axis: set() for axis in scores}
-    for weight, axis, unit in order:
-        total += weight
-        if total > limit * (1 + 1e-6):
-            pruned[axis].add(unit)
-    result = {}
-    for axis, units in pruned.items():
-        best, random, pairs = ranked(scores[axis]), generator(seed, axis, step), []
-        of = [()] * len(best) if kinds is None else kinds[axis]
-        for kind in sorted(set(of)):
-            alike = [unit for unit in best if of[unit] == kind]
-            most = min(len(units.intersection(alike)), len(alike) // 2)
-            if most:
-                permutation = torch.randperm(most, generator=random).tolist()
-                pairs += [
-                    (alike[i], alike[len(alike) - most + j]) for i, j in enumerate(permutation)
-                ]
-        if pairs:
-            result[axis] = pairs
-    return result
+def _split(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
+    """Return the sources and the targets."""
+    return [source for source, _ in pairs], [target for _, target in pairs]

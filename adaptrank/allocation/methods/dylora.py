@@ -1,36 +1,77 @@
 """DyLoRA: train all ranks at once, so that any prefix of the units is an adapter."""
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
+from adaptrank._errors import UserError, nearest
 from adaptrank.allocation.plans import Plan, Resize
-from adaptrank.allocation.scores.gradient import Axes, Elements, elements
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.run import Axes
+from adaptrank.allocation.scores.gradient import Elements, elements
+from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis, generator
+from adaptrank.parameterizations import Parameterization
 
 
-class DyLoRA(Allocator):
-    """Draw b from 1 to r at each step, compute with the first b units alone, times r / b, and train the b-th, or the first b.
+@dataclass(frozen=True)
+class Untouched:
+    """A tensor that an optimizer step may change only where `mask` is True.
 
-    So the multiplier is alpha / b. One b holds for all layers; an axis with fewer units takes all it has. Of a layer with several axes, k,
-    each takes the k-th root of its r / b. Afterwards every b is an adapter of its own: `truncate` keeps the first b of each layer for
-    good, and evaluation during the run uses `b_eval`. What a step leaves out keeps its values and its moments to the last bit, momentum
-    included. A tensor between two axes trains, where `frozen`, what b units of both have and b - 1 have not.
+    Args:
+        tensor: parameter, or moment of it.
+        value: its value before the step.
+        mask: entries that the step may change.
+    """
 
-    Source: arXiv:2210.07558; rules from the authors' code, which trains one unit a step (`frozen`), 8 units, alpha 16, learning rate 5e-4.
-        It scales both factors by the root of r / b, which is the same product. The paper's default of `frozen` was not verified.
+    tensor: Tensor
+    value: Tensor
+    mask: Tensor
+
+    def restore(self) -> None:
+        """Give all other entries their value from before the step."""
+        self.tensor.data.copy_(torch.where(self.mask, self.tensor.detach(), self.value))
+
+
+class PrefixState(TrackedTensors):
+    """The prefix of the present optimizer step, and the values that the step must not change.
+
+    Both are functions of the step, so that no checkpoint has them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = 0
+        self.untouched: list[Untouched] = []
+
+
+class DyLoRA(Policy[PrefixState]):
+    """Draw b from 1 to r at each step, compute with the first b units alone, and train the b-th.
+
+    The output of the first b units is multiplied by r / b, so that the multiplier is alpha / b. One
+    b holds for all layers; an axis with fewer units takes all it has. In a layer with several axes,
+    k, each takes the k-th root of its r / b. Afterwards every b is an adapter of its own:
+    `truncate` keeps the first b units of each layer for good, and evaluation during the run uses
+    `b_eval`. Everything that a step leaves out keeps its values and its moments to the last bit,
+    momentum included. With `frozen`, the entries of a tensor between two axes train that b units
+    of both axes have and b - 1 units have not.
+
+    Source: arXiv:2210.07558; rules from the authors' code, which trains one unit a step (`frozen`),
+    8 units, alpha 16, learning rate 5e-4. It scales both factors by the root of r / b, which is the
+    same product. The paper's default of `frozen` was not verified.
+
     Args:
         frozen: train the b-th unit only; False trains the first b.
         b_eval: units that evaluation uses; None is all.
-        truncate: units to keep when training is over, of all axes, or {axis: units} for some of them; None keeps all.
-        seed: of b.
+        truncate: units to keep when training is over, of all axes, or {axis: units} for some of
+            them; None keeps all.
+        seed: seed of b.
     Raises:
-        ValueError: if b_eval or truncate is below 1; at the start, if truncate names an axis that the model has not.
+        ValueError: if b_eval or truncate is below 1; at the start, if truncate names an axis that
+            the model has not.
     """
 
     source = "arXiv:2210.07558"
@@ -52,109 +93,125 @@ class DyLoRA(Allocator):
                 f"b_eval={b_eval}, truncate={truncate}: a prefix has at least one unit."
             )
         self.frozen, self.b_eval, self.truncate = frozen, b_eval, truncate
-        self.b = 0
-        """Of the step that is being made."""
-        self._kept: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # (tensor, its value before the step, what the step may change)
 
-    def begin(self, sizes: Mapping[str, int]) -> None:
-        for key in self.truncate if isinstance(self.truncate, dict) else ():
-            if key not in sizes:
-                close = difflib.get_close_matches(key, sizes, 1, 0) or list(sizes)[:1]
-                raise UserError(
-                    f"truncate names {key!r}, which is no axis of this model; use one such as {close[0]!r}."
-                )
+    def init_state(self, axes: Axes) -> PrefixState:
+        return PrefixState()
 
-    def attach(self, axes: Axes) -> None:
+    def install(self, state: PrefixState, axes: Axes) -> None:
+        """Set the gates of a layer within its forward pass only.
+
+        So a file or a merge in the middle of training holds all units.
+        """
         for axis in axes.values():
             for layer, name in axis.members:
+                gate = _GateOfPass(self, state, axis, name)
+                self.run.handles.append(layer.register_forward_pre_hook(gate.set))
+                self.run.handles.append(
+                    layer.register_forward_hook(gate.take_away, always_call=True)
+                )
 
-                def hang(layer: Any, args: Any, axis: RankAxis = axis, name: str = name) -> None:
-                    layer.gates = {
-                        **layer.gates,
-                        name: self.gate(axis, self.b if layer.training else self.b_eval),
-                    }
+    def drawn(self, step: int, most: int) -> int:
+        """Return b of a step, uniform from 1 to `most`.
 
-                def take_away(layer: Any, args: Any, output: Any, name: str = name) -> None:
-                    layer.gates = {key: value for key, value in layer.gates.items() if key != name}
+        It is the same on every process and after a resume.
+        """
+        return 1 + int(torch.randint(most, (), generator=generator(self.seed, "prefix", step)))
 
-                # Within a forward pass only: a file or a merge in the midst of training holds all units.
-                self.handles.append(layer.register_forward_pre_hook(hang))
-                self.handles.append(layer.register_forward_hook(take_away, always_call=True))
+    def before_pass(self, state: PrefixState, axes: Axes) -> None:
+        """Draw b of the next optimizer step."""
+        state.b = self.drawn(self.run.steps_done + 1, max(map(len, axes.values())))
 
     @staticmethod
     def gate(axis: RankAxis, b: int | None) -> Tensor:
-        """(units,): r / b for the first b, 0 for the rest; a root of it where a layer has several axes, which multiply."""
-        size, several = len(axis), max(len(layer.axes) for layer, _ in axis.members)
+        """Return r / b for the first b units and 0 for the others, (units,).
+
+        Where a layer has several axes their gates multiply, so each takes a root of r / b.
+        """
+        size, axes_of_layer = len(axis), max(len(layer.axes) for layer, _ in axis.members)
         b = size if b is None else min(b, size)
-        first = torch.arange(size, device=axis.closing()[0].tensor.device) < b
-        return first * float((size / b) ** (1 / several))
+        in_prefix = torch.arange(size, device=axis.closing()[0].tensor.device) < b
+        return in_prefix * float((size / b) ** (1 / axes_of_layer))
 
-    def before_forward(self, axes: Axes) -> None:
-        self.b = self.drawn(self.steps_done + 1, max(map(len, axes.values())))
-
-    def drawn(self, step: int, most: int) -> int:
-        """b of a step: uniform from 1 to `most`, the same on every process and after a resume."""
-        return 1 + int(torch.randint(most, (), generator=generator(self.seed, "prefix", step)))
-
-    def observe(self, axes: Axes) -> None:
-        self._kept = []
+    def update(self, state: PrefixState, axes: Axes) -> None:
+        """Mask the gradients, and remember everything that the step must leave as it is."""
+        state.untouched = []
         for element in elements(axes):
-            b = min(self.b, max(len(axes[key]) for key, _ in element.where))
-            mask = _prefix(element, b)
-            if self.frozen:
-                mask &= ~_prefix(element, b - 1)
+            mask = self._trained_entries(state.b, element, axes)
             if element.tensor.grad is not None:
                 element.tensor.grad.mul_(mask)
-            self._kept.append((element.tensor, element.tensor.detach().clone(), mask))
-            self._kept += [(value, value.clone(), mask) for value in self._moments(element.tensor)]
-        self._known = {id(tensor) for tensor, _, _ in self._kept}
+            for tensor in (element.tensor, *self.moments(element.tensor)):
+                state.untouched.append(Untouched(tensor, tensor.detach().clone(), mask))
 
-    def _moments(self, tensor: Tensor) -> list[Tensor]:
-        states = [optimizer.state.get(tensor, {}) for optimizer in self.optimizers]
-        return [
-            v
-            for state in states
-            for v in state.values()
-            if isinstance(v, Tensor) and v.shape == tensor.shape
-        ]
+    def _trained_entries(self, b: int, element: Elements, axes: Axes) -> Tensor:
+        """Return a mask of the entries that the present step trains, of the tensor's shape."""
+        b = min(b, max(len(axes[key]) for key, _ in element.where))
+        mask = _prefix(element, b)
+        return mask & ~_prefix(element, b - 1) if self.frozen else mask
 
-    def after_step(self, axes: Axes) -> None:
-        for tensor, before, mask in self._kept:
-            tensor.data.copy_(torch.where(mask, tensor.detach(), before))
-            if isinstance(
-                tensor, nn.Parameter
-            ):  # the first step makes the moments: of what it left out they are zero
-                for moment in self._moments(tensor):
-                    if id(moment) not in self._known:
-                        moment.mul_(mask)
-        self._kept = []
-        if self.truncate is not None and self.steps_done == self.phases.total:
-            self._truncate(axes, self.truncate)
+    def moments(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield the optimizer's moments of a tensor."""
+        for optimizer in self.run.optimizers:
+            for value in optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    yield value
 
-    def _truncate(self, axes: Axes, b: int | dict[str, int]) -> None:
-        kept = dict.fromkeys(axes, b) if isinstance(b, int) else b
-        for key, first in kept.items():
-            axes[key].gate = self.gate(axes[key], first)
+    def finish_step(self, state: PrefixState, axes: Axes) -> None:
+        """Restore everything that the step had to leave as it was; truncate after the last step."""
+        known = {id(entry.tensor) for entry in state.untouched}
+        for entry in state.untouched:
+            entry.restore()
+            # The first step makes the moments. They are zero where it trained nothing.
+            if isinstance(entry.tensor, nn.Parameter):
+                for moment in self.moments(entry.tensor):
+                    if id(moment) not in known:
+                        moment.mul_(entry.mask)
+        state.untouched = []
+        if self.truncate is not None and self.run.steps_done == self.run.phases.total:
+            self.truncate_axes(axes, self.truncate)
+
+    def truncate_axes(self, axes: Axes, b: int | dict[str, int]) -> None:
+        """Keep the first b units of the axes, their gates multiplied in, and record it."""
+        first = dict.fromkeys(axes, b) if isinstance(b, int) else b
+        plan: Plan = {}
+        for key, units in first.items():
+            axes[key].gate = self.gate(axes[key], units)
             axes[key].fold()
-        plan: Plan = {
-            key: Resize(tuple(range(first)))
-            for key, first in kept.items()
-            if len(axes[key]) > first
-        }
-        event = self.apply(plan, self.steps_done, self.optimizers)
-        reason = (
-            f"the first {b} units of each axis"
-            if isinstance(b, int)
-            else "the first units of each axis, as asked"
-        )
-        event.update({"step": self.steps_done, "reason": reason, "unit": self.unit})
-        self._record(event)
+            if len(axes[key]) > units:
+                plan[key] = Resize(tuple(range(units)))
+        step = self.run.steps_done
+        event = self.engine.apply(plan, step)
+        reason = "the first units of each axis, as asked"
+        if isinstance(b, int):
+            reason = f"the first {b} units of each axis"
+        event.update({"step": step, "reason": reason, "unit": self.unit})
+        self.engine.record(event)
+
+    def check_start(self, sizes: Mapping[str, int]) -> None:
+        for key in self.truncate if isinstance(self.truncate, dict) else ():
+            if key not in sizes:
+                close = nearest(key, sizes, cutoff=0) or next(iter(sizes))
+                raise UserError(
+                    f"truncate names {key!r}, which is no axis of this model; use one such as "
+                    f"{close!r}."
+                )
+
+
+class _GateOfPass:
+    """Sets the gate of one axis of a layer for a forward pass, and takes it away afterwards."""
+
+    def __init__(self, policy: DyLoRA, state: PrefixState, axis: RankAxis, name: str) -> None:
+        self.policy, self.state, self.axis, self.name = policy, state, axis, name
+
+    def set(self, layer: Parameterization, args: Any) -> None:
+        b = self.state.b if layer.training else self.policy.b_eval
+        layer.gates = {**layer.gates, self.name: self.policy.gate(self.axis, b)}
+
+    def take_away(self, layer: Parameterization, args: Any, output: Any) -> None:
+        layer.gates = {key: gate for key, gate in layer.gates.items() if key != self.name}
 
 
 def _prefix(element: Elements, b: int) -> Tensor:
-    """Which entries of a tensor belong to the first b units of each of its axes, a mask of its shape."""
+    """Return a mask of the entries that belong to the first b units of each axis of a tensor."""
     mask = torch.ones_like(element.tensor, dtype=torch.bool)
     for _, dim in element.where:
         shape = [1] * element.tensor.dim()

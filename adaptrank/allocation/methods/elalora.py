@@ -1,36 +1,45 @@
-"""ElaLoRA: ranks move from layers whose weakest units do not matter to layers whose weakest still do."""
+"""ElaLoRA: ranks move from layers whose weakest units matter little to layers where they matter."""
 
 from collections.abc import Mapping
 from typing import Literal
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.checks import check_can_prune
 from adaptrank.allocation.plans import Plan, Scores, exchange
+from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import late_drop
+from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
 
-class ElaLoRA(Allocator):
-    """Prune and expand at constant total: each event exchanges up to b (1 - p^3) units, p from 0 to 1 (halves round up).
+class ElaLoRA(Policy[TrackedTensors]):
+    """Prune and expand at a constant total.
 
-    Every axis offers its `pool` least important units. The b lowest of all are pruned; the b highest win a fresh unit
-    for their axis. Each direction has a pool of its own: in the released single pool an axis that fell to one unit can
-    never grow again (`two_pools=False` reproduces it).
+    Each event exchanges up to b (1 - p^3) units, with p from 0 to 1 and halves rounded up. Every
+    axis offers its `pool` least important units. The b lowest of all are pruned. The b highest win
+    a fresh unit for their axis. Each direction has a pool of its own. In the released single pool
+    an axis that fell to one unit can never grow again; `two_pools=False` reproduces it.
 
-    Scores are AdaLoRA's: running sensitivity times uncertainty of every element, no bias correction. Fresh units start at
-    zero score, so intervals should be long (20 steps and more) to let them prove themselves.
+    Scores are those of AdaLoRA: running sensitivity times uncertainty of every element, without
+    bias correction. Fresh units start at a score of zero, so intervals should be long (20 steps
+    and more) to let them prove themselves.
 
-    Source: arXiv:2504.00254; the rules are those of the authors' code, which was read, the paper's text was not. Its
-    defaults: swaps 4, pool 2, betas 0.85, an orthogonality weight of 0.1 (`SVD(orth=0.1)`).
+    Source: arXiv:2504.00254; rules from the authors' code, which was read. The text of the paper
+    was not. Its defaults are 4 swaps, a pool of 2, betas of 0.85, and an orthogonality weight of
+    0.1 (`SVD(orth=0.1)`).
+
     Args:
-        swaps: b, most units to exchange at an event.
-        pool: k, units an axis offers.
-        two_pools: the repaired rule; False for the released one.
+        swaps: b, the largest number of units to exchange at an event.
+        pool: k, the number of units that an axis offers.
+        two_pools: the repaired rule; False is the released one.
         importance: score of a unit, any of `scores.IMPORTANCES`.
-        beta: of the running averages.
-        unit: what stays constant, "ranks" or "parameters" (never above, and within one unit of the start).
-        every, warmup, final, floor, seed: as in `Allocator`.
+        beta: decay of the running averages.
+        unit: what stays constant, "ranks" or "parameters" (never above, and within one unit of
+            the start).
+        every, warmup, final, floor, seed: as in `Policy`.
         cap: largest size of an axis; None is four times its size at the start.
+    Raises:
+        ValueError: for arguments out of range; at the start, if every axis is at its floor.
     """
 
     source = "arXiv:2504.00254"
@@ -54,32 +63,14 @@ class ElaLoRA(Allocator):
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
         if swaps < 0 or pool < 1:
             raise UserError(
-                f"swaps={swaps}, pool={pool}: exchange at least 0 units, and offer at least 1 of each axis."
+                f"swaps={swaps}, pool={pool}: exchange at least 0 units, and offer at least 1 of "
+                f"each axis."
             )
         self.swaps, self.pool, self.two_pools = swaps, pool, two_pools
         self.importance, self.beta = importance, beta
 
-    def acts_at(self, step: int) -> bool:
-        return not self.swaps or late_drop(self.swaps, self.phases.progress(step)) > 0
-
-    def caps(self) -> dict[str, int | None]:
-        caps = super().caps()
-        if self.cap is not None:
-            return caps
-        return {
-            key: min(4 * self._start[key], bound or 4 * self._start[key])
-            for key, bound in caps.items()
-        }
-
-    def begin(self, sizes: Mapping[str, int]) -> None:
-        if all(size <= self.floor for size in sizes.values()):
-            raise UserError(
-                f"ElaLoRA would never act: every axis starts at its floor of {self.floor} unit(s), and none can be pruned; start "
-                f"with a higher rank."
-            )
-
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        swaps = late_drop(self.swaps, self.phases.progress(step))
+        swaps = late_drop(self.swaps, self.run.phases.progress(step))
         return exchange(
             scores,
             cost,
@@ -90,3 +81,18 @@ class ElaLoRA(Allocator):
             self.caps(),
             reference=not self.two_pools,
         )
+
+    def acts_at(self, step: int) -> bool:
+        if not self.swaps:  # a run without swaps is a control, and is not refused
+            return True
+        return late_drop(self.swaps, self.run.phases.progress(step)) > 0
+
+    def caps(self) -> dict[str, int | None]:
+        caps = super().caps()
+        if self.cap is not None:
+            return caps
+        start = self.run.start_sizes
+        return {key: min(4 * start[key], bound or 4 * start[key]) for key, bound in caps.items()}
+
+    def check_start(self, sizes: Mapping[str, int]) -> None:
+        check_can_prune(self, sizes)

@@ -1,39 +1,58 @@
-"""LoRAPrune: heads and channels of the frozen weights go, as the gradients of an adapter say."""
+"""LoRAPrune: heads and channels of the frozen weights are pruned by the gradients of an adapter."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
-from adaptrank.allocation.scores.gradient import Axes, zeros
-from adaptrank.axes import CostModel, RankAxis, rank_cost
-from adaptrank.axes import groups as groups
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.run import Axes
+from adaptrank.allocation.scores.gradient import zeros
+from adaptrank.allocation.state import TrackedTensors
+from adaptrank.axes import PRUNED, CostModel, Groups, RankAxis, find_groups
 
 
-class LoRAPrune(Allocator):
-    """Prune the base, not the adapter: groups of rows and columns of W, by |G W'| with G estimated from the adapter's gradients.
+class GroupAverages(TrackedTensors):
+    """Running average of the importance of each group."""
 
-    With LoRA, G = gB A + B gA - gB gA, where gX is dL/dX: no gradient of W is needed. A group is an attention head (with the key and value
-    head it shares), or a channel of an MLP. Of each layer the sums over the groups are divided by their L2 norm, then added over the layers
-    of a group, and averaged over the steps, I <- beta I + (1 - beta) I_new. Where a sum is not a number the old one stays.
+    def importance(self, axis: RankAxis, like: Tensor) -> Tensor:
+        """Return the running average of an axis, (groups,)."""
+        return self.track(axis, "importance", zeros(like))
 
-    Within each layer the least important floor(n rho) groups are masked, rho(t) = sparsity (1 - (1 - p)^3), p from 0 to 1 between
-    warm-up and the final phase; the first 10 % of the layers and the last one are left whole. Masks are in force while it trains, in the
-    checkpoint, and in the adapter's file: `load_adapter` cuts the groups out, so that the loaded model is really smaller.
 
-    Source: arXiv:2305.18403; rules from the authors' code: sparsity 0.5, an event every 10 steps, 10 % warm-up and 10 % at the end, beta
-        0.9, LoRA of rank 8 with alpha 16. It scores after clipping, which the L2 norm makes the same. Tables were not read in full.
+class LoRAPrune(Policy[GroupAverages]):
+    """Prune groups of rows and columns of the frozen W, by |G W'| with an estimated gradient G.
+
+    With LoRA, G = gB A + B gA - gB gA, where gX is dL/dX: no gradient of W is needed. A group is an
+    attention head (with the key and value head that it shares), or a channel of an MLP. In each
+    layer the sums over the groups are divided by their L2 norm. They are added over the layers of a
+    group and averaged over the steps, I <- beta I + (1 - beta) I_new. If a sum is not a number the
+    previous average stays.
+
+    Within each layer the least important floor(n rho) groups are masked, with
+    rho(t) = sparsity (1 - (1 - p)^3) and p from 0 to 1 between warm-up and the final phase. The
+    first 10 % of the layers and the last one are left whole. Masks are in force during training, in
+    the checkpoint, and in the adapter's file: `load_adapter` cuts the groups out, so that the
+    loaded model is really smaller.
+
+    Source: arXiv:2305.18403; rules from the authors' code: sparsity 0.5, an event every 10 steps,
+    10 % warm-up and 10 % at the end, beta 0.9, LoRA of rank 8 with alpha 16. It scores after
+    clipping, which makes no difference after division by the L2 norm. The tables were not read in
+    full.
+
     Args:
-        sparsity: rho at the end, the share of the groups of a layer that go, in (0, 1).
-        whole: share of the layers, counted from the first, that lose nothing; the last one never does.
-        beta: of the running average.
-        every, warmup, final: as in `Allocator`.
+        sparsity: rho at the end, the share of the groups of a layer that is masked, in (0, 1).
+        whole: share of the layers, counted from the first, that lose nothing; the last one never
+            does.
+        beta: decay of the running average.
+        every, warmup, final: as in `Policy`.
     Raises:
-        ValueError: if sparsity or whole is out of range; at the start, if no group has a layer that is wrapped.
+        ValueError: if sparsity or whole is out of range; at the start, if no group has a layer
+            that is wrapped.
     """
 
     source = "arXiv:2305.18403"
@@ -52,81 +71,94 @@ class LoRAPrune(Allocator):
         super().__init__(None, "ranks", every, warmup, final)
         if not 0 < sparsity < 1 or not 0 <= whole < 1:
             raise UserError(
-                f"sparsity={sparsity}, whole={whole}: give shares, 0 < sparsity < 1 and 0 <= whole < 1."
+                f"sparsity={sparsity}, whole={whole}: give shares, 0 < sparsity < 1 and "
+                f"0 <= whole < 1."
             )
         self.sparsity, self.whole, self.beta = sparsity, whole, beta
 
     def find_axes(self, model: nn.Module) -> Axes:
-        found = groups.find_groups(model)
-        if not found:
+        """Return the groups of all layers but the first and the last ones."""
+        groups = find_groups(model)
+        if not groups:
             return {}
-        layers = list(dict.fromkeys(layer_of(key) for key in found))
-        spared = {*layers[: math.ceil(self.whole * len(layers))], layers[-1]}
-        return {key: axis for key, axis in found.items() if layer_of(key) not in spared} or found
+        layers = list(dict.fromkeys(layer_of(key) for key in groups))
+        first = layers[: math.ceil(self.whole * len(layers))]
+        spared = {*first, layers[-1]}
+        allocated = {key: axis for key, axis in groups.items() if layer_of(key) not in spared}
+        return allocated or groups
 
-    def cost(self) -> CostModel:
-        return rank_cost(self._axes)
+    def init_state(self, axes: Axes) -> GroupAverages:
+        return GroupAverages()
 
-    def attach(self, axes: Axes) -> None:
-        for key, axis in axes.items():
-            assert isinstance(axis, groups.Groups)
-            axis.close(self.closed.get(key, ()))
-            self.handles.append(axis.reader.register_forward_pre_hook(axis.mask))
-        self._note()
+    def install(self, state: GroupAverages, axes: Axes) -> None:
+        """Mask the closed groups in every forward pass.
 
-    def observe(self, axes: Axes) -> None:
-        for axis in axes.values():
-            assert isinstance(axis, groups.Groups)
-            new = axis.importance()
-            if bool(new.isfinite().all()):
-                self.track(axis, "importance", zeros(new)).lerp_(new, 1 - self.beta)
+        The hooks stay after training: without the masks the model would not be the one that was
+        trained.
+        """
+        for key, axis in _groups(axes):
+            axis.close(self.run.progress.closed.get(key, ()))
+            axis.reader.register_forward_pre_hook(axis.mask)
+        self._note_kept_groups()
 
-    def score(self, axis: RankAxis) -> Tensor:
-        return self.track(axis, "importance", torch.zeros(len(axis)))
+    def update(self, state: GroupAverages, axes: Axes) -> None:
+        for _, axis in _groups(axes):
+            importance = axis.importance()
+            if bool(importance.isfinite().all()):
+                state.importance(axis, importance).lerp_(importance, 1 - self.beta)
+
+    def score_units(self, state: GroupAverages, axes: Axes) -> Scores:
+        return {key: state.importance(axis, torch.zeros(len(axis))) for key, axis in axes.items()}
 
     def budget_at(self, step: int) -> int:
-        return sum(
-            size - gone(size, self.sparsity, self.phases.progress(step))
-            for size in self.sizes().values()
-        )
+        progress = self.run.phases.progress(step)
+        sizes = self.run.sizes().values()
+        return sum(size - masked_groups(size, self.sparsity, progress) for size in sizes)
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        return local(scores, self.sparsity, self.phases.progress(step))
+        return mask_within_layers(scores, self.sparsity, self.run.phases.progress(step))
 
-    def carried_out(self, plan: Plan, step: int) -> None:
-        self._note()
+    def carry_out(
+        self, state: GroupAverages, plan: Plan, step: int, apply: Callable[[Plan, int], Event]
+    ) -> Event:
+        done = apply(plan, step)
+        self._note_kept_groups()
+        return done
 
-    def _note(self) -> None:
-        """What the file of an adapter says of the groups that are left."""
-        kept = {
-            k: [i for i in range(n) if i not in self.closed.get(k, ())]
-            for k, n in self.sizes().items()
-            if k in self.closed
-        }
-        self.model.__dict__[groups.PRUNED] = kept
+    def _note_kept_groups(self) -> None:
+        """Write down on the model which groups are left; the adapter's file says so."""
+        kept = {}
+        for key, closed in self.run.progress.closed.items():
+            kept[key] = [group for group in range(self.run.sizes()[key]) if group not in closed]
+        self.run.model.__dict__[PRUNED] = kept
 
-    def finish(self) -> None:
-        """Masks stay: without them the model would not be the one that was trained."""
-        self._running = False
+
+def _groups(axes: Axes) -> Iterator[tuple[str, Groups]]:
+    for key, axis in axes.items():
+        assert isinstance(axis, Groups)
+        yield key, axis
 
 
 def layer_of(key: str) -> str:
-    """The path of a group's block: up to its last number."""
+    """Return the path of a group's block: the key up to its last number."""
     parts = key.rpartition(":")[0].split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    last = max(numbers, default=len(parts) - 1)
     return ".".join(parts[: last + 1])
 
 
-def gone(size: int, sparsity: float, progress: float) -> int:
-    """Groups of a layer that are masked: floor(n rho), rho = sparsity (1 - (1 - p)^3)."""
-    return min(size - 1, math.floor(size * sparsity * (1 - (1 - progress) ** 3) + 1e-9))
+def masked_groups(size: int, sparsity: float, progress: float) -> int:
+    """Return how many groups of a layer are masked: floor(n sparsity (1 - (1 - p)^3))."""
+    share = sparsity * (1 - (1 - progress) ** 3)
+    return min(size - 1, math.floor(size * share + 1e-9))
 
 
-def local(scores: Mapping[str, Tensor] | Scores, sparsity: float, progress: float) -> Plan:
-    """Of each layer by itself the least important groups; ties lose the higher one."""
+def mask_within_layers(scores: Mapping[str, Tensor], sparsity: float, progress: float) -> Plan:
+    """Close the least important groups of each layer; of equal groups the higher one."""
     plan: Plan = {}
     for key, values in scores.items():
-        lost: Sequence[int] = ranked(values)[len(values) - gone(len(values), sparsity, progress) :]
-        if lost:
-            plan[key] = Close(tuple(sorted(lost)))
+        kept = len(values) - masked_groups(len(values), sparsity, progress)
+        masked = ranked(values)[kept:]
+        if masked:
+            plan[key] = Close(tuple(sorted(masked)))
     return plan

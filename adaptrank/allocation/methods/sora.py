@@ -1,5 +1,6 @@
-"""SoRA: a trained gate on each unit, and a proximal step that sets small ones to exactly zero."""
+"""SoRA: a trained gate on each unit, and a proximal step that sets small gates to exactly zero."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -7,37 +8,48 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
-from adaptrank.allocation.gates import adam, leaf, soft_threshold, threshold_for
+from adaptrank.allocation.events import Event
+from adaptrank.allocation.gates import leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.run import Axes
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores.gradient import Axes, zeros
+from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator
 
 
-class SoRA(Allocator):
-    """Start with many units and train a gate g on each; after each step g <- sign(g) max(|g| - xi, 0), and what is zero at the end goes.
+class SoRA(Policy[TrainedGates]):
+    """Train a gate g on each unit, shrink it after each step, and prune units whose gate is zero.
 
-    The gates have an Adam of their own, without weight decay, at the learning rate of the run. A gate that is zero still has a gradient and
-    may come back, until the last event removes zeros physically and multiplies the rest into the weights: what is left is the plain
-    method, its ranks the outcome. With a `budget`, xi is raised at each step to what leaves no more than b(t) units open, on AdaLoRA's
-    cubic curve, which makes runs comparable.
+    The proximal step is g <- sign(g) max(|g| - xi, 0). The gates have an Adam of their own, without
+    weight decay, at the learning rate of the run. A gate that is zero still has a gradient, and may
+    come back. The last event removes units with a zero gate physically, and multiplies the other
+    gates into the weights. What is left is the plain method, and its ranks are the outcome. With a
+    `budget`, xi is raised at each step to the value that leaves at most b(t) units open, on
+    AdaLoRA's cubic curve. That makes runs comparable.
 
-    Without decay of the factors the penalty can be escaped: g falls and A grows. Keep weight decay on (0.1 in the release). Where a unit
-    closes by one number already (the SVD form's l, NOLA's coefficients) the gate is redundant, and does no harm.
+    Without decay of the factors the penalty can be escaped: g falls and A grows. Keep weight decay
+    on (0.1 in the release). Where a unit closes by one number already (l of the SVD form, the
+    coefficients of NOLA) the gate is redundant, and does no harm.
 
-    Source: arXiv:2311.11696; rules from the authors' code: 8 units, alpha 16, learning rate 8e-4 to 1.2e-3, xi 3e-4 at every step, which
-        is a `xi` of 0.4 times the learning rate here; there xi is then raised in stages (`xi_end` is one ramp). Its prox sets what is shrunk to
-        zero below xi once more (`prox="reference"`).
+    Source: arXiv:2311.11696; rules from the authors' code: 8 units, alpha 16, learning rate 8e-4 to
+    1.2e-3, xi 3e-4 at every step, which is a `xi` of 0.4 times the learning rate here. There xi is
+    then raised in stages (`xi_end` is one ramp). Its proximal operator sets shrunk values below xi
+    to zero once more (`prox="reference"`).
+
     Args:
         budget: most units, or parameters, at the end; None leaves it to xi.
         xi: strength of the proximal step, times the learning rate.
-        xi_end: what xi rises to, linearly between warm-up and the final phase; None keeps it.
-        prox: "exact", or "reference" for the release's, whose dead zone is twice as wide.
-        prox_scale: "lr", a true proximal gradient step, or "none": xi as it is, however small the learning rate becomes.
-        l1: weight of sum |g| / (number of gates) in the loss, beside the proximal step; 10 in the release's script.
+        xi_end: value that xi rises to, linearly between warm-up and the final phase; None keeps xi.
+        prox: "exact", or "reference" for the operator of the release, whose dead zone is twice as
+            wide.
+        prox_scale: "lr", a true proximal gradient step, or "none": xi as it is, however small the
+            learning rate becomes.
+        l1: weight of sum |g| / (number of gates) in the loss, beside the proximal step; 10 in the
+            script of the release.
         gate_lr_ratio: learning rate of the gates over that of the run.
-        unit, every, warmup, final, floor, seed: as in `Allocator`; warmup only delays `xi_end` and the budget.
+        unit, every, warmup, final, floor, seed: as in `Policy`; warmup only delays `xi_end` and the
+            budget.
     Raises:
         ValueError: for a negative strength or an unknown word.
     """
@@ -62,116 +74,114 @@ class SoRA(Allocator):
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
-        if min(xi, xi if xi_end is None else xi_end, l1) < 0 or gate_lr_ratio <= 0:
+        strengths = [xi, l1] if xi_end is None else [xi, xi_end, l1]
+        if min(strengths) < 0 or gate_lr_ratio <= 0:
             raise UserError(
-                f"xi={xi}, xi_end={xi_end}, l1={l1}, gate_lr_ratio={gate_lr_ratio}: strengths are 0 or more, the ratio above 0."
+                f"xi={xi}, xi_end={xi_end}, l1={l1}, gate_lr_ratio={gate_lr_ratio}: strengths are "
+                f"0 or more, the ratio above 0."
             )
         if prox not in ("exact", "reference") or prox_scale not in ("lr", "none"):
             raise UserError(
-                f"prox={prox!r}, prox_scale={prox_scale!r}; use 'exact' or 'reference', 'lr' or 'none'."
+                f"prox={prox!r}, prox_scale={prox_scale!r}; use 'exact' or 'reference', 'lr' or "
+                f"'none'."
             )
         self.xi, self.xi_end, self.prox, self.prox_scale = xi, xi_end, prox, prox_scale
         self.l1, self.gate_lr_ratio = l1, gate_lr_ratio
-        self._lr: float | None = None  # of the step that is being made; None where it is skipped
 
-    @property
-    def _gated(self) -> bool:
-        """Whether the gates are there: until the last event."""
-        return self.steps_done < self.phases.end or self._owed
+    def init_state(self, axes: Axes) -> TrainedGates:
+        return TrainedGates("g")
 
-    def attach(self, axes: Axes) -> None:
-        if not self._gated:
+    def install(self, state: TrainedGates, axes: Axes) -> None:
+        """Multiply every unit by its gate: N(0, 1) on a fresh adapter, 1 on a trained one."""
+        if not self.run.moves_left:
             return
-        for key, axis in axes.items():
-            warm = any(bool(slot.tensor.any()) for slot in axis.closing())
-            start = (
-                torch.ones(len(axis))
-                if warm
-                else torch.randn(len(axis), generator=generator(self.seed, key, 0))
-            )
-            self.track(axis, "g", start.to(leaf(axis))).requires_grad_()
-            axis.gate = partial(self.gate, axis)
+        for axis in axes.values():
+            state.track(axis, "g", self._start_of_gates(axis)).requires_grad_()
+            axis.gate = partial(state.values, axis)
 
-    def gate(self, axis: RankAxis) -> Tensor:
-        """The gates of an axis, (units,); where training starts from a fresh adapter N(0, 1), from a trained one 1."""
-        return self.track(axis, "g", leaf(axis))
+    def _start_of_gates(self, axis: RankAxis) -> Tensor:
+        is_trained = any(bool(slot.tensor.any()) for slot in axis.closing())
+        if is_trained:
+            start = torch.ones(len(axis))
+        else:
+            start = torch.randn(len(axis), generator=generator(self.seed, axis.key, 0))
+        return start.to(leaf(axis))
 
-    def observe(self, axes: Axes) -> None:
-        self._lr = self.optimizers[0].param_groups[0]["lr"] * self.gate_lr_ratio
-
-    @torch.no_grad()
-    def after_step(self, axes: Axes) -> None:
-        lr, self._lr = self._lr, None
-        if not self._tracked:
+    def update(self, state: TrainedGates, axes: Axes) -> None:
+        """Train the gates, and shrink them. No other tensor of the step depends on them."""
+        gradients = state.with_gradient(axes)
+        if not gradients:
             return
-        gates = {key: self.gate(axis) for key, axis in axes.items()}
-        trained = {key: g for key, g in gates.items() if g.grad is not None}
-        if lr is not None and trained:
-            count = sum(map(len, gates.values()))
-            grads = [
-                g.grad + self.l1 / count * g.sign() for g in trained.values() if g.grad is not None
-            ]
-            first, second = (
-                [self.track(axes[k], name, zeros(g)) for k, g in trained.items()] for name in "mv"
-            )
-            steps = self.track(
-                next(iter(axes.values())), "steps", torch.zeros((), dtype=torch.int64), None
-            )
-            adam(
-                [g.detach() for g in trained.values()], grads, first, second, int(steps.add_(1)), lr
-            )
-            self._shrink(gates, lr)
-        for g in gates.values():
-            g.grad = None
+        gates = {key: state.values(axis).detach() for key, axis in axes.items()}
+        count = sum(map(len, gates.values()))
+        penalized = {
+            key: grad + self.l1 / count * gates[key].sign() for key, grad in gradients.items()
+        }
+        learning_rate = self.run.learning_rate * self.gate_lr_ratio
+        state.adam_step(axes, penalized, learning_rate)
+        threshold = self._threshold(gates, learning_rate, self.run.steps_done + 1)
+        for gate in gates.values():
+            gate.copy_(soft_threshold(gate, threshold, self.prox == "reference"))
 
-    def _shrink(self, gates: dict[str, Tensor], lr: float) -> None:
-        progress = self.phases.progress(self.steps_done)
-        xi = self.xi if self.xi_end is None else self.xi + (self.xi_end - self.xi) * progress
-        xi *= lr if self.prox_scale == "lr" else 1.0
-        if self.budget is not None:
-            sizes = {key: g.detach().abs().cpu() for key, g in gates.items()}
-            budget = cubic(self._start_total, self.budget, progress)
-            xi = max(xi, threshold_for(sizes, self.cost(), budget, self.floor))
-        for g in gates.values():
-            g.copy_(soft_threshold(g, xi, self.prox == "reference"))
+    def _threshold(self, gates: dict[str, Tensor], learning_rate: float, step: int) -> float:
+        """Return xi of a step, raised to what the budget of the step asks for."""
+        progress = self.run.phases.progress(step)
+        xi = self.xi
+        if self.xi_end is not None:
+            xi = self.xi + (self.xi_end - self.xi) * progress
+        xi *= learning_rate if self.prox_scale == "lr" else 1.0
+        if self.budget is None:
+            return xi
+        magnitudes = {key: gate.abs().cpu() for key, gate in gates.items()}
+        budget = cubic(self.run.start_total, self.budget, progress)
+        return max(xi, threshold_for(magnitudes, self.run.cost(), budget, self.floor))
 
-    def score(self, axis: RankAxis) -> Tensor:
-        return self.gate(axis).detach().abs()
+    def finish_step(self, state: TrainedGates, axes: Axes) -> None:
+        if state:
+            state.clear_gradients(axes)
 
-    def acts_at(self, step: int) -> bool:
-        return step == self.phases.end
+    def score_units(self, state: TrainedGates, axes: Axes) -> Scores:
+        return {key: state.values(axis).detach().abs() for key, axis in axes.items()}
 
     def budget_at(self, step: int) -> int | None:
-        return self.budget if step >= self.phases.end else None
+        return self.budget if step >= self.run.phases.end else None
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        if step < self.phases.end:
+        if not self.acts_at(step):
             return {}
         count = {
             key: max(int((values > 0).sum()), min(self.floor, len(values)))
             for key, values in scores.items()
         }
         plan = keep_best(scores, cost, min(budget, cost.total(count)), self.floor)
-        for (
-            key,
-            values,
-        ) in (
-            scores.items()
-        ):  # what the budget leaves over must not buy a cheap unit whose gate is zero
-            change, units = plan.get(key), set(ranked(values)[: count[key]])
-            keep = sorted(units.intersection(change.keep) if isinstance(change, Resize) else units)
-            if len(keep) < len(values):
-                plan[key] = Resize(tuple(keep))
+        # What the budget leaves over must not buy a cheap unit whose gate is zero.
+        for key, values in scores.items():
+            open_units = set(ranked(values)[: count[key]])
+            change = plan.get(key)
+            if isinstance(change, Resize):
+                open_units &= set(change.keep)
+            if len(open_units) < len(values):
+                plan[key] = Resize(tuple(sorted(open_units)))
         return plan
 
-    def carried_out(self, plan: Plan, step: int) -> None:
-        if step >= self.phases.end:
-            for axis in self._axes.values():
+    def acts_at(self, step: int) -> bool:
+        return step >= self.run.phases.end
+
+    def carry_out(
+        self, state: TrainedGates, plan: Plan, step: int, apply: Callable[[Plan, int], Event]
+    ) -> Event:
+        """Make the gates final at the last event; before it only note which gates are zero."""
+        done = apply(plan, step)
+        axes = self.run.axes
+        if self.acts_at(step):
+            for axis in axes.values():
                 axis.fold()
-            self._tracked.clear()
-        else:  # for the record: nothing is closed in the model, a gate of zero may come back
+            state.clear()
+        else:
+            # For the record: nothing is closed in the model, and a gate of zero may come back.
             zero = {
-                key: (self.gate(axis) == 0).nonzero().flatten().tolist()
-                for key, axis in self._axes.items()
+                key: (state.values(axis) == 0).nonzero().flatten().tolist()
+                for key, axis in axes.items()
             }
-            self.closed = {key: tuple(units) for key, units in zero.items() if units}
+            self.run.progress.closed = {key: tuple(units) for key, units in zero.items() if units}
+        return done

@@ -1,36 +1,54 @@
-"""SubLoRA: discard the units that the Hessian of the loss predicts to hurt least, chosen greedily."""
+"""SubLoRA: discard the units that the Hessian of the loss predicts to hurt least, greedily."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
+from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.plans import Plan, Scores
+from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.run import Axes
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores import curvature as second_order
-from adaptrank.allocation.scores.gradient import Axes
+from adaptrank.allocation.scores import curvature
+from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
 
-class SubLoRA(Allocator):
-    """Predict what discarding a set of units does to the loss, Q(u) = -sum g_i u_i + 1/2 sum M_ij u_i u_j, and keep greedily what hurts.
+class SecondOrderState(TrackedTensors):
+    """The quadratic model of the loss that the plan of the present event is made from.
 
-    g and M are the gradient and the Hessian of the loss in a gate on each unit, at 1. Off the diagonal M is projected to max(M_ij, 0), the
-    nearest matrix that makes the choice submodular; one unit at a time the greedy choice keeps the one of highest gain. Where every
-    unit alone would hurt, it is within 1 - 1/e of the best; elsewhere it is a heuristic, and the event says so. Near a stationary point
-    first-order scores lose their meaning, and this does not.
+    It is estimated anew at each event, and is in no checkpoint.
+    """
 
-    The budget falls on AdaLoRA's cubic curve, so that M, which is stale once many units are gone, is estimated anew in each round.
+    quadratic: curvature.SecondOrder | None = None
 
-    Evidence in the paper is on neural PDE solvers only; there is none on language models. Source: arXiv:2507.01841 (abstract and summaries;
-        the algebra here was derived from them, and its match with the paper's equations is not verified).
+
+class SubLoRA(Policy[SecondOrderState]):
+    """Keep greedily the units whose removal is predicted to raise the loss most.
+
+    Discarding a set of units u changes the loss by Q(u) = -sum g_i u_i + 1/2 sum M_ij u_i u_j, with
+    g and M the gradient and the Hessian of the loss in a gate on each unit, at 1. Off the diagonal
+    M is projected to max(M_ij, 0), the nearest matrix that makes the choice submodular. The greedy
+    choice keeps the unit of highest gain, one at a time. Where every unit alone would hurt it is
+    within 1 - 1/e of the best. Elsewhere it is a heuristic, and the event says so. Near a
+    stationary point first-order scores lose their meaning, and this score does not.
+
+    The budget falls on AdaLoRA's cubic curve, so that M is estimated anew in each round. It is
+    stale once many units are removed.
+
+    Evidence in the paper is on neural PDE solvers only; there is none on language models. Source:
+    arXiv:2507.01841 (abstract and summaries; the algebra here was derived from them, and its match
+    with the paper's equations is not verified).
+
     Args:
         budget: final total in `unit`; None is half of the start.
-        estimator: "fisher" from single examples, "exact", or "block", Fisher within each axis alone.
+        estimator: "fisher" from single examples, "exact", or "block": Fisher within each axis.
         batches: training batches that g and M are estimated on.
         allow_under_budget: keep no unit that is predicted to hurt by staying.
-        unit, every, warmup, final, floor, seed: as in `Allocator`.
+        unit, every, warmup, final, floor, seed: as in `Policy`.
     Raises:
-        ValueError: for an unknown estimator or no batches; at the start, for a Hessian that is too large.
+        ValueError: for an unknown estimator or no batches; at the start, for a Hessian that is too
+            large.
     """
 
     source = "arXiv:2507.01841"
@@ -51,42 +69,51 @@ class SubLoRA(Allocator):
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
         if estimator not in ("fisher", "exact", "block") or batches < 1:
             raise UserError(
-                f"estimator={estimator!r}, batches={batches}; use 'fisher', 'exact' or 'block' on at least one batch."
+                f"estimator={estimator!r}, batches={batches}; use 'fisher', 'exact' or 'block' on "
+                f"at least one batch."
             )
-        self.estimator, self.count, self.allow_under_budget = estimator, batches, allow_under_budget
+        self.estimator, self.count = estimator, batches
+        self.allow_under_budget = allow_under_budget
         self.exact = not allow_under_budget
-        self._second: second_order.SecondOrder | None = None
-        self._monotone = True
 
-    def _check_axes(self) -> None:
-        super()._check_axes()
-        if self.estimator != "block" and (refused := second_order.too_many(self._axes)):
-            raise UserError(f"SubLoRA: {refused}.")
+    def init_state(self, axes: Axes) -> SecondOrderState:
+        return SecondOrderState()
+
+    def score_units(self, state: SecondOrderState, axes: Axes) -> Scores:
+        state.quadratic = curvature.estimate(axes, self._context(state), self.estimator)
+        return curvature.by_axis(state.quadratic, curvature.alone(state.quadratic))
+
+    def budget_at(self, step: int) -> int:
+        start = self.run.start_total
+        target = max(start // 2, 1) if self.budget is None else self.budget
+        return cubic(start, target, self.run.phases.progress(step))
+
+    def propose(
+        self, state: SecondOrderState, scores: Scores, cost: CostModel, budget: int, step: int
+    ) -> Proposal:
+        assert state.quadratic is not None
+        kept, monotone = curvature.greedy(
+            state.quadratic, cost, budget, self.floor, self.allow_under_budget
+        )
+        plan = curvature.as_plan(state.quadratic, kept)
+        if monotone:
+            return Proposal(plan)
+        remark = "some units alone would help by going, so the greedy choice is a heuristic here"
+        return Proposal(plan, remark)
+
+    def carry_out(
+        self,
+        state: SecondOrderState,
+        plan: Plan,
+        step: int,
+        apply: Callable[[Plan, int], Event],
+    ) -> Event:
+        done = apply(plan, step)
+        state.quadratic = None  # it speaks of units that are gone
+        return done
 
     def examples_needed(self) -> int:
         return self.count
 
-    def budget_at(self, step: int) -> int:
-        target = max(self._start_total // 2, 1) if self.budget is None else self.budget
-        return cubic(self._start_total, target, self.phases.progress(step))
-
-    def scores(self, axes: Axes) -> Scores:
-        self._second = second_order.estimate(axes, self, self.estimator)
-        return second_order.by_axis(self._second, second_order.alone(self._second))
-
-    def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        assert self._second is not None
-        kept, self._monotone = second_order.greedy(
-            self._second, cost, budget, self.floor, self.allow_under_budget
-        )
-        return second_order.as_plan(self._second, kept)
-
-    def carried_out(self, plan: Plan, step: int) -> None:
-        self._second = None
-
-    def remark(self) -> str:
-        return (
-            ""
-            if self._monotone
-            else "some units alone would help by going, so the greedy choice is a heuristic here"
-        )
+    def refuses(self, axes: Axes) -> str:
+        return "" if self.estimator == "block" else curvature.too_many(axes)

@@ -1,0 +1,235 @@
+"""Refusals: runs, budgets and plans that make no sense, each in one sentence."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from adaptrank._errors import UserError, UserTypeError
+from adaptrank.allocation import compatibility
+from adaptrank.allocation.plans import Close, Plan
+from adaptrank.allocation.run import Run
+from adaptrank.allocation.schedules import Phases, steps
+from adaptrank.axes import CostModel
+from adaptrank.parameterizations import wrapped_layers, wrappers
+
+if TYPE_CHECKING:
+    from adaptrank.allocation.participant import Participant
+
+
+SHORT_FORM = {
+    "observe": "update(state, axes)",
+    "score": "score_units(state, axes)",
+    "scores": "score_units(state, axes)",
+    "attach": "install(state, axes)",
+    "before_forward": "before_pass(state, axes)",
+    "after_step": "finish_step(state, axes)",
+    "carried_out": "carry_out(state, plan, step, apply)",
+    "begin": "check_start(sizes)",
+    "initial_ranks": "choose(axes, batches)",
+    "remark": "propose(state, scores, cost, budget, step)",
+}
+"""Method of the short form (`Allocator`) -> method of the contract."""
+
+
+def check_form(participant: "Participant") -> None:
+    """Check that a class does not define methods of the short form, which nobody would call.
+
+    Raises:
+        TypeError: naming the method of the contract to write instead.
+    """
+    if participant.short_form:
+        return
+    for name, contract in SHORT_FORM.items():
+        if hasattr(participant, name):
+            raise UserTypeError(
+                f"{participant.label} defines {name}(), a method of the short form, which is not "
+                f"called here; write {contract}, or derive from adaptrank.Allocator."
+            )
+
+
+def phases_of(participant: "Participant", total_steps: float) -> Phases:
+    """Return the phases of a run of `total_steps` optimizer steps.
+
+    Raises:
+        ValueError: if the run has no end.
+    """
+    if not math.isfinite(total_steps):
+        raise UserError(
+            f"{participant.label} needs to know where training ends; set max_steps or max_epochs."
+        )
+    total = int(total_steps)
+    warmup, final = steps(participant.warmup, total), steps(participant.final, total)
+    return Phases(total, warmup, final, participant.every)
+
+
+def check_schedule(participant: "Participant", phases: Phases) -> None:
+    """Check that an event of these phases can move a unit.
+
+    Raises:
+        ValueError: if the allocator would never act.
+    """
+    if not participant.moves:
+        return
+    if phases.end <= phases.warmup:
+        raise UserError(
+            f"{participant.label} would never act: its warm-up of {phases.warmup} and final "
+            f"{phases.final} steps leave none of the {phases.total} steps of this run; shorten "
+            f"them, or raise max_steps."
+        )
+    if not any(participant.acts_at(step) for step in phases.events()):
+        raise UserError(
+            f"{participant.label} would never act: with an event every {phases.every} steps "
+            f"between {phases.warmup} and {phases.end}, none moves a unit; lower `every`, or "
+            f"raise max_steps."
+        )
+
+
+def check_axes(participant: "Participant", run: Run) -> None:
+    """Check that the model has axes, and that each of them fits the allocator.
+
+    Raises:
+        ValueError: if there is nothing to allocate, or a method cannot do what is needed.
+    """
+    name = participant.label
+    if not run.axes:
+        raise UserError(f"{name} has nothing to allocate: {_why_nothing(participant, run)}.")
+    for key, axis in run.axes.items():
+        reason = compatibility.misfit(participant, axis)
+        if reason:
+            method = type(axis.members[0][0]).__name__
+            suggestion = compatibility.suggestion(participant)
+            raise UserError(f"{name} {reason}, and {method} at {key} cannot; {suggestion}.")
+    refused = participant.refuses(run.axes)
+    if refused:
+        raise UserError(f"{name}: {refused}.")
+
+
+def _why_nothing(participant: "Participant", run: Run) -> str:
+    model_wrappers = wrappers(run.model)
+    methods = ", ".join(sorted({type(wrapper).__name__ for wrapper in model_wrappers}))
+    if any(wrapper.axes for wrapper in model_wrappers):
+        return f"no tensor of a rank axis of {methods} is trained"
+    suggestion = compatibility.suggestion(participant)
+    if not model_wrappers:
+        return f"the model has no adapter; {suggestion}"
+    layer = next(iter(wrapped_layers(run.model).values()))
+    beside = compatibility.nesting_hint(participant, layer)
+    return f"{methods} has no rank axis; {suggestion}{beside}"
+
+
+def check_resume(participant: "Participant", run: Run, phases: Phases) -> None:
+    """Check that the progress of a checkpoint belongs to this run.
+
+    Raises:
+        ValueError: if phases, budget or axes differ.
+    """
+    stored = run.progress
+    differences = []
+    if stored.phases is not None and stored.phases != phases:
+        differences.append(f"it had {stored.phases}, this run has {phases}")
+    budget = (participant.budget, participant.unit)
+    if stored.budget != budget:
+        differences.append(f"its budget was {list(stored.budget)}, this run's is {list(budget)}")
+    if set(stored.start_sizes) != set(run.axes):
+        differences.append("its axes are not those of this model")
+    if differences:
+        raise UserError(
+            f"The checkpoint's {participant.label} does not fit this run: "
+            f"{'; '.join(differences)}. Resume with the configuration it was saved under, or "
+            f"start a new run from its adapter (model.adapter)."
+        )
+
+
+def check_budget(participant: "Participant", run: Run) -> None:
+    """Check that the final budget can be met from the sizes at the start.
+
+    Raises:
+        ValueError: if it is below the floors, above the start, or would leave all as it is.
+    """
+    cost, name, unit = run.cost(), participant.label, run.unit
+    start, floor = run.start_total, participant.floor
+    least = cost.total({key: min(floor, size) for key, size in run.start_sizes.items()})
+    target = participant.budget_at(run.phases.end)
+    if target is None:
+        return
+    if target < least:
+        raise UserError(
+            f"{name}: a budget of {target} {unit} is below {least}, the cost of {floor} unit(s) "
+            f"on each of {len(run.axes)} axes; raise `budget` or lower `floor`."
+        )
+    if target > start:
+        raise UserError(
+            f"{name}: a budget of {target} {unit} is above the {start} the run starts with; "
+            f"start with more ranks, or lower `budget`."
+        )
+    if participant.budget is None and participant.only_prunes and target == start:
+        raise UserError(
+            f"{name} would never act: it prunes to a budget, and has none; set `budget` below "
+            f"the {start} {unit} of the start."
+        )
+
+
+def check_plan(
+    participant: "Participant", run: Run, plan: Plan, cost: CostModel, budget: int | None
+) -> None:
+    """Check budget, floors and caps of a plan, whoever wrote it.
+
+    Raises:
+        RuntimeError: if the plan breaks one of them.
+    """
+    name = participant.label
+    sizes, caps = run.sizes(), participant.caps()
+    for key, change in plan.items():
+        if key not in sizes:
+            raise RuntimeError(f"{name} planned for {key!r}, which is no axis of this model.")
+        size = sizes[key]
+        if isinstance(change, Close):
+            sizes[key] = size - len(change.units)
+        else:
+            sizes[key] = len(change.keep) + change.grow
+        cap = caps[key]
+        too_small = sizes[key] < min(participant.floor, size)
+        too_large = cap is not None and sizes[key] > max(cap, size)
+        if too_small or too_large:
+            raise RuntimeError(
+                f"{name} planned {sizes[key]} units for {key}, outside {participant.floor} to {cap}."
+            )
+    if budget is None:
+        return
+    total = cost.total(sizes)
+    if total > budget:
+        raise RuntimeError(f"{name} planned {total} {run.unit}, above the budget of {budget}.")
+    if participant.exact and run.unit == "ranks" and total != budget:
+        raise RuntimeError(f"{name} planned {total} ranks; the budget of {budget} is met exactly.")
+
+
+def check_can_prune(participant: "Participant", sizes: Mapping[str, int]) -> None:
+    """Check that at least one axis has more units than its floor.
+
+    Raises:
+        ValueError: if every axis starts at its floor.
+    """
+    floor = participant.floor
+    if all(size <= floor for size in sizes.values()):
+        raise UserError(
+            f"{participant.label} would never act: every axis starts at its floor of {floor} "
+            f"unit(s), and none can be pruned; start with a higher rank."
+        )
+
+
+def check_beside(participant: "Participant", other: "Participant") -> None:
+    """Check that two allocators can take part in one run.
+
+    Raises:
+        ValueError: if both move ranks, both choose the first ranks, or one tolerates no other.
+    """
+    name, second = participant.label, other.label
+    alone = next((one.label for one in (participant, other) if one.exclusive), None)
+    if alone is not None:
+        raise UserError(
+            f"{name} and {second} are both in this run, and {alone} tolerates no other; keep one."
+        )
+    if participant.moves and other.moves:
+        raise UserError(f"{name} and {second} would both move the ranks of this model; keep one.")
+    if participant.chooses_ranks and other.chooses_ranks:
+        raise UserError(f"{name} and {second} would both choose the ranks to start from; keep one.")

@@ -1,0 +1,384 @@
+"""The engine of an allocator: phases, events, checkpoints and refusals.
+
+The engine knows no method and no trainer. A shell calls `start`, `before_step`, `step` and
+`finish`; the engine calls the hooks of the participant in between.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adaptrank._collectives import first, from_first
+from adaptrank._errors import UserError
+from adaptrank.allocation import checks
+from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
+from adaptrank.allocation.plans import Close, Plan
+from adaptrank.allocation.run import Loss, Run
+from adaptrank.allocation.state import Progress, TrackedTensors
+from adaptrank.axes import check_optimizer, generator
+from adaptrank.parameterizations import adapted_part
+
+if TYPE_CHECKING:
+    from adaptrank.allocation.participant import Choice, Participant
+    from adaptrank.allocation.policy import Policy
+
+UNBOUNDED = 1 << 62
+"""Budget that a plan gets where none is enforced."""
+MOST_BAD_STEPS = 50
+"""Optimizer steps in a row with gradients that are not finite, after which a run stops."""
+
+
+class Engine:
+    """Runs one participant: an allocator or a rank initializer.
+
+    Args:
+        participant: whose hooks are called.
+    """
+
+    def __init__(self, participant: "Participant") -> None:
+        self.participant = participant
+        self.running = False
+        self.restored = False
+        """Whether a checkpoint was loaded that the next start goes on from."""
+        self.state = TrackedTensors()
+        self.progress = Progress(budget=(participant.budget, participant.unit))
+        self._run: Run | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run that was started last.
+
+        Raises:
+            RuntimeError: if none was.
+        """
+        if self._run is None:
+            raise RuntimeError(f"{self.participant.label} takes part in no run yet; call start().")
+        return self._run
+
+    # ---- the life of a run
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        total_steps: float,
+        batches: Iterable[Any] = (),
+        loss: Loss | None = None,
+    ) -> None:
+        """Begin a run, or go on with the one whose checkpoint was loaded.
+
+        Args:
+            model: holds the wrappers, on its device.
+            optimizers: one optimizer, or several.
+            total_steps: optimizer steps of the whole run.
+            batches: training batches, for allocators that look at data; they are read when needed.
+            loss: batch -> mean loss, for allocators that evaluate it.
+        Raises:
+            ValueError: if the run makes no sense.
+        """
+        participant = self.participant
+        if isinstance(optimizers, torch.optim.Optimizer):
+            optimizers = [optimizers]
+        resumed, self.restored = self.restored, False
+        if not resumed:
+            self.progress = Progress()
+        run = self._attach_model(model, list(optimizers), batches, loss)
+        for optimizer in run.optimizers:
+            check_optimizer(optimizer)
+        phases = checks.phases_of(participant, total_steps)
+        if resumed:
+            checks.check_resume(participant, run, phases)
+        self.progress.phases = phases
+        self.progress.budget = (participant.budget, participant.unit)
+        checks.check_schedule(participant, phases)
+        state = participant.init_state(run.axes)
+        if resumed:
+            state.load_state_dict(self.state.state_dict())
+        self.state = state
+        if not resumed:
+            self._begin(run)
+        self.state.to(_device(run.model))
+        if run.examples_needed:
+            len(run.examples)  # read now, so that a checkpoint of any step has them
+        participant.install(self.state, run.axes)
+        self._before_pass()
+        self.running = True
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Update the state once the gradients of an optimizer step are complete.
+
+        Steps whose gradients are not finite are left out.
+
+        Args:
+            scale: factor by which a gradient scaler multiplied the loss. The gradients in the
+                optimizer are unscaled already. Those of trained gates are in no optimizer.
+        Raises:
+            RuntimeError: after too many steps in a row with gradients that are not finite.
+        """
+        progress = self.progress
+        nothing_left = self.participant.moves and not self.run.moves_left
+        if nothing_left:
+            return
+        if not self._gradients_are_finite(scale):
+            progress.bad_steps += 1
+            if progress.bad_steps == MOST_BAD_STEPS:
+                raise RuntimeError(
+                    f"Gradients were not finite for {MOST_BAD_STEPS} optimizer steps in a row; "
+                    f"lower the learning rate."
+                )
+            return
+        progress.bad_steps = 0
+        with torch.no_grad():
+            self.participant.update(self.state, self.run.axes)
+
+    def step(self, step: int | None = None) -> Event | None:
+        """Finish an optimizer step, and return the event if there was one.
+
+        Args:
+            step: number of the step, counted from 1; by default the next one.
+        """
+        progress, participant, run = self.progress, self.participant, self.run
+        progress.steps_done = progress.steps_done + 1 if step is None else step
+        if progress.steps_done == 1:
+            for optimizer in run.optimizers:
+                check_optimizer(optimizer)  # now it has state to judge by
+        with torch.no_grad():
+            participant.finish_step(self.state, run.axes)
+        event = self._event() if self._is_event() else None
+        if participant.moves and not run.moves_left:
+            self.state.clear()  # nothing moves any more
+        self._before_pass()
+        return event
+
+    def finish(self) -> None:
+        """Remove the hooks of the participant."""
+        if self._run is not None:
+            for handle in self._run.handles:
+                handle.remove()
+            self._run.handles.clear()
+        self.running = False
+
+    def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
+        """Return (step, budget) of every event of a run, from the shapes of a model alone.
+
+        The model may be on the meta device.
+
+        Raises:
+            ValueError: for whatever a run would refuse at its start, as far as shapes tell.
+        """
+        participant = self.participant
+        self.progress = Progress()
+        run = self._attach_model(model, [], (), None)
+        phases = checks.phases_of(participant, total_steps)
+        self.progress.phases = phases
+        checks.check_schedule(participant, phases)
+        self._note_start(run)
+        if not participant.moves:
+            return []
+        participant.check_start(run.start_sizes)
+        checks.check_budget(participant, run)
+        return [(step, participant.budget_at(step)) for step in phases.events()]
+
+    def check_steps(self, total_steps: float) -> None:
+        """Check the schedule of a run of `total_steps` optimizer steps before there is a model.
+
+        Raises:
+            ValueError: if it would never act.
+        """
+        participant = self.participant
+        phases = checks.phases_of(participant, total_steps)
+        self.progress = Progress(phases=phases)
+        self._run = Run(participant.label, nn.Module(), {}, [], self.progress, participant.unit)
+        checks.check_schedule(participant, phases)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return progress and tracked tensors."""
+        return {**self.progress.state_dict(), "tracked": self.state.state_dict()}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Take what a checkpoint holds; the next `start` goes on from there."""
+        self.restored, self.running = True, False
+        self.progress = Progress.from_state_dict(stored)
+        self.state = TrackedTensors()
+        self.state.load_state_dict(stored["tracked"])
+        if self._run is not None:
+            self._run.progress = self.progress
+
+    # ---- events
+
+    def apply(self, plan: Plan, step: int) -> Event:
+        """Carry a plan out, and return what was done."""
+        run = self.run
+        closed = {key: c.units for key, c in plan.items() if isinstance(c, Close)}
+        done = execute(plan, run.axes, self.state, run.optimizers, self.participant.seed, step)
+        self.progress.closed = closed
+        return done
+
+    def record(self, event: Event) -> Event:
+        """Add the totals to an event, append it to the events of the run, and return it."""
+        run = self.run
+        event["total"] = run.cost().total(run.open_sizes())
+        event["active"] = sum(run.open_sizes().values())
+        event["allocated"] = sum(run.sizes().values())
+        self.progress.events.append(event)
+        return event
+
+    @property
+    def _policy(self) -> "Policy[Any]":
+        """The participant, which moves ranks. Only a policy has events."""
+        return cast("Policy[Any]", self.participant)
+
+    def _is_event(self) -> bool:
+        if not self.participant.moves:
+            return False
+        step, phases = self.progress.steps_done, self.run.phases
+        late = self.progress.deferred and step > phases.end
+        return phases.is_event(step) or late
+
+    @torch.no_grad()
+    def _event(self) -> Event:
+        """Score, plan and carry the plan out.
+
+        If a score is not a number the ranks stay. The next event makes up for it. After the last
+        event every step tries again.
+        """
+        policy, run = self._policy, self.run
+        step = run.steps_done
+        budget = policy.budget_at(step)
+        event: Event = {"step": step, "budget": budget, "unit": run.unit}
+        # A score that runs the model is not asked in vain.
+        idle = run.examples_needed > 0 and not policy.acts_at(step)
+        scores = {} if idle else self._scores()
+        values = torch.cat([torch.zeros(0), *scores.values()]).double()
+        self.progress.deferred = bool(values.isnan().any())
+        if self.progress.deferred:
+            event["reason"] = "a score is not a number"
+            event["skipped"] = event["reason"]
+            return self.record(event)
+        proposal = Proposal({}) if idle else self._propose(scores, budget)
+        checks.check_plan(policy, run, proposal.plan, run.cost(), budget)
+        event["scores"] = summarize_scores(values)
+        units_before = sum(run.open_sizes().values())
+        event.update(policy.carry_out(self.state, proposal.plan, step, self.apply))
+        units_after = sum(run.open_sizes().values())
+        event["reason"] = describe(event, budget, units_before, units_after)
+        if proposal.remark:
+            event["reason"] += f"; {proposal.remark}"
+        return self.record(event)
+
+    def _scores(self) -> dict[str, Tensor]:
+        """Return the scores of all units, averaged over processes, on the CPU."""
+        scores = self._policy.score_units(self.state, self.run.axes)
+        return {key: self.run.reduce(values).detach().cpu() for key, values in scores.items()}
+
+    def _propose(self, scores: Mapping[str, Tensor], budget: int | None) -> Proposal:
+        """Return the plan of the first process."""
+        run = self.run
+        proposal = Proposal({})
+        if first():
+            enforced = UNBOUNDED if budget is None else budget
+            proposal = self._policy.propose(
+                self.state, scores, run.cost(), enforced, run.steps_done
+            )
+        return from_first(proposal)
+
+    # ---- the start of a run
+
+    def _attach_model(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        batches: Iterable[Any],
+        loss: Loss | None,
+    ) -> Run:
+        participant = self.participant
+        part = adapted_part(model)
+        run = Run(
+            owner=participant.label,
+            model=part,
+            axes={},
+            optimizers=optimizers,
+            progress=self.progress,
+            unit=participant.unit,
+            batches=batches,
+            loss_function=loss,
+        )
+        self._run = run
+        axes = participant.find_axes(part)
+        run.axes = {key: axis for key, axis in axes.items() if axis.trainable()}
+        run.examples_needed = participant.examples_needed()
+        checks.check_form(participant)
+        checks.check_axes(participant, run)
+        return run
+
+    def _begin(self, run: Run) -> None:
+        """Choose the ranks to start from, and check that they make sense."""
+        participant, before = self.participant, run.sizes()
+        choice = participant.choose(run.axes, run.batches)
+        if choice is not None:
+            self._resize(run, choice.ranks)
+        self._note_start(run)
+        if choice is not None:
+            participant.initialize(run.axes, choice.evidence)
+        participant.check_start(run.start_sizes)
+        if choice is not None:
+            self._record_choice(run, choice, before)
+        if participant.moves:
+            checks.check_budget(participant, run)
+
+    def _note_start(self, run: Run) -> None:
+        self.progress.start_sizes = run.sizes()
+        self.progress.start_total = run.cost().total(run.start_sizes)
+
+    def _resize(self, run: Run, ranks: Mapping[str, int]) -> None:
+        for key, size in ranks.items():
+            axis = run.axes[key]
+            kept = min(size, len(axis))
+            if size > kept and "grow" not in axis.capabilities:
+                raise UserError(
+                    f"{self.participant.label} asks {key} for {size} units, it has {kept}, and "
+                    f"those of {type(axis.members[0][0]).__name__} cannot grow; start with {size} "
+                    f"or more."
+                )
+            fresh = generator(self.participant.seed, key, 0)
+            axis.resize(range(kept), size - kept, fresh, run.optimizers)
+
+    def _record_choice(self, run: Run, choice: "Choice", before: Mapping[str, int]) -> None:
+        sizes = run.start_sizes
+        grown = {key: n - before[key] for key, n in sizes.items() if n > before[key]}
+        pruned = {key: list(range(n, before[key])) for key, n in sizes.items() if n < before[key]}
+        event: Event = {
+            "step": 0,
+            "reason": f"ranks to start from, by {self.participant.label}",
+            "unit": run.unit,
+            "sizes": sizes,
+            "grown": grown,
+            "pruned": pruned,
+        }
+        event.update(choice.facts)
+        self.record(event)
+
+    # ---- gradients and passes
+
+    def _gradients_are_finite(self, scale: float) -> bool:
+        """Unscale the gradients of trained gates, and return whether all gradients are finite."""
+        gates = [leaf.grad for leaf in self.state.leaves() if leaf.grad is not None]
+        if gates and scale != 1.0:
+            torch._foreach_mul_(gates, 1 / scale)
+        tensors = [slot.tensor for axis in self.run.axes.values() for slot in axis.slots()]
+        grads = [tensor.grad for tensor in tensors if tensor.grad is not None] + gates
+        if not grads:
+            return True
+        return bool(torch.isfinite(torch.stack(list(torch._foreach_norm(grads))).sum()))
+
+    @torch.no_grad()
+    def _before_pass(self) -> None:
+        self.participant.before_pass(self.state, self.run.axes)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

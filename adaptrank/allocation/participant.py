@@ -1,0 +1,191 @@
+"""What allocators and rank initializers have in common: arguments, words and optional hooks."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from adaptrank._errors import UserError
+from adaptrank.allocation import compatibility
+from adaptrank.allocation.engine import Engine
+from adaptrank.allocation.events import Event
+from adaptrank.allocation.run import Axes, Run
+from adaptrank.allocation.schedules import steps
+from adaptrank.allocation.shells.lightning import LightningShell
+from adaptrank.allocation.state import TrackedTensors
+from adaptrank.axes import rank_axes
+from adaptrank.registry import Registry
+
+ALLOCATORS: Registry["Participant"] = Registry("allocator")
+"""Class name -> class, of allocators and rank initializers."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Ranks to start from.
+
+    Args:
+        ranks: {axis key: units}.
+        evidence: whatever `initialize` needs to set the tensors of the chosen units.
+        facts: further entries of the event at step 0.
+    """
+
+    ranks: dict[str, int]
+    evidence: Any = None
+    facts: Event = field(default_factory=Event)
+
+
+class Participant(LightningShell):
+    """Base of allocators and rank initializers.
+
+    It takes part in a run as a Lightning callback, or through four plain calls: `start` before the
+    first step, `before_step` once the gradients of a step are complete, `step` after the
+    optimizer's step, and `finish`.
+
+    The hooks below do nothing unless a class overrides them. Each gets the state that
+    `init_state` returned and the axes of the run; `self.run` has everything else.
+    """
+
+    source: ClassVar[str] = ""
+    """arXiv id of the method."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities that an axis must have beside pruning, such as "grow"."""
+    options: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Argument -> further capabilities that it needs while it is not off (False, 0, None)."""
+    exclusive: ClassVar[bool] = False
+    """Whether the run may have no second allocator, not even a rank initializer."""
+    moves: ClassVar[bool] = True
+    """Whether it has events, which move ranks during training."""
+    exact: bool = True
+    """Whether a budget in ranks is met exactly. If False it is only never exceeded."""
+
+    short_form: ClassVar[bool] = False
+    """Whether it is written in the short form; see `Allocator`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ALLOCATORS.add(cls)
+
+    def __init__(
+        self,
+        budget: int | None,
+        unit: Literal["ranks", "parameters"],
+        every: int,
+        warmup: int | float,
+        final: int | float,
+        floor: int,
+        cap: int | None,
+        seed: int,
+    ) -> None:
+        if unit not in ("ranks", "parameters"):
+            raise UserError(f"unit={unit!r}; a budget counts 'ranks' or 'parameters'.")
+        below_floor = cap is not None and cap < floor
+        if every < 1 or floor < 1 or below_floor or (budget is not None and budget < 1):
+            raise UserError(
+                f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, "
+                f"and cap at least floor."
+            )
+        for length in (warmup, final):
+            steps(length, 0)  # refuses a length that makes no sense
+        self.budget, self.unit, self.every = budget, unit, every
+        self.warmup, self.final = warmup, final
+        self.floor, self.cap, self.seed = floor, cap, seed
+        super().__init__(Engine(self))
+
+    @property
+    def run(self) -> Run:
+        """The run that it takes part in.
+
+        Raises:
+            RuntimeError: if no run has started.
+        """
+        return self.engine.run
+
+    @property
+    def label(self) -> str:
+        """Name in errors, tables and reports."""
+        return type(self).__name__
+
+    @property
+    def chooses_ranks(self) -> bool:
+        """Whether it chooses the ranks that a run starts from."""
+        return False
+
+    @property
+    def only_prunes(self) -> bool:
+        """Whether it moves nothing unless the budget is below the start."""
+        return False
+
+    # ---- optional hooks
+
+    def find_axes(self, model: nn.Module) -> Axes:
+        """Return what is allocated: the rank axes of the model."""
+        return rank_axes(model)
+
+    def refuses(self, axes: Axes) -> str:
+        """Return why it cannot work on these axes, as a sentence without its end; "" if it can."""
+        return ""
+
+    def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice | None:
+        """Return the ranks to start a new run from, or None to take the model as it is."""
+        return None
+
+    def initialize(self, axes: Axes, evidence: Any) -> None:
+        """Set the tensors of the chosen units from the evidence of the choice."""
+
+    def check_start(self, sizes: Mapping[str, int]) -> None:
+        """Refuse sizes at the start of a new run from which it could not act."""
+
+    def init_state(self, axes: Axes) -> TrackedTensors:
+        """Return an empty state. The engine fills it from a checkpoint if there is one."""
+        return TrackedTensors()
+
+    def install(self, state: Any, axes: Axes) -> None:
+        """Set gates and register hooks (in `self.run.handles`) when training starts or resumes."""
+
+    def before_pass(self, state: Any, axes: Axes) -> None:
+        """Prepare the forward passes of the next optimizer step."""
+
+    def update(self, state: Any, axes: Axes) -> None:
+        """Update the state; gradients are complete, unscaled and not clipped yet."""
+
+    def finish_step(self, state: Any, axes: Axes) -> None:
+        """Act after the optimizer's step, before the event if there is one."""
+
+    def examples_needed(self) -> int:
+        """Return the number of training batches that the scores are computed on."""
+        return 0
+
+    def acts_at(self, step: int) -> bool:
+        """Return whether an event at this step could move anything."""
+        return True
+
+    def budget_at(self, step: int) -> int | None:
+        """Return the budget enforced at `step`, or None if the plan is unconstrained."""
+        return None
+
+    def caps(self) -> dict[str, int | None]:
+        """Return the largest size of each axis; None is no ceiling."""
+        return self.run.ceilings(self.cap)
+
+    @classmethod
+    def scores_by_name(cls) -> bool:
+        """Return whether a named importance scores the units, and not the class itself."""
+        return False
+
+    # ---- which methods it works with
+
+    @classmethod
+    def works_with(cls, *methods: str) -> bool:
+        """Return whether it works on a parameterization or a nest, all with default arguments.
+
+        Args:
+            methods: class names, innermost first.
+        """
+        return compatibility.pair(cls, *methods) == "works"
+
+    @classmethod
+    def pair(cls, *methods: str) -> str:
+        """Return the cell of the table of pairs; see `compatibility.pair`."""
+        return compatibility.pair(cls, *methods)

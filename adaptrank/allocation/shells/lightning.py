@@ -1,0 +1,263 @@
+"""The Lightning callback of an allocator, and the plain calls of a loop of one's own."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+
+from adaptrank._errors import UserError
+from adaptrank.allocation import checks
+from adaptrank.allocation.engine import Engine
+from adaptrank.allocation.events import Event
+from adaptrank.allocation.run import Loss
+from adaptrank.axes import fit_ranks
+from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.lightning import ensure_gradients
+from adaptrank.training.penalties import add_penalty_gradients
+
+
+class LightningShell(Callback):
+    """Calls the engine from Lightning's hooks, or from four calls in a plain loop.
+
+    Args:
+        engine: runs the allocator.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def events(self) -> list[Event]:
+        """Everything that has happened in the run."""
+        return self.engine.progress.events
+
+    @property
+    def closed(self) -> dict[str, tuple[int, ...]]:
+        """Units of each axis that a plan closed, until the next event."""
+        return self.engine.progress.closed
+
+    # ---- plain calls
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        total_steps: float,
+        *,
+        batches: Iterable[Any] = (),
+        loss: Loss | None = None,
+    ) -> None:
+        """Begin a run, or go on with the one whose state was loaded.
+
+        Args:
+            model: holds the wrappers, on its device.
+            optimizers: one optimizer, or several.
+            total_steps: optimizer steps of the whole run.
+            batches: training batches, for allocators that look at data; they are read when needed.
+            loss: batch -> mean loss, for allocators that evaluate it.
+        Raises:
+            ValueError: if the run makes no sense.
+        """
+        self.engine.start(model, optimizers, total_steps, batches, loss)
+
+    def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
+        """Return (step, budget) of every event of a run, from the shapes of a model alone."""
+        return self.engine.foresee(model, total_steps)
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Call this after the last backward pass of an optimizer step, before clipping.
+
+        It adds the gradients of the methods' regularizers, and updates the scores.
+
+        Args:
+            scale: factor of a gradient scaler, `scaler.get_scale()`. The gradients in the
+                optimizer must be unscaled already.
+        """
+        add_penalty_gradients(self.engine.run.model)
+        self.engine.before_step(scale)
+
+    def step(self) -> Event | None:
+        """Call this after the optimizer's step; return the event if there was one."""
+        return self.engine.step()
+
+    def finish(self) -> None:
+        """Call this when training is over; it removes hooks."""
+        self.engine.finish()
+
+    # ---- Lightning
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what else is in the run, and prepare the axes for a checkpoint."""
+        # Any LightningModule can resume: its axes take the stored sizes before its weights load.
+        pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
+        if stage != "fit":
+            return
+        # A checkpoint that this run resumes from is loaded after setup.
+        self.engine.restored = False
+        self.engine.running = False
+        for other in shells(trainer):
+            if other is not self:
+                checks.check_beside(self.engine.participant, other.engine.participant)
+        _refuse_weight_averaging(trainer)
+        ensure_gradients(trainer)
+        keep_apart(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the adapters back to the strategy."""
+        if stage == "fit":
+            rejoin(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run."""
+        self._start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run again if the strategy has restored a checkpoint after on_fit_start."""
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.engine.running:  # started by on_fit_start, or by the other allocator of the run
+            return
+        # Ranks to start from come first, whatever the order of the callbacks.
+        if not self.engine.participant.chooses_ranks:
+            for other in shells(trainer):
+                if other.engine.participant.chooses_ranks:
+                    other._start(trainer, pl_module)
+        total_steps = trainer.estimated_stepping_batches  # it builds the loaders, too
+
+        def loss(batch: Any) -> Tensor:
+            return _training_loss(trainer, pl_module, batch)
+
+        self.start(
+            pl_module, trainer.optimizers, total_steps, batches=_TrainingData(trainer), loss=loss
+        )
+
+    def gate_parameters(self) -> list[Tensor]:
+        """Return trained tensors that are in no optimizer, for averaging over processes."""
+        return self.engine.state.leaves()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Update the scores; the gradients are complete."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.engine.before_step(1.0 if scaler is None else scaler.get_scale())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Finish the optimizer step, if the batch completed one."""
+        step = trainer.global_step
+        if step == self.engine.progress.steps_done:  # gradients are being accumulated
+            return
+        event = self.engine.step(step)
+        if event is not None:
+            _log(pl_module, event)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the run."""
+        self.finish()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Finish the run."""
+        self.finish()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the allocator."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint; the next start goes on from there."""
+        self.engine.load_state_dict(state_dict)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: the class, since a run has one allocator of it."""
+        return type(self).__qualname__
+
+
+def shells(trainer: Trainer) -> list[LightningShell]:
+    """Return the allocators and rank initializers among the callbacks of a trainer."""
+    callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, LightningShell)]
+
+
+def fit_before_load(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Give the axes of a model the sizes in its state dict; a load pre-hook."""
+    if not prefix:
+        fit_ranks(module, state_dict)
+
+
+def _refuse_weight_averaging(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise UserError(
+                f"{type(callback).__name__} keeps a copy of the weights that cannot follow a "
+                f"rank; leave it out, or run it without an allocator."
+            )
+
+
+def _log(pl_module: LightningModule, event: Event) -> None:
+    names = ("budget", "total", "active", "allocated")
+    values = {name: event.get(name) for name in names}
+    pl_module.log_dict(
+        {
+            f"ranks/{name}": float(cast(int, value))
+            for name, value in values.items()
+            if value is not None
+        }
+    )
+
+
+class _TrainingData:
+    """Batches of the trainer's loader, on the device.
+
+    Reading them moves neither the loader that training reads nor any random number generator.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self._trainer
+        if trainer.train_dataloader is None:  # with max_steps alone nobody had to count batches
+            trainer.fit_loop.setup_data()
+        device = trainer.strategy.root_device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a DataLoader draws the seed of its workers
+            batches = iter(copy.copy(trainer.train_dataloader) or ())
+        while True:
+            with torch.random.fork_rng(devices=devices):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield trainer.strategy.batch_to_device(batch)
+
+
+def _training_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+    """Return the loss of `training_step`, without a trace in the log."""
+    logs = ("log", "log_dict")
+    for name in logs:
+        module.__dict__[name] = _log_nothing
+    try:
+        with trainer.precision_plugin.train_step_context():
+            output = module.training_step(batch, 0)
+    finally:
+        for name in logs:
+            del module.__dict__[name]
+    return cast(Tensor, output["loss"] if isinstance(output, Mapping) else output)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a module's `log` while a loss is only evaluated."""

@@ -1,0 +1,72 @@
+"""The one callback that completes the gradients of adapters before an optimizer step."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from adaptrank.training.distributed import average_adapters
+from adaptrank.training.penalties import add_penalty_gradients
+
+
+@runtime_checkable
+class HasGates(Protocol):
+    """A callback that trains tensors which are in no optimizer."""
+
+    def gate_parameters(self) -> list[Tensor]:
+        """Return these tensors."""
+
+
+class AdapterGradients(Callback):
+    """Average the gradients of adapters over processes, and add the penalties of methods.
+
+    A penalty is a regularizer that a method brings along, such as the orthogonality of the SVD
+    form. Allocators and the modules of this library put this callback into the trainer by
+    themselves, see `ensure_gradients`. A LightningModule of your own that trains such a method
+    without an allocator takes it as `callbacks=[AdapterGradients()]`. Several of them in a trainer
+    act as one.
+    """
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average gradients where the strategy leaves that to us."""
+        if self._acts(trainer):
+            average_adapters(trainer, pl_module, list(_gates(trainer)))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Add the gradient of the mean penalty, and log the penalty."""
+        if self._acts(trainer):
+            value = add_penalty_gradients(pl_module)
+            if value is not None:
+                pl_module.log("penalty", value)
+
+    def _acts(self, trainer: Trainer) -> bool:
+        """Return whether this is the first one of the trainer."""
+        return next(_instances(trainer), self) is self
+
+
+def ensure_gradients(trainer: Trainer) -> None:
+    """Put `AdapterGradients` in front of all callbacks, unless there is one already.
+
+    It has to act before allocators look at gradients. The list is replaced, not changed: Lightning
+    may be iterating over it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    present = list(_instances(trainer))
+    in_front = present[0] if present else AdapterGradients()
+    others = [callback for callback in callbacks if callback is not in_front]
+    trainer.callbacks = [in_front, *others]  # type: ignore[attr-defined]
+
+
+def _instances(trainer: Trainer) -> Iterator[AdapterGradients]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AdapterGradients):
+            yield callback
+
+
+def _gates(trainer: Trainer) -> Iterator[Tensor]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, HasGates):
+            yield from callback.gate_parameters()
