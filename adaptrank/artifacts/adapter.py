@@ -26,14 +26,29 @@ from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describ
 from adaptrank.artifacts.header import digest_of, parse
 from adaptrank.artifacts.stored_values import load_tensors
 from adaptrank.axes import compact
-from adaptrank.injection import ParameterizationCallable, adapt, split_at, undone_on_error
+from adaptrank.injection import (
+    ParameterizationCallable,
+    adapt,
+    check_names,
+    split_at,
+    undone_on_error,
+)
 from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
     Parameterization,
     named_layers,
     wrapped_layers,
-    wrappers,
 )
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+    "trained_modules",
+    "write_files",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,10 +88,7 @@ def save_adapter(
         )
     if names is not None:
         names = frozenset([names] if isinstance(names, str) else names)
-        known = dict.fromkeys(wrapper.name for wrapper in wrappers(model))
-        unknown = sorted(names - known.keys())
-        if unknown:
-            raise UserError(f"No adapter is called {unknown[0]!r}; there are {', '.join(known)}.")
+        check_names(model, sorted(names))
 
     description = describe_adapter(model, base, names)
     # A tied tensor is written once.

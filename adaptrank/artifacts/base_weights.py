@@ -38,14 +38,19 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Weight, bool]]:
         if isinstance(plain, kinds.Parts):
             # The parts are listed as the fused layer that they were.
             parts |= set(plain.plain)
-            trains = any(p.requires_grad for part in plain.plain for p in part.parameters())
-            for name in ("weight", "bias"):
-                if any(getattr(part, name) is not None for part in plain.plain):
-                    yield _join(path, name), partial(plain.fused, name), trains
+            yield from _fused_weights(path, plain)
         elif plain not in parts:
             for name, parameter in plain.named_parameters(recurse=False):
                 if id(parameter) not in adapter_ids:
                     yield _join(path, name), parameter, parameter.requires_grad
+
+
+def _fused_weights(path: str, split: kinds.Parts) -> Iterator[tuple[str, Weight, bool]]:
+    """Yield the weight and the bias of a fused layer that was split."""
+    trains = any(p.requires_grad for part in split.plain for p in part.parameters())
+    for name in ("weight", "bias"):
+        if any(getattr(part, name) is not None for part in split.plain):
+            yield _join(path, name), partial(split.fused, name), trains
 
 
 def trained_modules(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from adaptrank.injection.match import find_modules
 from adaptrank.injection.rank_pattern import apply_rank_pattern
 from adaptrank.injection.switch import (
     MERGED,
+    check_names,
     delete_adapter,
     disabled,
     is_merged,
@@ -20,6 +21,7 @@ __all__ = [
     "ParameterizationCallable",
     "adapt",
     "apply_rank_pattern",
+    "check_names",
     "delete_adapter",
     "describe",
     "disabled",
