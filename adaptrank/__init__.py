@@ -6,8 +6,10 @@ Importing the package is cheap: each public name is loaded when it is first used
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from adaptrank import _moved
+
 if TYPE_CHECKING:
-    from adaptrank.allocation import ALLOCATORS, Allocator
+    from adaptrank.allocation import ALLOCATORS, Allocator, Policy, RankInitializer
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
     from adaptrank.composition import compose
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_moved.install()
 
 _HOMES = {
     "ALLOCATORS": "allocation",
@@ -30,6 +34,8 @@ _HOMES = {
     "Allocator": "allocation",
     "PARAMETERIZATIONS": "parameterizations",
     "Parameterization": "parameterizations",
+    "Policy": "allocation",
+    "RankInitializer": "allocation",
     "adapt": "injection",
     "compose": "composition",
     "delete_adapter": "injection",
@@ -50,6 +56,8 @@ __all__ = [
     "Adapter",
     "Allocator",
     "Parameterization",
+    "Policy",
+    "RankInitializer",
     "adapt",
     "compose",
     "delete_adapter",

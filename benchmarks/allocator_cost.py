@@ -1,19 +1,24 @@
-"""What an allocator costs: its share of a training step, and the time of an event against a step.
+"""Cost of an allocator: its share of a training step, and the time of an event against a step.
 
     python benchmarks/allocator_cost.py [--rounds 8] [--layers 30] [--threads 2]
 
-A Llama of SmolLM2-135M's shapes (random weights, 30 layers, bf16 where the CPU is fast at it), all linear layers in the SVD form of
-rank 8, 8 x 128 tokens, AdamW, clipping at 1. In every round each variant makes one step, so that a slow spell meets all of them:
+The model is a Llama of SmolLM2-135M's shapes: random weights, 30 layers, bf16 where the CPU is fast
+at it, all linear layers in the SVD form of rank 8. A batch has 8 x 128 tokens. The optimizer is
+AdamW, with clipping at 1. In every round each variant makes one step, so that a slow moment of the
+machine affects all of them:
 
-- none: no allocator, what everything is held against; the orthogonality penalty of the SVD form is part of everybody's step;
-- one of ours by each score that needs no data of its own, with an event that prunes in half of the rounds: `before_step` but for the
-  penalty, and `step` in rounds without an event, count as scoring, `step` in rounds with one as the event;
-- HF PEFT's AdaLoRA with `update_and_allocate` called after every step, as its documentation says; its forward pass adds
-  the orthogonality to the loss, which is part of its step, not of its scoring. It scores and masks in one call: from its
-  `tinit` on there is an event at every `deltaT`.
+- none: no allocator. The other variants are compared with it. The orthogonality penalty of the SVD
+  form is part of every variant's step.
+- our allocator with each score that needs no data of its own. An event prunes in half of the
+  rounds. Scoring is `before_step` without the penalty, and `step` in rounds without an event. The
+  event is `step` in rounds with one.
+- HF PEFT's AdaLoRA with `update_and_allocate` called after every step, as its documentation says.
+  Its forward pass adds the orthogonality to the loss, which is part of its step and not of its
+  scoring. It scores and masks in one call. From its `tinit` on there is an event at every `deltaT`.
 
-Shares are taken within a round, over the step of `none` in that round; the table has medians and quartiles.
-Writes benchmarks/results/allocator_cost.json and docs/results/allocator_cost.md.
+Shares are taken within a round, over the step of `none` in that round. The table has medians and
+quartiles. The script writes benchmarks/results/allocator_cost.json and
+docs/results/allocator_cost.md.
 """
 
 import argparse
@@ -42,26 +47,19 @@ def backbone(layers: int, dtype: torch.dtype) -> nn.Module:
 
 
 class Half(Allocator):
-    """Prunes a little at each event, so that every event has work."""
+    """Allocator that prunes a little at every second step, so that every event has work."""
 
-    def __init__(self, importance: str, events: list[int]) -> None:
-        super().__init__(budget=1, every=1, warmup=0, final=1)
-        self.importance, self._at = importance, events
-
-    def acts_at(self, step: int) -> bool:
-        return step in self._at
+    def __init__(self, importance: str, rounds: int) -> None:
+        super().__init__(budget=1, every=2, warmup=0, final=1)
+        self.importance, self.rounds = importance, rounds
 
     def budget_at(self, step: int) -> int:
-        done = sum(at <= step for at in self._at)
-        return self._start_total - done * (self._start_total // (4 * len(self._at)))
-
-    def _step(self, step: int) -> Any:
-        self.moves = step in self._at  # between events only what scoring does
-        return super()._step(step)
+        start = self.run.start_total
+        return start - step * start // (4 * self.rounds)
 
 
 class Variant:
-    """A model that makes steps; `parts` are the seconds of its last one."""
+    """A model that makes steps. `parts` holds the seconds of the last one."""
 
     def __init__(
         self,
@@ -101,9 +99,11 @@ def ours(importance: str | None, layers: int, dtype: torch.dtype, rounds: int) -
     model = adapt(backbone(layers, dtype), "all-linear", partial(SVD, rank=RANK))
     if importance is None:
         return Variant(model, lambda: None, lambda: None)
-    allocator = Half(importance, list(range(2, rounds + 1, 2)))
-    variant = Variant(model, allocator._before_step, allocator.step)  # without the penalty
-    allocator.start(model, variant.optimizer, rounds + 2)
+    allocator = Half(importance, rounds)
+    # The engine's own call leaves out the penalty, which `Variant` times apart.
+    variant = Variant(model, allocator.engine.before_step, allocator.step)
+    # The run is longer than what is measured, so that scoring never ends.
+    allocator.start(model, variant.optimizer, 2 * rounds + 2)
     return variant
 
 
@@ -165,10 +165,8 @@ def main() -> None:
                 ) if name != "PEFT AdaLoRA" else None
             else:
                 row["scoring"].append((parts["before"] + parts["after"]) / base[-1])
-        print(
-            f"round {number}: {', '.join(f'{n} {sum(v.parts.values()):.2f}' for n, v in variants.items())}",
-            flush=True,
-        )
+        seconds = [f"{n} {sum(v.parts.values()):.2f}" for n, v in variants.items()]
+        print(f"round {number}: {', '.join(seconds)}", flush=True)
 
     table = {
         name: {part: common.quartiles(values) for part, values in row.items() if values}
@@ -196,8 +194,8 @@ def page(result: dict[str, Any], options: argparse.Namespace) -> str:
     def cell(row: dict[str, dict[str, float]], part: str) -> str:
         if part not in row:
             return ""
-        values = row[part]
-        return f"{100 * values['median']:.2f} % ({100 * values['low']:.2f} to {100 * values['high']:.2f})"
+        percent = {key: 100 * value for key, value in row[part].items()}
+        return "{median:.2f} % ({low:.2f} to {high:.2f})".format(**percent)
 
     rows = [
         [name, cell(row, "scoring"), cell(row, "event"), f"{row['step']['median']:.3f}"]
@@ -205,20 +203,29 @@ def page(result: dict[str, Any], options: argparse.Namespace) -> str:
         if name != "none"
     ]
     seconds = result["step_seconds"]
-    return f"""# What an allocator costs
-
-A Llama of SmolLM2-135M's shapes ({result["layers"]} layers, random weights, {result["dtype"]}), all
-linear layers in the SVD form of rank {RANK}, {BATCH} x {LENGTH} tokens, AdamW. Shares of the step without allocator in the same round
-({seconds["median"]:.2f} s, quartiles {seconds["low"]:.2f} to {seconds["high"]:.2f}): medians, and quartiles in brackets, of
-{options.rounds} interleaved rounds. Written by `python benchmarks/allocator_cost.py --rounds {options.rounds}`.
-
-{common.on(result["machine"])}
-
-{common.table(["score", "scoring, of a step", "event, of a step", "whole step, ratio"], rows)}
-
-PEFT's `update_and_allocate` scores in every call; where it also masks, its row counts the call as an event. Asked: scoring at most
-3 % of a step, an event no longer than a step.
-"""
+    intro = common.paragraph(
+        f"The model is a Llama of SmolLM2-135M's shapes ({result['layers']} layers, random",
+        f"weights, {result['dtype']}), with all linear layers in the SVD form of rank {RANK}. A",
+        f"batch has {BATCH} x {LENGTH} tokens, and the optimizer is AdamW. Shares are those of the",
+        f"step without allocator in the same round ({seconds['median']:.2f} s, quartiles",
+        f"{seconds['low']:.2f} to {seconds['high']:.2f}). The table has medians of",
+        f"{options.rounds} interleaved rounds, and quartiles in brackets. This page is written by",
+        f"`python benchmarks/allocator_cost.py --rounds {options.rounds}`.",
+    )
+    end = common.paragraph(
+        "PEFT's `update_and_allocate` scores in every call. Where it also masks, its row counts",
+        "the call as an event. The target is at most 3 % of a step for scoring, and an event that",
+        "takes no longer than a step.",
+    )
+    header = ["score", "scoring, of a step", "event, of a step", "whole step, ratio"]
+    parts = [
+        "# What an allocator costs",
+        intro,
+        common.on(result["machine"]),
+        common.table(header, rows),
+        end,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

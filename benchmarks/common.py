@@ -1,9 +1,11 @@
-"""What the scripts here share: rounds in which every variant runs once, their quartiles, the machine, and files of results."""
+"""Shared parts of the benchmarks: interleaved rounds, quartiles, tables, pages, results."""
 
 import json
 import os
 import platform
+import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +26,12 @@ SHAPES = {
     "tie_word_embeddings": True,
     "use_cache": False,
 }
-"""SmolLM2-135M's, but for the number of layers."""
+"""Sizes of SmolLM2-135M. The number of layers is left to the benchmark."""
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and both quartiles."""
     low, median, high = (
         statistics.quantiles(values, n=4, method="inclusive")
         if len(values) > 1
@@ -40,14 +43,20 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 def interleaved(
     runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Name -> its seconds in each round. In a round each runs once, so that a slow spell meets all of them; the order turns."""
-    names, found = list(runs), {name: [] for name in runs}
+    """Return the seconds of every variant in each round, by its name.
+
+    Every variant runs once in a round, so that a slow moment of the machine affects all of them.
+    The order rotates from round to round.
+    """
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm, rounds):
-        for name in [*names[number % len(names) :], *names[: number % len(names)]]:
-            seconds = runs[name]()
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            took = runs[name]()
             if number >= 0:
-                found[name].append(seconds)
-    return found
+                seconds[name].append(took)
+    return seconds
 
 
 def step(
@@ -55,7 +64,10 @@ def step(
     loss: Callable[[], Tensor],
     after_backward: Callable[[], object] = lambda: None,
 ) -> Callable[[], float]:
-    """A function that makes one step and returns its seconds; where nothing trains, forward and backward alone."""
+    """Return a function that makes one training step and returns its seconds.
+
+    A model without trainable parameters makes a forward and a backward pass only.
+    """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
@@ -74,20 +86,47 @@ def step(
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], name: str, over: str) -> dict[str, float]:
-    """Quartiles of the ratio of two variants, taken within a round."""
+    """Return the quartiles of the ratio of two variants, taken within each round."""
     return quartiles([a / b for a, b in zip(seconds[name], seconds[over], strict=True)])
 
 
 def spread(ratio: Mapping[str, float] | None) -> str:
+    """Write quartiles as "median (low to high)"."""
     return "" if ratio is None else "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
 
+def paragraph(*sentences: str) -> str:
+    """Join sentences and wrap them at 100 columns."""
+    return wrapped(" ".join(sentences), "", "")
+
+
+def bullets(*items: str) -> str:
+    """Write a Markdown list whose items are wrapped at 100 columns."""
+    return "\n".join(wrapped(item, "- ", "  ") for item in items)
+
+
+def wrapped(text: str, first: str, others: str) -> str:
+    """Wrap a text at 100 columns without breaking words or code spans."""
+    joined = re.sub("`[^`]+`", lambda span: span[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(
+        joined,
+        100,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.replace("\0", " ")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table with numbers on the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine() -> dict[str, Any]:
+    """Describe the processor and the versions of this process."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -101,12 +140,13 @@ def machine() -> dict[str, Any]:
 
 
 def on(here: Mapping[str, Any]) -> str:
-    """The machine in one line."""
-    return f"{here['processor']}, {here['cores']} cores, {here['threads']} threads; Python {here['python']}, PyTorch {here['torch']}."
+    """Write the machine in one line."""
+    processor = f"{here['processor']}, {here['cores']} cores, {here['threads']} threads"
+    return f"{processor}. Python {here['python']}, PyTorch {here['torch']}."
 
 
 def write(name: str, found: Mapping[str, Any], page: str | None = None) -> None:
-    """Results as benchmarks/results/<name>.json and, where there is a page, docs/results/<name>.md."""
+    """Write the results to benchmarks/results/NAME.json, and a page to docs/results/NAME.md."""
     files = {ROOT / "benchmarks" / "results" / f"{name}.json": json.dumps(found, indent=1) + "\n"}
     if page is not None:
         files[ROOT / "docs" / "results" / f"{name}.md"] = page

@@ -1,9 +1,11 @@
-"""What composing takes beside the loaded base: peak memory and time for two LoRAs of rank 64 on SmolLM2-135M, all linear layers.
+"""Memory and time of composing two LoRAs of rank 64 on all linear layers of SmolLM2-135M.
 
     python benchmarks/compose_memory.py [--rank 64]
 
-Makes the two adapters with random factors, and composes them in a process of its own, whose resident memory is read after the base was
-loaded, and at its peak from there on, writing of the result included. Writes benchmarks/results/compose_memory.json and docs/results/compose_memory.md.
+The script makes two adapters with random factors, and composes them in a process of its own. It
+reads the resident memory of that process after the base was loaded, and its peak from there on.
+Writing the result is included. It writes benchmarks/results/compose_memory.json and
+docs/results/compose_memory.md.
 """
 
 import argparse
@@ -16,14 +18,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import common
 import torch
 import transformers
 
 from adaptrank import adapt, backbones, compose, save_adapter
 from adaptrank.parameterizations import LoRA
 
-ROOT = Path(__file__).parents[1]
-BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BACKBONE = common.SMOLLM2
 
 
 def base() -> torch.nn.Module:
@@ -32,17 +34,18 @@ def base() -> torch.nn.Module:
 
 
 def memory(field: str) -> float:
-    """MiB, of this process: VmRSS now, VmHWM at its peak."""
+    """Return MiB of this process: VmRSS is the present size, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def measure(one: Path, two: Path, out: Path) -> dict[str, float]:
     model = base()
-    small = torch.linalg.svd(torch.randn(8, 8))  # what a first call loads is no memory of ours
-    del small
+    # The first call loads a library, which is not part of composing.
+    torch.linalg.svd(torch.randn(8, 8))
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    # Start the peak anew.
+    Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     report = compose(model, [one, two])
     composed = time.perf_counter()
@@ -54,6 +57,20 @@ def measure(one: Path, two: Path, out: Path) -> dict[str, float]:
         "compose_seconds": composed - start,
         "save_seconds": time.perf_counter() - composed,
     }
+
+
+def page(found: dict[str, float]) -> str:
+    rank, times = found["rank"], f"{found['ratio']:.2f} times the size of the two"
+    sentences = common.paragraph(
+        f"Two LoRAs of rank {rank} on all linear layers of SmolLM2-135M are",
+        f"{found['adapters']:.0f} MiB as files. They are composed to their exact sum of rank",
+        f"{2 * rank}, which is saved. The peak of the memory above the loaded base, saving",
+        f"included, is **{found['extra']:.0f} MiB, {times}**. The target is below 2. Composing",
+        f"took {found['compose_seconds']:.1f} s, with the report of all {found['layers']} layers.",
+        f"Saving took {found['save_seconds']:.1f} s. This page is written by `python",
+        "benchmarks/compose_memory.py`.",
+    )
+    return f"# What composing takes\n\n{sentences}\n"
 
 
 def main() -> None:
@@ -81,16 +98,8 @@ def main() -> None:
     found |= {"adapters": size, "extra": found["peak"] - found["base"], "rank": options.rank}
     found["ratio"] = found["extra"] / size
     found["torch"], found["python"] = torch.__version__, platform.python_version()
-    (ROOT / "benchmarks/results/compose_memory.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = f"""# What composing takes
-
-Two LoRAs of rank {options.rank} on all linear layers of SmolLM2-135M, {size:.0f} MiB as files, composed to their exact sum of rank {2 * options.rank} and saved.
-Memory above the loaded base, at its peak, saving included: **{found["extra"]:.0f} MiB, {found["ratio"]:.2f} times the size of the two** (asked: below 2).
-Composing took {found["compose_seconds"]:.1f} s, with the report of all {found["layers"]} layers; saving {found["save_seconds"]:.1f} s. Written by
-`python benchmarks/compose_memory.py`.
-"""
-    (ROOT / "docs/results/compose_memory.md").write_text(text)
-    print(text)
+    common.write("compose_memory", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":

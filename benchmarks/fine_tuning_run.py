@@ -1,22 +1,29 @@
-"""A fine-tuning run on prompts and completions: against HF PEFT in HF's Trainer, at its defaults and at its best settings.
+"""A fine-tuning run on prompts and completions, compared with HF PEFT in HF's Trainer.
 
     python benchmarks/fine_tuning_run.py [--examples 96] [--rounds 3] --data FOLDER
 
-SmolLM2-135M in bf16, LoRA of rank 8 on all linear layers, one pass over the same examples of gsm8k and medquad, half each, drawn at
-random, in batches of 8, AdamW at 1e-4, clipping at 1. A row is its prompt and its completion as one text, of which the last third of the words
-is the completion: lengths are those of the data, and completions a third. Each run is a process of its own, and they take turns:
+The run trains SmolLM2-135M in bf16 with LoRA of rank 8 on all linear layers. It makes one pass over
+the same examples of gsm8k and medquad, half of each, drawn at random, in batches of 8. The
+optimizer is AdamW at 1e-4, with clipping at 1. The prompt and the completion of a row are joined,
+and the last third of the words is the completion. Lengths are thus those of the data, and a third
+of every text is the completion. Each run is a process of its own, and the ways take turns:
 
-- ours: CausalLM and CausalLMData at their defaults, and once more with `group_by_length`;
-- theirs: `TrainingArguments` as they come, but for the batch size's twin, rate, and no saving; padding to the longest of a batch;
-- theirs, grouped: batches of similar length (`train_sampling_strategy="group_by_length"`);
-- theirs, grouped, autocast: with `bf16=True` as well. The faster one of the two is their best. The examples are tokenized beforehand and in
-  memory, so that data workers would have nothing to do.
+- ours: CausalLM and CausalLMData at their defaults, and once more with `group_by_length`.
+- theirs: `TrainingArguments` at their defaults, except for the batch size, the learning rate, and
+  no saving. Batches are padded to their longest row.
+- theirs, grouped: batches of similar length (`train_sampling_strategy="group_by_length"`).
+- theirs, grouped, autocast: the same with `bf16=True`.
 
-Seconds are those of training alone, from the first step's start to the last one's end: importing, loading and tokenizing are outside.
-Memory is the peak resident size of the process above what it had once the model was loaded and adapted.
+The faster one of the last two is "their best". Their examples are tokenized beforehand and are in
+memory, so that data workers would have nothing to do.
 
-`--curves` trains both in float32 on the same batches, in the same order, with the same padding and from the same factors, and compares losses.
-Writes benchmarks/results/fine_tuning_run.json and docs/results/fine_tuning_run.md.
+Seconds are those of training alone, from the start of the first step to the end of the last one.
+Importing, loading and tokenizing are not included. Memory is the peak resident size of the process
+above its size once the model was loaded and adapted.
+
+`--curves` trains both in float32 and compares the losses. Both have the same batches in the same
+order, the same padding and the same initial factors. The script writes
+benchmarks/results/fine_tuning_run.json and docs/results/fine_tuning_run.md.
 """
 
 import argparse
@@ -46,7 +53,7 @@ ASKED = {"defaults": 0.5, "best": 0.7}
 
 
 def resident() -> int:
-    """Resident bytes, once freed blocks are given back (Linux); the peak starts anew."""
+    """Return the resident bytes after freed blocks are given back, and start the peak anew."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -63,7 +70,7 @@ def status(field: str) -> int:
 
 
 def files(data: Path, examples: int, folder: Path) -> Path:
-    """Rows of both sets, in turns, as one folder that CausalLMData reads."""
+    """Write rows of both sets, in turns, to one folder that CausalLMData reads."""
     random = Random(0)
     rows = [
         random.sample((data / name / "train.jsonl").read_text().splitlines(), examples // 2)
@@ -140,8 +147,8 @@ def ours(folder: Path, grouped: bool) -> dict[str, Any]:
 
 
 def encoded(folder: Path) -> tuple[list[dict[str, list[int]]], Any]:
-    """The training rows, tokenized as CausalLMData does, and the tokenizer."""
-    from adaptrank.backbones import sources as backbones
+    """Return the training rows, tokenized as CausalLMData does, and the tokenizer."""
+    from adaptrank import backbones
     from adaptrank.data import CausalLMData
 
     tokenizer = backbones.load_tokenizer(backbones.resolve(common.SMOLLM2))
@@ -161,7 +168,7 @@ def theirs(folder: Path, more: list[str]) -> dict[str, Any]:
         TrainingArguments,
     )
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     rows, tokenizer = encoded(folder)
     torch.manual_seed(0)
@@ -196,7 +203,7 @@ def theirs(folder: Path, more: list[str]) -> dict[str, Any]:
 
 
 def one(way: str, folder: Path) -> dict[str, float]:
-    """In this process: seconds of training, and bytes above the loaded model at the peak."""
+    """Train in this process: return seconds, and bytes above the loaded model at the peak."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     name, *more = way.split(", ")
     found = ours(folder, bool(more)) if name == "ours" else theirs(folder, more)
@@ -204,11 +211,11 @@ def one(way: str, folder: Path) -> dict[str, float]:
 
 
 def curves(folder: Path, steps: int) -> dict[str, list[float]]:
-    """Losses of both in float32, step by step: the same batches and factors."""
+    """Return the losses of both in float32, from the same batches and factors."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_scheduler
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
     from adaptrank.data import CausalLMData
     from adaptrank.parameterizations import wrapped_layers
 
@@ -297,15 +304,27 @@ def page(found: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "# A fine-tuning run",
-                f"SmolLM2-135M in bf16, LoRA of rank {RANK} on all linear layers, {found['examples']} examples of gsm8k and medquad in batches\n"
-                f"of {BATCH}: {tokens['mean']:.0f} tokens on average, {tokens['completion']:.0%} of them in completions. Each run is a process of its own;\n"
-                f"they took turns, {found['rounds']} times. Written by `python benchmarks/fine_tuning_run.py --examples {found['examples']}\n"
-                f"--rounds {found['rounds']}`, which says what each way is.",
+                common.paragraph(
+                    f"SmolLM2-135M in bf16 is trained with LoRA of rank {RANK} on all linear",
+                    f"layers. The data are {found['examples']} examples of gsm8k and medquad in",
+                    f"batches of {BATCH}, with {tokens['mean']:.0f} tokens on average and",
+                    f"{tokens['completion']:.0%} of them in completions. Each run is a process of",
+                    f"its own. The runs took turns, {found['rounds']} times. This page is written",
+                    f"by `python benchmarks/fine_tuning_run.py --examples {found['examples']}",
+                    f"--rounds {found['rounds']}`, which explains each way.",
+                ),
                 common.on(found["machine"]),
                 common.table(["way", "seconds", "MiB above the loaded model, at the peak"], rows),
-                "Ours over HF PEFT in HF's Trainer, within a round; their best is the faster of their two grouped ways:",
+                common.paragraph(
+                    "Ours over HF PEFT in HF's Trainer, within a round. Their best is the faster",
+                    "of their two grouped ways.",
+                ),
                 common.table(["settings", "time", "memory", "asked"], pairs),
-                "## The same loss curve\n\nFloat32, the same batches in the same order with the same padding, the same factors to start from:",
+                "## The same loss curve",
+                common.paragraph(
+                    "In float32, with the same batches in the same order, the same padding and the",
+                    "same initial factors.",
+                ),
                 common.table(["step", "ours", "HF PEFT", "difference"], steps),
             ]
         )

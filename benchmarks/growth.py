@@ -1,21 +1,25 @@
-"""How cost grows with size, and what that says of models that are too large to try here.
+"""How cost grows with size, and what this predicts for models that are too large to try here.
 
-    python benchmarks/growth.py [--rounds 5] [--curves layers width rank tokens adapted adapters processes]
+    python benchmarks/growth.py [--rounds 5] [--curves layers width rank tokens adapted ...]
 
-Every curve changes one size of a Llama of SmolLM2's shapes in bf16 (random weights, no head) and measures at each point, in interleaved
-rounds, a step of the frozen floor (forward and backward through the activations), of LoRA and of HyperAdapt (with optimizer step);
-and the bytes that the forward pass keeps for the backward pass. "Own" is what an adapter adds to the floor. The exponent of a
-curve is the slope of a straight line through the logarithms.
+Every curve changes one size of a Llama of SmolLM2's shapes in bf16, with random weights and without
+a head. At each point it measures, in interleaved rounds, a step of the frozen floor (forward and
+backward through the activations), and whole steps of LoRA and of HyperAdapt. It also measures the
+bytes that the forward pass keeps for the backward pass. "Own" is what an adapter adds to the floor.
+The exponent of a curve is the slope of a straight line through the logarithms.
 
-- layers 6 to 30, width 256 to 4096 (2 layers, 4 times as wide inside), rank 1 to 64, tokens 64 to 1024 in one row;
-- adapted: 7 to 56 of the linear layers of 8 blocks; adapters: 1 to 8 LoRAs of rank 8, one around the other;
-- processes: 1 and 2 of one thread each, a batch of the same size for each, gradients averaged by `distributed.average_gradients`.
+- layers: 6 to 30. width: 256 to 4096, with 2 layers and an MLP 4 times as wide. rank: 1 to 64.
+  tokens: 64 to 1024 in one row.
+- adapted: 7 to 56 of the linear layers of 8 blocks. adapters: 1 to 8 nested LoRAs of rank 8.
+- processes: 1 and 2 processes of one thread each, with a batch of the same size for each. Gradients
+  are averaged by `average_gradients`.
 
-Predictions: one block of the true shapes is built and measured (kept bytes of 256 tokens), and multiplied; parameters, gradients and
-optimizer are those of `python -m adaptrank plan` (`artifacts.planning`), on the meta device. Attention keeps what PyTorch's flash
-attention keeps. They are held against published figures where there are some.
+Predictions: one block of the true shapes is built, the bytes it keeps for 256 tokens are measured,
+and multiplied. Parameters, gradients and optimizer state come from `python -m adaptrank plan`
+(`artifacts.planning`), on the meta device. Attention keeps what PyTorch's flash attention keeps.
+The predictions are compared with published figures where there are some.
 
-Writes benchmarks/results/growth.json and docs/results/growth.md.
+The script writes benchmarks/results/growth.json and docs/results/growth.md.
 """
 
 import argparse
@@ -94,7 +98,10 @@ def step(
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, the input included, the model's own tensors not."""
+    """Return the bytes that a forward pass keeps for the backward pass.
+
+    The input is included. The tensors of the model are not.
+    """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
 
@@ -228,7 +235,7 @@ def median(value: Any) -> float:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """Slope of log(value) over log(size), or None where a value is within the noise of nothing."""
+    """Return the slope of log(value) over log(size), or None where a value is not positive."""
     if min(values) <= 0:
         return None
     xs, ys = [math.log(s) for s in sizes], [math.log(v) for v in values]
@@ -259,7 +266,7 @@ def one_process(number: int, count: int, rounds: int, folder: str) -> None:
 
 
 def processes(rounds: int) -> dict[str, Any]:
-    """Seconds of a step in two processes over those in one, with the same batch for each."""
+    """Return the time of a step in two processes over one, with a batch of its own for each."""
     import torch.multiprocessing as mp
 
     found: dict[str, Any] = {"LoRA": [], "HyperAdapt": []}
@@ -311,11 +318,11 @@ PUBLISHED = {
     "LoKr r=32, factor 4": ("LoKr", {"rank": 32, "factor": 4}, 2_294_656),
     "MiSS r=64": ("MiSS", {"rank": 64}, 7_340_032),
 }
-"""Trainable numbers on q_proj and v_proj of Llama-3.2-3B, from HF PEFT's method comparison (MetaMathQA)."""
+"""Trainable parameters on q_proj and v_proj of Llama-3.2-3B in HF PEFT's method comparison."""
 BETWEEN_STEPS, FILE = 6_925_580_957.696, 36_715_216
-"""Bytes allocated on average, and of the adapter's file, of LoRA r=32 there (train_info)."""
+"""Mean allocated bytes, and bytes of the adapter's file, of LoRA r=32 there (train_info)."""
 MORE_RANK = 0.2
-"""GiB that the peak of LoRA r=64 is above that of r=32 there, both printed to 0.1."""
+"""Peak of LoRA r=64 minus peak of LoRA r=32 there in GiB, both printed to 0.1."""
 
 
 def block(sizes: Mapping[str, Any]) -> nn.Module:
@@ -386,15 +393,31 @@ def against_published() -> list[list[str]]:
         for k in ("parameters", "gradients", "optimizer")
     )
     rows += [
-        ["LoRA r=32, bytes of the file", f"{lora_.file:,}", f"{FILE:,}", f"{lora_.file / FILE:.3f}"],
-        ["LoRA r=32, GiB between steps", f"{between / 2**30:.2f}", f"{BETWEEN_STEPS / 2**30:.2f}", f"{between / BETWEEN_STEPS:.3f}"],
-        ["LoRA r=64 above r=32, GiB", f"{more / 2**30:.2f}", f"{MORE_RANK}", f"{more / 2**30 / MORE_RANK:.2f}"],
-    ]  # fmt: skip
+        [
+            "LoRA r=32, bytes of the file",
+            f"{lora_.file:,}",
+            f"{FILE:,}",
+            f"{lora_.file / FILE:.3f}",
+        ],
+        [
+            "LoRA r=32, GiB between steps",
+            f"{between / 2**30:.2f}",
+            f"{BETWEEN_STEPS / 2**30:.2f}",
+            f"{between / BETWEEN_STEPS:.3f}",
+        ],
+        [
+            "LoRA r=64 above r=32, GiB",
+            f"{more / 2**30:.2f}",
+            f"{MORE_RANK}",
+            f"{more / 2**30 / MORE_RANK:.2f}",
+        ],
+    ]
     return rows
 
 
 # ---- the page
 
+BYTES = ("frozen", "adapter", "optimizer", "activations")
 WORDS = {
     "layers": "Layers of the model, 4 x 64 tokens",
     "width": "Width, 2 layers, 4 x 64 tokens",
@@ -442,22 +465,36 @@ def curve_section(name: str, found: Mapping[str, Any]) -> str:
 def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# How cost grows",
-        "Written by `python benchmarks/growth.py`, which says how everything is measured. Milliseconds of a step and MiB kept for the backward\n"
-        f'pass, in bf16: medians and quartiles of {found["rounds"]} interleaved rounds. "Own" is what an adapter adds to the frozen floor,\n'
-        "the gradient and the optimizer's step included; where it is small beside the floor, it is mostly noise. The last line of each table\n"
-        "is the exponent: 1 is in proportion, 0 does not grow.",
+        common.paragraph(
+            "This page is written by `python benchmarks/growth.py`, which explains every",
+            "measurement. The tables show milliseconds of a step, and MiB kept for the backward",
+            f"pass, in bf16. They are medians and quartiles of {found['rounds']} interleaved",
+            "rounds.",
+            '"Own" is what an adapter adds to the frozen floor, with its gradient and the step of',
+            "the",
+            "optimizer. Where this is small beside the floor, it is mostly noise. The last line of",
+            "each table is the exponent: 1 is proportional, and 0 does not grow.",
+        ),
         common.on(found["machine"]),
         "## Curves",
         *(curve_section(name, one) for name, one in found["curves"].items()),
-        "### Processes\n\nA step in two processes of one thread, over one process of one thread, each with 4 x 64 tokens of its own: 1 is perfect, and\n"
-        "the two share a memory bus here.",
+        "### Processes",
+        common.paragraph(
+            "A step in two processes of one thread, over a step in one process of one thread, each",
+            "with 4 x 64 tokens of its own. A ratio of 1 is perfect. The two processes share a",
+            "memory bus here.",
+        ),
         common.table(
             ["method", "ratio"], [[n, common.spread(r)] for n, r in found["processes"].items()]
         ),
         "## What it predicts",
-        f"GiB for Llama 3's shapes in bf16, {TOKENS} tokens a step, all linear layers, rank {RANK} where there is a rank (LoKr: its default), no\n"
-        "checkpointing: activations are those of a block of the true shapes, measured, times the number of blocks; all else is from\n"
-        "`python -m adaptrank plan`. Adapters, their gradients and Adam's moments are float32.",
+        common.paragraph(
+            f"GiB for Llama 3's shapes in bf16, with {TOKENS} tokens a step, all linear layers,",
+            f"and rank {RANK} where there is a rank (LoKr has its default). There is no",
+            "checkpointing. Activations are those of one block of the true shapes, measured and",
+            "multiplied by the number of blocks. All other figures come from `python -m adaptrank",
+            "plan`. Adapters, their gradients and Adam's moments are float32.",
+        ),
     ]
     for name, one in found["predictions"].items():
         rows = [
@@ -465,13 +502,15 @@ def page(found: Mapping[str, Any]) -> str:
                 method,
                 f"{row['trainable']:,}",
                 *(f"{row[k] / 2**30:.2f}" for k in ("adapter", "optimizer", "activations")),
-                f"{(row['frozen'] + one['floor'] + row['adapter'] + row['optimizer'] + row['activations']) / 2**30:.1f}",
+                f"{(one['floor'] + sum(row[k] for k in BYTES)) / 2**30:.1f}",
             ]
             for method, row in one["methods"].items()
         ]
         frozen = next(iter(one["methods"].values()))["frozen"]
         parts += [
-            f"### {name}\n\nFrozen weights {frozen / 2**30:.1f} GiB, activations of the frozen model {one['floor'] / 2**30:.1f} GiB.",
+            f"### {name}",
+            f"The frozen weights take {frozen / 2**30:.1f} GiB, and the activations of the frozen "
+            f"model {one['floor'] / 2**30:.1f} GiB.",
             common.table(
                 [
                     "method",
@@ -485,8 +524,13 @@ def page(found: Mapping[str, Any]) -> str:
             ),
         ]
     parts += [
-        "### Against published figures\n\nHF PEFT's method comparison (MetaMathQA, Llama-3.2-3B in bf16, q_proj and v_proj). Their peaks include an evaluation\n"
-        "that generates 50 answers at a time, and are not comparable; their average between steps also holds the last logits.",
+        "### Against published figures",
+        common.paragraph(
+            "The published figures are those of HF PEFT's method comparison (MetaMathQA,",
+            "Llama-3.2-3B in bf16, q_proj and v_proj). Its peaks include an evaluation that",
+            "generates 50 answers at a time, and are not comparable. Its average between steps",
+            "also contains the last logits.",
+        ),
         common.table(["figure", "plan", "published", "ratio"], found["published"]),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,18 +1,22 @@
-"""What a wrapper costs: time and memory of one layer, forward and backward, against the same layer frozen.
+"""Cost of a wrapper: time and memory of one layer, forward and backward, against the frozen layer.
 
     python benchmarks/layer_cost.py [--rounds 40] [--threads 1]
 
-Every registered method that wraps a linear layer is put on one of 768 x 768 with 1024 tokens, over float32 and over bfloat16, at
-its default arguments (rank 8 where there is a rank); others on their own example. The input takes a gradient, as within a model.
+Every registered method that wraps a linear layer is put on a layer of 768 x 768 with 1024 tokens,
+over float32 and over bfloat16, with its default arguments (rank 8 where there is a rank). Other
+methods wrap their own example. The input takes a gradient, as within a model.
 
-- Time: in every round the frozen layer and then every method run once, so that a slow spell meets all of them. A ratio is taken
-  within a round; the table has medians and quartiles over the rounds.
-- Memory: what PyTorch's CPU allocator reports to torch.profiler, event by event. `held` is alive at the end of the forward pass,
-  `peak` the most there is until the end of the backward pass; both above the frozen layer's. The input is outside of both. It is
-  the same in every run; of the frozen layer it must be what arithmetic says, an output and a gradient, or the script stops.
-- Numbers kept for each token are the closed formulas of `cost()`, inputs that others keep as well included.
+- Time: in every round the frozen layer and every method run once, so that a slow moment of the
+  machine affects all of them. A ratio is taken within a round. The table has medians and quartiles
+  over the rounds.
+- Memory: the events that PyTorch's CPU allocator reports to torch.profiler. `held` is alive at the
+  end of the forward pass, and `peak` is the maximum until the end of the backward pass. Both are
+  above those of the frozen layer, and the input is in neither. They are the same in every run. The
+  frozen layer must hold what arithmetic says, an output and a gradient, or the script stops.
+- The numbers kept for each token are the closed formulas of `cost()`. Inputs that other modules
+  keep as well are included.
 
-Writes benchmarks/results/layer_cost.json and docs/results/layer_cost.md.
+The script writes benchmarks/results/layer_cost.json and docs/results/layer_cost.md.
 """
 
 import argparse
@@ -23,7 +27,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports every start and stop
+# The profiler would report every start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import common
 import torch
@@ -39,7 +44,7 @@ MIB = 2**20
 
 
 def build(cls: type[Parameterization], base: nn.Module) -> Parameterization:
-    """The method on this layer, away from its start."""
+    """Wrap the layer, and move the method away from its initialization."""
     ranked = "rank" in inspect.signature(cls).parameters
     torch.manual_seed(0)
     layer = cls(base, **({"rank": RANK} if ranked else {}))
@@ -55,7 +60,7 @@ def linear(dtype: torch.dtype) -> nn.Module:
 def passes(
     module: nn.Module, x: Tensor
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]:
-    """(forward, backward, forget the gradients) of a module at one input."""
+    """Return functions for a forward pass, a backward pass, and dropping the gradients."""
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     with torch.no_grad():
         weights = torch.randn_like(testing.output(module, x))
@@ -66,7 +71,8 @@ def passes(
             leaf.grad = None
 
     def backward(y: Tensor) -> None:
-        if y.requires_grad:  # of a frozen module that reads tokens nothing does
+        # The output of a frozen module that reads tokens takes no gradient.
+        if y.requires_grad:
             y.backward(weights)
 
     return lambda: testing.output(module, x), backward, forget
@@ -76,7 +82,7 @@ def passes(
 
 
 def seconds(module: nn.Module, x: Tensor) -> Callable[[], float]:
-    """A function that runs a forward and a backward pass and returns how long they took."""
+    """Return a function that runs a forward and a backward pass and returns their seconds."""
     forward, backward, forget = passes(module, x)
 
     def run() -> float:
@@ -93,7 +99,10 @@ def seconds(module: nn.Module, x: Tensor) -> Callable[[], float]:
 def time_ratios(
     frozen: nn.Module, layers: dict[str, Parameterization], x: Tensor, rounds: int
 ) -> dict[str, Any]:
-    """Method -> quartiles of its time over the frozen layer's, which stands there under "" with milliseconds."""
+    """Return the quartiles of each method's time over that of the frozen layer.
+
+    The entry "" holds the milliseconds of the frozen layer.
+    """
     runs = {name: seconds(module, x) for name, module in {"": frozen, **layers}.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -107,9 +116,14 @@ def time_ratios(
 
 
 def memory(module: nn.Module, x: Tensor) -> tuple[int, int]:
-    """(held, peak) in bytes: alive after the forward pass, and the most until the end of the backward pass."""
+    """Return (held, peak) in bytes.
+
+    Held bytes are alive after the forward pass. The peak is the maximum until the end of the
+    backward pass.
+    """
     forward, backward, forget = passes(module, x)
-    backward(forward())  # what is made once, and kept, is no activation
+    # Tensors that are made once and kept are no activations.
+    backward(forward())
     forget()
     output = []
     forwards = allocated(lambda: output.append(forward()))
@@ -122,14 +136,16 @@ def memory(module: nn.Module, x: Tensor) -> tuple[int, int]:
     events = allocated(both)
     if sum(events):
         raise RuntimeError(
-            f"{type(module).__name__}: {sum(events)} bytes more are alive after a pass than before."
+            f"{type(module).__name__}: a pass leaves {sum(events)} bytes more than were alive "
+            "before."
         )
     return sum(forwards), running_peak(events)
 
 
 def allocated(function: Callable[[], object]) -> list[int]:
-    """Bytes taken (above 0) and given back (below) on the CPU while the function runs, in their order."""
-    gc.collect()  # or what was there before is given back in between
+    """Return the bytes that are allocated (above 0) and freed (below 0) on the CPU, in order."""
+    # Otherwise older tensors could be freed in between.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -148,7 +164,7 @@ def running_peak(events: list[int]) -> int:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Everything, as plain data."""
+    """Measure every method, and return plain data."""
     random = torch.Generator().manual_seed(0)
     methods = {
         name: cls
@@ -171,7 +187,8 @@ def measure(rounds: int) -> dict[str, Any]:
         # The output, the input's gradient, and oneDNN's scratch, which grows with the threads.
         if held != output or not 0 <= peak - 2 * output < 0.1 * output * torch.get_num_threads():
             raise RuntimeError(
-                f"The allocator's report is not to be trusted: {held} and {peak} bytes of a frozen layer."
+                f"The allocator's report cannot be trusted: it has {held} and {peak} bytes for a "
+                "frozen layer."
             )
         groups = [(plain, built, x)]
         for name in sorted(methods.keys() - set(on_linear)):
@@ -209,7 +226,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def page(found: dict[str, Any]) -> str:
-    """The results as a page of the documentation."""
+    """Write the results as a page of the documentation."""
     here, frozen = found["machine"], found["frozen"]
     ordered = sorted(
         (name for name in found["methods"] if "fp32" in found["methods"][name]),
@@ -229,34 +246,50 @@ def page(found: dict[str, Any]) -> str:
         for name, r in found["methods"].items()
         if "refused" in r
     ]
-    milliseconds = " and ".join(
-        f"{frozen[dtype]['milliseconds']['median']:.1f} ms in {dtype} ({frozen[dtype]['peak'] / MIB:.1f} MiB at its peak)"
-        for dtype in common.DTYPES
-    )
+    floors = []
+    for dtype in common.DTYPES:
+        median, peak = frozen[dtype]["milliseconds"]["median"], frozen[dtype]["peak"] / MIB
+        floors.append(f"{median:.1f} ms in {dtype} ({peak:.1f} MiB at its peak)")
+    command = f"--rounds {found['rounds']} --threads {here['threads']}"
     parts = [
         "# Cost of one layer",
-        f"Every method on a frozen linear layer of {SIDE} x {SIDE} with {TOKENS} tokens, forward and backward, against the same layer\n"
-        f"frozen, whose input takes a gradient as well: {milliseconds}.\n"
-        f"Default arguments, but rank {RANK} where there is a rank. Written by\n"
-        f"`python benchmarks/layer_cost.py --rounds {found['rounds']} --threads {here['threads']}`.",
+        common.paragraph(
+            f"Every method wraps a frozen linear layer of {SIDE} x {SIDE} with {TOKENS} tokens.",
+            "Its forward and backward pass is compared with that of the frozen layer, whose input",
+            f"takes a gradient as well: {' and '.join(floors)}. Arguments are at their defaults,",
+            f"but the rank is {RANK} where there is a rank. This page is written by `python",
+            f"benchmarks/layer_cost.py {command}`.",
+        ),
         common.on(here),
-        "- **FLOPs** are those of the products of a forward, for each token, and once a call; **kept** is how many numbers each token\n"
-        "  keeps for the backward pass, the layer's input included where the method needs it. Both are closed formulas, which the\n"
-        "  tests measure.\n"
-        f"- **Time** is the ratio to the frozen layer within a round, the median of {found['rounds']} rounds with its quartiles.\n"
-        "- **Held** and **peak** are MiB that PyTorch's CPU allocator reports above the frozen layer: alive between forward and backward,\n"
-        "  which adds up over the layers of a model; and the most at any moment of this one layer, which does not. The input, which was\n"
-        "  there before, counts in neither; a copy of it in another dtype does, and a gradient of the adapter counts in the peak.",
+        common.bullets(
+            "**FLOPs** are those of the matrix products of a forward pass, for each token and "
+            "once a call. **Kept** is the number of values that each token keeps for the backward "
+            "pass. The input of the layer is included where the method needs it. Both are closed "
+            "formulas, which the tests measure.",
+            "**Time** is the ratio to the frozen layer within a round. The table has the median of "
+            f"{found['rounds']} rounds with its quartiles.",
+            "**Held** and **peak** are MiB that PyTorch's CPU allocator reports above the frozen "
+            "layer. Held memory is alive between forward and backward, and adds up over the "
+            "layers of a model. The peak is the maximum at any moment of this one layer, and does "
+            "not add up. The input, which was there before, counts in neither. A copy of it in "
+            "another dtype does, and a gradient of the adapter counts in the peak.",
+        ),
         common.table(HEADER, on_linear),
     ]
     if others:
         parts += [
-            f"Methods that wrap something else, each on its own small example with {TOKENS} rows of input, against that example frozen:",
+            common.paragraph(
+                "The other methods wrap their own small example. It has",
+                f"{TOKENS} rows of input, and the comparison is with that example frozen.",
+            ),
             common.table(HEADER, others),
         ]
     if tokens:
         parts += [
-            f"The frozen example of {', '.join(tokens)} reads tokens, so that it has no backward pass: the ratio is to its forward."
+            common.paragraph(
+                f"The frozen example of {', '.join(tokens)} reads tokens, so that it has no",
+                "backward pass. The ratio is to its forward pass.",
+            )
         ]
     return "\n\n".join([*parts, *refused]) + "\n"
 

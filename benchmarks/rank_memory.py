@@ -1,13 +1,16 @@
-"""Do ranks really fall? Bytes of adapter parameters, gradients and optimizer state, and resident memory, before and after.
+"""Memory that falling ranks free: adapter parameters, gradients, optimizer state, resident memory.
 
     python benchmarks/rank_memory.py [--start 64] [--end 8] [--rounds 9]
 
-- Memory: LoRA at the start rank on all linear layers of SmolLM2 trains for a few steps, AdaLoRA prunes to what the end rank costs in one event,
-  and it trains on. Everything is measured in the one process, between steps, through an ordinary Lightning run.
-- Half: 8 blocks of SmolLM2's shapes in bf16 with LoRA of rank 64, 4 x 128 tokens; once as it is, and once after AdaLoRA's plan has
-  pruned half of the ranks by random scores, so that it prunes everywhere, and unevenly. Time, and bytes kept for the backward pass, each above the frozen floor in the same round.
+- Memory: LoRA at the start rank on all linear layers of SmolLM2 trains for a few steps. AdaLoRA
+  then prunes in one event to what the end rank costs, and training goes on. Everything is measured
+  in one process, between steps, in an ordinary Lightning run.
+- Half: 8 blocks of SmolLM2's shapes in bf16 with LoRA of rank 64 and 4 x 128 tokens. The model is
+  measured as it is, and after AdaLoRA's plan has pruned half of the ranks by random scores, which
+  prune everywhere and unevenly. Time and the bytes kept for the backward pass are those above the
+  frozen floor in the same round.
 
-Writes benchmarks/results/rank_memory.json and docs/results/rank_memory.md.
+The script writes benchmarks/results/rank_memory.json and docs/results/rank_memory.md.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adaptrank import adapt
-from adaptrank.allocation.methods.adalora import AdaLoRA
+from adaptrank.allocation import AdaLoRA
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.data import ArithmeticProblems
 from adaptrank.modules import Adapter, CausalLM
@@ -32,14 +35,14 @@ from adaptrank.parameterizations import LoRA
 
 
 def resident() -> int:
-    """Resident memory of this process in bytes, once freed blocks are given back (Linux)."""
+    """Return the resident bytes of this process after freed blocks are given back (Linux)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 class Measure(Callback):
-    """Notes sizes after each backward pass, where gradients are at their largest."""
+    """Record sizes after each backward pass, where gradients are at their largest."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, int]] = []
@@ -59,16 +62,29 @@ class Measure(Callback):
 
 
 def memory(start: int, end: int) -> dict[str, Any]:
-    """Bytes before an event and after it, in a run on SmolLM2."""
+    """Return the bytes before an event and after it, in a run on SmolLM2."""
     torch.manual_seed(0)
     module = CausalLM(common.SMOLLM2, [Adapter([partial(LoRA, rank=start)])], generate=False)
     module.configure_model()
     budget = cost_model(module).total(dict.fromkeys(rank_axes(module), end))
     measure = Measure()
+    allocator = AdaLoRA(
+        budget,
+        soft=False,
+        importance="magnitude",
+        unit="parameters",
+        every=1,
+        warmup=2,
+        final=3,
+    )
     trainer = Trainer(
-        max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[AdaLoRA(budget, soft=False, importance="magnitude", unit="parameters", every=1, warmup=2, final=3), measure],
-    )  # fmt: skip
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[allocator, measure],
+    )
     trainer.fit(module, datamodule=ArithmeticProblems(batch_size=2, train_size=40, val_size=4))
     axes = rank_axes(module)
     return {
@@ -80,7 +96,7 @@ def memory(start: int, end: int) -> dict[str, Any]:
 
 
 def half(rounds: int) -> dict[str, Any]:
-    """What an adapter adds to the floor, whole and after half of its ranks are gone."""
+    """Return what an adapter adds to the floor, before and after half of its ranks are pruned."""
     models = {"floor": growth.llama(8)}
     for name in ("rank 64", "half of it"):
         models[name] = growth.perturbed(adapt(growth.llama(8), "all-linear", growth.lora(64)))
@@ -140,15 +156,29 @@ def page(found: dict[str, Any]) -> str:
     ranks = cut["ranks"]
     text = [
         "# What falling ranks free",
-        "Written by `python benchmarks/rank_memory.py`, which says how it is measured.",
+        common.paragraph(
+            "This page is written by `python benchmarks/rank_memory.py`, which explains the",
+            "measurement.",
+        ),
         common.on(found["machine"]),
-        f"## A run\n\nLoRA of rank {found['start']} on all {run['layers']} linear layers of SmolLM2-135M, pruned by AdaLoRA (`soft=False`, a budget in parameters)\n"
-        f"to what rank {found['end']} costs, in one event: {run['ranks']} ranks are left. Bytes after a backward pass before the event, and after it. The\n"
-        "resident figure includes the frozen weights, the libraries and the activations.",
+        "## A run",
+        common.paragraph(
+            f"LoRA of rank {found['start']} on all {run['layers']} linear layers of SmolLM2-135M",
+            "is pruned by AdaLoRA (`soft=False`, a budget in parameters) in one event to what rank",
+            f"{found['end']} costs. {run['ranks']} ranks are left. The table shows bytes after a",
+            "backward pass before the event, and after it. The resident figure includes the frozen",
+            "weights, the libraries and the activations.",
+        ),
         common.table(["bytes", "before", "after", "ratio"], rows),
-        f"## Half of the ranks\n\nLoRA of rank 64 on the 56 linear layers of 8 blocks of SmolLM2's shapes, in bf16, 4 x 128 tokens: {ranks['of']} ranks, and\n"
-        f"{ranks['sum']} after AdaLoRA's plan by random scores, from {ranks['least']} to {ranks['most']} in a layer. What each adds to the frozen floor, in {found['rounds']} interleaved rounds. Not all of\n"
-        "the time is in proportion to the rank: each layer's input and output are read and written all the same.",
+        "## Half of the ranks",
+        common.paragraph(
+            "LoRA of rank 64 on the 56 linear layers of 8 blocks of SmolLM2's shapes, in bf16,",
+            f"with 4 x 128 tokens, has {ranks['of']} ranks. {ranks['sum']} are left after",
+            f"AdaLoRA's plan by random scores, from {ranks['least']} to {ranks['most']} in a",
+            f"layer. The table shows what each adds to the frozen floor, in {found['rounds']}",
+            "interleaved rounds. Not all of the time is proportional to the rank, because each",
+            "layer's input and output are read and written all the same.",
+        ),
         common.table(["added to the floor", "rank 64", "half of it", "ratio"], parts),
     ]
     return "\n\n".join(text) + "\n"

@@ -1,14 +1,17 @@
-"""Where a step's time goes: operations of the frozen floor and of one method, by PyTorch's profiler.
+"""Where a step's time goes: operations of the frozen floor and of one method, by PyTorch's
+profiler.
 
     python benchmarks/step_profile.py [--method LoRA] [--label now]
 
-The workload is `stack` of training_step.py in bf16. To profile another version of the library, put it first on PYTHONPATH and give it
-a label of its own; every label is a column of docs/results/step_profile.md. Writes benchmarks/results/step_profile.json beside it.
+The workload is `stack` of training_step.py in bf16. To profile another version of the library, put
+it first on PYTHONPATH and give it a label of its own. Every label is a column of
+docs/results/step_profile.md. The script also writes benchmarks/results/step_profile.json.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -35,7 +38,7 @@ STEPS = 5
 
 
 def operations(run: object) -> dict[str, float]:
-    """Group -> milliseconds of a step."""
+    """Return the milliseconds of a step for each group of operations."""
     for _ in range(2):
         run()  # type: ignore[operator]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -48,6 +51,25 @@ def operations(run: object) -> dict[str, float]:
         )
         found[group] += event.self_cpu_time_total / 1000 / STEPS
     return {name: round(value, 1) for name, value in found.items()}
+
+
+def page(found: dict[str, Any]) -> str:
+    columns = found["columns"]
+    rows = [[group, *(f"{columns[c][group]:.1f}" for c in columns)] for group in [*GROUPS, "other"]]
+    rows.append(["all", *(f"{sum(columns[c].values()):.1f}" for c in columns)])
+    parts = [
+        "# Where a step's time goes",
+        common.paragraph(
+            "Milliseconds of a training step on 8 layers of SmolLM2-135M's shapes in bf16, with",
+            "8 x 128 tokens and rank 8 on all linear layers. The figures are those of PyTorch's",
+            f"profiler, as the mean of {STEPS} steps. This page is written by",
+            "`python benchmarks/step_profile.py`. *before* is the library before thin products",
+            "were computed in one step with the layer's own. The floor makes no optimizer step.",
+        ),
+        common.on(found["machine"]),
+        common.table(["", *columns], rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -65,21 +87,8 @@ def main() -> None:
         if name == options.method:
             break
     found["machine"] = common.machine()
-    columns = found["columns"]
-    rows = [[group, *(f"{columns[c][group]:.1f}" for c in columns)] for group in [*GROUPS, "other"]]
-    rows.append(["all", *(f"{sum(columns[c].values()):.1f}" for c in columns)])
-    page = "\n\n".join(
-        [
-            "# Where a step's time goes",
-            "Milliseconds of a training step on 8 layers of SmolLM2-135M's shapes in bf16, 8 x 128 tokens, rank 8 on all linear layers, by PyTorch's\n"
-            f"profiler, the mean of {STEPS} steps. Written by `python benchmarks/step_profile.py`; *before* is the library before thin products\n"
-            "were computed in one step with the layer's own. The floor makes no optimizer step.",
-            common.on(found["machine"]),
-            common.table(["", *columns], rows),
-        ]
-    )
-    common.write("step_profile", found, page + "\n")
-    print(page)
+    common.write("step_profile", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":

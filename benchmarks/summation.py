@@ -1,13 +1,19 @@
-"""The summation study: do adapters of one domain each add up to one that was trained on all their data (arXiv:2508.11985)?
+"""The summation study: do single-domain adapters add up to one trained on all data?
 
-    python benchmarks/summation.py --config configs/studies/summation.yaml --data.root FOLDER [--seeds 0 1 2] [--out runs/summation]
+    python benchmarks/summation.py --config configs/studies/summation.yaml --data.root FOLDER
+        [--seeds 0 1 2] [--out runs/summation]
 
-For every seed: an adapter for each domain, one for each pair of domains and one for all, the latter on the merged data, with the sum of
-the examples and one pass over them. Then the adapters of one domain are summed by `adaptrank.compose`, and everything is evaluated on the same
-validation examples. What is finished is kept in --out and not done again; the minutes of a study that was stopped are those of its last part. Writes docs/results/summation.md and
+The question is that of arXiv:2508.11985. For every seed the script trains an adapter for each
+domain, one for each pair of domains, and one for all domains. The latter two see the merged data,
+which has the sum of the examples, in one pass. Then `adaptrank.compose` sums the adapters of single
+domains, and everything is evaluated on the same validation examples.
+
+Finished results are kept in --out and not computed again. The minutes of a study that was stopped
+are those of its last part. The script writes docs/results/summation.md and
 benchmarks/results/summation.json from all seeds that are there.
 
-The perplexity of several domains is exp of the mean loss over the completion tokens of all their examples.
+The perplexity of several domains is exp of the mean loss over the completion tokens of all their
+examples.
 """
 
 import argparse
@@ -24,16 +30,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import common
 import lightning
 import torch
 import transformers
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from adaptrank.backbones import compose, load_adapter, save_adapter
-from adaptrank.backbones import sources as backbones
-from adaptrank.data.collate import causal_batch
-from adaptrank.data.task import CompletionTask
+from adaptrank import backbones, compose, load_adapter, save_adapter
+from adaptrank.data import CompletionTask, causal_batch
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import LoRA
 
@@ -42,7 +47,7 @@ PAPER = {"mathematics+medicine": -9.10, "mathematics+finance": 4.54, "medicine+f
 
 
 class Rows(CompletionTask):
-    """Rows that are there already."""
+    """Rows that are given."""
 
     def __init__(self, rows: list[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -55,7 +60,7 @@ class Rows(CompletionTask):
 def read(
     root: Path, tasks: list[str], split: str, count: int, seed: object
 ) -> list[dict[str, Any]]:
-    """`count` rows of a domain: as many of each of its tasks, drawn by the seed."""
+    """Return `count` rows of a domain, equally many of each of its tasks, drawn by the seed."""
     found = []
     for i, task in enumerate(tasks):
         lines = (root / task / f"{split}.jsonl").read_text(encoding="utf-8").strip().split("\n")
@@ -63,7 +68,7 @@ def read(
         share = count // len(tasks) + (i < count % len(tasks))
         if len(rows) < share:
             raise SystemExit(
-                f"{task} has {len(rows)} {split} rows, and {share} are asked for; lower `examples`."
+                f"{task} has {len(rows)} {split} rows, and {share} are needed. Lower `examples`."
             )
         random.Random(f"{task}/{split}/{seed}").shuffle(rows)
         found += [
@@ -86,7 +91,7 @@ def module(config: dict[str, Any]) -> CausalLM:
 def train(
     config: dict[str, Any], rows: list[dict[str, Any]], seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Fit one adapter and save it; returns what it took."""
+    """Fit one adapter and save it. Return examples, steps and seconds."""
     lightning.seed_everything(seed, verbose=False)
     model = module(config)
     data = Rows(
@@ -116,7 +121,7 @@ def train(
 
 
 class Evaluation:
-    """The fixed validation examples, and the loss of a model on each domain: {domain: [summed loss, tokens]}."""
+    """Evaluate a model on fixed validation examples: {domain: [summed loss, tokens]}."""
 
     def __init__(self, config: dict[str, Any], root: Path, task: CausalLM) -> None:
         self.task, self.examples = task, {}
@@ -150,7 +155,7 @@ def perplexity(losses: dict[str, list[float]], domains: list[str]) -> float:
 
 
 def done(file: Path, make: Any) -> Any:
-    """What the file holds, or what is made now and kept in it."""
+    """Return the content of the file, or make it now and keep it there."""
     if file.is_file():
         return json.loads(file.read_text())
     result = make()
@@ -217,7 +222,7 @@ def study(config: dict[str, Any], root: Path, seed: int, out: Path) -> dict[str,
 
 
 def rows_of(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each group of domains, for each seed: perplexities, change, cosine."""
+    """Return perplexities, changes and cosines of each group of domains and each seed."""
     table = []
     for name in next(iter(results.values()))["summed"]:
         domains = name.split("+")
@@ -288,43 +293,85 @@ def page(
             ("null", ".4f"),
             ("null_one_start", ".4f"),
         )
-        cosines.append(
-            f"| {name.replace('+', ' + ')} | {' | '.join(spread([row[k] for row in rows], s) for k, s in keys)} |"
-        )
+        cells = [spread([row[key] for row in rows], spec) for key, spec in keys]
+        cosines.append(f"| {name.replace('+', ' + ')} | {' | '.join(cells)} |")
     minutes = ", ".join(f"{result['minutes']:.0f}" for result in results.values())
-    signs = [
-        f"{name.replace('+', ' + ')}: {'the same sign' if (statistics.mean(r['sum_change'] for r in of[name]) < 0) == (PAPER[name] < 0) else 'the other sign'}"
-        for name in names
-        if name in PAPER
-    ]
     pairs = [name for name in names if name in PAPER]
+    signs = []
+    for name in pairs:
+        falls = statistics.mean(row["sum_change"] for row in of[name]) < 0
+        sign = "the same sign" if falls == (PAPER[name] < 0) else "the other sign"
+        signs.append(f"{name.replace('+', ' + ')} has {sign}")
     ours = sorted(pairs, key=lambda n: statistics.mean(r["sum_change"] for r in of[n]))
     by_cosine = sorted(pairs, key=lambda n: statistics.mean(r["rms_cos"] for r in of[n]))
-    return f"""# Adapters that add up: the summation study
+    tasks = ", ".join(f"{name}: {' and '.join(t)}" for name, t in config["domains"].items())
+    scale = f"{config['alpha'] / config['rank']:g}"
+    seeds = ", ".join(map(str, results))
+    best_first, least_similar_first = (
+        ", ".join(name.replace("+", " + ") for name in ranking) for ranking in (ours, by_cosine)
+    )
+    settings = common.paragraph(
+        f"{config['backbone']} ({config['dtype']} backbone) has LoRA of rank {config['rank']} and",
+        f"alpha {config['alpha']} (scale {scale}) on {config['targets']}. There are",
+        f"{config['examples']} training examples for each domain ({tasks}). An adapter on merged",
+        f"data has the sum of them. Training is one pass in batches of {config['batch_size']},",
+        f"with AdamW at {config['lr']}, 10 % warm-up and linear decay. Adapters of one seed start",
+        f"from the same A. All are evaluated on the same {config['validation']} validation",
+        f"examples of each domain. The seeds are {seeds}. They took {minutes} minutes on",
+        f"{os.cpu_count()} cores. This page is written by `{command}`.",
+    )
+    columns = common.paragraph(
+        "The perplexity is that of completions, over the examples of all domains of a row: of the",
+        "base, of each domain's own adapter on its own domain, of one adapter trained on the",
+        'merged data, of the sum of the domains\' adapters, and of their mean. "Change" is',
+        'relative to the merged data. "Paper" is GPT-2 on other question-answering sets',
+        "(arXiv:2508.11985, the abstract; its settings beyond rank 4 and alpha 64 were not",
+        "readable).",
+    )
+    similarity = common.paragraph(
+        "Pairwise similarity of the adapters over all layers (for three, the mean of their pairs):",
+        "root mean square cosine, mean cosine, overlap of the input spaces, and interference 1 -",
+        '|sum|² / sum |·|². "Null" is the root mean square cosine of independent random changes.',
+        '"Null, one start" is that of LoRAs that start from one A and learn independent B.',
+    )
+    verdict = common.paragraph(
+        f"Compared with the paper, {', '.join(signs)}. The paper's order from the best pair to the",
+        "worst is mathematics + medicine, mathematics + finance, medicine + finance. Here it is",
+        f"{best_first}. The paper finds that the change rises with the RMS cosine. By RMS cosine",
+        f"the order here is {least_similar_first}.",
+    )
+    changes_header = [
+        *(
+            "domains",
+            "base",
+            "own adapters",
+            "merged data",
+            "sum",
+            "change",
+            "paper",
+            "mean",
+            "change",
+        ),
+    ]
+    cosines_header = [
+        *("domains", "RMS cosine", "mean cosine", "overlap of inputs", "interference", "null"),
+        "null, one start",
+    ]
+    parts = [
+        "# Adapters that add up: the summation study",
+        settings,
+        columns,
+        "\n".join([*header_lines(changes_header), *lines]),
+        similarity,
+        "\n".join([*header_lines(cosines_header), *cosines]),
+        verdict,
+    ]
+    return "\n\n".join(parts) + "\n"
 
-{config["backbone"]} ({config["dtype"]} backbone), LoRA of rank {config["rank"]}, alpha {config["alpha"]} (scale {config["alpha"] / config["rank"]:g}) on {config["targets"]}; {config["examples"]} training examples a domain
-({", ".join(f"{d}: {' and '.join(t)}" for d, t in config["domains"].items())}), an adapter on merged data gets the sum of them; one pass, batches of
-{config["batch_size"]}, AdamW at {config["lr"]}, 10 % warm-up, linear decay. Adapters of one seed start from the same A. Evaluated on the same {config["validation"]} validation examples a
-domain. Seeds {", ".join(map(str, results))}; {minutes} minutes on {os.cpu_count()} cores. Written by `{command}`.
 
-Perplexity of completions, over the examples of all domains of a row: of the base, of each domain's own adapter on its own domain, of one adapter
-trained on the merged data, of the sum of the domains' adapters and of their mean. "Change" is against the merged data; "paper" is GPT-2 on other
-question-answering sets (arXiv:2508.11985, abstract; its settings beyond rank 4 and alpha 64 were not readable).
-
-| domains | base | own adapters | merged data | sum | change | paper | mean | change |
-|---|---|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
-
-How the adapters lie to each other, over all layers (for three, the mean of their pairs): root mean square cosine, mean cosine, overlap of what they
-read, interference 1 - |sum|² / sum |·|²; and what the root mean square cosine is of independent random changes, and of LoRAs that start from one A and learn independent B.
-
-| domains | RMS cosine | mean cosine | overlap of inputs | interference | null | null, one start |
-|---|---|---|---|---|---|---|
-{chr(10).join(cosines)}
-
-Against the paper: {"; ".join(signs)}. From the best pair to the worst it has mathematics + medicine, mathematics + finance, medicine + finance; here
-it is {", ".join(n.replace("+", " + ") for n in ours)}. By RMS cosine, which the paper finds to rise with the change, the order is {", ".join(n.replace("+", " + ") for n in by_cosine)}.
-"""
+def header_lines(names: list[str]) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
 
 
 def main() -> None:
@@ -346,11 +393,15 @@ def main() -> None:
     kept = done(options.out / "config.json", lambda: same)
     if kept != same:
         raise SystemExit(
-            f"{options.out} holds a study with another configuration; name another folder with --out."
+            f"{options.out} holds a study with another configuration. Name another folder by --out."
         )
     results = {seed: study(config, options.root, seed, options.out) for seed in seeds}
     table = rows_of(results)
-    command = f"python benchmarks/summation.py --config {options.config} --data.root FOLDER --seeds {' '.join(map(str, seeds))}"
+    chosen = " ".join(map(str, seeds))
+    command = (
+        f"python benchmarks/summation.py --config {options.config} --data.root FOLDER "
+        f"--seeds {chosen}"
+    )
     text = page(config, results, table, command)
     (ROOT / "docs/results/summation.md").write_text(text)
     machine = {

@@ -10,26 +10,39 @@ import common
 from training_step import ASKED, FLOOR
 
 DENSE = {
-    "Kronecker": "a sum of full-rank products: its gradient takes the product of all outputs with all inputs",
-    "NOLA": "draws its random matrices anew, forward and backward; `materialize=True` keeps them",
+    "Kronecker": (
+        "is a sum of full-rank products. Its gradient takes the product of all outputs with all "
+        "inputs"
+    ),
+    "NOLA": (
+        "draws its random matrices again in each forward and backward pass. `materialize=True` "
+        "keeps them"
+    ),
 }
 
 OTHERS = [
-    "- **stack** is the workload the figures were asked of. Its ratios move from day to day by more than their quartiles: DoRA in fp32 was 0.73 when it\n"
-    "  was first measured, and 0.86 later, old code and new alike. Why was not found; thin products and scales wait for memory, which is shared with\n"
-    "  what else runs on the host. DoRA scales every output, forward and backward, which LoRA does not.",
-    "- **minilm** has 32 x 20 tokens and small layers: what an adapter costs a layer at any size ([growth](growth.md), where tokens are few) is much of it.",
-    "- **wide** is the other end: products are nearly all of a step, for PEFT as well, and there is little around them to save.",
-    "- **Half of the ranks** halves parameters, gradients and optimizer state. Of what LoRA keeps for the backward pass most is its layers' input,\n"
-    "  which does not depend on the rank, and of its time what each layer costs at any rank ([growth](growth.md)).",
-    "- **Saving and loading** is 210 layers, one by one, in Python.",
-    "- **Attention** in bf16 is a quarter of the floor on this processor ([profile](step_profile.md)), the same for everybody: PyTorch's bf16\n"
-    "  kernel takes longer there than its float32 one.",
-    "- **Not done**: projections that read one input each multiply by their own factor; `torch.compile`; a cache of tokenized data sets.",
+    "**stack** is the workload for which the targets were set. Its ratios move from day to day by "
+    "more than their quartiles: DoRA in fp32 was 0.73 when it was first measured and 0.86 later, "
+    "with old code and new code alike. The reason was not found. Thin products and scales wait "
+    "for memory, which is shared with other programs on the host. DoRA scales every output, "
+    "forward and backward, which LoRA does not.",
+    "**minilm** has 32 x 20 tokens and small layers. Much of its time is what an adapter costs in "
+    "a layer of any size ([growth](growth.md), where tokens are few).",
+    "**wide** is the other extreme. Products are nearly all of a step, for PEFT as well, and "
+    "little else could be saved.",
+    "**Half of the ranks** halves parameters, gradients and optimizer state. Most of what LoRA "
+    "keeps for the backward pass is the input of its layers, which does not depend on the rank. "
+    "Much of its time is what each layer costs at any rank ([growth](growth.md)).",
+    "**Saving and loading** goes through 210 layers in Python, one by one.",
+    "**Attention** in bf16 is a quarter of the floor on this processor "
+    "([profile](step_profile.md)), for all libraries. PyTorch's bf16 kernel takes longer there "
+    "than its float32 kernel.",
+    "**Not done**: one product for several projections of the same input, `torch.compile`, and a "
+    "cache of tokenized data sets.",
 ]
 
 MILLISECONDS = 100
-"""What "in milliseconds" is taken for: less than a tenth of a second."""
+"""Limit for "in milliseconds": a tenth of a second."""
 
 
 def read(name: str) -> Any:
@@ -112,17 +125,21 @@ def main() -> None:
             waiting["measured"].items(), "667777", limits, strict=True
         ):
             add(f"{number}. {what}", value, asked)
-    short = [f"- **{name}** above 1.5: {why}." for name, why in DENSE.items()]
+    short = [f"**{name}** is above 1.5. It {why}." for name, why in DENSE.items()]
     short += OTHERS
     page = "\n\n".join(
         [
             "# Targets",
-            "What was asked of speed and memory, and what is measured: medians, with quartiles in brackets. The scripts in `benchmarks/` write the\n"
-            "figures, each on a page of its own, and `python benchmarks/targets.py` this table. How cost grows with size is on [another](growth.md).",
+            common.paragraph(
+                "The targets for speed and memory, and the measured figures: medians, with",
+                "quartiles in brackets. The scripts in `benchmarks/` write the figures, each on a",
+                "page of its own, and `python benchmarks/targets.py` writes this table. Another",
+                "page shows how cost [grows with size](growth.md).",
+            ),
             common.on(steps["stack"]["machine"]),
-            common.table(["target", "measured", "asked, at most", ""], rows),
+            common.table(["target", "measured", "at most", ""], rows),
             "## Where it falls short, and why",
-            "\n".join(short),
+            common.bullets(*short),
         ]
     )
     (common.ROOT / "docs" / "results" / "targets.md").write_text(page + "\n", encoding="utf-8")

@@ -1,19 +1,22 @@
-"""A training step of every method: against the frozen floor, and against HF PEFT's where it has the method.
+"""A training step of every method, compared with the frozen floor and with HF PEFT.
 
-    python benchmarks/training_step.py [--workloads stack smollm2 minilm wide] [--rounds 12] --data FOLDER
+    python benchmarks/training_step.py [--workloads stack smollm2 minilm wide] --data FOLDER
 
-The floor is the same backbone, forward and backward, with gradients through the activations and no adapter: the embeddings take
-the gradient. It has no optimizer step. Everything else makes whole steps: forward, backward, the penalty of the SVD form, clipping
-at 1, fused AdamW (the default of both sides), and gradients dropped.
+The floor is the same backbone, forward and backward, with gradients through the activations and
+without an adapter. The embeddings take the gradient. It makes no optimizer step. All other variants
+make whole steps: forward, backward, the penalty of the SVD form, clipping at 1, fused AdamW (the
+default of both libraries), and dropping the gradients. HF PEFT is compared where it has the method.
 
-- stack: 8 layers of SmolLM2-135M's shapes, random weights, no head, 8 x 128 tokens, all linear layers;
-- smollm2: SmolLM2-135M on gsm8k, 8 examples a batch, loss on the completions, by each library's own way to compute it;
-- minilm: MiniLM-L6 classifying TREC's questions, 32 a batch;
-- wide: four linear layers between 2048 and 4096, 512 tokens, where nothing hides the adapter.
+- stack: 8 layers of SmolLM2-135M's shapes, random weights, no head, 8 x 128 tokens, all linear
+  layers.
+- smollm2: SmolLM2-135M on gsm8k, 8 examples in a batch, with the loss on the completions, computed
+  as each library does.
+- minilm: MiniLM-L6 that classifies TREC's questions, 32 in a batch.
+- wide: four linear layers between 2048 and 4096, with 512 tokens, where nothing hides the adapter.
 
-In a round every variant makes one step; ratios are taken within a round, and the table has medians and quartiles. What was measured
-before of other workloads stays on the page.
-Writes benchmarks/results/training_step.json and docs/results/training_step.md.
+In a round every variant makes one step. Ratios are taken within a round, and the table has medians
+and quartiles. Earlier figures of other workloads stay on the page. The script writes
+benchmarks/results/training_step.json and docs/results/training_step.md.
 """
 
 import argparse
@@ -35,19 +38,20 @@ from adaptrank.parameterizations import Parameterization
 from adaptrank.training.penalties import add_penalty_gradients
 
 RANK = 8
-ASKED = {  # ratio to HF PEFT, (fp32, bf16)
+ASKED = {
     "LoRA": (0.95, 0.82),
     "SVD": (0.95, 0.7),
     "DoRA": (0.75, 0.65),
     "LoKr": (0.6, 0.45),
     "MiSS": (1.0, 0.9),
 }
+"""Target of the ratio to HF PEFT: (fp32, bf16)."""
 FLOOR = {"HyperAdapt": 1.10, "LoRA": 1.10}
 Loss = Callable[[nn.Module], Tensor]
 
 
 def theirs(method: str, names: str | list[str]) -> Any:
-    """HF PEFT's configuration of one of our methods."""
+    """Return HF PEFT's configuration of one of our methods."""
     import peft
 
     common_ = {"target_modules": names}
@@ -104,8 +108,8 @@ def smollm2(
 ) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForCausalLM
 
-    from adaptrank.backbones import sources as backbones
-    from adaptrank.data.collate import causal_batch
+    from adaptrank import backbones
+    from adaptrank.data import causal_batch
     from adaptrank.modules import Adapter, CausalLM
 
     source = backbones.resolve(common.SMOLLM2)
@@ -138,7 +142,7 @@ def minilm(
 ) -> tuple[Callable[[], nn.Module], Loss, Loss, str | list[str]]:
     from transformers import AutoModelForSequenceClassification
 
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     source = backbones.resolve(common.MINILM)
     tokenizer = backbones.load_tokenizer(source)
@@ -183,7 +187,7 @@ WORKLOADS = {"stack": stack, "smollm2": smollm2, "minilm": minilm, "wide": wide}
 def variants(
     workload: str, dtype: torch.dtype, data: Path, methods: list[str]
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """(name, a step of it): the floor, ours, theirs, and full fine-tuning."""
+    """Yield (name, step) of the floor, of ours, of theirs, and of full fine-tuning."""
     from peft import get_peft_model
 
     build, our_loss, their_loss, targets = WORKLOADS[workload](dtype, data)
@@ -218,7 +222,7 @@ def embed(model: nn.Module) -> None:
 
 
 def linear_methods() -> list[str]:
-    """Every method of the library that wraps a linear layer."""
+    """Return every method of the library that wraps a linear layer."""
     known = {n: c for n, c in PARAMETERIZATIONS.items() if c.__module__.startswith("adaptrank.")}
     return [name for name, cls in known.items() if cls.wraps(nn.Linear(768, 768))]
 
@@ -241,10 +245,14 @@ def page(found: Mapping[str, Any]) -> str:
     dtypes = list(common.DTYPES)
     parts = [
         "# A training step",
-        "Time of a training step of every method that wraps linear layers, over the **frozen floor**: the same backbone, forward and\n"
-        "backward, with gradients through the activations, without adapter and optimizer. Medians and quartiles of ratios within\n"
-        f"interleaved rounds; rank {RANK} where there is a rank, all linear layers. Written by `python benchmarks/training_step.py`, which says what\n"
-        "the workloads are.",
+        common.paragraph(
+            "Time of a training step of every method that wraps linear layers, over the **frozen",
+            "floor**: the same backbone, forward and backward, with gradients through the",
+            "activations, without an adapter and without an optimizer. The tables show medians and",
+            f"quartiles of ratios within interleaved rounds. The rank is {RANK} where there is a",
+            "rank, on all linear layers. This page is written by `python",
+            "benchmarks/training_step.py`, which describes the workloads.",
+        ),
     ]
     for workload, by_dtype in found["workloads"].items():
         have_dtypes = [d for d in dtypes if d in by_dtype]
@@ -272,7 +280,10 @@ def page(found: Mapping[str, Any]) -> str:
             *(f"over the floor, {d}" for d in dtypes),
             *(f"over PEFT's, {d}" for d in dtypes),
         ]
-        said = f"The floor takes {floors}; {by_dtype['rounds']} rounds. {common.on(by_dtype['machine'])}"
+        said = common.paragraph(
+            f"The floor takes {floors}. There were {by_dtype['rounds']} rounds.",
+            common.on(by_dtype["machine"]),
+        )
         parts += [f"## {workload}", said, common.table(header, rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -308,10 +319,8 @@ def main() -> None:
             gc.collect()
             print(workload, dtype, by_dtype[dtype]["floor_ms"])
             for name, row in by_dtype[dtype]["methods"].items():
-                print(
-                    f"  {name:22} {common.spread(row['floor']):24} {common.spread(row.get('peft'))}",
-                    flush=True,
-                )
+                floor, peft = common.spread(row["floor"]), common.spread(row.get("peft"))
+                print(f"  {name:22} {floor:24} {peft}", flush=True)
         if not options.dry:
             found = {
                 "workloads": {name: workloads[name] for name in WORKLOADS if name in workloads}

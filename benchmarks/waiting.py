@@ -1,13 +1,14 @@
-"""What a user waits for beside steps: help, the first step of a run, and adapters that are saved, loaded, switched and merged.
+"""Waiting times beside steps: help, the first step, and saving, loading and merging adapters.
 
     python benchmarks/waiting.py [--rounds 5]
 
 - help: `python -m adaptrank --help` as a process.
-- first step: `fit` on SmolLM2 with validation off, from the start of the process to the first training step, over a process that
-  imports torch, Lightning and transformers and loads the same model.
+- first step: `fit` on SmolLM2 without validation, from the start of the process to the first
+  training step. It is compared with a process that imports torch, Lightning and transformers, and
+  loads the same model.
 - adapters: LoRA of rank 8 on all linear layers of SmolLM2 in bf16, within one process.
 
-Writes benchmarks/results/waiting.json and docs/results/waiting.md.
+The script writes benchmarks/results/waiting.json and docs/results/waiting.md.
 """
 
 import argparse
@@ -32,7 +33,8 @@ import os
 from adaptrank.modules import CausalLM
 CausalLM.training_step = lambda *args: os._exit(0)
 from adaptrank.cli import main
-main(["fit", "--config", {config!r}, "--trainer.limit_val_batches=0", "--trainer.default_root_dir", {folder!r}])
+options = ["--trainer.limit_val_batches=0", "--trainer.default_root_dir", {folder!r}]
+main(["fit", "--config", {config!r}, *options])
 """
 ASKED = {
     "`--help`, seconds": "0.5",
@@ -93,11 +95,27 @@ def adapters(rounds: int, folder: str) -> dict[str, dict[str, float]]:
     return {name: common.quartiles(values) for name, values in found.items()}
 
 
+def page(found: dict[str, Any]) -> str:
+    rounds = found["rounds"]
+    rows = [[name, common.spread(value), ASKED[name]] for name, value in found["measured"].items()]
+    parts = [
+        "# What else one waits for",
+        common.paragraph(
+            f"SmolLM2-135M, with medians and quartiles of {rounds} rounds. This page is",
+            f"written by `python benchmarks/waiting.py --rounds {rounds}`. The script",
+            "explains each line.",
+        ),
+        common.on(found["machine"]),
+        common.table(["what", "measured", "asked, at most"], rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     path = str(backbones.resolve(common.SMOLLM2).path)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,18 +139,8 @@ def main() -> None:
         )
     )
     found = {"machine": common.machine(), "rounds": options.rounds, "measured": measured}
-    rows = [[name, common.spread(value), ASKED[name]] for name, value in measured.items()]
-    page = "\n\n".join(
-        [
-            "# What else one waits for",
-            f"SmolLM2-135M; medians and quartiles of {options.rounds} rounds. Written by `python benchmarks/waiting.py --rounds {options.rounds}`,\n"
-            "which says what each line is.",
-            common.on(found["machine"]),
-            common.table(["what", "measured", "asked, at most"], rows),
-        ]
-    )
-    common.write("waiting", found, page + "\n")
-    print(page)
+    common.write("waiting", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":

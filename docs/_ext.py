@@ -1,7 +1,8 @@
-"""What the documentation takes from the code: a page for every registered class, and tables of arguments.
+"""Pages and tables made from the code: a page for every registered class, and tables of arguments.
 
-Nothing here names a method. A page holds what the class itself says: its docstring, its signature and its attributes, and
-figures of the method on its example (a 24 x 48 layer, unless it wraps something else) from the time the page is written.
+Nothing here names a method. A page holds the docstring, the signature and the attributes of its
+class, and figures of the method on its example at the time of the build. The example is a layer of
+24 x 48, unless the method wraps something else.
 """
 
 import inspect
@@ -28,26 +29,26 @@ SECTION = re.compile(r"^([A-Z][a-z]+):(?: +(.*))?$")
 
 @dataclass
 class Doc:
-    """A docstring in parts: the first paragraph, the others, and what stands under `Source:`, `Args:` and so on."""
+    """Parts of a docstring: first paragraph, other paragraphs, and sections such as `Args:`."""
 
     summary: str = ""
     body: list[str] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, str]:
-        """Argument -> what `Args:` says of it; an entry may name several arguments."""
-        found = {}
+        """Return the meaning of each argument. An entry may name several arguments."""
+        meanings = {}
         for entry in re.split(r"\n(?= {4}\w)", "\n" + self.sections.get("Args", "")):
             names, colon, text = entry.strip().partition(": ")
-            if colon:
-                found.update(
-                    {name.strip().lstrip("*"): " ".join(text.split()) for name in names.split(",")}
-                )
-        return found
+            if not colon:
+                continue
+            for name in names.split(","):
+                meanings[name.strip().lstrip("*")] = " ".join(text.split())
+        return meanings
 
 
 def read(docstring: str) -> Doc:
-    """Take a docstring apart."""
+    """Split a docstring into its parts."""
     doc, paragraph, section = Doc(), [], None
     for line in [*inspect.cleandoc(docstring).splitlines(), ""]:
         header = SECTION.match(line)
@@ -70,39 +71,32 @@ def read(docstring: str) -> Doc:
 
 
 def arguments(cls: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
-    """(name, type, default, meaning) of the arguments that a class adds to those it hands on."""
-    bases = [
-        read(base.__dict__.get("__doc__") or "").arguments()
-        for base in getattr(cls, "__mro__", [cls])
-    ]
-    meanings = {
-        name: next(
-            (
-                text
-                for said in bases
-                if (text := said.get(name, "as in")) and not text.startswith("as in")
-            ),
-            "",
-        )
-        for said in bases
-        for name in said
-    }
+    """Yield (name, type, default, meaning) of every argument of a class but `base`."""
+    documented = documented_arguments(cls)
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.name != "base" and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
-            default = "" if parameter.default is parameter.empty else spell(parameter.default)
-            yield (
-                parameter.name,
-                spell_type(parameter.annotation),
-                default,
-                meanings.get(parameter.name, ""),
-            )
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.name == "base" or variadic:
+            continue
+        default = "" if parameter.default is parameter.empty else spell(parameter.default)
+        meaning = documented.get(parameter.name, "")
+        yield parameter.name, spell_type(parameter.annotation), default, meaning
+
+
+def documented_arguments(cls: Callable[..., Any]) -> dict[str, str]:
+    """Return the meanings of the arguments of a class, from its own docstring or a base's.
+
+    An entry "as in `Allocator`" refers to a base class, whose entry is taken.
+    """
+    meanings: dict[str, str] = {}
+    for base in getattr(cls, "__mro__", [cls]):
+        for name, text in read(base.__dict__.get("__doc__") or "").arguments().items():
+            if not text.startswith("as in"):
+                meanings.setdefault(name, text)
+    return meanings
 
 
 def spell(value: Any) -> str:
-    """A default as one writes it in YAML."""
+    """Return a default as it is written in YAML."""
     if inspect.isclass(value):
         return value.__name__
     try:
@@ -113,7 +107,7 @@ def spell(value: Any) -> str:
 
 
 def spell_type(annotation: Any) -> str:
-    """A type without the modules it comes from."""
+    """Return a type without the names of modules."""
     text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).replace("NoneType", "None")
 
@@ -122,7 +116,7 @@ def spell_type(annotation: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """Markdown that shows a text as it is; `code` stays code, and arXiv ids become links."""
+    """Escape a text for Markdown. Code spans stay, and arXiv ids become links."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     shown = [
         part if part.startswith("`") else re.sub(r"([\\*_<>|$\[\]{}#~^])", r"\\\1", part)
@@ -132,27 +126,27 @@ def plain(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph, or a list where lines begin with a dash."""
+    """Return a paragraph, followed by a list where lines begin with a dash."""
     first, *items = re.split(r"^- ", text, flags=re.MULTILINE)
     shown = "\n".join(f"- {plain(item)}" for item in items)
     return "\n\n".join(part for part in (plain(first), shown) if part)
 
 
 def code(text: str) -> str:
-    """A code span that may stand in a table."""
+    """Return a code span that is valid in a table."""
     text = text.replace("|", r"\|")
     fence = "`` " if "`" in text else "`"
     return f"{fence}{text}{fence[::-1]}" if text else ""
 
 
 def table(rows: list[tuple[str, ...]], *header: str) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def argument_table(cls: Callable[..., Any]) -> str:
-    """The arguments of a class as a table."""
+    """Return a table of the arguments of a class."""
     rows = [
         (code(n), code(kind), code(default), plain(what))
         for n, kind, default, what in arguments(cls)
@@ -161,7 +155,7 @@ def argument_table(cls: Callable[..., Any]) -> str:
 
 
 def init_args(cls: Callable[..., Any]) -> str:
-    """Every argument at its default, as YAML in an entry that is indented by two."""
+    """Return every argument at its default, as YAML in an entry that is indented by two."""
     lines = "".join(f"    {name}: {default}\n" for name, _, default, _ in arguments(cls))
     return f"init_args:\n{lines}" if lines else "init_args: {}\n"
 
@@ -170,19 +164,19 @@ def init_args(cls: Callable[..., Any]) -> str:
 
 
 def own(registry: Any) -> dict[str, type]:
-    """What the package itself registers."""
+    """Return the classes of a registry that belong to the package."""
     return {name: cls for name, cls in registry.items() if cls.__module__.startswith("adaptrank.")}
 
 
 def links(names: list[str]) -> str:
-    """Links to method pages."""
+    """Return links to method pages."""
     return ", ".join(f"[{name}]({name}.md)" for name in names) or "none"
 
 
 def axis_words(layer: Any, axis: str) -> str:
-    """An axis: its tensors, in which dimensions they count its units, and which of them closes."""
+    """Describe an axis: its tensors, the dimensions that count units, and the closing factor."""
     dims: dict[str, list[str]] = {}
-    for tensor, dim in layer.factors(axis):
+    for tensor, dim in layer.axis_tensors(axis):
         dims.setdefault(tensor, []).append(str(dim))
     said = [
         f"`{t}` (dimension{'s' if len(d) > 1 else ''} {' and '.join(d)})" for t, d in dims.items()
@@ -192,7 +186,7 @@ def axis_words(layer: Any, axis: str) -> str:
 
 
 def cost_rows(cost: Any) -> dict[str, str]:
-    """What is added to that layer, by the closed formulas that the tests measure."""
+    """Return the rows of a cost, whose closed formulas the tests measure."""
     return {
         "FLOPs per token": f"{cost.flops:,} there, in the products of a forward",
         "FLOPs per call": f"{cost.flops_once:,} there, however many tokens"
@@ -203,7 +197,7 @@ def cost_rows(cost: Any) -> dict[str, str]:
 
 
 def parameterization_page(name: str, cls: Any) -> str:
-    """The page of a parameterization."""
+    """Return the page of a parameterization."""
     from adaptrank import layers
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.axes import cost_model, rank_axes
@@ -222,7 +216,8 @@ def parameterization_page(name: str, cls: Any) -> str:
         ceiling = f"at most {most} units" if most else "no ceiling"
         which = f"`{key.rpartition(':')[2]}`: " if len(sizes) > 1 else ""
         units.append(
-            f"{which}{parameters.marginal(key, sizes):,} parameters a unit, {sizes[key]} units by default, {ceiling}"
+            f"{which}{parameters.marginal(key, sizes):,} parameters a unit, "
+            f"{sizes[key]} units by default, {ceiling}"
         )
     allocators = [a for a, allocator in own(ALLOCATORS).items() if allocator.pair(name)]
     facts = {
@@ -270,7 +265,7 @@ def parameterization_page(name: str, cls: Any) -> str:
 
 
 def allocator_page(name: str, cls: Any) -> str:
-    """The page of an allocator."""
+    """Return the page of an allocator."""
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     doc = read(cls.__doc__)
@@ -299,7 +294,8 @@ def allocator_page(name: str, cls: Any) -> str:
             table([(k, v) for k, v in facts.items() if v], "", ""),
             "## Arguments",
             argument_table(cls),
-            "What `Allocator` gives every allocator is in [Configuration](../configuration.md#allocator).",
+            "The arguments that all allocators share are in "
+            "[Configuration](../configuration.md#allocator).",
             "In YAML, with every argument at its default:",
             f"```yaml\nallocator:\n  class_path: {name}\n  {init_args(cls)}```",
         ]
@@ -307,19 +303,19 @@ def allocator_page(name: str, cls: Any) -> str:
 
 
 def options_of(cells: Mapping[str, str]) -> list[str]:
-    """The options without which some pairs work."""
+    """Return the options that have to be off in some pairs."""
     return sorted({cell for cell in cells.values() if cell not in ("", "works")})
 
 
 def cell(pair: str) -> str:
-    """A cell of the table of pairs."""
+    """Return a cell of the table of pairs."""
     return {"works": "yes", "": "no"}.get(pair, f"`{pair}`")
 
 
 def index_page() -> str:
-    """Both registries in two tables, and which pairs work."""
+    """Return a page with both registries, and the table of pairs that work."""
     from adaptrank.allocation import ALLOCATORS
-    from adaptrank.allocation.compatibility import rows
+    from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
@@ -335,20 +331,22 @@ def index_page() -> str:
             " on ".join(links([m]) for m in reversed(nest)),
             *(cell(c.pair(*nest)) for c in allocators.values()),
         )
-        for nest in rows()
+        for nest in nests()
     ]
     toctree = "\n".join([*methods, *allocators])
     return "\n\n".join(
         [
             "# Methods",
-            "These pages are written from the code at every build. `python -m adaptrank methods` prints the same table.",
+            "These pages are made from the code at every build. `python -m adaptrank methods` "
+            "prints the same table.",
             "## Parameterizations",
             table(made, "name", "what changes in a weight", "source"),
             "## Allocators",
             table(movers, "name", "what moves", "source"),
             "## Which pairs work",
-            "A method without a rank axis has nothing to move by itself. Nested with one that has an axis, it is a fixed cost. An option "
-            "in a cell is one that has to be off: the method cannot do what it asks for. Every cell is a test.",
+            "A method without a rank axis has nothing to move by itself. In a nest with a method "
+            "that has one, it is a fixed cost. An option in a cell has to be off, because the "
+            "method does not support it. Every cell is a test.",
             table(pairs, "", *(links([name]) for name in allocators)),
             f"```{{toctree}}\n:hidden:\n\n{toctree}\n```",
         ]
@@ -356,7 +354,7 @@ def index_page() -> str:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write every page; what stood in the folder before is gone."""
+    """Write every page into an empty folder."""
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
@@ -376,7 +374,7 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 class Keys(SphinxDirective):
-    """```{keys} package.Class``` is the table of the class's arguments."""
+    """Directive ```{keys} package.Class```: a table of the arguments of the class."""
 
     required_arguments = 1
 
@@ -386,7 +384,10 @@ class Keys(SphinxDirective):
 
 
 def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Our docstrings are plain text with `code`: make reStructuredText of them, which gives |x| and x* a meaning."""
+    """Convert a docstring from plain text with code spans to reStructuredText.
+
+    Characters such as | and * have a meaning there, and are escaped.
+    """
     text = "\n".join(lines)
     text = re.sub(
         r"^( *)```(\w+)\n(.*?)\n\1```",
@@ -419,12 +420,12 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
 def keep_attributes(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """Undo what napoleon did to an attribute."""
+    """Restore the text of an attribute, which napoleon has changed."""
     lines[:] = KEPT.pop(name, lines)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register all of it."""
+    """Register the directive and the hooks."""
     app.add_directive("keys", Keys)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / FOLDER))
     app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon

@@ -1,4 +1,4 @@
-"""Sphinx configuration; the method pages are written into docs/methods/ by `_ext.py` at every build."""
+"""Sphinx configuration. `_ext.py` writes the method pages into docs/methods/ at every build."""
 
 import sys
 from pathlib import Path
@@ -12,9 +12,16 @@ author = "the adaptrank contributors"
 copyright = author
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "_ext"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinxcontrib.mermaid",
+    "_ext",
+]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
+myst_fence_as_directive = ["mermaid"]  # a fence that GitHub draws as well
 myst_heading_anchors = 3
 
 autodoc_typehints = "signature"

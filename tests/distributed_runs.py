@@ -1,8 +1,8 @@
-"""A process of test_distributed.py: runs scenarios on its share of each batch, and leaves what came out.
+"""A process of test_distributed.py: runs scenarios on its part of a batch, and saves results.
 
     RANK=0 WORLD_SIZE=2 ... python distributed_runs.py FOLDER SCENARIO ...
 
-With WORLD_SIZE=1 it takes the whole batch: what the others are held against.
+With WORLD_SIZE=1 it takes the whole batch. The other runs are compared with this one.
 """
 
 import os
@@ -36,7 +36,10 @@ RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Shared(Toy):
-    """Every process takes its rows of the batch, and starts somewhere else unless the first one's start is handed on."""
+    """Model whose processes take their rows of the batch.
+
+    Each starts somewhere else unless the start of the first one is handed on.
+    """
 
     def __init__(self, method=SVD4, head=False, **arguments):
         super().__init__(method, torch.float64, **arguments)

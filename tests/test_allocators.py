@@ -28,7 +28,7 @@ from adaptrank.parameterizations import (
     Parameterization,
 )
 from adaptrank.testing import trainable
-from adaptrank.training.lightning import AdapterGradients
+from adaptrank.training.adapter_gradients import AdapterGradients
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 TOTAL, PHASES = 24, {"every": 4, "warmup": 6, "final": 6}  # events at 10, 14, 18
@@ -170,7 +170,7 @@ def test_what_cannot_be_nested_is_not_proposed(scratch):
             self.gain = self.zeros(len(base.weight))
 
         weight = property(lambda self: self.base_weight + self.gain)
-        adapted = Parameterization.definition
+        forward_adapted = Parameterization.definition
         example = classmethod(lambda cls: nn.LayerNorm(24))
 
     class Unfinished(LoRA):
@@ -497,7 +497,8 @@ def test_an_axis_that_cannot_do_what_is_required():
 
     with pytest.raises(
         ValueError,
-        match=r"Needs needs axes that can fly, and SVD at maps\.0:rank cannot; no parameterization here can",
+        match=r"Needs needs axes that can fly, and SVD at maps\.0:rank cannot; "
+        r"no parameterization here can",
     ):
         fit(Toy(), Needs(budget=6, **PHASES))
 
@@ -564,7 +565,10 @@ def test_a_wrong_plan_is_caught_whoever_wrote_it(plan, sentence):
 
 
 class Spiky(Toy):
-    """Gradients that are not finite at some steps; the module drops them after the callbacks have seen them."""
+    """Model with gradients that are not finite at some steps.
+
+    The module drops them after the callbacks have seen them.
+    """
 
     bad = range(0)
 

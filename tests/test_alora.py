@@ -61,7 +61,7 @@ def test_parameters_as_the_unit():
 
 
 def test_rounds_end():
-    """After the last one no loss is evaluated any more: exact ablation would go on for the rest of the run, for nothing."""
+    """No loss is evaluated after the last round, because exact ablation is expensive."""
     asked = []
 
     class Counting(Toy):
@@ -103,7 +103,8 @@ def test_scores_are_the_mean_over_batches(importance):
     allocator = first_round(3)
     assert len(allocator.run.examples) == 3
     assert len({int(batch[0]) for batch in allocator.run.examples}) == 3
-    # Until the first round nothing differs but the number of examples; what each of them says alone has to average to what they say together.
+    # Until the first round the runs differ in the number of examples only. The scores of single
+    # examples therefore average to the scores of all examples.
     alone = []
     for batch in allocator.run.examples:
 

@@ -22,7 +22,8 @@ def test_closed_count():
 
 
 def test_printed_count():
-    """0.15M for ViT-B in the abstract; that its modules have rank 4, 4 blocks and no bias is inferred from that."""
+    """0.15M for ViT-B in the abstract; that its modules have rank 4, 4 blocks and no bias is
+    inferred from that."""
     assert total(adapt(meta(VIT_B, 12), "all-linear", ALoRE)) == 148_992
 
 
@@ -56,7 +57,8 @@ def test_re_parameterization():
 
 
 def test_row_vector_code_is_the_same_with_transposed_factors():
-    """Others compute x H with H = sum_k S_k kron E_k; then H^T = sum_k S_k^T kron E_k^T is the change."""
+    """Others compute x H with H = sum_k S_k kron E_k; then H^T = sum_k S_k^T kron E_k^T is the
+    change."""
     layer = ALoRE(nn.Linear(48, 24).double())
     testing.perturb(layer)
     H = sum(

@@ -65,9 +65,15 @@ def test_the_contract_of_the_other_forms(form, count):
     base = AttentionScale.example().double()
     build = testing.builder(AttentionScale, base, **FORMS[form])
     for check in (
-        testing.check_definition, testing.check_gradients, testing.check_exact_gradients, testing.check_training,
-        testing.check_state_dict, testing.check_copies, testing.check_switch, testing.check_arguments,
-    ):  # fmt: skip
+        testing.check_definition,
+        testing.check_gradients,
+        testing.check_exact_gradients,
+        testing.check_training,
+        testing.check_state_dict,
+        testing.check_copies,
+        testing.check_switch,
+        testing.check_arguments,
+    ):
         check(build)
     testing.check_parameter_count(build, lambda: count)
     testing.check_low_precision(
@@ -128,7 +134,8 @@ def test_a_row_that_is_masked_whole_is_finite(form, dtype):
 
 
 def test_counts_of_a_vit():
-    """12 blocks of 197 tokens, 6 heads: the numbers of the closed formulas, h L, n^2 L and h n^2 L."""
+    """12 blocks of 197 tokens, 6 heads: the numbers of the closed formulas, h L, n^2 L and h n^2
+    L."""
     config = ViTConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
     )
@@ -218,9 +225,21 @@ def test_where_queries_cannot_be_reached_it_does_not_merge():
     fused = (
         GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=50)).double().eval()
     )
-    normed = Qwen3ForCausalLM(
-        Qwen3Config(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1, head_dim=8, vocab_size=50)
-    ).double().eval()  # fmt: skip
+    normed = (
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=3,
+                num_key_value_heads=1,
+                head_dim=8,
+                vocab_size=50,
+            )
+        )
+        .double()
+        .eval()
+    )
     for model in (fused, normed):
         want = model(IDS).logits
         adapt(model, "all", AttentionScale)

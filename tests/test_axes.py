@@ -6,7 +6,7 @@ from torch import nn
 
 from adaptrank.axes import check_optimizer, cost_model, fit_ranks, generator, natural, rank_axes
 from adaptrank.injection import adapt
-from adaptrank.parameterizations import SVD, HyperAdapt, LoRA, Parameterization
+from adaptrank.parameterizations import SVD, HyperAdapt, LoRA, Parameterization, formula
 from adaptrank.testing import check_parameterization, normal_input, perturb, whole_numbers
 
 OPTIMIZERS = {
@@ -55,12 +55,12 @@ class TiedLow(Parameterization):
         self.M, self.B = self.zeros(rank, n), self.zeros(m, rank)
         nn.init.normal_(self.M)
 
-    @property
+    @formula
     def weight(self):
-        return self.base_weight + self.B @ self.M
+        return self.base_weight + self.gated("B") @ self.M
 
     def delta(self, x, y):
-        return (x @ self.M.T) @ self.B.T
+        return (x @ self.M.T) @ self.gated("B").T
 
 
 class ToyTrain(Parameterization):
@@ -78,12 +78,12 @@ class ToyTrain(Parameterization):
     def axes(self):
         return {"bond_1": {"G1": 1, "G2": 0}, "bond_2": {"G2": -1, "G3": 0}}
 
-    @property
+    @formula
     def weight(self):
-        return self.base_weight + self.G1 @ self.G2 @ self.G3
+        return self.base_weight + self.G1 @ self.gated("G2") @ self.gated("G3")
 
     def delta(self, x, y):
-        return x @ self.G3.T @ self.G2.T @ self.G1.T
+        return x @ self.gated("G3").T @ self.gated("G2").T @ self.G1.T
 
 
 def trained(layer, optimizer, steps=4, seed=0):

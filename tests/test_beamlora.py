@@ -36,7 +36,7 @@ PHASES = {"every": 4, "warmup": 0, "final": 4}  # of 24 steps: events at 4, 8, 1
     st.integers(1, 3),
 )
 def test_copies_are_of_the_strongest_over_the_weakest(values, kept, step, parts):
-    """Exactly as many as the cumulated weight says, tie or no tie, but half of a part; sizes stay."""
+    """The cumulated weight says how many, with ties too, but at most half of a part. Sizes stay."""
     scores = {
         f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) for i, v in enumerate(values)
     }
@@ -148,7 +148,10 @@ def test_an_exact_split_changes_nothing_but_for_what_was_pruned():
 
 @pytest.mark.parametrize("method", [LORA4, TensorTrain], ids=["LoRA", "TT"])
 def test_copies_are_as_they_were_half_an_interval_ago(method):
-    """Of a tensor between two axes that both have copies, too: its slice of two copies is the old one of their sources."""
+    """A tensor between two axes may have copies in both.
+
+    Its slice of two copies is the old slice of their sources.
+    """
     kept, checked, both = {}, [], []
 
     class Kept(BeamState):
@@ -207,7 +210,7 @@ def test_a_copy_stays_in_the_part_of_its_layer():
 
 @pytest.mark.parametrize("told", [True, False])
 def test_units_that_were_split_go_their_own_ways(told):
-    """B is equal in both at first. The control: with nothing to tell them apart, all they ever get is equal gradients."""
+    """B is equal in both at first. In the control, their gradients stay equal."""
     pairs = []
 
     class Look(BeamLoRA):

@@ -1,4 +1,4 @@
-"""An allocator outside of Lightning: three calls in a loop, and a callback of transformers' Trainer."""
+"""An allocator outside of Lightning: three calls in a loop, or a callback for transformers."""
 
 import pytest
 import torch

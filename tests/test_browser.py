@@ -1,4 +1,7 @@
-"""Pages of reports in a real browser, where one is installed: on a laptop and on a phone nothing sticks out, and every picture is there."""
+"""Pages of reports in a real browser, where one is installed.
+
+On a laptop and on a phone nothing sticks out, and every picture is there.
+"""
 
 import html
 import json
@@ -9,27 +12,33 @@ import subprocess
 import pytest
 from test_studies import made
 
-from adaptrank.reports.ranks import History, write_report
+from adaptrank.reports.history import History
+from adaptrank.reports.ranks import write_report
 from adaptrank.reports.study import write_study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-FRAME = """<!doctype html><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe><pre id="found"></pre><script>
+FRAME = """<!doctype html>
+<iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>
+<pre id="found"></pre>
+<script>
 const frame = document.getElementById("page");
 frame.onload = () => {{
   const inside = frame.contentDocument, root = inside.documentElement;
+  const fontSize = element =>
+    parseFloat(frame.contentWindow.getComputedStyle(element).fontSize);
   document.getElementById("found").textContent = "found" + JSON.stringify({{
     page: root.scrollWidth, window: root.clientWidth,
     pictures: [...inside.images].map(image => image.naturalWidth),
     text: inside.body.innerText.length,
-    smallest: Math.min(...[...inside.querySelectorAll("td, th, p")].map(e => parseFloat(frame.contentWindow.getComputedStyle(e).fontSize))),
+    smallest: Math.min(...[...inside.querySelectorAll("td, th, p")].map(fontSize)),
   }}) + "found";
 }};
 </script>"""
 
 
 def looked_at(file, width, folder):
-    """What a browser says of a page in a window of this width."""
+    """Return what a browser measures of a page in a window of this width."""
     outer = folder / f"frame-{width}.html"
     outer.write_text(FRAME.format(width=width, page=html.escape(file.read_text(), quote=True)))
     command = [
@@ -55,17 +64,37 @@ def pages(tmp_path_factory):
     write_study(made(folder, seeds=[0, 1, 2], limits="As small as can be."), folder / "study")
     axes = {f"model.layers.{i}.self_attn.{kind}_proj:rank": 4 for i in range(6) for kind in "qkvo"}
     events = [
-        {"step": 0, "reason": "the start", "sizes": axes, "active": 96, "allocated": 96, "pruned": {}, "grown": {}, "closed": {}},
         {
-            "step": 10, "budget": 90, "unit": "ranks", "sizes": {next(iter(axes)): 2}, "pruned": {next(iter(axes)): [2, 3]}, "grown": {}, "closed": {},
-            "active": 94, "allocated": 94, "total": 94, "reason": "a budget of 90", "scores": {"min": 0, "q25": 1, "median": 2, "q75": 3, "max": 4},
+            "step": 0,
+            "reason": "the start",
+            "sizes": axes,
+            "active": 96,
+            "allocated": 96,
+            "pruned": {},
+            "grown": {},
+            "closed": {},
         },
-    ]  # fmt: skip
+        {
+            "step": 10,
+            "budget": 90,
+            "unit": "ranks",
+            "sizes": {next(iter(axes)): 2},
+            "pruned": {next(iter(axes)): [2, 3]},
+            "grown": {},
+            "closed": {},
+            "active": 94,
+            "allocated": 94,
+            "total": 94,
+            "reason": "a budget of 90",
+            "scores": {"min": 0, "q25": 1, "median": 2, "q75": 3, "max": 4},
+        },
+    ]
     history = History("a run", events, [(0, axes), (10, {**axes, next(iter(axes)): 2})], {})
     write_report(
         history,
         folder / "run",
-        "python -m adaptrank fit --config a/rather/long/path/to/a/config.yaml --model.rank_pattern and/another/ranks.json",
+        "python -m adaptrank fit --config a/rather/long/path/to/a/config.yaml "
+        "--model.rank_pattern and/another/ranks.json",
     )
     return {"study": folder / "study" / "index.html", "run": folder / "run" / "index.html"}
 

@@ -1,4 +1,4 @@
-"""The command line from end to end, in this process, on a random tiny Llama: runs, resumes, verbs, help."""
+"""The command line from end to end, in this process, on a random tiny Llama."""
 
 import json
 import logging
@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from adaptrank.artifacts.header import digest_of
 from adaptrank.cli import VERBS, main
-from adaptrank.cli.train import AdaptrankCLI, run_name
-from adaptrank.cli.verbs import write_folder
+from adaptrank.cli.out_folder import write_folder
+from adaptrank.cli.output import run_name
+from adaptrank.cli.train import AdaptrankCLI
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 
@@ -185,7 +186,8 @@ def test_an_allocator_from_the_users_own_file(here, cli, tiny_llama, monkeypatch
         "class BiggestFirst(Allocator):\n"
         '    """Keep the units whose factors are largest."""\n'
         "    def score(self, axis):\n"
-        "        return sum(v.abs().sum(tuple(d for d in range(v.dim()) if d)) for v in self.sizes_of(axis))\n"
+        "        sizes = self.sizes_of(axis)\n"
+        "        return sum(v.abs().sum(tuple(d for d in range(v.dim()) if d)) for v in sizes)\n"
         "    def sizes_of(self, axis):\n"
         "        return [slot.tensor.movedim(slot.dim, 0) for slot in axis.slots()]\n"
     )
@@ -485,7 +487,12 @@ def test_the_summary_stands_in_columns():
 
     summary = {
         "layers": [
-            {"kind": "q_proj", "count": 4, "method": "LoRA on HyperAdapt on another one", "trainable": 1234567},
+            {
+                "kind": "q_proj",
+                "count": 4,
+                "method": "LoRA on HyperAdapt on another one",
+                "trainable": 1234567,
+            },
             {"kind": "a_rather_long_name", "count": 12, "method": "LoRA", "trainable": 8},
         ],
         "trainable": 1234575, "parameters": 9999999, "ranks": 8,
@@ -765,7 +772,7 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
     ("args", "wanted"),
     [
         (["merge", "ADAPTER"], "--out"),
-        (["merge", "ADAPTER", "--outt", "x"], "did you mean '--out'"),
+        (["merge", "ADAPTER", "--outt", "x"], "Did you mean '--out'"),
         (["merge", "./adaptr", "--out", "x"], "There is no adapter folder"),
         (["merge", "ADAPTER", "--out", "tiny.yaml"], "is a file"),
         (["generate", "."], "neither an adapter"),
@@ -827,6 +834,21 @@ def test_methods_lists_the_registries(cli):
     assert max(map(len, out.splitlines())) <= 110 + sum(len(name) + 1 for name in foreign)
 
 
+def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(monkeypatch, capsys):
+    from adaptrank.cli.progress import StepBar, StepLines, progress
+
+    lines = progress()
+    assert isinstance(lines, StepLines)
+    assert lines.is_enabled  # LightningModule.print asks
+    lines.print("a line")
+    assert capsys.readouterr().out == "a line\n"
+    lines.disable()
+    assert not lines.is_enabled
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    assert isinstance(progress(), StepBar)
+
+
 # ---- help
 
 
@@ -835,7 +857,8 @@ def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom adaptrank.cli import main\n"
         "main([]); main(['--help']); main(['fit', '--help'])\n"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers', 'jsonargparse')))"
+        "heavy = ('torch', 'lightning', 'transformers', 'jsonargparse')\n"
+        "sys.exit(any(m in sys.modules for m in heavy))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
@@ -861,15 +884,16 @@ def test_the_help_of_fit_is_true(cli):
     from lightning.pytorch import Trainer
 
     from adaptrank.allocation import ALLOCATORS
-    from adaptrank.cli.errors import arguments
     from adaptrank.cli.help import TRAINER
-    from adaptrank.modules import CausalLM
+    from adaptrank.modules import AdaptedModule, CausalLM
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
     out = cli("fit", "--help")[1]
     assert TRAINER.keys() <= inspect.signature(Trainer).parameters.keys()
+    keys = inspect.signature(CausalLM).parameters.keys()
+    keys |= inspect.signature(AdaptedModule).parameters.keys()
     named = set(re.findall(r"^  model\.(\w+)", out, re.MULTILINE))
-    assert {"backbone", "adapters", "optimizer"} <= named <= arguments(CausalLM)[0].keys()
+    assert {"backbone", "adapters", "optimizer"} <= named <= keys
     for registry in (ALLOCATORS, PARAMETERIZATIONS):
         for name, cls in registry.items():
             if cls.__module__.startswith("adaptrank.") and not cls.__module__.endswith(".base"):

@@ -1,4 +1,4 @@
-"""What mistakes say. Pure functions first; then the command line, in this process, on a random tiny Llama."""
+"""Sentences of mistakes, on the command line in this process, and of single functions."""
 
 import copy
 import os
@@ -7,18 +7,11 @@ import sys
 import pytest
 import yaml
 
-from adaptrank.cli import errors, main
-from adaptrank.cli.errors import (
-    ConfigError,
-    check,
-    collect,
-    condense,
-    explain,
-    line_of,
-    nearest,
-    read_yaml,
-    shorten,
-)
+from adaptrank._errors import UserError, nearest
+from adaptrank.cli import main
+from adaptrank.cli.errors import ConfigError, explain, shorten
+from adaptrank.cli.given import locate, read_node
+from adaptrank.cli.wording import Report
 
 ENTRY = ("model", "init_args", "adapters", 0)
 METHODS = (*ENTRY, "parameterization")
@@ -78,7 +71,7 @@ def drop(config, path):
 
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capsys):
-    """Run a verb that must exit with 2, and return what it says, checked for brevity; no run folder may be left."""
+    """Run a verb that must exit with 2 and leave no run folder, and return its short text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAPTRANK_DEBUG", raising=False)
 
@@ -105,8 +98,16 @@ def mistake(tmp_path, monkeypatch, capsys):
 
 # (where, what stands there, what the text must hold)
 BROKEN = {
-    "unknown key at the top": (("modle",), 1, ["'modle'", "did you mean 'model'", "c.yaml, line "]),
-    "unknown key of the trainer": (("trainer", "max_step"), 3, ["trainer.max_step", "'max_steps'"]),
+    "unknown key at the top": (
+        ("modle",),
+        1,
+        ["key modle", "Did you mean 'model'", "c.yaml, line "],
+    ),
+    "unknown key of the trainer": (
+        ("trainer", "max_step"),
+        3,
+        ["key trainer.max_step.", "'trainer.max_steps'"],
+    ),
     "unknown key of the model": (
         ("model", "init_args", "backbon"),
         "x",
@@ -147,7 +148,7 @@ BROKEN = {
     "unknown allocator": (
         ("allocator", "class_path"),
         "ElaLora",
-        ["'ElaLora'", "did you mean 'ElaLoRA'"],
+        ["'ElaLora'", "Did you mean 'ElaLoRA'"],
     ),
     "unknown method": ((*METHODS, 0), "HyperAdpat", ["'HyperAdpat'", "'HyperAdapt'", "DoRA"]),
     "unknown optimizer": (
@@ -188,14 +189,14 @@ BROKEN = {
     "wrong choice": (
         ("model", "init_args", "schedule"),
         "cosin",
-        ["'cosin'", "'linear'", "did you mean 'cosine'"],
+        ["'cosin'", "'linear'", "Did you mean 'cosine'"],
     ),
     "text for a number": (
         ("model", "init_args", "warmup"),
         "long",
         ["warmup is 'long'", "a number"],
     ),
-    "text for a list": (METHODS, "LoRA", ["'LoRA'", "must be a list", "write [LoRA]"]),
+    "text for a list": (METHODS, "LoRA", ["'LoRA'", "must be a list", "Write [LoRA]"]),
     "mapping for a list": (
         ENTRY[:-1],
         {"targets": "all-linear"},
@@ -236,7 +237,7 @@ BROKEN = {
     "two allocators": (
         ("trainer", "callbacks"),
         [{"class_path": "AdaLoRA"}],
-        ["trainer.callbacks lists AdaLoRA", "keep one"],
+        ["trainer.callbacks lists AdaLoRA", "Keep one"],
     ),
     "no such backbone": (("model", "init_args", "backbone"), "./llma", ["'./llma'"]),
     "no such adapter": (("model", "init_args", "adapter"), "nowhere", ["No adapter at 'nowhere'"]),
@@ -278,17 +279,20 @@ def test_the_line_of_a_mistake(config, mistake):
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [
-        (["--tariner.max_steps", "3"], ["--tariner.max_steps", "did you mean 'trainer'"]),
-        (["--trainer.max_step=3"], ["--trainer.max_step", "'max_steps'"]),
+        (
+            ["--tariner.max_steps", "3"],
+            ["--tariner.max_steps", "Did you mean '--trainer.max_steps'"],
+        ),
+        (["--trainer.max_step=3"], ["--trainer.max_step.", "'--trainer.max_steps'"]),
         (["--model.backbon", "x"], ["--model.backbon", "'backbone'"]),
         (["--model.optimizer.lr", "x"], ["--model.optimizer.lr", "'x'", "a number"]),
         (["--allocator.swaps", "z"], ["--allocator.swaps", "'z'", "a whole number"]),
         (["--trainer.max_steps"], ["--trainer.max_steps", "a whole number"]),
         (["foo"], ["'foo' is no option"]),
-        (["c.yaml"], ["'c.yaml' is no option", "write --config c.yaml"]),
+        (["c.yaml"], ["'c.yaml' is no option", "Write --config c.yaml"]),
         (["--config"], ["--config needs a file"]),
         (["--config", "--trainer.max_steps", "3"], ["--config needs a file"]),
-        (["--model.adapter", "c.yaml"], ["'c.yaml' is a file", "name the folder"]),
+        (["--model.adapter", "c.yaml"], ["'c.yaml' is a file", "Name the folder"]),
         (
             ["--trainer.fast_dev_run", "true"],
             ["fast_dev_run", "leave the allocator out", "--allocator null"],
@@ -307,7 +311,7 @@ def test_the_line_of_a_mistake(config, mistake):
             ["--model.adapters", "null", "--config", "c.yaml", "--model.backbon", "x"],
             ["--model.backbon: "],
         ),
-        (["--config", "cc.yaml"], ["'cc.yaml'", "did you mean 'c.yaml'"]),
+        (["--config", "cc.yaml"], ["'cc.yaml'", "Did you mean 'c.yaml'"]),
         (["--ckpt_path", "last.ckpt"], ["ckpt_path", "no checkpoint 'last.ckpt'"]),
         (["--ckpt_path", "c.yaml"], ["c.yaml is no Lightning checkpoint"]),
     ],
@@ -347,26 +351,48 @@ def test_debug_shows_the_traceback(config, mistake, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
-    """In a user's class while it is built, and a ValueError in mid-training: neither is a mistake in the configuration."""
+    """A ZeroDivisionError while a user's class is built, and a ValueError in mid-training."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faulty_callbacks.py").write_text(
         "from lightning.pytorch import Callback\n"
         "class Early(Callback):\n"
         "    def __init__(self):\n"
-        "        int('seven')\n"
+        "        1 / 0\n"
         "class Late(Callback):\n"
         "    def on_train_batch_end(self, *_):\n"
         "        raise ValueError('deep in training')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config["model"]["init_args"]["adapters"][0]["targets"] = ["q_proj"]
-    for name, expected in (("Early", "invalid literal"), ("Late", "deep in training")):
+    for name, expected in (("Early", "division by zero"), ("Late", "deep in training")):
         changed = put(
             config, ("trainer", "callbacks"), [{"class_path": f"faulty_callbacks.{name}"}]
         )
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(changed))
         with pytest.raises(Exception, match=expected):
             main(["fit", "--config", "c.yaml", "--evaluate", "false"])
+
+
+def test_a_constructor_that_refuses_its_arguments_is_named(config, mistake, tmp_path, monkeypatch):
+    """A ValueError of a user's own class, of a callback and of an optimizer that is built later."""
+    (tmp_path / "own_refusals.py").write_text(
+        "import torch\n"
+        "from lightning.pytorch import Callback\n"
+        "class Picky(Callback):\n"
+        "    def __init__(self, size: str = 'seven'):\n"
+        "        self.size = int(size)\n"
+        "class Step(torch.optim.SGD):\n"
+        "    def __init__(self, params, lr: float = 0.1):\n"
+        "        raise TypeError('lr has to be a schedule')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    callback = put(config, ("trainer", "callbacks"), [{"class_path": "own_refusals.Picky"}])
+    text = mistake(callback)
+    assert "Picky: invalid literal for int() with base 10: 'seven'" in text
+    assert "--debug" in text
+    where = ("model", "init_args", "optimizer")
+    text = mistake(put(config, where, {"class_path": "own_refusals.Step"}), "--evaluate", "false")
+    assert "Step: lr has to be a schedule" in text
 
 
 def test_an_unknown_verb(capsys):
@@ -379,26 +405,34 @@ def test_an_unknown_verb(capsys):
 # ---- pure
 
 
-def test_on_purpose_or_not():
-    def purpose():
-        raise ValueError("a sentence\nand more")
+def test_a_mistake_or_a_bug():
+    def mistake():
+        raise UserError("a sentence\nand more")
 
-    def accident():
+    def bug():
         int("seven")
 
     def missing():
         os.stat("/no/such/file")
 
+    def missing_package():
+        raise ImportError("Install the package.")
+
+    def broken_import():
+        import adaptrank.no_such_module  # noqa: F401
+
     texts = {}
-    for function in (purpose, accident, missing):
+    for function in (mistake, bug, missing, missing_package, broken_import):
         try:
             function()
         except Exception as error:
             texts[function.__name__] = explain(error)
     assert texts == {
-        "purpose": "a sentence\nand more",
-        "accident": None,
+        "mistake": "a sentence\nand more",
+        "bug": None,
         "missing": "/no/such/file: No such file or directory.",
+        "missing_package": "Install the package.",
+        "broken_import": None,
     }
     assert explain(KeyError("x")) is None
     assert explain(ConfigError("said")) == "said"
@@ -410,65 +444,73 @@ def test_nearest_ignores_case_and_folders():
     assert nearest("qqq", ["AdaLoRA"]) is None
 
 
-def test_collect_steps_into_classes_as_jsonargparse_does(tmp_path):
+def test_the_place_of_a_value_in_a_class(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(
-        "model:\n  class_path: CausalLM\n  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n"
+        "model:\n  class_path: CausalLM\n"
+        "  init_args: {optimizer: {class_path: A, init_args: {lr: 1}}}\n"
     )
-    tree, files, options = collect(
-        ["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"]
-    )
-    assert tree["model"]["init_args"]["optimizer"]["init_args"] == {"lr": "2"}
-    assert tree["trainer"] == {"max_steps": "5"}
-    assert tree["trainer"]["max_steps"].value == 5, (
-        "an option may be a text or a number: its type decides"
-    )
-    assert files == [str(file)]
-    key = ("model", "init_args", "optimizer", "init_args", "lr")
-    assert options[key] == "--model.optimizer.lr"
-    assert line_of(str(file), key) == 3
+    args = ["--config", str(file), "--model.optimizer.lr=2", "--trainer.max_steps", "5"]
+    entry = locate(args, ("model", "optimizer", "lr"), "2")
+    assert entry.where == "--model.optimizer.lr"
+    assert entry.key == ("model", "optimizer", "lr")
+    entry = locate(args, ("model", "lr"), "1")
+    assert entry.where == f"{file}, line 3"
+    assert entry.key == ("model", "init_args", "optimizer", "init_args", "lr")
+    assert entry.value == 1
+    assert locate(args, ("trainer", "max_steps"), None).value == 5
+    assert locate(args, ("trainer", "max_step"), None) is None
 
 
-def test_another_class_forgets_the_old_arguments():
-    tree = {"allocator": {"class_path": "ElaLoRA", "init_args": {"swaps": 4}}}
-    errors.merge(tree, {"allocator": {"class_path": "AdaLoRA", "init_args": {"budget": 8}}})
-    assert tree == {"allocator": {"class_path": "AdaLoRA", "init_args": {"budget": 8}}}
-    errors.merge(tree, {"allocator": {"init_args": {"every": 3}}})
-    assert tree["allocator"]["init_args"] == {"budget": 8, "every": 3}
+def parsed(config, capsys, tmp_path, *args):
+    """The whole configuration, as the command would use it."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", "--config", str(tmp_path / "c.yaml"), *args, "--print_config"])
+    said = capsys.readouterr()
+    assert leaving.value.code == 0, said.err
+    return yaml.safe_load(said.out)
 
 
-def test_check_passes_what_is_right(config):
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+def test_another_class_forgets_the_old_arguments(config, capsys, tmp_path):
+    args = ["--allocator", "AdaLoRA", "--allocator.budget", "8", "--allocator.every", "3"]
+    arguments = parsed(config, capsys, tmp_path, *args)["allocator"]["init_args"]
+    assert arguments["budget"] == 8
+    assert arguments["every"] == 3
+    assert "swaps" not in arguments
 
-    from adaptrank.allocation import Allocator
 
-    schema = {"model": LightningModule, "data": LightningDataModule, "allocator": Allocator}
-    check(config, {**schema, "trainer": errors.Arguments(Trainer)})
-    config["model"]["init_args"]["optimizer"] = "AdamW"
-    config["model"]["init_args"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": "1e-3"}}
-    config["model"]["init_args"]["rank_pattern"] = {"q_proj": 2}
+def test_what_is_right_passes(config, capsys, tmp_path):
+    parsed(config, capsys, tmp_path)
+    arguments = config["model"]["init_args"]
+    arguments["optimizer"] = "torch.optim.AdamW"
+    parsed(config, capsys, tmp_path)
+    arguments["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": "1e-3"}}
+    arguments["rank_pattern"] = {"q_proj": 2}
     config["trainer"]["devices"] = "auto"
-    check(config, {**schema, "trainer": errors.Arguments(Trainer)})
+    made = parsed(config, capsys, tmp_path)
+    assert made["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
 
 
-def test_condense_keeps_the_innermost_reason():
+def test_a_report_keeps_the_innermost_reason():
     message = (
-        'Parser key "model":\n  Does not validate against any of the Union subtypes\n  Errors:\n'
-        "    - Parser key \"odd\":\n        Expected a <class 'int'>. Got value: x\n    - Expected a <class 'NoneType'>\n"
+        'Parser key "odd":\n  Does not validate against any of the Union subtypes\n  Errors:\n'
+        "    - Expected a <class 'int'>. Got value: x\n    - Expected a <class 'NoneType'>\n"
+        "  Given value type: <class 'list'>\n  Given value: ['x',\n  more of it]"
     )
-    assert condense(message) == "odd: Expected a <class 'int'>. Got value: x"
+    report = Report(message)
+    assert report.names == ("odd",)
+    assert report.reasons == ["Expected a <class 'int'>", "Expected a <class 'NoneType'>"]
+    assert report.value == "x"
 
 
-def test_condense_tells_to_quote_a_string():
-    message = (
-        'Parser key "data":\n  - Problem with given class_path \'a.Data\':\n      Parser key "classes":\n'
-        "        - Expected a <class 'str'>. Got value: False\n"
-    )
-    assert condense(message) == "classes: it must be a string (quote it). Got value: False"
-    assert (
-        condense("Problem with given class_path 'a.Data':\n")
-        == "Problem with given class_path 'a.Data':"
-    )
+def test_a_report_of_one_line():
+    report = Report("Parser key \"trainer.max_steps\": Expected a <class 'int'>. Got value: many")
+    assert report.names == ("trainer", "max_steps")
+    assert report.reasons == ["Expected a <class 'int'>"]
+    assert report.value == "many"
+    assert Report("unrecognized arguments: foo").reasons == ["unrecognized arguments: foo"]
 
 
 def test_long_lines_keep_their_ends():
@@ -486,50 +528,24 @@ def test_long_lines_keep_their_ends():
 def test_an_option_before_a_file_counts_no_more(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("trainer: {max_steps: 3}\n")
-    options = collect(
-        ["--trainer.max_steps", "5", "--trainer.devices", "1", "--config", str(file)]
-    )[2]
-    assert list(options) == [("trainer", "devices")]
+    args = ["--trainer.max_steps", "5", "--trainer.devices", "1", "--config", str(file)]
+    assert locate(args, ("trainer", "max_steps"), None).where == f"{file}, line 1"
+    assert locate(args, ("trainer", "devices"), None).where == "--trainer.devices"
 
 
-def test_an_option_may_be_a_text_of_digits():
-    from pathlib import Path
-
-    tree = collect(
-        [
-            "--runs",
-            "3",
-            "--steps",
-            "3",
-            "--on",
-            "true",
-            "--rate",
-            "0.5",
-            "--either",
-            "4",
-            "--word",
-            "no",
-        ]
-    )[0]
-    kinds = {
-        "runs": str,
-        "steps": int,
-        "on": bool,
-        "rate": float,
-        "either": int | None,
-        "word": Path | str,
-    }
-    check(tree, kinds)
-    with pytest.raises(ConfigError, match="must be true or false"):
-        check(tree, {**kinds, "steps": bool})
+def test_an_option_may_be_a_text_of_digits(config, capsys, tmp_path, mistake):
+    made = parsed(config, capsys, tmp_path, "--runs", "3", "--model.adapter", "4")
+    assert made["runs"] == "3"
+    assert made["model"]["init_args"]["adapter"] == "4"
+    assert "must be true or false" in mistake(config, "--evaluate", "3")
 
 
-def test_read_yaml_names_the_nearest_file(tmp_path):
+def test_reading_a_file_names_the_nearest(tmp_path):
     (tmp_path / "smoke.yaml").touch()
-    with pytest.raises(ConfigError, match=r"did you mean .*smoke\.yaml"):
-        read_yaml(str(tmp_path / "smok.yaml"))
+    with pytest.raises(ConfigError, match=r"Did you mean .*smoke\.yaml"):
+        read_node(str(tmp_path / "smok.yaml"))
     with pytest.raises(ConfigError, match="does not exist either"):
-        read_yaml(str(tmp_path / "nowhere" / "smoke.yaml"))
+        read_node(str(tmp_path / "nowhere" / "smoke.yaml"))
 
 
 def test_errors_import_nothing_heavy():

@@ -93,10 +93,10 @@ def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
     [
         (["a", "missing", "--out", "c"], "missing"),
         (["a", "b", "--out", "a"], "--out a is not empty"),
-        (["a", "b", "--out", "a", "--force"], "--out a holds the adapter that this reads"),
+        (["a", "b", "--out", "a", "--force"], "--out a holds the adapter that is read"),
         (
             ["a", "b", "--methd", "sum", "--out", "c"],
-            "unknown option --methd; did you mean '--method'",
+            "unknown option --methd. did you mean '--method'",
         ),
         (["a", "b", "--method", "tie", "--out", "c"], "Did you mean 'ties'?"),
         (["a", "b", "--weights", "1", "--out", "c"], "1 weights for 2 adapters"),
@@ -179,8 +179,8 @@ def test_what_only_comes_near_says_by_how_much(two, cli):  # noqa: F811
     ("arguments", "sentence"),
     [
         (["export", "a", "--format", "gguf", "--out", "p"], "convert_lora_to_gguf.py"),
-        (["export", "a", "--format", "pet", "--out", "p"], "did you mean 'peft'"),
-        (["export", "a", "--rank", "2", "--error", "0.1", "--out", "p"], "give one"),
+        (["export", "a", "--format", "pet", "--out", "p"], "Did you mean 'peft'"),
+        (["export", "a", "--rank", "2", "--error", "0.1", "--out", "p"], "Give one"),
         (["export", "a", "--rank", "0", "--out", "p"], "--rank is 1 or more"),
         (["export", "missing", "--out", "p"], "missing"),
         (["import", "a", "--out", "p"], "names no peft_type"),

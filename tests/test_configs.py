@@ -1,4 +1,4 @@
-"""Every configuration that ships, for a few steps on a tiny model: its methods, its targets, its allocator and its data."""
+"""Every configuration that ships, for a few steps on a tiny model."""
 
 import inspect
 import json
@@ -18,7 +18,7 @@ STEPS = 4
 
 
 def short(config, backbones):
-    """The same run on a tiny model of its kind: less data, fewer steps, events as soon and as often as can be."""
+    """The same run on a tiny model of its kind, with less data, fewer steps and early events."""
     task = config["model"]["class_path"].rpartition(".")[2]
     arguments = config["model"]["init_args"]
     arguments["backbone"] = backbones[task]

@@ -12,7 +12,7 @@ from torch import nn
 import adaptrank
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
-from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization, formula
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
@@ -45,7 +45,8 @@ def nest(inner, outer, base):
 
 @pytest.mark.parametrize(("inner", "outer"), PAIRS, ids=lambda cls: cls.__name__)
 def test_nests_of_two(inner, outer):
-    """The whole contract over the first base that both can wrap; over others what they compute. What has no meaning is refused."""
+    """The whole contract over the first base that both can wrap; over others what they compute.
+    What has no meaning is refused."""
     if not bases(inner, outer):
         with pytest.raises(TypeError, match=f"{outer.__name__} wraps"):
             outer(inner(inner.example()))
@@ -85,7 +86,8 @@ def test_nests_over_conv1d(inner, outer):
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growing_does_not_change_one_bit(method, dtype):
-    """In whole numbers: how many columns a product has decides in which order a processor sums, and rounds, the others."""
+    """In whole numbers: how many columns a product has decides in which order a processor sums, and
+    rounds, the others."""
     layer = method(method.example().to(dtype))
     testing.whole_numbers(layer)
     layer.load_state_dict(layer.state_dict())  # refreshes what derives from them
@@ -195,6 +197,11 @@ def broken(**overrides):
             r"A is torch\.bfloat16",
         ),
         ({"penalty": lambda self: self.A.sum(1)}, "must be one number"),
+        ({"factors": lambda self: (self.scale * self.B, self.A)}, r"read .* self\.gated\('B'\)"),
+        (
+            {"weight": formula(lambda self: self.base_weight + self.scale * self.B @ self.A)},
+            r"read .* self\.gated\('B'\)",
+        ),
     ],
 )
 def test_a_broken_method_fails_with_a_sentence(overrides, sentence):
@@ -227,7 +234,7 @@ def test_an_attribute_error_in_a_formula_is_not_reported_as_a_missing_weight():
     cls = type(
         "Misspelt",
         (PARAMETERIZATIONS["LoRA"],),
-        {"weight": property(lambda self: self.base_weigth)},
+        {"weight": formula(lambda self: self.base_weigth)},
     )
     with pytest.raises(RuntimeError, match=r"Misspelt\.weight failed: .*base_weigth"):
         _ = cls(nn.Linear(48, 24)).weight
@@ -242,7 +249,8 @@ def test_the_cost_of_a_method_without_an_axis_is_fixed(layer):
 
 
 def test_imports_point_one_way():
-    """parameterizations know nobody; axes and adapt know them; allocators know axes; nothing points back."""
+    """parameterizations know nobody; axes and adapt know them; allocators know axes; nothing points
+    back."""
     root = Path(adaptrank.__file__).parent
     may = {
         "registry": {"_errors"},
@@ -255,6 +263,7 @@ def test_imports_point_one_way():
         "allocation": {
             "_collectives",
             "_errors",
+            "_files",
             "registry",
             "parameterizations",
             "axes",
@@ -281,6 +290,7 @@ def test_imports_point_one_way():
 
 
 def test_a_model_cast_after_it_was_adapted_still_runs(method):
-    """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no crash."""
+    """`precision="bf16-true"` casts adapters too: a poor idea, of which the module warns, but no
+    crash."""
     layer = method(method.example()).to(torch.bfloat16)
     testing.output(layer, testing.normal_input(layer, (2,))).float().sum().backward()

@@ -1,4 +1,7 @@
-"""The order of the batches: a pure function, exact across a resume, shared without overlap, and silent to other generators."""
+"""The order of the batches.
+
+It is a pure function, exact across a resume, shared without overlap, and draws no global number.
+"""
 
 import itertools
 from collections import Counter
@@ -11,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from adaptrank.data.batch_order import BatchOrder, rounds
 from adaptrank.data.collate import (
     causal_batch,
     choice_batch,
@@ -20,7 +24,7 @@ from adaptrank.data.collate import (
     prompt_batch,
     validation_batch,
 )
-from adaptrank.data.loader import BatchOrder, ResumableLoader, rounds
+from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.task import TaskData
 
 EXAMPLES = [torch.tensor([float(i)]) for i in range(11)]
@@ -134,7 +138,7 @@ def test_resume_with_other_settings_says_so():
     ("options", "says"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"rank": 2, "world_size": 2}, "use 0 to 1"),
+        ({"rank": 2, "world_size": 2}, "Use 0 to 1"),
         ({"lengths": [1]}, "1 lengths"),
     ],
 )
@@ -144,7 +148,7 @@ def test_orders_that_cannot_be(options, says):
 
 
 class Recorder(LightningModule):
-    """Records what it is trained on, and drops out, so that a stray random draw shows in the weights."""
+    """Records its batches, and has dropout, so that a stray random draw shows in the weights."""
 
     def __init__(self, **data):
         super().__init__()
@@ -174,7 +178,10 @@ class Recorder(LightningModule):
 
 
 class Scheduled(Recorder):
-    """Asks for the number of steps, as one does for a schedule; Lightning then builds the loader before it restores."""
+    """Asks for the number of steps, as a schedule does.
+
+    Lightning then builds the loader before it restores.
+    """
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -311,7 +318,10 @@ def test_a_data_module_resumes_whenever_its_loader_is_built(situation, module, t
 @pytest.mark.parametrize("module", [Recorder, Scheduled])
 @pytest.mark.parametrize("every", [0, 1])
 def test_parts_of_a_run_on_a_data_module_are_the_run(every, module, tmp_path):
-    """As above, where Lightning's own numbers of the epochs drift, also with loaders made anew in every epoch."""
+    """As above, where Lightning's own numbers of the epochs drift.
+
+    Also with loaders made anew in every epoch.
+    """
     options = {"limit_train_batches": 5, "reload_dataloaders_every_n_epochs": every}
     whole, _ = fit(tmp_path, module(), data=Tensors(), max_steps=27, **options)
     parts, ckpt = [], None
@@ -457,7 +467,10 @@ def test_the_state_of_a_data_module_is_that_of_the_training():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_half_a_run_and_the_rest_are_the_run(tmp_path):
-    """2N steps at once, or N steps, an interruption in mid-epoch, and N steps more with workers and batches by length."""
+    """2N steps at once, or N steps, an interruption in mid-epoch, and N steps more.
+
+    With workers and batches by length.
+    """
     options = {"lengths": [i % 4 for i in range(11)], "workers": 1}
     whole, _ = fit(tmp_path, Recorder(**options), max_steps=27, limit_train_batches=5)
     parts, ckpt = [], None

@@ -12,13 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from adaptrank.data import ArithmeticProblems, GeneratedQuestions
-from adaptrank.data.synthetic import (
+from adaptrank.data.arithmetic_problems import (
     TRAIN_PROBLEMS,
-    TRAIN_QUESTIONS,
     VALIDATION_PROBLEMS,
-    VALIDATION_QUESTIONS,
-    distinct,
+    draw_distinct,
 )
+from adaptrank.data.generated_questions import TRAIN_QUESTIONS, VALIDATION_QUESTIONS
 
 
 def tiny_tokenizer():
@@ -74,7 +73,7 @@ def test_no_number_is_in_the_problems_of_both_sides(problems):
 
 
 def test_a_problem_has_at_most_40_tokens(problems):
-    """Estimated: a token a word, a mark, a line break and a digit, and one for the space before a number."""
+    """Estimated: one token for a word, a mark, a line break, a digit, a space before a number."""
     for rows in problems:
         for row in rows:
             text = row["prompt"] + row["completion"]
@@ -91,9 +90,9 @@ def test_the_seed_decides_everything():
 
 def test_more_rows_than_there_are():
     with pytest.raises(ValueError, match="train_size=3, but only about 1 different"):
-        distinct(lambda: {"prompt": "same"}, "prompt", 3, "train_size")
+        draw_distinct(lambda: {"prompt": "same"}, "prompt", 3, "train_size")
     with pytest.raises(
-        ValueError, match="val_size=400 asks for more questions than there are; use 96"
+        ValueError, match=r"val_size=400 asks for more questions than there are\. Use 96"
     ):
         GeneratedQuestions(val_size=400).rows("val")
 
@@ -220,7 +219,7 @@ def test_overfitting_sees_the_same_batches_in_every_epoch():
 
 
 def test_processes_share_the_rows(monkeypatch):
-    """What a strategy says about its processes decides the shares, and the Trainer has no sampler to replace."""
+    """The strategy's processes decide the shares, and the Trainer has no sampler to replace."""
     model = Model()
     shares = []
     for rank in range(2):

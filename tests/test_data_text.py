@@ -1,4 +1,7 @@
-"""Files -> rows -> batches: fields, templates, mixtures, validation, truncation, chat, classes, and what bad input is told."""
+"""Files -> rows -> batches, and the errors of bad input.
+
+Fields, templates, mixtures, validation, truncation, chat, classes.
+"""
 
 import json
 import logging
@@ -15,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from adaptrank.cli import main
 from adaptrank.cli.train import AdaptrankCLI
 from adaptrank.data import CausalLMData, ClassificationData, LabelTask, Source, TaskData
-from adaptrank.data.task import cut, encode_segments
+from adaptrank.data.segments import cut, encode_segments
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
@@ -24,7 +27,7 @@ CHAT = (
 
 
 def tiny_tokenizer(*, bos=False, pairs=False):
-    """One token a byte, whose end is also its padding; perhaps with a beginning, or with BERT's marks."""
+    """One token per byte, with the end as padding, perhaps with a beginning or BERT's marks."""
     names = ["<end>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
     digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
@@ -206,7 +209,10 @@ def test_truncation_keeps_the_completion_and_is_reported(tmp_path, caplog):
         "one token of context is left"
     )
     assert data.truncated == {"train": 2, "val": 2}
-    text = "2 of 3 train rows exceed max_length=20: 1 prompts cut from the left, 1 completions cut from the right."
+    text = (
+        "2 of 3 train rows exceed max_length=20: 1 prompts cut from the left, "
+        "1 completions cut from the right."
+    )
     assert text in caplog.text
     assert data.tokenizer.decode(data.examples("val")[0]["prompt_ids"]) == "<s>" + "x" * 15 + "end:"
 
@@ -224,7 +230,10 @@ def test_cut_keeps_what_the_last_completion_needs():
 
 
 def test_the_prompt_is_tokenized_as_generation_sees_it():
-    """Where prompt and completion would merge into one token, they are told apart; elsewhere the text is tokenized whole."""
+    """Prompt and completion stay apart where they would merge into one token.
+
+    Elsewhere the text is tokenized whole.
+    """
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert encode_segments(merging, [[("a", False), ("b", True)]], special=True) == [
@@ -379,7 +388,8 @@ def test_pairs_have_types(tmp_path):
 def test_yaml_is_short_and_survives_being_saved(folder, tmp_path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=TaskData)
-    short = f"data: {{class_path: CausalLMData, init_args: {{sources: {folder}, max_length: 99, chat: false}}}}"
+    init_args = f"{{sources: {folder}, max_length: 99, chat: false}}"
+    short = f"data: {{class_path: CausalLMData, init_args: {init_args}}}"
     long = f"""
 data:
   class_path: adaptrank.data.CausalLMData
@@ -438,7 +448,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """What the command's own parser makes of arguments: (the data module, the printed configuration)."""
+    """Parse arguments by the command: (the data module, the printed configuration)."""
 
     def stop(cli):
         raise Parsed(cli.parser.instantiate(cli.config).fit.data)
@@ -521,7 +531,7 @@ def test_the_command_takes_lists_of_sources(tmp_path, monkeypatch, command):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub with one data set, which has a configuration and two splits; what was asked of it is kept."""
+    """A Hub with one data set of two splits, which keeps what was asked of it."""
     from datasets import ClassLabel, Features, Value
 
     names = ClassLabel(names=["bad", "good"])
@@ -579,7 +589,7 @@ def test_what_the_hub_has_not_is_said(hub, monkeypatch):
         ClassificationData([Source("some/flims", split="train")])
     )
     monkeypatch.setattr("datasets.inspect.get_dataset_split_names", lambda *_: ["dev"])
-    assert "has no train split; set `split` to one of ['dev']" in problem(
+    assert "has no train split. Set `split` to one of ['dev']" in problem(
         ClassificationData("some/films")
     )
 
@@ -626,7 +636,7 @@ def test_classes_and_regression_exclude_each_other(tmp_path):
     path = write(tmp_path / "a.jsonl", scores([0.5, 1.0]))
     assert "label 0.5 is no class" in problem(ClassificationData(path, path))
     assert "`regression: true`" in problem(ClassificationData(path, path))
-    with pytest.raises(ValueError, match="remove one of the two"):
+    with pytest.raises(ValueError, match="Remove one of the two"):
         ClassificationData(path, regression=True, classes=["a"])
 
 
@@ -681,13 +691,13 @@ def problem(data, stage="fit"):
 
 
 def test_missing_files_are_answered_with_the_nearest(folder, tmp_path):
-    assert "did you mean 'sums'?" in problem(CausalLMData(str(tmp_path / "sum")))
-    assert "did you mean 'train.jsonl'?" in problem(CausalLMData(str(folder / "trains.jsonl")))
+    assert "Did you mean 'sums'?" in problem(CausalLMData(str(tmp_path / "sum")))
+    assert "Did you mean 'train.jsonl'?" in problem(CausalLMData(str(folder / "trains.jsonl")))
     assert "does not exist either" in problem(CausalLMData(str(tmp_path / "no/where.csv")))
     assert "No file matches" in problem(CausalLMData(str(tmp_path / "*.csv")))
     (tmp_path / "empty").mkdir()
     assert "has no data file" in problem(CausalLMData(str(tmp_path / "empty")))
-    assert "no 'extra' split; it holds ['train.jsonl'" in problem(
+    assert "no 'extra' split. It holds ['train.jsonl'" in problem(
         CausalLMData([Source(str(folder), split="extra")])
     )
 
@@ -695,7 +705,7 @@ def test_missing_files_are_answered_with_the_nearest(folder, tmp_path):
 def test_missing_columns_are_answered_with_those_there_are(folder, tmp_path):
     said = problem(CausalLMData(str(folder), prompt="{promt}"))
     assert (
-        "no column 'promt', only ['prompt', 'completion', 'answer']; did you mean 'prompt'?" in said
+        "no column 'promt', only ['prompt', 'completion', 'answer']. Did you mean 'prompt'?" in said
     )
     assert "prompt: 'Q {' is no format string" in problem(CausalLMData(str(folder), prompt="Q {"))
     path = write(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}] * 3)
@@ -710,7 +720,7 @@ def test_missing_columns_are_answered_with_those_there_are(folder, tmp_path):
 
 def test_labels_outside(tmp_path):
     rows = [{"prompt": "q", "choices": ["a", "b"], "label": 2}] * 3
-    assert "label 2 is none of its 2 choices; use 0 to 1" in problem(
+    assert "label 2 is none of its 2 choices. Use 0 to 1" in problem(
         CausalLMData(write(tmp_path / "a.jsonl", rows))
     )
     good, bad = (
@@ -724,7 +734,7 @@ def test_labels_outside(tmp_path):
         ClassificationData(good, classes=["a", "b"])
     )
     named = write(tmp_path / "n.jsonl", [{"text": "x", "label": "positiv"}] * 3)
-    assert "did you mean 'positive'?" in problem(
+    assert "Did you mean 'positive'?" in problem(
         ClassificationData(named, classes=["negative", "positive"])
     )
 

@@ -1,4 +1,4 @@
-"""The documentation is held against the code: snippets run, configurations parse, links and tables are right."""
+"""The documentation agrees with the code: snippets, configurations, links and tables."""
 
 import ast
 import importlib.util
@@ -20,7 +20,6 @@ import adaptrank
 from adaptrank import PARAMETERIZATIONS, adapt, load_adapter, rank_axes, save_adapter
 from adaptrank.axes import cost_model
 from adaptrank.cli import VERBS, main
-from adaptrank.parameterizations import Parameterization
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -120,7 +119,7 @@ CALM = [
 
 
 def fit(tmp_path, tiny_llama, *configs):
-    """Run `fit` on configurations given as texts, with a tiny Llama for any model; returns the run folder."""
+    """Run `fit` on configurations given as texts, with a tiny Llama. Return the run folder."""
     args = []
     for number, text in enumerate(configs):
         file = tmp_path / f"part{number}.yaml"
@@ -157,7 +156,10 @@ def test_an_allocator_from_the_docs_runs_from_a_file_named_in_yaml(
 
 
 def test_a_parameterization_from_the_docs_is_complete(tmp_path, tiny_llama, monkeypatch, modules):
-    """Registered, trained by the command, pruned and grown by an allocator, saved, loaded; the page does the rest."""
+    """It is registered, trained by the command, pruned, grown, saved and loaded.
+
+    The snippets of the page test the rest.
+    """
     page = DOCS / "add_a_parameterization.md"
     (tmp_path / "row_blocks.py").write_text(blocks(page, "python")[0])
     monkeypatch.chdir(tmp_path)
@@ -427,6 +429,10 @@ def imports_of(part):
     return found - {part}
 
 
+SAME_ROLE = {"low_rank"}
+"""Names of files that stand in several rooms because they do the same there."""
+
+
 def test_imports_point_one_way_as_the_architecture_page_says():
     table = re.findall(
         r"^\| `(\w+)` \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE
@@ -444,6 +450,21 @@ def test_imports_point_one_way_as_the_architecture_page_says():
             assert imports_of(part) == names, part
             assert names <= set(above), f"{part} stands before what it imports"
         above.append(part)
+
+
+def test_the_picture_of_the_rooms_has_every_room_and_only_real_arrows():
+    page = (DOCS / "architecture.md").read_text()
+    picture = re.search(r"^```mermaid\n(.*?)^```", page, re.MULTILINE | re.DOTALL).group(1)
+    arrows = re.findall(r"^ *(\w+) --> (\w+)$", picture, re.MULTILINE)
+    rooms = {file.name for file in PACKAGE.iterdir() if (file / "__init__.py").is_file()}
+    assert rooms | {"registry"} == {room for arrow in arrows for room in arrow}
+    for room, imported in arrows:
+        assert imported in imports_of(room), f"{room} does not import {imported}"
+
+
+def test_no_two_files_share_a_name_unless_they_play_the_same_role():
+    names = [file.stem for file in PACKAGE.rglob("*.py") if file.stem != "__init__"]
+    assert {name for name in names if names.count(name) > 1} <= SAME_ROLE
 
 
 def test_nothing_names_a_method_outside_of_its_file():
@@ -494,9 +515,14 @@ def test_counts_on_the_page_how_to_choose():
     )
     assert len(rows) == 5
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
     for nest, count, share in rows:
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
@@ -512,6 +538,7 @@ def test_counts_on_the_page_how_to_choose():
 def test_t5_and_multihead_attention_read_the_weight():
     from transformers import T5Config, T5ForConditionalGeneration
 
+    formulas = importlib.import_module("adaptrank.parameterizations.formula")
     config = T5Config(
         d_model=16,
         d_kv=4,
@@ -530,12 +557,13 @@ def test_t5_and_multihead_attention_read_the_weight():
         built = set()
         paths = {module: path for path, module in model.named_modules()}
         with pytest.MonkeyPatch.context() as patch:
-            dense = Parameterization.dense
-            patch.setattr(
-                Parameterization,
-                "dense",
-                lambda self, p=paths, b=built, d=dense: (b.add(p[self]), d(self))[1],
-            )
+            evaluate = formulas.evaluate
+
+            def watched(wrapper, compute, paths=paths, built=built, evaluate=evaluate):
+                built.add(paths[wrapper])
+                return evaluate(wrapper, compute)
+
+            patch.setattr(formulas, "evaluate", watched)
             model(**inputs)
         assert built
         assert all(path.endswith(ending) for path in built)

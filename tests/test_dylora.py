@@ -70,7 +70,7 @@ def test_a_prefix_is_a_lora_of_that_rank(b):
 
 
 def test_several_axes_of_a_layer_share_the_multiplier():
-    """Bonds of a train multiply, so that each takes a root: together r / b, as where there is one axis."""
+    """Bonds of a train multiply. Each takes a root, so that together they are r / b."""
     model, allocator, _ = started(TensorTrain)
     axes = list(rank_axes(model.maps[0]).values())
     assert len(axes) == 4
@@ -87,7 +87,7 @@ def test_several_axes_of_a_layer_share_the_multiplier():
     "method", [TensorTrain, partial(LoRA, rank=4), Kronecker], ids=["TT", "LoRA", "Kronecker"]
 )
 def test_frozen_every_entry_has_its_b_and_only_one(method):
-    """What b adds to b - 1: all entries of all tensors train, each with one b, those between two axes too."""
+    """Every entry of every tensor trains with exactly one b, between two axes as well."""
     _, allocator, _ = started(method)
     axes, most = allocator.engine.run.axes, max(map(len, allocator.engine.run.axes.values()))
     tensors = {id(s.tensor): s.tensor for axis in axes.values() for s in axis.slots()}.values()
@@ -105,7 +105,7 @@ def test_frozen_every_entry_has_its_b_and_only_one(method):
                 len(a) for a in axes.values() for s in a.slots() if s.tensor is slot.tensor
             )
             assert int(trained[id(slot.tensor)].min()) == 1
-            # Where a tensor has fewer units than another layer's, its last ones train for each b beyond.
+            # The last units of a smaller tensor train for every b beyond its size.
             assert int(trained[id(slot.tensor)].max()) == 1 + most - largest
     allocator.frozen = False
     for tensor in tensors:
@@ -335,6 +335,7 @@ def test_refusals():
             DyLoRA(**arguments)
     with pytest.raises(
         ValueError,
-        match=r"truncate names 'maps.1.rank', which is no axis of this model; use one such as 'maps.1:rank'",
+        match=r"truncate names 'maps.1.rank', which is no axis of this model; "
+        r"use one such as 'maps.1:rank'",
     ):
         fit(Toy(LORA4), DyLoRA(truncate={"maps.1.rank": 2}))

@@ -19,9 +19,15 @@ from adaptrank.testing import merges, perturb
 def llama(tied=False):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=48, pad_token_id=0, tie_word_embeddings=tied,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=48,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
     return LlamaForCausalLM(config).double().eval()
 
 
@@ -129,7 +135,8 @@ def test_from_adapt_to_merged_and_back(case, nest, tmp_path, caplog):
 
 
 def test_resizing_keeps_what_is_computed(case, nest):
-    """Growing changes nothing, and what is pruned again is what was grown; the same with moments of an optimizer."""
+    """Growing changes nothing, and what is pruned again is what was grown; the same with moments of
+    an optimizer."""
     make, targets, _ = case
     model = adapt(make(), targets, nest)
     perturb(model)

@@ -1,7 +1,8 @@
-"""What users of other adapter libraries rely on, for every method of the folder on every kind of small model it fits.
+"""What users of other adapter libraries rely on, for every method of the folder on every kind of
+small model it fits.
 
-The invariants are those that HF PEFT holds each of its methods to. Nothing here names a method: which layers it wraps is asked
-of the class, and a pair of which it wraps nothing is no pair.
+The invariants are those that HF PEFT holds each of its methods to. Nothing here names a method:
+which layers it wraps is asked of the class, and a pair of which it wraps nothing is no pair.
 """
 
 import copy
@@ -99,41 +100,77 @@ def encoder():
 
 def llama():
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=64,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        pad_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
         attn_pdrop=0.0,
-    )  # fmt: skip
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=16,
-        max_position_embeddings=32, type_vocab_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=16,
+        max_position_embeddings=32,
+        type_vocab_size=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return transformers.BertForSequenceClassification(config)
 
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=1, num_heads=4, decoder_start_token_id=0,
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
         dropout_rate=0.0,
-    )  # fmt: skip
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
 def vit():
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8,
-        num_labels=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return transformers.ViTForImageClassification(config)
 
 
@@ -206,7 +243,8 @@ def base_output(name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def is_base(have: torch.Tensor, model: nn.Module, name: str) -> bool:
-    """Whether it is what the plain model says: to the last bit, but where other products are summed.
+    """Whether it is what the plain model says: to the last bit, but where other products are
+    summed.
 
     Those are a fused layer's in parts, and where torch reads a weight, the formula's.
     """
@@ -224,7 +262,8 @@ def loss(y: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def fits(method, name: str) -> dict[str, bool]:
-    """Paths of layers that the method wraps in general -> whether it does so in their size, and they are called at all."""
+    """Paths of layers that the method wraps in general -> whether it does so in their size, and
+    they are called at all."""
     found = {}
     for path, layer in named_layers(plain(name)).items():
         if path and method.wraps(layer):
@@ -294,7 +333,8 @@ def same(have, want):
 
 
 def looks_like(model, name, biases=False):
-    """Whether the model is, module for module and tensor for tensor, what it was before it was adapted, or has further biases."""
+    """Whether the model is, module for module and tensor for tensor, what it was before it was
+    adapted, or has further biases."""
     base = plain(name, frozen_dtype(model))
     kinds = [[(path, type(m)) for path, m in one.named_modules()] for one in (model, base)]
     keys, had = list(model.state_dict()), list(base.state_dict())
@@ -369,7 +409,8 @@ def check_gradients(model, y):
 
 
 def refusal(model):
-    """Why the model cannot be merged, or None: asked of the wrappers and of the weights they share."""
+    """Why the model cannot be merged, or None: asked of the wrappers and of the weights they
+    share."""
     if not all(w.mergeable for w in wrappers(model)):
         return "has no dense form"
     uses = [

@@ -46,9 +46,16 @@ QKV = [f"{path}.{part}" for path in C_ATTN for part in "qkv"]
 def gpt2(dtype=torch.float64, **changes):
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=50,
+        n_positions=16,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
         **changes,
-    )  # fmt: skip
+    )
     model = GPT2LMHeadModel(config).to(dtype).eval()
     for block in model.transformer.h:
         nn.init.normal_(block.attn.c_attn.bias)
@@ -87,7 +94,8 @@ def state(model):
 
 
 class Spectral(Parameterization):
-    """W' = W + U diag(d) V^T over the largest singular directions of W: a toy that reads the blocks of a weight."""
+    """W' = W + U diag(d) V^T over the largest singular directions of W: a toy that reads the blocks
+    of a weight."""
 
     source = "none"
     reads_blocks = True
@@ -451,10 +459,17 @@ def test_a_run_with_parts_resumes_bit_by_bit(tiny_gpt2, tmp_path):
             tiny_gpt2, [entry], dtype="fp32", generate=False, warmup=0, schedule="constant"
         )
         trainer = Trainer(
-            logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0,
-            max_steps=steps, limit_val_batches=0,
-            callbacks=[ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")],
-        )  # fmt: skip
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            max_steps=steps,
+            limit_val_batches=0,
+            callbacks=[
+                ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+            ],
+        )
         data = ArithmeticProblems(batch_size=2, train_size=16, val_size=2)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return module

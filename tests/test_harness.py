@@ -1,4 +1,4 @@
-"""A merged model in lm-evaluation-harness, on a task folder of one's own: the accuracy is the one that we compute."""
+"""A merged model in lm-evaluation-harness has the accuracy that we compute, on our own task."""
 
 import json
 

@@ -119,7 +119,8 @@ def test_printed_counts(model, shapes, blocks, count):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_no_scaled_copy_is_kept(bias):
-    """For the backward pass it keeps x and the output (y with a bias): one tensor of each size, not two."""
+    """For the backward pass it keeps x and the output (y with a bias): one tensor of each size, not
+    two."""
     layer = HyperAdapt(nn.Linear(48, 24, bias=bias))
     perturb(layer)
     x, kept = torch.randn(1000, 48), []

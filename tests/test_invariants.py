@@ -1,4 +1,4 @@
-"""What the shell promises whatever is allocated, over random shapes, methods, costs, floors, caps and ties."""
+"""Promises of every allocation, over random shapes, methods, costs, floors, caps and ties."""
 
 import zlib
 from contextlib import ExitStack

@@ -74,7 +74,8 @@ def test_both_orders_cost_what_they_say(m, n, coarse_first):
 )
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_many_tokens_compute_the_same_as_few(arguments, conv1d, monkeypatch):
-    """Where the change is built once a call: outputs and gradients, and the start to the last bit."""
+    """Where the change is built once a call: outputs and gradients, and the start to the last
+    bit."""
     base = nn.Linear(48, 24).double()
     layer = Kronecker(testing.conv1d(base) if conv1d else base, **arguments).eval()
     x = torch.randn(3, 40, 48, dtype=torch.float64, requires_grad=True)
@@ -168,7 +169,8 @@ def test_one_product_can_have_full_rank():
 
 
 def test_a_rearranged_change_has_one_rank_a_product():
-    """Van Loan: as (m1 n1, m2 n2) a Kronecker product is a rank-one matrix, so the SVD recovers planted terms."""
+    """Van Loan: as (m1 n1, m2 n2) a Kronecker product is a rank-one matrix, so the SVD recovers
+    planted terms."""
     layer = build(rank=3)
     (_, m1, n1), (_, m2, n2) = layer.A.shape, layer.B.shape
     change = (layer.weight - layer.base_weight).detach()

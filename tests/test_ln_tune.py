@@ -1,7 +1,6 @@
 """What only LNTune promises."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
 from adaptrank.axes import cost_model
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import LNTune, LoRA, wrapped_layers
-from adaptrank.testing import contract
+from adaptrank.testing import assertions
 
 NORMS = {
     "LayerNorm": lambda: nn.LayerNorm(48),
@@ -45,12 +44,18 @@ def test_every_norm(norm, monkeypatch):
     if not isinstance(
         norm, (nn.LayerNorm, nn.RMSNorm)
     ):  # transformers' normalize in float32, whatever the model is in
-        monkeypatch.setattr(contract, "_close", partial(contract._close, tolerance=1e-5))
+        monkeypatch.setattr(assertions, "TOLERANCE", 1e-5)
     build = testing.builder(LNTune, norm.double())
     for check in (
-        testing.check_identity, testing.check_definition, testing.check_exact_gradients, testing.check_training,
-        testing.check_merged, testing.check_state_dict, testing.check_copies, testing.check_switch,
-    ):  # fmt: skip
+        testing.check_identity,
+        testing.check_definition,
+        testing.check_exact_gradients,
+        testing.check_training,
+        testing.check_merged,
+        testing.check_state_dict,
+        testing.check_copies,
+        testing.check_switch,
+    ):
         check(build)
     testing.check_parameter_count(
         build, lambda: 96 if type(norm) is nn.LayerNorm and norm.bias is not None else 48
@@ -62,9 +67,16 @@ def test_every_norm(norm, monkeypatch):
 def test_one_of_gain_and_shift(arguments):
     build = testing.builder(LNTune, nn.LayerNorm(48).double(), **arguments)
     for check in (
-        testing.check_identity, testing.check_definition, testing.check_gradients, testing.check_exact_gradients,
-        testing.check_training, testing.check_merged, testing.check_state_dict, testing.check_switch, testing.check_arguments,
-    ):  # fmt: skip
+        testing.check_identity,
+        testing.check_definition,
+        testing.check_gradients,
+        testing.check_exact_gradients,
+        testing.check_training,
+        testing.check_merged,
+        testing.check_state_dict,
+        testing.check_switch,
+        testing.check_arguments,
+    ):
         check(build)
     testing.check_parameter_count(build, lambda: 48)
     testing.check_cost(testing.builder(LNTune, nn.LayerNorm(48), **arguments))
@@ -92,7 +104,8 @@ def test_the_formula(norm):
 
 
 def test_a_small_deviation_is_not_eaten_by_half_precision():
-    """Of a gain of 1.0 in bfloat16 a deviation of 0.002 would be nothing: the next number is 1.0078."""
+    """Of a gain of 1.0 in bfloat16 a deviation of 0.002 would be nothing: the next number is
+    1.0078."""
     layer = LNTune(nn.LayerNorm(48).to(torch.bfloat16))
     x = torch.randn(64, 48).to(torch.bfloat16)
     with torch.no_grad():
@@ -107,10 +120,14 @@ def test_printed_counts():
     with torch.device("meta"):
         llama_3b = LlamaModel(
             LlamaConfig(
-                hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-                num_key_value_heads=8, vocab_size=128256,
+                hidden_size=3072,
+                intermediate_size=8192,
+                num_hidden_layers=28,
+                num_attention_heads=24,
+                num_key_value_heads=8,
+                vocab_size=128256,
             )
-        )  # fmt: skip
+        )
         small = ViTModel(
             ViTConfig(
                 hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536

@@ -201,7 +201,8 @@ def test_resume_is_exact(tmp_path):
     [
         (
             DoRA,
-            "LoRAPrune needs axes that can weight_gradient, and DoRA at .* cannot; use one of .*LoRA.*PiCa",
+            "LoRAPrune needs axes that can weight_gradient, and DoRA at .* cannot; "
+            "use one of .*LoRA.*PiCa",
         ),
         (SVD, "SVD at .* cannot"),
         (

@@ -1,4 +1,4 @@
-"""The loss without logits, against the cross entropy of all logits; and which models may have it."""
+"""The loss without logits, against the cross entropy of all logits, and the models that fit."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers import Cohere2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from adaptrank.modules.causal_lm import body_of
+from adaptrank.modules.body_and_head import separable_body
 from adaptrank.ops import cross_entropy as losses
 
 
@@ -60,7 +60,7 @@ def llama(**more):
 
 
 def test_a_model_whose_logits_are_more_than_its_head_keeps_them():
-    assert body_of(llama()) is not None
+    assert separable_body(llama()) is not None
     scaled = Cohere2Config(
         hidden_size=32,
         intermediate_size=64,
@@ -70,10 +70,10 @@ def test_a_model_whose_logits_are_more_than_its_head_keeps_them():
         vocab_size=64,
         logit_scale=0.5,
     )
-    assert body_of(AutoModelForCausalLM.from_config(scaled).requires_grad_(False)) is None
+    assert separable_body(AutoModelForCausalLM.from_config(scaled).requires_grad_(False)) is None
     trained = llama()
     trained.lm_head.weight.requires_grad_(True)
-    assert body_of(trained) is None
+    assert separable_body(trained) is None
     model = llama()
-    body_of(model)
+    separable_body(model)
     assert "forward" not in vars(model.model)  # the body is itself again

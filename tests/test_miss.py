@@ -12,7 +12,7 @@ from adaptrank import testing
 from adaptrank.artifacts import merge, unmerge
 from adaptrank.axes import generator, rank_axes
 from adaptrank.injection import adapt
-from adaptrank.parameterizations import LoRA, MiSS, Parameterization
+from adaptrank.parameterizations import LoRA, MiSS, ModuleWrapper
 
 LLAMA_32_3B = {"q": (3072, 3072), "v": (1024, 3072)}
 VARIANTS = [
@@ -189,7 +189,7 @@ def test_dropout_is_on_the_way_to_the_shard_only_and_off_in_evaluation(variant):
     )
 
 
-class Nonlinear(Parameterization):
+class Nonlinear(ModuleWrapper):
     """y + tanh(v) of a vector: a toy without a dense weight."""
 
     source = "toy"

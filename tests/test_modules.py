@@ -15,7 +15,7 @@ from adaptrank.artifacts import save_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.data import ArithmeticProblems, CausalLMData, ClassificationData
 from adaptrank.modules import Adapter, CausalLM, SequenceClassification
-from adaptrank.modules.adapted import fuse, parameter_groups
+from adaptrank.modules.optim import fuse, parameter_groups
 from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
 
 QUIET = {
@@ -194,7 +194,7 @@ def test_the_training_loss_is_the_mean_over_labelled_tokens(tiny_llama):
 def test_batches_of_the_other_task_are_refused(tiny_llama, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"needs a label for each token.*shape \(4,\); use .* SequenceClassification",
+        match=r"needs a label for each token.*shape \(4,\)\. Use .* SequenceClassification",
     ):
         fit(causal(tiny_llama), labelled(tmp_path), max_steps=1)
 
@@ -240,7 +240,7 @@ def test_a_half_precision_backbone_trains_float32_adapters_with_checkpointing_an
 def test_training_adapters_in_half_precision_is_warned_of_and_runs(tiny_llama, caplog):
     with caplog.at_level("WARNING", "adaptrank"):
         fit(causal(tiny_llama), problems(), max_steps=1, precision="bf16-true")
-    assert "use precision=32-true and model.dtype=bf16" in caplog.text
+    assert "Use precision=32-true and model.dtype=bf16" in caplog.text
 
 
 def test_dropout_of_adapters_is_on_while_training(tiny_llama):
@@ -321,7 +321,7 @@ def test_a_rank_pattern_file_replays_the_ranks(tiny_llama, tmp_path):
     have = {key: len(axis) for key, axis in rank_axes(module.model).items()}
     assert {key: have.pop(key) for key in sizes} == sizes
     assert set(have.values()) == {4}
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="There is no file rank_pattern="):
         causal(tiny_llama, rank_pattern="nowhere.json").configure_model()
     for text in ("[1, 2]", "{", '{"a": 1}\n{"b": 2}'):
         (tmp_path / "bad.json").write_text(text)
@@ -417,7 +417,7 @@ def test_a_regression_reports_correlations(tiny_bert, tmp_path):
 def test_metrics_that_do_not_fit_are_refused(tiny_bert):
     module = SequenceClassification(tiny_bert, [Adapter([LoRA])], num_labels=3, metrics=["pearson"])
     with pytest.raises(
-        ValueError, match=r"'pearson' does not fit 3 label\(s\); use accuracy, f1, matthews"
+        ValueError, match=r"'pearson' does not fit 3 label\(s\)\. Use accuracy, f1, matthews"
     ):
         module.configure_model()
 
@@ -465,18 +465,26 @@ def whole_state(trainer, module):
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("stop", [2, 6, 7, 10], ids=["warm-up", "between", "event", "final"])
 def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, size, length):
-    """12 steps equal `stop` steps, a kill, and the rest: parameters, moments, ranks, learning rate, random state."""
+    """12 steps equal `stop` steps, a kill, and the rest.
+
+    Equal are parameters, moments, ranks, learning rate and random state.
+    """
 
     def run(folder, *callbacks, ckpt_path=None):
         torch.manual_seed(1 if ckpt_path is None else 2)
         module = causal(tiny_llama, partial(SVD, rank=4, dropout=0.1), generate=False)
+        moves_ranks = ALLOCATORS[allocator]()
         trainer = Trainer(
             **QUIET,
             **length,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,
-            callbacks=[ALLOCATORS[allocator](), ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"), *callbacks],
-        )  # fmt: skip
+            callbacks=[
+                moves_ranks,
+                ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
+                *callbacks,
+            ],
+        )
         try:
             trainer.fit(
                 module,
@@ -486,7 +494,7 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
             )
         except (KeyboardInterrupt, SystemExit):
             return None
-        return whole_state(trainer, module), trainer.callbacks[0].events
+        return whole_state(trainer, module), moves_ranks.events
 
     whole, events = run(tmp_path / "whole")
     assert run(tmp_path / "part", Stop(stop)) is None

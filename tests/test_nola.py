@@ -18,7 +18,7 @@ from adaptrank.testing import builder, perturb
 
 
 def drawn(layer, side, ids):
-    shape = layer._shape(side)
+    shape = layer.matrix_shape(side)
     return torch.stack([module._draw(int(layer.seed), side, j, shape) for j in ids]).double()
 
 
@@ -154,7 +154,8 @@ def test_layers_differ_and_a_seed_repeats_them():
 
 
 def test_a_matrix_is_its_seed_its_side_and_its_number_for_ever():
-    """Saved adapters hold nothing else: were these numbers others, each of them would be another adapter."""
+    """Saved adapters hold nothing else: were these numbers others, each of them would be another
+    adapter."""
     torch.testing.assert_close(
         module._draw(3, "a", 5, (2, 2)),
         torch.tensor([[-0.5490400791, -0.4616463184], [-0.5176324844, 0.2349183559]]),

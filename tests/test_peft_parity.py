@@ -1,7 +1,8 @@
 """HF PEFT's tensors in our methods: the same outputs, gradients and merged weights, in float64.
 
-What differs by design is named where it is: everything else agrees to the last digits. Of LoRA's and DoRA's layers the kinds that
-both libraries wrap are here; AdaLoRA, LoKr, MiSS, PEANuT and LN tuning are compared on the layers both have.
+What differs by design is named where it is: everything else agrees to the last digits. Of LoRA's
+and DoRA's layers the kinds that both libraries wrap are here; AdaLoRA, LoKr, MiSS, PEANuT and LN
+tuning are compared on the layers both have.
 """
 
 import copy
@@ -82,7 +83,8 @@ def random(module: nn.Module) -> None:
 
 
 def pair(base, config, method):
-    """The same layer in the hands of both libraries, in float64: PEFT's model, its wrapper, our model, our wrapper."""
+    """The same layer in the hands of both libraries, in float64: PEFT's model, its wrapper, our
+    model, our wrapper."""
     net = Net(copy.deepcopy(base)).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,7 +97,8 @@ def pair(base, config, method):
 def compare(
     theirs, ours, x, tensors: list[tuple[nn.Parameter, nn.Parameter, Callable]], penalty=None
 ):
-    """Give our tensors PEFT's values, laid out by the third of each triple; then outputs, gradients and merged weights agree."""
+    """Give our tensors PEFT's values, laid out by the third of each triple; then outputs, gradients
+    and merged weights agree."""
     trained = {id(p) for p in ours.parameters() if p.requires_grad}
     assert {id(own) for _, own, _ in tensors} == trained
     assert {id(p) for p, _, _ in tensors} == {id(p) for p in theirs.parameters() if p.requires_grad}
@@ -164,7 +167,8 @@ def test_lora(make, rslora):
 
 @LAYERS
 def test_dora(make):
-    """Norms are taken per output in both, and are constants of the backward pass; those of a convolution over all its taps."""
+    """Norms are taken per output in both, and are constants of the backward pass; those of a
+    convolution over all its taps."""
     base, x = make()
     config = peft.LoraConfig(
         r=R, lora_alpha=6, target_modules=["layer"], use_dora=True, fan_in_fan_out=make is conv1d
@@ -201,7 +205,8 @@ def test_adalora_and_our_svd(make):
 
 
 def test_adaloras_orthogonality_penalty():
-    """Both add orth times the mean over P and Q of ||P^T P - I||_F: PEFT to the loss, we to the gradient."""
+    """Both add orth times the mean over P and Q of ||P^T P - I||_F: PEFT to the loss, we to the
+    gradient."""
 
     class WithLoss(Net):
         def forward(self, x):
@@ -235,7 +240,8 @@ def test_adaloras_orthogonality_penalty():
 @pytest.mark.parametrize("decompose_both", [False, True])
 @pytest.mark.parametrize("factor", [-1, 2, 6])
 def test_lokr(factor, decompose_both):
-    """PEFT leaves the large factor whole from a rank of half its longer side on; there we have a Kronecker."""
+    """PEFT leaves the large factor whole from a rank of half its longer side on; there we have a
+    Kronecker."""
     base, x = linear()
     rank = 1 if decompose_both else 2
     config = peft.LoKrConfig(
@@ -279,7 +285,8 @@ def test_lokr_with_whole_factors_is_one_kronecker_product(make, factor):
 
 
 def test_factors_are_those_of_lokr():
-    """But for a factor that does not divide and lies above the root of the size: there PEFT stays below the root, and we do not."""
+    """But for a factor that does not divide and lies above the root of the size: there PEFT stays
+    below the root, and we do not."""
     factorization = peft.tuners.lokr.layer.factorization
     for size in range(1, 200):
         for factor in (-1, 1, 2, 3, 4, 8, 16):
@@ -355,25 +362,44 @@ def test_ln_tuning(norm):
 
 def llama():
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=None,
-        eos_token_id=None, initializer_range=0.2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=64,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 @pytest.mark.parametrize(("make", "encoder"), [(llama, False), (gpt2, False), (gpt2, True)])
 def test_prefix_tuning(make, encoder):
-    """The same cache to begin with, positions after it included; PEFT's encoder is ours where it is as wide as the model.
+    """The same cache to begin with, positions after it included; PEFT's encoder is ours where it is
+    as wide as the model.
 
-    Of a batch that is padded on the left PEFT counts the padding as positions; we do not, so a row is what it is alone.
+    Of a batch that is padded on the left PEFT counts the padding as positions; we do not, so a row
+    is what it is alone.
     """
     model, tokens = make().double().eval(), 3
     config = peft.PrefixTuningConfig(

@@ -37,7 +37,8 @@ def build(base=None, **arguments):
 
 
 def blocks(seed=0, **arguments):
-    """Three blocks of two kinds of layers, adapted and away from the start; the base is the same at every seed."""
+    """Three blocks of two kinds of layers, adapted and away from the start; the base is the same at
+    every seed."""
     torch.manual_seed(0)
     plain = nn.Sequential(*(nn.Sequential() for _ in range(3)))
     for block in plain:
@@ -165,7 +166,8 @@ def test_an_axis_resizes_every_layer_that_shares_it():
 
 
 def test_an_adapter_brings_its_directions_along(tmp_path, monkeypatch):
-    """Where the decomposition comes out with other signs, a P computed anew would be wrong: it is read."""
+    """Where the decomposition comes out with other signs, a P computed anew would be wrong: it is
+    read."""
     model, x = blocks(rank=4), torch.randn(5, 48, dtype=torch.float64)
     rank_axes(model)["0.q_proj:rank"].resize([0, 2, 3], 2, generator(0, "a", 1))
     y = model(x)

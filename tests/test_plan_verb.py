@@ -58,7 +58,7 @@ def test_its_figures_are_those_of_the_run(name, files, tmp_path, capsys):
 
 
 def test_it_loads_no_weight_and_leaves_no_folder(files, tmp_path, capsys, monkeypatch):
-    from adaptrank.backbones import sources as backbones
+    from adaptrank import backbones
 
     monkeypatch.setattr(backbones, "load_model", lambda *a, **k: pytest.fail("a weight was loaded"))
     monkeypatch.chdir(tmp_path)

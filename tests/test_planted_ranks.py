@@ -1,7 +1,8 @@
-"""Planted ranks: targets of known rank in six layers, and what each allocator finds of them.
+"""Planted ranks: six layers have targets of known rank, and each allocator has to find them.
 
-A target is what the method itself can reach: for the SVD form and LoRA a matrix with Haar bases and singular values in [1, 2]; elsewhere a
-wrapper of the same frozen parts, of which the first r units have random factors and a norm in [1, 2], and the others are zero.
+The method itself can reach every target. For the SVD form and LoRA it is a matrix with Haar bases
+and singular values in [1, 2]. For the other methods it is a wrapper of the same frozen parts, whose
+first r units have random factors and a norm in [1, 2]. Its other units are zero.
 """
 
 import json
@@ -32,8 +33,12 @@ METHODS = {
         MELoRA(base, minis=2, rank=-(-rank // 2), alpha=2.0), rank
     ),
 }
-"""Not here: SBoRA and NOLA, whose fresh units are random columns or matrices that the target does not hold, so that only pruning is
-well posed; tensor trains, whose layers have several axes that trade with each other; MiSS, where the rank is the period."""
+"""Methods with planted targets.
+
+Some are left out. Fresh units of SBoRA and NOLA are random columns or matrices that the target does
+not contain, so that only pruning is well posed. Layers of tensor trains have several axes, which
+trade with each other. The rank of MiSS is its period.
+"""
 
 
 def _first_units(layer, rank):
@@ -45,7 +50,7 @@ def _first_units(layer, rank):
 
 
 def layer(method, base_seed, rank):
-    """A wrapper on a layer that is the same for a seed: zero, but where the method reads its spectrum."""
+    """Wrap a layer that depends on the seed only, and is zero unless the method reads it."""
     torch.manual_seed(base_seed)
     base = nn.Linear(SIDE, SIDE, bias=False)
     if not METHODS[method](nn.Linear(SIDE, SIDE), 2).reads_blocks:
@@ -79,7 +84,7 @@ def plant(method, seed, base_seed, rank):
 
 
 class Planted(lightning.LightningModule):
-    """Six maps of 24 x 24; output noise 0.1, batches of 64, all of them functions of the seed and the step."""
+    """Six maps of 24 x 24. Noise and batches of 64 are functions of the seed and the step."""
 
     def __init__(self, method, seed, rank, ranks=RANKS):
         super().__init__()
@@ -188,7 +193,10 @@ CONTROLS = {
     ),
     "ElaLoRA, no swaps (control)": (partial(ela, SCORES[1], swaps=0), 3, RANKS, None),
 }
-"""Row -> (seed -> allocator, rank to start from, planted ranks, what the median of D over five seeds may be in the SVD form)."""
+"""Row -> (seed -> allocator, initial rank, planted ranks, limit).
+
+The limit is that of the median of D over five seeds, in the SVD form.
+"""
 
 
 def test_adalora_finds_the_planted_ranks():
@@ -235,7 +243,7 @@ CELLS = [
 @pytest.mark.tables
 @pytest.mark.parametrize(("row", "method"), CELLS, ids=lambda value: value)
 def test_a_cell_of_the_table_over_five_seeds(row, method, request):
-    """Keeps its result, and writes the page from all results that are kept; one cell can be run again by itself."""
+    """Keep the result, and write the page from all kept results. One cell can be run alone."""
     make, rank, ranks, most = (ROWS | CONTROLS)[row]
     runs = [distance(make, method, seed, rank, ranks) for seed in range(5)]
     kept = Path(request.config.cache.mkdir("planted_ranks"))
@@ -302,10 +310,13 @@ def write_page(kept):
 
 TEXT = """# Planted ranks
 
-Six maps of 24 x 24 with targets of rank 1, 1, 2, 4, 6, 4, output noise 0.1, batch 64, Adam at 1e-2 for 1500 steps, warm-up 200, final
-300. Allocators that prune start from 8 units a map (48) and end at 18, an event every 50 steps; those that exchange start from 3 a map (18), an
-event every 25. D is the sum of |found - planted|; of the uniform pattern it is 10. In the SVD form and LoRA the targets have Haar
-bases and singular values in [1, 2]; elsewhere they are made of units of the method itself, with norms in [1, 2]. Written by `make tables`.
+Six maps of 24 x 24 have targets of rank 1, 1, 2, 4, 6 and 4. The output noise is 0.1, and a batch
+has 64 rows. Adam at 1e-2 makes 1500 steps, with a warm-up of 200 and a final phase of 300.
+Allocators that prune start from 8 units a map (48) and end at 18, with an event every 50 steps.
+Allocators that exchange start from 3 units a map (18), with an event every 25 steps. D is the sum
+of |found - planted|. The uniform pattern has a D of 10. In the SVD form and LoRA the targets have
+Haar bases and singular values in [1, 2]. For the other methods they consist of units of the method,
+with norms in [1, 2]. This page is written by `make tables`.
 
 Median of D over five seeds, and D of each seed:
 
@@ -313,6 +324,7 @@ Median of D over five seeds, and D of each seed:
 
 {ranks}
 
-Asked of the median in the SVD form: AdaLoRA 2, and 0 with magnitude; ElaLoRA 3; of random scores a mean of at least 6. {short}
-Other methods and allocators have no threshold: what came out is what stands here.
+The targets for the median in the SVD form are 2 for AdaLoRA, 0 for AdaLoRA with magnitude, and 3
+for ElaLoRA. Random scores must have a mean of at least 6. {short}
+Other methods and allocators have no target.
 """

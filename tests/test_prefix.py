@@ -70,9 +70,15 @@ def test_the_contract_with_the_closed_count():
 def test_the_contract_with_an_encoder():
     build = testing.builder(Prefix, Prefix.example().double(), tokens=3, encoder=4)
     for check in (
-        testing.check_definition, testing.check_gradients, testing.check_exact_gradients, testing.check_training,
-        testing.check_state_dict, testing.check_copies, testing.check_switch, testing.check_arguments,
-    ):  # fmt: skip
+        testing.check_definition,
+        testing.check_gradients,
+        testing.check_exact_gradients,
+        testing.check_training,
+        testing.check_state_dict,
+        testing.check_copies,
+        testing.check_switch,
+        testing.check_arguments,
+    ):
         check(build)
     testing.check_parameter_count(build, lambda: 3 * 4 + 4 * 5 + 2 * 2 * 1 * 8 * 5)
     testing.check_low_precision(
@@ -82,12 +88,18 @@ def test_the_contract_with_an_encoder():
 
 @pytest.mark.parametrize(("tokens", "count"), [(10, 286_720 * 2), (30, 860_160 * 2)])
 def test_count_of_a_real_model(tokens, count):
-    """Llama-3.2-3B: 28 layers, 8 key-value heads of 128, not 24: the prefix has the heads of the cache."""
+    """Llama-3.2-3B: 28 layers, 8 key-value heads of 128, not 24: the prefix has the heads of the
+    cache."""
     with torch.device("meta"):
         config = LlamaConfig(
-            hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-            head_dim=128, vocab_size=128,
-        )  # fmt: skip
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128,
+        )
         layer = Prefix(LlamaModel(config), tokens=tokens)
     assert layer.P.shape == (28, 2, 8, tokens, 128)
     assert cost_model(layer).total({}) == count
@@ -143,7 +155,8 @@ def test_generation_is_greedy_search_without_a_cache(make, beams, padded):
     assert torch.equal(model.generate(IDS, use_cache=False, **arguments), have)
     assert torch.equal(model.generate(IDS, **arguments), have)
     if beams == 1:
-        # What a step computed, and not only its best token, which small mistakes would leave as it is.
+        # What a step computed, and not only its best token, which small mistakes would leave as it
+        # is.
         steps = model.generate(
             IDS, output_logits=True, return_dict_in_generate=True, **arguments
         ).logits
@@ -276,7 +289,8 @@ def test_learned_positions_end():
     assert model(torch.zeros(1, 11).long()).logits.shape == (1, 11, 50)
     with pytest.raises(
         ValueError,
-        match=r"12 tokens and a prefix of 5 do not fit the 16 learned positions of GPT2Model; use at most 11 tokens",
+        match=r"12 tokens and a prefix of 5 do not fit the 16 learned positions of GPT2Model; "
+        r"use at most 11 tokens",
     ):
         model(torch.zeros(1, 12).long())
     assert body(prefixed(llama)).positions is None
@@ -326,11 +340,19 @@ def test_what_it_refuses():
     ):
         adapt(t5, "all", Prefix)
     window = MistralForCausalLM(
-        MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=30)
-    )  # fmt: skip
+        MistralConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=30,
+        )
+    )
     with pytest.raises(
         TypeError,
-        match="a window or a state rather than all keys and values; use a model with full attention",
+        match="a window or a state rather than all keys and values; use a model with full "
+        "attention",
     ):
         adapt(window, "all", Prefix)
     with pytest.raises(ValueError, match="tokens=0: a prefix has at least one token"):

@@ -1,4 +1,5 @@
-"""What methods compute with, against its definition: one autograd step each for thin products, blocks and scales."""
+"""What methods compute with, against its definition: one autograd step each for thin products,
+blocks and scales."""
 
 import inspect
 from functools import partial
@@ -11,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import PARAMETERIZATIONS, testing
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import low_rank
 from adaptrank.parameterizations import DoRA, Parameterization
 
 N = (2, 3)
@@ -32,21 +33,21 @@ def test_a_thin_product_has_its_first_and_second_derivatives(bias, trained):
     x, W, b = draw(*N, 6), draw(4, 6, grad=False), draw(4, grad=False) if bias else None
     U, V = draw(4, 2, grad="U" in trained), draw(2, 6, grad="V" in trained)
     torch.testing.assert_close(
-        products.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12
+        low_rank.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12
     )
-    function = partial(products.linear, x, W, b)
+    function = partial(low_rank.linear, x, W, b)
     leaves = [t for t in (U, V) if t.requires_grad]
     called = {"UV": function, "U": lambda u: function(u, V), "V": lambda v: function(U, v)}[trained]
     assert gradcheck(called, leaves)
     assert gradgradcheck(called, leaves)
-    assert gradcheck(lambda x: products.linear(x, W, b, U, V), x)
+    assert gradcheck(lambda x: low_rank.linear(x, W, b, U, V), x)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, blocks):
     y, z, U = draw(*N, 4 * blocks), draw(*N, blocks, 2), draw(4, 2)
-    function = lambda y, z, U: products.accumulate(y * 1, z, U, fresh)  # noqa: E731
+    function = lambda y, z, U: low_rank.accumulate(y * 1, z, U, fresh)  # noqa: E731
     torch.testing.assert_close(
         function(y, z, U), y + F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12
     )
@@ -60,8 +61,8 @@ def test_no_tokens_and_no_units(tokens, rank, dtype):
     x, W = torch.randn(tokens, 6, dtype=dtype, requires_grad=True), torch.randn(4, 6, dtype=dtype)
     U, V = torch.randn(4, rank, requires_grad=True), torch.randn(rank, 6, requires_grad=True)
     for y in (
-        products.linear(x, W, None, U, V),
-        products.accumulate(F.linear(x, W), F.linear(x, V.to(dtype)), U),
+        low_rank.linear(x, W, None, U, V),
+        low_rank.accumulate(F.linear(x, W), F.linear(x, V.to(dtype)), U),
     ):
         assert torch.equal(y, F.linear(x, W))
         y.sum().backward()
@@ -71,18 +72,18 @@ def test_no_tokens_and_no_units(tokens, rank, dtype):
 
 def test_only_a_layer_that_nobody_watches_is_not_called():
     layer = nn.Linear(6, 4).requires_grad_(False)
-    assert products.plain(layer) is not None
-    assert products.plain(Conv1D(4, 6).requires_grad_(False))[0].shape == (4, 6)
-    assert products.plain(nn.Linear(6, 4)) is None
+    assert low_rank.plain(layer) is not None
+    assert low_rank.plain(Conv1D(4, 6).requires_grad_(False))[0].shape == (4, 6)
+    assert low_rank.plain(nn.Linear(6, 4)) is None
     handle = layer.register_forward_hook(lambda *args: None)
-    assert products.plain(layer) is None
+    assert low_rank.plain(layer) is None
     handle.remove()
-    assert products.plain(layer) is not None
+    assert low_rank.plain(layer) is not None
     layer.forward = lambda x: x
-    assert products.plain(layer) is None
+    assert low_rank.plain(layer) is None
 
 
-def by_product():
+def methods_with_a_fast_path():
     built = {
         name: cls
         for name, cls in PARAMETERIZATIONS.items()
@@ -92,7 +93,7 @@ def by_product():
         name
         for name, cls in built.items()
         if cls.wraps(nn.Linear(48, 24))
-        and (cls.by_product or cls.adapted is not Parameterization.adapted)
+        and cls.forward_adapted is not Parameterization.forward_adapted
     ]
 
 
@@ -108,13 +109,13 @@ def run(layer, x, weights):
     }
 
 
-@pytest.mark.parametrize("method", by_product())
+@pytest.mark.parametrize("method", methods_with_a_fast_path())
 def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch):
     layer = PARAMETERIZATIONS[method](nn.Linear(48, 24))
     testing.perturb(layer, 0.1)
     x, weights = torch.randn(50, 48), torch.randn(50, 24)
     fast = run(layer, x, weights)
-    monkeypatch.setattr(products, "fits", lambda x: False)
+    monkeypatch.setattr(low_rank, "fits", lambda x: False)
     plain = run(layer, x, weights)
     for name, value in plain.items():
         torch.testing.assert_close(
@@ -122,10 +123,10 @@ def test_the_fast_path_is_the_plain_one_to_float32_rounding(method, monkeypatch)
         )
 
 
-@pytest.mark.parametrize("method", by_product())
+@pytest.mark.parametrize("method", methods_with_a_fast_path())
 def test_over_bf16_it_is_as_exact_as_its_rounding(method):
-    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and no more; of a smooth
-    function, as a ReLU that rounding turns on or off has another gradient."""
+    """Output and gradients against float64 of the same numbers: a few roundings of bf16 (2^-8), and
+    no more; of a smooth function, as a ReLU that rounding turns on or off has another gradient."""
     cls = PARAMETERIZATIONS[method]
     smooth = {"activation": "gelu"} if "activation" in inspect.signature(cls).parameters else {}
     layer = cls(nn.Linear(768, 96).bfloat16(), **smooth)

@@ -1,4 +1,5 @@
-"""Adapters over quantized layers: torchao's int8 weights, bitsandbytes' 8 and 4 bits; all of them run on a CPU."""
+"""Adapters over quantized layers: torchao's int8 weights, bitsandbytes' 8 and 4 bits; all of them
+run on a CPU."""
 
 import copy
 import json
@@ -66,7 +67,8 @@ def method(request):
 
 
 def unless_refused(method, make):
-    """What `make` returns, or None where the method says in a sentence that it needs a weight that is not quantized."""
+    """What `make` returns, or None where the method says in a sentence that it needs a weight that
+    is not quantized."""
     try:
         return make()
     except (TypeError, ValueError) as error:
@@ -81,8 +83,8 @@ def unless_refused(method, make):
 def rounding(layer, x, W):
     """How far the layer may be from a product with its dequantized weight.
 
-    bitsandbytes' int8 rounds each row of x to 127 steps as well: half a step of the largest, times the weights it meets. The
-    others differ by the order of a float32 sum.
+    bitsandbytes' int8 rounds each row of x to 127 steps as well: half a step of the largest, times
+    the weights it meets. The others differ by the order of a float32 sum.
     """
     if hasattr(layer.innermost, "state"):
         return float(1.1 * x.abs().max() / 254 * W.abs().sum(1).max()) + 1e-4
@@ -113,7 +115,8 @@ def test_a_method_over_a_quantized_layer(method, quantize):
     if merges(layer):
         W = layer.dense().detach()
         want = F.linear(x, W, layer.bias)
-        # A scale on the input changes what is rounded; twice the bound is room for a perturbation of 0.1.
+        # A scale on the input changes what is rounded; twice the bound is room for a perturbation
+        # of 0.1.
         torch.testing.assert_close(y, want, rtol=1e-4, atol=2 * rounding(layer, x.detach(), W))
     assert layer.weight.shape == layer.shape
 
@@ -165,9 +168,15 @@ def test_a_weight_that_is_to_be_quantized_is_an_ordinary_one_until_then():
 def llama(quantized=True, seed=0):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).eval()
     if not quantized:
         return model

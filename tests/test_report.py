@@ -11,12 +11,14 @@ from test_configs import CONFIGS, short
 from adaptrank import load_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.cli import main
-from adaptrank.reports.ranks import grid, read_history
+from adaptrank.reports.history import History, read_history
+from adaptrank.reports.layer_grid import layer_grid
+from adaptrank.reports.ranks import page
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, request):
-    """A tiny run with ElaLoRA, and the folder that its runs are in."""
+    """Return the folder of a tiny run with ElaLoRA."""
     folder = tmp_path_factory.mktemp("report")
     llama, bert = request.getfixturevalue("tiny_llama"), request.getfixturevalue("tiny_bert")
     file = next(file for file in CONFIGS if file.stem == "elalora_llama")
@@ -133,13 +135,13 @@ def test_half_a_last_line_is_left_out_and_any_other_is_named(run, tmp_path, caps
     (tmp_path / "ranks.jsonl").write_text("{\n" + whole)
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
-    assert "ranks.jsonl, line 1: this is no JSON; the file is damaged." in capsys.readouterr().err
+    assert "ranks.jsonl, line 1: this is no JSON. The file is damaged." in capsys.readouterr().err
 
 
 def test_folders_without_a_history(tmp_path, capsys):
     for folder, sentence in (
         (tmp_path, "no allocator moved a rank in this run"),
-        (tmp_path / "x", "is no folder; name the folder"),
+        (tmp_path / "x", "is no folder. Name the folder"),
     ):
         with pytest.raises(SystemExit):
             main(["report", str(folder)])
@@ -147,12 +149,23 @@ def test_folders_without_a_history(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_escapes_whatever_a_run_says():
+    word = "<script>&'"
+    event = {"step": 0, "reason": word, "total": word, "sizes": {word: 4}}
+    summary = {"base": {"name": word}, "layers": [{"method": word}]}
+    summary |= {"before": {word: 1.0}, "after": {word: 2.0}}
+    history = History(word, [event], [(0, {word: 4})], summary)
+    text = page(history, {}, word)
+    assert "script" not in Links(text).tags
+    assert text.count("&lt;script&gt;&amp;&#39;") == 9
+
+
 def test_layers_and_kinds():
-    layers, kinds, places = grid(
+    layers, kinds, places = layer_grid(
         ["m.layers.0.attn.q:rank", "m.layers.10.attn.q:rank", "m.layers.2.mlp.up:rank", "head:rank"]
     )
     assert layers == ["0", "2", "10", "-"]
     assert kinds == ["q", "up", "head"]
     assert places["m.layers.10.attn.q:rank"] == (2, 0)
-    _, kinds, _ = grid(["m.layers.0.q:a1", "m.layers.0.q:b1"])
+    _, kinds, _ = layer_grid(["m.layers.0.q:a1", "m.layers.0.q:b1"])
     assert kinds == ["q a1", "q b1"]

@@ -21,9 +21,14 @@ IDS = torch.arange(12).reshape(2, 6)
 def llama(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, **changes,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        **changes,
+    )
     return LlamaForCausalLM(config).double().eval()
 
 

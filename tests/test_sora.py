@@ -67,7 +67,7 @@ def test_the_proximal_operator_on_a_grid():
     st.integers(1, 2),
 )
 def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, floor):
-    """Against every threshold there is, with ties, zeros, and units that cost more in one axis than in another."""
+    """The result equals that of trying every threshold, with ties, zeros and unequal costs."""
     sizes = {
         f"layers.{i}.q:rank": torch.tensor(v, dtype=torch.float64) / 4 for i, v in enumerate(values)
     }
@@ -159,7 +159,7 @@ def test_the_proximal_step_finds_units_to_drop():
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.tables) for seed in (1, 2))]
 )
 def test_it_finds_the_planted_ranks_by_its_default_xi_alone(seed):
-    """No budget says how many: with the decay that the factors have in the release, the outcome is what was planted."""
+    """Without a budget, and with the decay of the release, the planted ranks are found."""
 
     class Decays(Planted):
         def configure_optimizers(self):
@@ -250,7 +250,7 @@ def test_steps_that_are_not_finite_move_no_gate():
 
 
 def test_a_gradient_scaler_leaves_no_trace():
-    """A gate is in no optimizer, so nobody else divides its gradient by what the loss was multiplied by."""
+    """A gate is in no optimizer, so the allocator has to divide its gradient by the loss scale."""
 
     def gradients(scale):
         seen, final = [], []

@@ -1,4 +1,8 @@
-"""Studies: what a file asks for, budgets solved exactly, learning rates selected on other data, runs that are not done twice, the report."""
+"""Studies.
+
+Files are read and checked. Budgets are solved exactly. Learning rates are selected on other data.
+No run is done twice. The report says what came out.
+"""
 
 import json
 import math
@@ -13,20 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
-from adaptrank.cli.compare import counting
-from adaptrank.reports.study import markdown, page, pareto, rows, write_study
-from adaptrank.studies.design import (
-    merged,
-    places,
+from adaptrank.cli.verbs.compare import counting
+from adaptrank.reports.comparison import pareto, rows
+from adaptrank.reports.study import markdown, page, write_study
+from adaptrank.studies import (
+    on_this_machine,
     read_study,
-    replaced,
-    reported,
-    set_at,
-    solve,
-    trials,
+    reported_points,
+    run_study,
+    solve_budget,
+    solve_settings,
+    trial_points,
 )
-from adaptrank.studies.runner import here as on_this_machine
-from adaptrank.studies.runner import run_study
+from adaptrank.studies.overlays import map_texts, merge, set_at
 
 STUDIES = sorted(Path(__file__).parents[1].joinpath("configs/studies").glob("*.yaml"))
 
@@ -58,12 +61,12 @@ def study(tmp_path, **changes):
 
 
 def linear(config):
-    """30 parameters a unit."""
+    """Return 30 parameters for each unit."""
     return 30 * config["model"]["init_args"]["rank"]
 
 
 def test_places_are_solved_to_the_largest_not_above_the_budget(tmp_path):
-    found = list(places(read_study(study(tmp_path)), linear))
+    found = list(solve_settings(read_study(study(tmp_path)), linear))
     assert [(p.method, p.budget, p.units, p.parameters) for p in found] == [
         ("A", 100, 3, 90),
         ("A", 250, 8, 240),
@@ -80,7 +83,7 @@ def test_solving(slope, fixed, budget, ceiling):
             raise ValueError("too large")
         return fixed + slope * config["k"]
 
-    found = solve({"k": "$budget"}, budget, count)
+    found = solve_budget({"k": "$budget"}, budget, count)
     fits = [k for k in range(1, ceiling + 1) if fixed + slope * k <= budget]
     if fits:
         assert found[0] == min(max(fits), 1 << 14)
@@ -90,7 +93,7 @@ def test_solving(slope, fixed, budget, ceiling):
 
 
 def test_what_no_integer_fits_is_said(tmp_path):
-    found = list(places(read_study(study(tmp_path, budgets=[20])), linear))
+    found = list(solve_settings(read_study(study(tmp_path, budgets=[20])), linear))
     assert found == [
         "A, none, 20: already 1 takes 30 parameters",
         "B has 90 parameters at any budget, above all of them",
@@ -99,31 +102,31 @@ def test_what_no_integer_fits_is_said(tmp_path):
 
 def test_trials_and_reported_runs(tmp_path):
     asked = read_study(study(tmp_path))
-    place = next(iter(places(asked, linear)))
-    tried = trials(asked, place)
+    place = next(iter(solve_settings(asked, linear)))
+    tried = trial_points(asked, place)
     assert [(p.lr, p.seed, p.trial) for p in tried] == [(0.1, 0, True), (0.01, 0, True)]
     assert all(p.config["data"]["slice"] for p in tried)
     assert tried[1].config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
-    final = reported(asked, place, 0.01)
+    final = reported_points(asked, place, 0.01)
     found = [
         (p.seed, p.config["seed_everything"], p.config["data"]["init_args"]["seed"]) for p in final
     ]
     assert found == [(0, 0, 0), (1, 1, 1)]
     assert len({p.key for p in [*tried, *final]}) == 4
-    assert trials(replace(asked, lrs=[0.1]), place) == []
+    assert trial_points(replace(asked, lrs=[0.1]), place) == []
 
 
 def test_overlays():
     base = {"a": {"class_path": "X", "init_args": {"p": 1, "q": [1, 2]}}, "b": 1}
-    assert merged(base, {"a": {"init_args": {"p": 2}}}) == {
+    assert merge(base, {"a": {"init_args": {"p": 2}}}) == {
         "a": {"class_path": "X", "init_args": {"p": 2, "q": [1, 2]}},
         "b": 1,
     }
-    assert merged(base, {"a": {"class_path": "Y"}})["a"] == {"class_path": "Y"}
-    assert merged(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
+    assert merge(base, {"a": {"class_path": "Y"}})["a"] == {"class_path": "Y"}
+    assert merge(base, {"a": {"init_args": {"q": [3]}}})["a"]["init_args"]["q"] == [3]
     assert base["a"]["init_args"] == {"p": 1, "q": [1, 2]}
     assert set_at(base, "c.d", 1)["c"] == {"d": 1}
-    assert replaced({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {
+    assert map_texts({"x": ["$data/a", 1]}, lambda text: text.replace("$data", "/d")) == {
         "x": ["/d/a", 1]
     }
 
@@ -134,13 +137,13 @@ def test_overlays():
         ({"budget": [1]}, r"'budget' is no key of a study. Did you mean 'budgets'"),
         ({"metric": None}, "a study needs the key 'metric'"),
         ({"mode": "up"}, "mode is 'max' or 'min', not 'up'"),
-        ({"lrs": ["1e-3"]}, "lrs is a list of numbers; YAML reads 1e-3 as a text"),
+        ({"lrs": ["1e-3"]}, "lrs is a list of numbers. YAML reads 1e-3 as a text"),
         ({"baseline": "C"}, "baseline 'C' is none of the methods"),
         ({"selection": None}, "several lrs are selected by trials: selection needs an overlay"),
         ({"budgets": None}, r"A has \$budget, and the study no budgets"),
         (
             {"overlay": {"data": "$data/x"}},
-            r"reads data from \$data; say where they are with --data.root",
+            r"reads data from \$data. Say where they are with --data.root",
         ),
         ({"config": "missing.yaml"}, "there is no configuration"),
         ({"methods": {}}, "methods names none"),
@@ -166,7 +169,7 @@ def test_the_studies_of_the_folder_are_studies(file, tmp_path):
 
 
 class Counted:
-    """An engine that makes results up, and counts."""
+    """Engine that makes up results and counts the runs."""
 
     def __init__(self, fail=()):
         self.ran, self.fail = [], fail
@@ -182,13 +185,29 @@ class Counted:
                 + (point.budget or 0) / 10**4
             )
             result = {
-                "key": point.key, "method": point.method, "allocator": point.allocator, "budget": point.budget, "units": point.units,
-                "lr": point.lr, "seed": point.seed, "trial": point.trial, "adapter_params_at_start": point.parameters,
-                "status": "failed" if failed else "success", "error": "it broke" if failed else "",
-                "metrics": {} if failed else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
-                "num_trainable_params": point.parameters, "num_total_params": 1000, "train_time": 2.0, "units_final": 3, "units_peak": 4,
-                "accelerator_memory_max": 2**30, "file_size": 1000, "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
-            }  # fmt: skip
+                "key": point.key,
+                "method": point.method,
+                "allocator": point.allocator,
+                "budget": point.budget,
+                "units": point.units,
+                "lr": point.lr,
+                "seed": point.seed,
+                "trial": point.trial,
+                "adapter_params_at_start": point.parameters,
+                "status": "failed" if failed else "success",
+                "error": "it broke" if failed else "",
+                "metrics": {}
+                if failed
+                else {"accuracy": value, "loss": abs(math.log10(point.lr) + 2)},
+                "num_trainable_params": point.parameters,
+                "num_total_params": 1000,
+                "train_time": 2.0,
+                "units_final": 3,
+                "units_peak": 4,
+                "accelerator_memory_max": 2**30,
+                "file_size": 1000,
+                "ranks": {"layers.0.q:rank": 2, "layers.1.q:rank": 1},
+            }
             folder = out / "points" / point.key
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").write_text(json.dumps(result))
@@ -349,7 +368,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
     assert "1 runs, 1 of them finished" in out
     code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
     assert code == 2
-    assert "did you mean 'LoRA'" in err
+    assert "Did you mean 'LoRA'" in err
 
 
 def test_a_failed_point_says_why(tmp_path, tiny_llama):
@@ -423,10 +442,10 @@ class Ordered(Counted):
 
 
 def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
-    """Each in a process of the cluster, and at once."""
+    """Run each point in a process of the cluster, all at once."""
     import ray
 
-    from adaptrank.studies.runner import on_ray
+    from adaptrank.studies import on_ray
 
     write(
         tmp_path,

@@ -104,7 +104,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(second_order, "MAX_UNITS", 100)
     with pytest.raises(
         ValueError,
-        match="SubLoRA: the Hessian of 192 units is too large, 100 are the most; take the one within",
+        match="SubLoRA: the Hessian of 192 units is too large, 100 are the most; "
+        "take the one within",
     ):
         fit(Rows(NOLA), SubLoRA(batches=1, **PHASES))
     fit(Rows(NOLA), SubLoRA(estimator="block", batches=1, **PHASES))

@@ -72,7 +72,8 @@ def test_each_core_of_the_released_start_has_the_stated_deviation():
 
 
 def canonical(cores, bond):
-    """The same train with its centre at a bond, whose units then have the singular values for lengths; and those values."""
+    """The same train with its centre at a bond, whose units then have the singular values for
+    lengths; and those values."""
     cores = [core.clone() for core in cores]
     for k in range(bond - 1):
         r, n, _ = cores[k].shape
@@ -107,7 +108,8 @@ def test_dropping_the_smallest_canonical_singular_value_errs_by_exactly_that(bon
 
 
 def test_pruning_a_canonical_unit_of_a_layer_errs_by_its_singular_value():
-    """A bond of A is an axis: taking its last unit away is the best truncation, once the train is canonical there."""
+    """A bond of A is an axis: taking its last unit away is the best truncation, once the train is
+    canonical there."""
     layer = TensorTrain(nn.Linear(64, 24).double(), in_modes=[4, 4, 4])
     testing.perturb(layer)
     cores, S = canonical([core.detach() for core in layer.cores("A")], 2)
@@ -261,7 +263,8 @@ def test_adapter_variants(position, activation):
 
 
 def test_count_of_an_adapter():
-    """[8, 8, 12 | 8, 8] with bonds of 5: 1,560 numbers in cores, and the biases, which the paper's table may leave out."""
+    """[8, 8, 12 | 8, 8] with bonds of 5: 1,560 numbers in cores, and the biases, which the paper's
+    table may leave out."""
     model = meta({"output": (768, 768)}, 1)
     adapt(model, "all-linear", lambda base: TensorTrainAdapter(base, modes=[8, 8, 12]))
     layer = model[0]["output"]
@@ -323,7 +326,8 @@ def test_the_definition_of_a_nest_sees_every_adapter_that_is_on(position, off):
 @pytest.mark.parametrize("position", ["output", "input"])
 @pytest.mark.parametrize("inner", [None, LoRA])
 def test_the_definition_over_half_precision_is_exact(position, inner):
-    """In the adapter's dtype, as that of every other method: what is rounded is the frozen weight alone."""
+    """In the adapter's dtype, as that of every other method: what is rounded is the frozen weight
+    alone."""
     base = nn.Linear(48, 24).to(torch.bfloat16)
     layer = TensorTrainAdapter(inner(base) if inner else base, position=position)
     testing.perturb(layer)

@@ -9,8 +9,7 @@ from torch import nn
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from adaptrank import PARAMETERIZATIONS, adapt, select_rows, testing
-from adaptrank.modules import Adapter, CausalLM
-from adaptrank.modules import padding_free as unpadded
+from adaptrank.modules import Adapter, CausalLM, padding_free
 from adaptrank.parameterizations import AttentionScale, LoRA, Prefix, adapter_parameters, wrappers
 
 IDS = torch.arange(4 * 9).view(4, 9) % 20 + 3
@@ -53,7 +52,7 @@ def both(model, change):
     """Hidden states of the tokens and gradients of the adapters, padded and not."""
     found = []
     for states in (
-        lambda body: unpadded.hidden_states(body, IDS, MASK),
+        lambda body: padding_free.hidden_states(body, IDS, MASK),
         lambda body: body(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state[MASK],
     ):
         model.zero_grad()
@@ -63,13 +62,13 @@ def both(model, change):
     return found
 
 
-@pytest.mark.parametrize("model_type", sorted(unpadded.MODEL_TYPES))
+@pytest.mark.parametrize("model_type", sorted(padding_free.MODEL_TYPES))
 def test_a_row_of_examples_has_the_hidden_states_and_gradients_of_the_padded_batch(model_type):
     model = tiny(model_type)
     adapt(model, "all-linear", partial(LoRA, rank=2))
     for wrapper in wrappers(model):
         testing.perturb(wrapper, 0.3)
-    assert unpadded.fits(model.base_model, MASK)
+    assert padding_free.fits(model.base_model, MASK)
     before = model.config._attn_implementation
     ours, padded = both(model, torch.randn(int(MASK.sum()), 32, dtype=torch.float64))
     assert model.config._attn_implementation == before
@@ -79,16 +78,16 @@ def test_a_row_of_examples_has_the_hidden_states_and_gradients_of_the_padded_bat
 
 def test_what_does_not_fit_is_given_its_padding():
     def fits(model):
-        return unpadded.fits(model.base_model, MASK)
+        return padding_free.fits(model.base_model, MASK)
 
     assert fits(tiny("llama"))
-    assert not unpadded.fits(
+    assert not padding_free.fits(
         tiny("llama").base_model, torch.ones(2, 3, dtype=torch.bool)
     )  # has no padding
     for tokens, short, worth in ((9, 1, False), (9, 6, True), (90, 1, True), (90, 0, False)):
         mask = torch.arange(tokens) < torch.tensor([tokens, tokens - short])[:, None]
-        assert unpadded.fits(tiny("llama").base_model, mask) is worth
-    assert not unpadded.fits(
+        assert padding_free.fits(tiny("llama").base_model, mask) is worth
+    assert not padding_free.fits(
         tiny("llama").base_model, MASK.flip(1)
     )  # positions of padding count there
     assert not fits(tiny("mistral", sliding_window=4))
@@ -134,9 +133,9 @@ def test_dropouts_draw_what_they_draw_for_the_padded_batch(method):
     adapt(model, ["q_proj", "down_proj"], partial(PARAMETERIZATIONS[method], dropout=0.4, **given))
     for wrapper in wrappers(model):
         testing.perturb(wrapper, 0.3)
-    assert unpadded.fits(model.base_model, MASK)
+    assert padding_free.fits(model.base_model, MASK)
     torch.manual_seed(1)
-    ours = unpadded.hidden_states(model.base_model, IDS, MASK)
+    ours = padding_free.hidden_states(model.base_model, IDS, MASK)
     torch.manual_seed(1)
     padded = model.base_model(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state[MASK]
     torch.testing.assert_close(ours, padded, rtol=1e-8, atol=1e-10)
@@ -152,8 +151,8 @@ def test_a_training_step_has_the_loss_of_the_padded_batch(tiny_llama, masked_lab
     if masked_label:
         labels[0, 6] = 5  # nobody should, but it is a label, and padding is what predicts it
     rows = []
-    plain = unpadded.hidden_states
-    monkeypatch.setattr(unpadded, "hidden_states", lambda *args: rows.append(1) or plain(*args))
+    plain = padding_free.hidden_states
+    monkeypatch.setattr(padding_free, "hidden_states", lambda *args: rows.append(1) or plain(*args))
     found = []
     for module.padding_free in (True, False):
         losses, row = module.train()(IDS, MASK.long(), labels)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Choice
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.allocation import compatibility
+from adaptrank.allocation.context import Run
 from adaptrank.allocation.plans import Close, Plan
-from adaptrank.allocation.run import Run
 from adaptrank.allocation.schedules import Phases, steps
 from adaptrank.axes import CostModel
 from adaptrank.parameterizations import wrapped_layers, wrappers

@@ -17,11 +17,11 @@ def kinds_of(axis: RankAxis) -> list[Kind]:
     A kind never changes. It is, for example, the part of the layer that the unit belongs to. Most
     axes have no such buffer, and then all units are of one kind, ().
     """
-    rows_of_buffers = []
+    rows_of_buffers: list[list[list[int]]] = []
     for slot in axis.slots():
         if not slot.tensor.is_floating_point():
-            rows = slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1)
-            rows_of_buffers.append(rows.tolist())
+            matrix = slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1)
+            rows_of_buffers.append(matrix.tolist())
     kinds = []
     for unit in range(len(axis)):
         numbers: list[int] = []

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import first, from_first
-from adaptrank._errors import UserError
 from adaptrank.allocation import checks
+from adaptrank.allocation.beginning import begin
+from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
 from adaptrank.allocation.plans import Close, Plan
-from adaptrank.allocation.run import Loss, Run
 from adaptrank.allocation.state import Progress, TrackedTensors
-from adaptrank.axes import check_optimizer, generator
+from adaptrank.axes import check_optimizer
 from adaptrank.parameterizations import adapted_part
 
 if TYPE_CHECKING:
-    from adaptrank.allocation.participant import Choice, Participant
+    from adaptrank.allocation.participant import Participant
     from adaptrank.allocation.policy import Policy
 
 UNBOUNDED = 1 << 62
@@ -98,7 +98,7 @@ class Engine:
             state.load_state_dict(self.state.state_dict())
         self.state = state
         if not resumed:
-            self._begin(run)
+            begin(participant, run)
         self.state.to(_device(run.model))
         if run.examples_needed:
             len(run.examples)  # read now, so that a checkpoint of any step has them
@@ -174,7 +174,7 @@ class Engine:
         phases = checks.phases_of(participant, total_steps)
         self.progress.phases = phases
         checks.check_schedule(participant, phases)
-        self._note_start(run)
+        run.note_start()
         if not participant.moves:
             return []
         participant.check_start(run.start_sizes)
@@ -218,15 +218,6 @@ class Engine:
         self.progress.closed = closed
         return done
 
-    def record(self, event: Event) -> Event:
-        """Add the totals to an event, append it to the events of the run, and return it."""
-        run = self.run
-        event["total"] = run.cost().total(run.open_sizes())
-        event["active"] = sum(run.open_sizes().values())
-        event["allocated"] = sum(run.sizes().values())
-        self.progress.events.append(event)
-        return event
-
     @property
     def _policy(self) -> "Policy[Any]":
         """The participant, which moves ranks. Only a policy has events."""
@@ -258,7 +249,7 @@ class Engine:
         if self.progress.deferred:
             event["reason"] = "a score is not a number"
             event["skipped"] = event["reason"]
-            return self.record(event)
+            return run.record(event)
         proposal = Proposal({}) if idle else self._propose(scores, budget)
         checks.check_plan(policy, run, proposal.plan, run.cost(), budget)
         event["scores"] = summarize_scores(values)
@@ -268,7 +259,7 @@ class Engine:
         event["reason"] = describe(event, budget, units_before, units_after)
         if proposal.remark:
             event["reason"] += f"; {proposal.remark}"
-        return self.record(event)
+        return run.record(event)
 
     def _scores(self) -> dict[str, Tensor]:
         """Return the scores of all units, averaged over processes, on the CPU."""
@@ -314,53 +305,6 @@ class Engine:
         checks.check_form(participant)
         checks.check_axes(participant, run)
         return run
-
-    def _begin(self, run: Run) -> None:
-        """Choose the ranks to start from, and check that they make sense."""
-        participant, before = self.participant, run.sizes()
-        choice = participant.choose(run.axes, run.batches)
-        if choice is not None:
-            self._resize(run, choice.ranks)
-        self._note_start(run)
-        if choice is not None:
-            participant.initialize(run.axes, choice.evidence)
-        participant.check_start(run.start_sizes)
-        if choice is not None:
-            self._record_choice(run, choice, before)
-        if participant.moves:
-            checks.check_budget(participant, run)
-
-    def _note_start(self, run: Run) -> None:
-        self.progress.start_sizes = run.sizes()
-        self.progress.start_total = run.cost().total(run.start_sizes)
-
-    def _resize(self, run: Run, ranks: Mapping[str, int]) -> None:
-        for key, size in ranks.items():
-            axis = run.axes[key]
-            kept = min(size, len(axis))
-            if size > kept and "grow" not in axis.capabilities:
-                raise UserError(
-                    f"{self.participant.label} asks {key} for {size} units, it has {kept}, and "
-                    f"those of {type(axis.members[0][0]).__name__} cannot grow; start with {size} "
-                    f"or more."
-                )
-            fresh = generator(self.participant.seed, key, 0)
-            axis.resize(range(kept), size - kept, fresh, run.optimizers)
-
-    def _record_choice(self, run: Run, choice: "Choice", before: Mapping[str, int]) -> None:
-        sizes = run.start_sizes
-        grown = {key: n - before[key] for key, n in sizes.items() if n > before[key]}
-        pruned = {key: list(range(n, before[key])) for key, n in sizes.items() if n < before[key]}
-        event: Event = {
-            "step": 0,
-            "reason": f"ranks to start from, by {self.participant.label}",
-            "unit": run.unit,
-            "sizes": sizes,
-            "grown": grown,
-            "pruned": pruned,
-        }
-        event.update(choice.facts)
-        self.record(event)
 
     # ---- gradients and passes
 

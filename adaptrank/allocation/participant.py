@@ -8,9 +8,9 @@ from torch import nn
 
 from adaptrank._errors import UserError
 from adaptrank.allocation import compatibility
+from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.run import Axes, Run
 from adaptrank.allocation.schedules import steps
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors

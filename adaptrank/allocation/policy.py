@@ -8,10 +8,10 @@ arguments, `init_state`, `update`, `score_units`, `budget_at`, `plan`. For a met
 from collections.abc import Callable
 from typing import Generic, Literal, TypeVar, cast
 
+from adaptrank.allocation.context import Axes, ScoreContext
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Participant
 from adaptrank.allocation.plans import Plan, Scores, keep_best
-from adaptrank.allocation.run import Axes, ScoreContext
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores.gradient import Importance, importance
 from adaptrank.allocation.state import TrackedTensors

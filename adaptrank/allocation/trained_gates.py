@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.gates import adam, leaf
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.scores.gradient import zeros
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis

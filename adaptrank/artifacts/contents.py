@@ -42,7 +42,7 @@ class StoredTensor:
 
     def value(self) -> Tensor:
         """Return the tensor with the gates of an allocator multiplied in, detached."""
-        tensor = self.tensor if "." in self.name else self.wrapper.folded(self.name)
+        tensor = self.tensor if "." in self.name else self.wrapper.gated(self.name)
         return tensor.detach().contiguous()
 
     def _place(self) -> tuple[nn.Module, str]:

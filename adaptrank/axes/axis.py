@@ -121,7 +121,7 @@ class RankAxis:
     def fold(self) -> None:
         """Multiply the gate into the closing factors and remove it. The function stays the same."""
         axis_names = dict(self.members)
-        folded = [slot.layer.folded(slot.name, axis_names[slot.layer]) for slot in self.closing()]
+        folded = [slot.layer.gated(slot.name, axis_names[slot.layer]) for slot in self.closing()]
         for slot, value in zip(self.closing(), folded, strict=True):
             slot.tensor.data.copy_(value)
         self.gate = None
@@ -297,5 +297,5 @@ def _input_words(layer: Parameterization, axis: str) -> frozenset[str]:
     name = layer.input_factor.get(axis)
     if name is None:
         return frozenset()
-    closes = name == layer.factors(axis)[-1][0]
+    closes = name == layer.axis_tensors(axis)[-1][0]
     return frozenset({"input_factor"} if closes else {"input_factor", "input_init"})

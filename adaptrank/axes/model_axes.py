@@ -23,7 +23,7 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
     groups: dict[str, list[Member]] = {}
     key_of_tensor: dict[tuple[int, int], str] = {}
     for key, wrapper, axis in members:
-        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.factors(axis)]
+        tensors = [(id(getattr(wrapper, name)), dim) for name, dim in wrapper.axis_tensors(axis)]
         tied_to = next(
             (key_of_tensor[tensor] for tensor in tensors if tensor in key_of_tensor), key
         )
@@ -95,7 +95,7 @@ def _stored_sizes(
     """Return the size of the axis in each of its stored tensors, by the tensor's full name."""
     sizes: dict[str, int] = {}
     for layer, axis_name in axis.members:
-        for tensor_name, dim in layer.factors(axis_name):
+        for tensor_name, dim in layer.axis_tensors(axis_name):
             full_name = f"{paths[layer]}.{tensor_name}".removeprefix(".")
             if full_name not in state_dict:
                 continue

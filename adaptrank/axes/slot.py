@@ -52,10 +52,10 @@ def slots_of(members: Sequence[Member]) -> list[Slot]:
     slots: list[Slot] = []
     seen: set[tuple[int, int]] = set()
     for number, (layer, axis) in enumerate(members):
-        factors = layer.factors(axis)
-        closing_name = factors[-1][0]
+        tensors = layer.axis_tensors(axis)
+        closing_name = tensors[-1][0]
         earlier_names: set[str] = set()
-        for name, dim in factors:
+        for name, dim in tensors:
             tensor = getattr(layer, name)
             further_dim = name in earlier_names
             earlier_names.add(name)

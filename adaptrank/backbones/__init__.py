@@ -1,12 +1,18 @@
 """Pretrained models by name: a folder, the caches, an installed wheel, the Hub."""
 
-from adaptrank.backbones.sources import (
-    Source,
-    auto_dtype,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from adaptrank.backbones.dtype import auto_dtype
+from adaptrank.backbones.fingerprints import fingerprint
+from adaptrank.backbones.load import load_model, load_tokenizer
+from adaptrank.backbones.lookup import Source, resolve
+from adaptrank.backbones.wheels import WHEELS, Wheel
 
-__all__ = ["Source", "auto_dtype", "fingerprint", "load_model", "load_tokenizer", "resolve"]
+__all__ = [
+    "WHEELS",
+    "Source",
+    "Wheel",
+    "auto_dtype",
+    "fingerprint",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+]

@@ -1,19 +1,30 @@
-"""Help that is there at once: signatures and docstrings are read from the sources with `ast`, so nothing heavy is imported."""
+"""Help for fit, validate, test and predict, at once.
+
+Signatures and docstrings are read from the sources with `ast`, so that nothing heavy is imported.
+"""
 
 import ast
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 
 INTRO = {
-    "fit": "Train adapters from a YAML file, evaluate before and after, leave a run folder (runs/<config>/<n>/).",
-    "validate": "Evaluate on the validation set, most often with `--model.adapter runs/<config>/<n>/adapter`.",
-    "test": "Evaluate on the test set, most often with `--model.adapter runs/<config>/<n>/adapter`.",
-    "predict": "Predict with `--model.adapter runs/<config>/<n>/adapter`; one line of JSON each, printed or to `--out FILE`.",
+    "fit": "Train adapters from a YAML file, evaluate before and after, leave a run folder\n"
+    "(runs/<config>/<n>/).",
+    "validate": "Evaluate on the validation set, most often with\n"
+    "`--model.adapter runs/<config>/<n>/adapter`.",
+    "test": "Evaluate on the test set, most often with\n"
+    "`--model.adapter runs/<config>/<n>/adapter`.",
+    "predict": "Predict with `--model.adapter runs/<config>/<n>/adapter`. Each example is one\n"
+    "line of JSON, printed or written to `--out FILE`.",
 }
+OVERRIDE = """A key on the command line overrides the file:
+--trainer.max_steps 50 --model.optimizer.lr 1e-3"""
+
 TRAINER = {
     "max_steps": "optimizer steps to train",
     "max_epochs": "or passes over the data",
@@ -26,153 +37,201 @@ TRAINER = {
     "precision": "of the computation, such as bf16-mixed; the frozen weights have model.dtype",
     "callbacks": "further Lightning callbacks",
 }
-"""The usual arguments of Lightning's Trainer; a test holds them against its signature."""
+"""The usual arguments of Lightning's Trainer. A test holds them against its signature."""
+
+ALLOCATION_BASES = ("Participant", "Allocator", "Policy", "RankInitializer")
+"""Bases of allocators and of rank initializers."""
 
 WIDTH = 112
+COLUMN = 36
+
+Row = tuple[str, str]
 
 
 def usage(verb: str) -> str:
-    """Help for fit, validate, test or predict: the usual keys, and where the rest is."""
-    lines = [
-        f"usage: python -m adaptrank {verb} --config FILE.yaml [--key value ...]",
-        "",
-        INTRO[verb],
-        "A key on the command line overrides the file: --trainer.max_steps 50 --model.optimizer.lr 1e-3",
-        "",
-        "model: a class and its arguments",
-    ]
-    modules = PACKAGE / "modules"
-    common = _arguments(_class(modules / "adapted.py", "AdaptedModule"))
-    lines += _rows([(f"model.{name}{default}", what) for name, default, what in common])
-    for file in sorted(modules.glob("*.py")):
-        for node in _classes(file, {"AdaptedModule"}):
-            own = [(f"  {name}{default}", what) for name, default, what in _arguments(node)]
-            lines += _rows([(f"model: {node.name}", _summary(node)), *own])
-    lines += ["", "an entry of model.adapters"]
-    lines += _rows(
-        [(n + d, w) for n, d, w in _arguments(_class(modules / "adapted.py", "Adapter"))]
+    """Return the help of a verb: the usual keys, and where the rest is."""
+    head = f"usage: python -m adaptrank {verb} --config FILE.yaml [--key value ...]"
+    sections = {
+        "model: a class and its arguments": _model_rows(),
+        "an entry of model.adapters": _adapter_rows(),
+        "allocator: moves ranks while training; optional": _allocator_rows(),
+        "data: a class and its arguments": _data_rows(),
+        "trainer: Lightning's Trainer": [(f"trainer.{name}", TRAINER[name]) for name in TRAINER],
+        "the run": _run_rows(verb),
+        "more": _more_rows(verb),
+    }
+    if verb != "fit":
+        del sections["allocator: moves ranks while training; optional"]
+    lines = [head, "", INTRO[verb], OVERRIDE]
+    for title, rows in sections.items():
+        lines += ["", title, *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _model_rows() -> list[Row]:
+    rows = _argument_rows("modules", "AdaptedModule", "model.")
+    for node in _concrete("modules", "AdaptedModule"):
+        rows.append((f"model: {node.name}", _summary(node)))
+        rows += _argument_rows("modules", node.name, "  ")
+    return rows
+
+
+def _adapter_rows() -> list[Row]:
+    names = ", ".join(
+        sorted(node.name for node in _concrete("parameterizations", "Parameterization"))
     )
-    lines += _rows([("parameterizations here", _names("parameterizations", {"Parameterization"}))])
-    if verb == "fit":
-        lines += ["", "allocator: moves ranks while training; optional"]
-        base = _class(PACKAGE / "allocation" / "allocator.py", "Allocator")
-        lines += _rows([("allocators here", _names("allocation", {"Allocator"}))])
-        lines += _rows(
-            [(f"allocator.{name}{default}", what) for name, default, what in _arguments(base)]
-        )
-    lines += ["", "data: a class and its arguments"]
-    lines += _rows(_members("data", {"CompletionTask", "LabelTask"}))
-    shared = _arguments(_class(PACKAGE / "data" / "task.py", "TaskData"))
-    lines += _rows([(f"data.{name}{default}", what) for name, default, what in shared])
-    lines += ["", "trainer: Lightning's Trainer"]
-    lines += _rows([(f"trainer.{name}", what) for name, what in TRAINER.items()])
-    lines += ["", "the run"]
-    run = [
+    return [*_argument_rows("modules", "Adapter", ""), ("parameterizations here", names)]
+
+
+def _allocator_rows() -> list[Row]:
+    names = ", ".join(sorted(node.name for node in _concrete("allocation", *ALLOCATION_BASES)))
+    rows = [("allocators here", names)]
+    return rows + _argument_rows("allocation", "Allocator", "allocator.")
+
+
+def _data_rows() -> list[Row]:
+    rows = [(node.name, _summary(node)) for node in _concrete("data", "TaskData")]
+    return rows + _argument_rows("data", "TaskData", "data.")
+
+
+def _run_rows(verb: str) -> list[Row]:
+    rows = [
         ("seed_everything = 0", "seed of the run"),
         ("ckpt_path", "resume from, or evaluate, this checkpoint"),
     ]
     if verb == "fit":
-        run += [
+        rows += [
             ("runs = runs", "folder of the run folders"),
             ("evaluate = true", "whether to evaluate before and after"),
         ]
     if verb == "predict":
-        run += [("out", "file for the predictions, one line of JSON each")]
-    lines += _rows([*run, ("debug", "show the traceback of a mistake, too")])
-    lines += [
-        "",
-        "more",
-        *_rows(
-            [
-                (f"{verb} --help_all", "every key, by LightningCLI"),
-                (
-                    f"{verb} --model.help CausalLM",
-                    "one class; so with --data.help, --allocator.help, and any class_path",
-                ),
-                (
-                    f"{verb} --config FILE --print_config",
-                    "the whole configuration, defaults filled in, and stop",
-                ),
-                (
-                    "methods",
-                    "formulas, sources, costs, and which allocator works with which parameterization",
-                ),
-            ]
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+        rows.append(("out", "file for the predictions, one line of JSON each"))
+    return [*rows, ("debug", "show the traceback of a mistake, too")]
 
 
-def _rows(rows: list[tuple[str, str]], indent: int = 2, column: int = 36) -> list[str]:
-    lines = []
-    for name, what in rows:
-        space = " " * indent
-        head = f"{space}{name:{column}}"
-        if len(name) >= column:
-            lines.append(f"{space}{name}")
-            head = " " * (indent + column)
-        first, *more = textwrap.wrap(what, WIDTH - indent - column) or [""]
-        lines += [head + first, *(" " * (indent + column) + line for line in more)]
-    return [line.rstrip() for line in lines]
-
-
-def _members(folder: str, bases: set[str]) -> list[tuple[str, str]]:
+def _more_rows(verb: str) -> list[Row]:
+    one_class = "one class; also with --data.help, --allocator.help, and any class_path"
     return [
-        (node.name, _summary(node))
-        for file in sorted((PACKAGE / folder).rglob("*.py"))
-        for node in _classes(file, bases)
+        (f"{verb} --help_all", "every key, by LightningCLI"),
+        (f"{verb} --model.help CausalLM", one_class),
+        (f"{verb} --config FILE --print_config", "the whole configuration with its defaults"),
+        ("methods", "formulas, sources, costs, and which pairs of methods and allocators work"),
     ]
 
 
-def _names(folder: str, bases: set[str]) -> str:
-    return ", ".join(sorted(name for name, _ in _members(folder, bases)))
+def _table(rows: Iterable[Row]) -> list[str]:
+    """Return rows as two columns, indented and wrapped."""
+    lines = []
+    indent = " " * (COLUMN + 2)
+    for name, text in rows:
+        first, *more = textwrap.wrap(text, WIDTH - len(indent)) or [""]
+        if len(name) < COLUMN:
+            lines.append(f"  {name:{COLUMN}}{first}".rstrip())
+        else:
+            lines += [f"  {name}", f"{indent}{first}".rstrip()]
+        lines += [indent + line for line in more]
+    return lines
 
 
-def _classes(file: Path, bases: set[str]) -> Iterator[ast.ClassDef]:
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        named = (
-            {base.id for base in node.bases if isinstance(base, ast.Name)}
-            if isinstance(node, ast.ClassDef)
-            else set()
-        )
-        if (
-            isinstance(node, ast.ClassDef)
-            and named & bases
-            and not node.name.startswith(("_", "CompletionTask", "LabelTask"))
-        ):
-            yield node
+# ---- classes, from the sources
 
 
-def _class(file: Path, name: str) -> ast.ClassDef:
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+@cache
+def _classes(room: str) -> dict[str, ast.ClassDef]:
+    """Return the top-level classes of a room's files, by name."""
+    nodes: dict[str, ast.ClassDef] = {}
+    for file in sorted((PACKAGE / room).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return nodes
+
+
+def _bases(node: ast.ClassDef) -> list[str]:
+    """Return the names of a class's bases: of `Base`, `module.Base` and `Base[T]` it is Base."""
+    bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+    return [ast.unparse(base).rpartition(".")[2] for base in bases]
+
+
+def _lineage(room: str, name: str) -> list[ast.ClassDef]:
+    """Return a class and its ancestors, as far as the room defines them, the nearest first."""
+    node = _classes(room).get(name)
+    if node is None:
+        return []
+    lineage = [node]
+    for base in _bases(node):
+        lineage += _lineage(room, base)
+    return lineage
+
+
+def _ancestors(room: str, name: str) -> set[str]:
+    """Return the names of all bases of a class and of its ancestors."""
+    bases: set[str] = set()
+    for node in _lineage(room, name):
+        bases.update(_bases(node))
+    return bases
+
+
+def _concrete(room: str, *roots: str) -> list[ast.ClassDef]:
+    """Return the public classes under some roots, without the bases that only help to define them.
+
+    A class that others derive from is a method of its own if it has a `source`.
+    """
+    nodes = _classes(room)
+    derived_from = {base for node in nodes.values() for base in _bases(node)}
+    concrete = []
+    for name, node in nodes.items():
+        public = not name.startswith("_") and name not in roots
+        is_method = name not in derived_from or _has_source(node)
+        if public and is_method and _ancestors(room, name) & set(roots):
+            concrete.append(node)
+    return concrete
+
+
+def _has_source(node: ast.ClassDef) -> bool:
+    assigned = [part for part in node.body if isinstance(part, ast.Assign)]
+    return any(ast.unparse(part.targets[0]) == "source" for part in assigned)
+
+
+def _argument_rows(room: str, name: str, prefix: str) -> list[Row]:
+    """Return the arguments of a class, with their defaults and first sentences.
+
+    A class without a constructor has that of its nearest ancestor. An argument is documented by
+    the nearest class that says something about it.
+    """
+    lineage = _lineage(room, name)
+    documented: dict[str, str] = {}
+    for node in reversed(lineage):
+        documented |= _documented(ast.get_docstring(node) or "")
+    parameters = next((found for node in lineage if (found := _parameters(node))), [])
+    return [
+        (f"{prefix}{argument}{_default(value)}", documented.get(argument, ""))
+        for argument, value in parameters
+    ]
 
 
 def _summary(node: ast.ClassDef) -> str:
     return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _arguments(node: ast.ClassDef) -> list[tuple[str, str, str]]:
-    """(name, ` = default`, first sentence of its documentation) of a constructor's, or a dataclass's, arguments."""
-    documented = _documented(ast.get_docstring(node) or "")
-    init = next(
-        (f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None
-    )
-    pairs: list[tuple[str, ast.expr | None]] = []
-    if init is None:
-        pairs = [
-            (f.target.id, f.value)
-            for f in node.body
-            if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
-        ]
-    else:
-        positional, defaults = init.args.args[1:], init.args.defaults
-        padded = [None] * (len(positional) - len(defaults)) + list(defaults)
-        pairs = [(a.arg, d) for a, d in zip(positional, padded, strict=True)]
-        pairs += [
-            (a.arg, d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
-        ]
-    return [(name, _default(value), documented.get(name, "")) for name, value in pairs]
+def _parameters(node: ast.ClassDef) -> list[tuple[str, ast.expr | None]]:
+    """Return (name, default) of the constructor's parameters, or of a dataclass's fields."""
+    functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    init = next((function for function in functions if function.name == "__init__"), None)
+    if init is not None:
+        return _signature(init.args)
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return []
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    return [(f.target.id, f.value) for f in fields if isinstance(f.target, ast.Name)]
+
+
+def _signature(arguments: ast.arguments) -> list[tuple[str, ast.expr | None]]:
+    """Return (name, default) of a method's parameters, without self."""
+    positional = arguments.args[1:]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    names = [argument.arg for argument in [*positional, *arguments.kwonlyargs]]
+    return list(zip(names, defaults, strict=True))
 
 
 def _default(value: ast.expr | None) -> str:
@@ -184,11 +243,13 @@ def _default(value: ast.expr | None) -> str:
 
 
 def _documented(docstring: str) -> dict[str, str]:
-    """Argument -> the first sentence under `Args:`."""
+    """Return the first sentence of each argument under `Args:`."""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?= {4}\w)", section[1]) if section else ():
-        names, _, what = entry.strip().partition(": ")
-        sentence = re.split(r"[.;](?=\s|$)", " ".join(what.split()))[0]
-        found.update({name.strip(): sentence for name in names.split(",")})
-    return found
+    if section is None:
+        return {}
+    sentences: dict[str, str] = {}
+    for entry in re.split(r"\n(?= {4}\w)", section[1]):
+        names, _, text = entry.strip().partition(": ")
+        sentence = re.split(r"[.;](?=\s|$)", " ".join(text.split()))[0]
+        sentences |= {name.strip(): sentence for name in names.split(",")}
+    return sentences

@@ -1,4 +1,4 @@
-"""What the command line shows of other libraries: errors, and nothing else; what adaptrank warns of is shown plainly."""
+"""Silence other libraries' tips and deprecations, and show the library's own warnings plainly."""
 
 import logging
 import os
@@ -6,20 +6,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NOISY = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    # transformers imports both where they are installed. They warn of kernels for other machines.
+    "torchao",
+    "bitsandbytes",
+    # torch warns of how torchao registers its types.
+    "torch.utils._pytree",
+)
+"""Loggers of which only errors are shown."""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out Lightning's tips and other libraries' deprecations; what we warn of is shown in plain sentences."""
-    names = (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-        "torchao",  # transformers imports both where they are installed, and they warn of kernels for other machines
-        "bitsandbytes",
-        "torch.utils._pytree",  # and torch of how torchao registers its types
-    )
-    theirs = [(logger, logger.level) for logger in map(logging.getLogger, names)]
-    for logger, _ in theirs:
+    """Show other libraries' errors only, and the library's own warnings as plain sentences."""
+    noisy = [(logger, logger.level) for logger in map(logging.getLogger, NOISY)]
+    for logger, _ in noisy:
         logger.setLevel(logging.ERROR)
     log = logging.getLogger("adaptrank")
     handler = logging.StreamHandler()
@@ -27,17 +31,16 @@ def quiet() -> Iterator[None]:
     log.addHandler(handler)
     propagate, log.propagate = log.propagate, False
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    foreign = r"(lightning|torch|transformers|jsonargparse)\b.*"
     try:
         with warnings.catch_warnings():
             warnings.formatwarning = lambda message, *_: f"{message}\n"
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
-            warnings.filterwarnings(
-                "ignore", module=r"(lightning|torch|transformers|jsonargparse)\b.*"
-            )
+            warnings.filterwarnings("ignore", module=foreign)
             yield
     finally:
-        for logger, level in theirs:
+        for logger, level in noisy:
             logger.setLevel(level)
         log.removeHandler(handler)
         log.propagate = propagate

@@ -189,4 +189,4 @@ def check_wrappers(model: nn.Module, request: Request) -> None:
 
 
 def _needs_order(wrapper: Parameterization, request: Request) -> bool:
-    return request.order is None and request.count > 1 and wrapper.product() is None
+    return request.order is None and request.count > 1 and wrapper.factors() is None

@@ -1,9 +1,21 @@
-"""Data: LightningDataModules whose batches are reproducible, resumable and collated to the batch's own length."""
+"""LightningDataModules whose batches are reproducible and resumable.
 
-from adaptrank.data.loader import BatchOrder, ResumableLoader
-from adaptrank.data.synthetic import ArithmeticProblems, GeneratedQuestions
-from adaptrank.data.task import CompletionTask, LabelTask, TaskData
-from adaptrank.data.text import CausalLMData, ClassificationData, Source
+Batches are padded to the longest of their own examples.
+"""
+
+from adaptrank.data.arithmetic_problems import ArithmeticProblems
+from adaptrank.data.batch_order import BatchOrder
+from adaptrank.data.causal_lm_data import CausalLMData
+from adaptrank.data.classification_data import ClassificationData
+from adaptrank.data.collate import causal_batch
+from adaptrank.data.completion_task import CompletionTask
+from adaptrank.data.generated_questions import GeneratedQuestions
+from adaptrank.data.label_task import LabelTask
+from adaptrank.data.loader import ResumableLoader
+from adaptrank.data.segments import token_ids
+from adaptrank.data.sources import Source
+from adaptrank.data.task import TaskData
+from adaptrank.data.templates import render_chat
 
 __all__ = [
     "ArithmeticProblems",
@@ -16,4 +28,7 @@ __all__ = [
     "ResumableLoader",
     "Source",
     "TaskData",
+    "causal_batch",
+    "render_chat",
+    "token_ids",
 ]

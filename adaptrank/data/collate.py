@@ -1,4 +1,7 @@
-"""Examples -> batch, as pure functions. Every mask comes from lengths, never from the padding id, which is often the end id."""
+"""Make batches of examples, as pure functions.
+
+Every mask is computed from lengths, and never from the padding id, which is often the end id.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100
+"""Label that the cross entropy leaves out."""
 
 Example = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -15,73 +19,90 @@ Batch = dict[str, Any]
 def pad(
     sequences: Sequence[Tensor], value: int, *, left: bool = False, multiple_of: int = 1
 ) -> Tensor:
-    """Stack B sequences of lengths (L_b,) into (B, L), L = max L_b rounded up to `multiple_of`; the rest holds `value`."""
-    width = max((len(s) for s in sequences), default=0)
-    width = -(-width // multiple_of) * multiple_of
-    out = torch.full((len(sequences), width), value, dtype=torch.long)
-    for row, s in zip(out, sequences, strict=True):
-        start = width - len(s) if left else 0
-        row[start : start + len(s)] = s
-    return out
+    """Stack B sequences of lengths (L_b,) into one tensor (B, L), padded with `value`.
+
+    L is the largest L_b, rounded up to `multiple_of`.
+    """
+    longest = max((len(sequence) for sequence in sequences), default=0)
+    width = -(-longest // multiple_of) * multiple_of
+    padded = torch.full((len(sequences), width), value, dtype=torch.long)
+    for row, sequence in zip(padded, sequences, strict=True):
+        start = width - len(sequence) if left else 0
+        row[start : start + len(sequence)] = sequence
+    return padded
 
 
 def mask(sequences: Sequence[Tensor], *, left: bool = False, multiple_of: int = 1) -> Tensor:
-    """Attention mask (B, L) of what `pad` returns: 1 on the sequences, 0 on the padding."""
-    return pad(
-        [torch.ones(len(s), dtype=torch.long) for s in sequences],
-        0,
-        left=left,
-        multiple_of=multiple_of,
-    )
+    """Return the attention mask (B, L) for `pad`: 1 on the sequences, 0 on the padding."""
+    ones = [torch.ones(len(sequence), dtype=torch.long) for sequence in sequences]
+    return pad(ones, 0, left=left, multiple_of=multiple_of)
 
 
 def causal_batch(examples: Sequence[Example], pad_id: int, *, multiple_of: int = 1) -> Batch:
-    """Batch for training: input_ids, attention_mask, labels, each (B, L), right-padded.
+    """Return a batch for training: input_ids, attention_mask, labels, each (B, L), right-padded.
 
-    An example has `input_ids` and `labels`, both (L_b,); labels are -100 on the prompt already, and here on the padding.
+    An example has `input_ids` and `labels`, both (L_b,). Its labels are -100 on the prompt. The
+    batch's labels are also -100 on the padding.
     """
-    ids = [e["input_ids"] for e in examples]
+    ids = [example["input_ids"] for example in examples]
+    labels = [example["labels"] for example in examples]
     return {
         "input_ids": pad(ids, pad_id, multiple_of=multiple_of),
         "attention_mask": mask(ids, multiple_of=multiple_of),
-        "labels": pad([e["labels"] for e in examples], IGNORED, multiple_of=multiple_of),
+        "labels": pad(labels, IGNORED, multiple_of=multiple_of),
     }
 
 
 def prompt_batch(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Batch for generation: prompt_ids, prompt_mask (B, L), left-padded, so that all prompts end together."""
-    ids = [e["prompt_ids"] for e in examples]
+    """Return a batch for generation: prompt_ids and prompt_mask, each (B, L).
+
+    Padding is on the left, so that all prompts end together.
+    """
+    ids = [example["prompt_ids"] for example in examples]
     return {"prompt_ids": pad(ids, pad_id, left=True), "prompt_mask": mask(ids, left=True)}
 
 
 def predict_batch(examples: Sequence[Example], pad_id: int) -> Batch:
-    """`prompt_batch` with `prompts`, the B texts."""
-    return prompt_batch(examples, pad_id) | {"prompts": [e["prompt"] for e in examples]}
+    """Return `prompt_batch` with `prompts`, the B texts."""
+    return prompt_batch(examples, pad_id) | {"prompts": [example["prompt"] for example in examples]}
 
 
 def choice_batch(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Every choice of every example as one row, R rows in all.
+    """Return a batch with every choice of every example as one row, R rows in all.
 
-    Keys: input_ids, attention_mask, labels (R, L); group (R,) the example's index in the batch; characters (R,) length of the
-    choice's text; target (B,) index of the right choice within its group. Labels are -100 on the prompt, and no end follows.
+    The keys are those of `causal_batch`, each (R, L), and
+
+    - group: (R,) index of the row's example in the batch.
+    - characters: (R,) length of the choice's text.
+    - target: (B,) index of the correct choice within its group.
+
+    Labels are -100 on the prompt, and no end token follows a choice.
     """
-    batch = causal_batch([choice for e in examples for choice in e["choices"]], pad_id)
-    batch["group"] = torch.tensor(
-        [b for b, e in enumerate(examples) for _ in e["choices"]], dtype=torch.long
-    )
-    batch["characters"] = torch.tensor(
-        [c["characters"] for e in examples for c in e["choices"]], dtype=torch.long
-    )
-    batch["target"] = torch.tensor([e["target"] for e in examples], dtype=torch.long)
+    choices = []
+    groups = []
+    for index, example in enumerate(examples):
+        choices += example["choices"]
+        groups += [index] * len(example["choices"])
+    batch = causal_batch(choices, pad_id)
+    characters = [choice["characters"] for choice in choices]
+    targets = [example["target"] for example in examples]
+    batch["group"] = torch.tensor(groups, dtype=torch.long)
+    batch["characters"] = torch.tensor(characters, dtype=torch.long)
+    batch["target"] = torch.tensor(targets, dtype=torch.long)
     return batch
 
 
 def validation_batch(examples: Sequence[Example], pad_id: int) -> Batch:
-    """`causal_batch`, with prompt_ids, prompt_mask and answers where examples have `answer`, and choices where they have those."""
+    """Return `causal_batch` with prompts and answers, and with choices, where examples have them.
+
+    If all examples have `answer`, the keys of `prompt_batch` and `answers` are added. If all have
+    `choices`, the key `choices` holds a `choice_batch`.
+    """
     batch = causal_batch(examples, pad_id)
-    if all("answer" in e for e in examples):
-        batch |= prompt_batch(examples, pad_id) | {"answers": [e["answer"] for e in examples]}
-    if all("choices" in e for e in examples):
+    if all("answer" in example for example in examples):
+        batch |= prompt_batch(examples, pad_id)
+        batch["answers"] = [example["answer"] for example in examples]
+    if all("choices" in example for example in examples):
         batch["choices"] = choice_batch(examples, pad_id)
     return batch
 
@@ -89,20 +110,21 @@ def validation_batch(examples: Sequence[Example], pad_id: int) -> Batch:
 def class_batch(
     examples: Sequence[Example], pad_id: int, *, pad_type_id: int = 0, multiple_of: int = 1
 ) -> Batch:
-    """Batch for classification: input_ids, attention_mask and, where examples have them, token_type_ids (B, L) and labels (B,).
+    """Return a batch for classification: input_ids and attention_mask, each (B, L).
 
-    Labels are int64, or float32 where the examples' are floats.
+    Where examples have them, token_type_ids (B, L) and labels (B,) are added. Labels are int64, or
+    float32 if an example's label is a float.
     """
-    ids = [e["input_ids"] for e in examples]
+    ids = [example["input_ids"] for example in examples]
     batch: Batch = {
         "input_ids": pad(ids, pad_id, multiple_of=multiple_of),
         "attention_mask": mask(ids, multiple_of=multiple_of),
     }
-    if all("token_type_ids" in e for e in examples):
-        types = [e["token_type_ids"] for e in examples]
+    if all("token_type_ids" in example for example in examples):
+        types = [example["token_type_ids"] for example in examples]
         batch["token_type_ids"] = pad(types, pad_type_id, multiple_of=multiple_of)
-    if all("label" in e for e in examples):
-        labels = [e["label"] for e in examples]
-        numbers = any(isinstance(label, float) for label in labels)
-        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if numbers else torch.long)
+    if all("label" in example for example in examples):
+        labels = [example["label"] for example in examples]
+        has_float = any(isinstance(label, float) for label in labels)
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if has_float else torch.long)
     return batch

@@ -1,21 +1,30 @@
-"""Batches whose order is a pure function of (seed, epoch, index), and which resume in mid-epoch.
+"""A loader of collated batches that resumes in the middle of an epoch.
 
-How a resume works. Lightning stores `state_dict()` of every train loader that has one in `fit_loop.state_dict`, and hands it
-to `load_state_dict()` before it calls `iter()`. It skips no batch itself: it goes on counting (`fit_loop.batch_idx`) from where
-it was, and the loader has to begin there. That is done on indices, so a skipped batch is never collated. The traps:
-- Whoever reads `trainer.estimated_stepping_batches` early (an optimizer's schedule, an allocator) has Lightning build the loader
-  before it restores its loops, and then it delivers no state. So `TaskData` keeps the state, too, which is restored before all
-  that, and the loader asks for it (`restored`) at the first `next()`. Where both arrive, that one counts.
-- Lightning calls `iter()` before epoch and batch counter are settled, so nothing may be decided before the first `next()`.
-- At an epoch border it may load the state of the epoch that is over; its own batch counter, then 0, tells the difference.
-- With `max_steps`, its number of the epoch drifts from what it would have been: a run that ends in mid-epoch counts that epoch as
-  done, and a resume at a border may count an empty one. So after a resume the stored epoch is what counts, and `behind`
-  keeps the difference; what Lightning announces by `set_epoch` is no use.
-- A resume at a border with `max_epochs` alone gets no state from Lightning; there the Trainer's number is right.
-- What is stored while the first batch of an epoch is used has one batch handed out, which Lightning will count as not done.
+How a resume works. Lightning stores the `state_dict()` of every train loader that has one in
+`fit_loop.state_dict`, and hands it to `load_state_dict()` before it calls `iter()`. It skips no
+batch itself. It goes on counting (`fit_loop.batch_idx`) from where it was, and the loader has to
+begin there. The loader skips indices, so a skipped batch is never collated.
+
+The traps:
+
+- Reading `trainer.estimated_stepping_batches` early (in an optimizer's schedule, in an allocator)
+  makes Lightning build the loader before it restores its loops. Then it delivers no state.
+  `TaskData` therefore keeps the state as well, which is restored before all that. The loader asks
+  for it (`restored`) at the first `next()`. If both states arrive, that of `TaskData` counts.
+- Lightning calls `iter()` before epoch and batch counter are settled. Nothing may be decided before
+  the first `next()`.
+- At an epoch border Lightning may load the state of the epoch that is over. Its own batch counter,
+  which is 0 then, tells the difference.
+- With `max_steps`, Lightning's number of the epoch drifts. A run that ends within an epoch counts
+  that epoch as done, and a resume at a border may count an empty one. After a resume the stored
+  epoch therefore counts, and `epoch_offset` keeps the difference. The number that Lightning
+  announces by `set_epoch` is of no use.
+- A resume at a border with `max_epochs` alone gets no state from Lightning. There the Trainer's
+  number is right.
+- A state that is stored while the first batch of an epoch is used has one batch handed out.
+  Lightning will count this batch as not done.
 """
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,163 +32,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from adaptrank._errors import UserError
+from adaptrank.data.batch_order import BatchOrder
+from adaptrank.data.seeding import seeded_random
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
-POOL = 50  # rounds of batches that are sorted by length together: enough to be even, few enough to stay random
-
-
-def rng(*key: object) -> random.Random:
-    """Return a generator that depends on nothing but `key`: the same on every machine, apart from every global one."""
-    return random.Random(repr(key))
-
-
-def rounds(
-    n: int,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = True,
-    lengths: Sequence[int] | None = None,
-    world_size: int = 1,
-) -> list[list[list[int]]]:
-    """Deal out n examples: [round][rank] -> indices of the examples in that batch.
-
-    There are ceil(n / (batch_size * world_size)) rounds and no example is dropped. Every process gets one batch a round, the
-    shares are disjoint, and the last rounds are dealt evenly. Only where examples are too few to go round (n < world_size, or a
-    remainder with batch_size 1) are the first ones of the order given twice, because a process without a batch would
-    hang the others.
-
-    Args:
-        n: number of examples.
-        batch_size: examples a batch and process.
-        lengths: where given, (n,) any measure of length: batches hold examples of similar length, in shuffled order.
-    """
-    if not n:
-        return []
-    order = list(range(n))
-    generator = rng("order", seed, epoch)
-    if shuffle:
-        generator.shuffle(order)
-    size = batch_size * world_size
-    count = -(-n // size)
-    if shuffle and lengths is not None:
-        pool = size * max(1, min(POOL, count // 4))
-        order = [
-            i
-            for s in range(0, n, pool)
-            for i in sorted(order[s : s + pool], key=lambda i: lengths[i])
-        ]
-    dealt = [order[s : s + size] for s in range(0, n, size)]
-    if len(dealt) > 1 and len(dealt[-1]) < world_size:
-        tail = dealt.pop(-2) + dealt.pop()
-        half = (len(tail) + 1) // 2
-        dealt += [tail[:half], tail[half:]]
-    if shuffle and lengths is not None:
-        generator.shuffle(dealt)
-    spare = order * world_size
-    full = [r + spare[: max(0, world_size - len(r))] for r in dealt]
-    return [
-        [r[k * len(r) // world_size : (k + 1) * len(r) // world_size] for k in range(world_size)]
-        for r in full
-    ]
-
-
-class BatchOrder:
-    """One process's share of `rounds`, as a batch sampler.
-
-    Args:
-        n: number of examples.
-        batch_size: examples a batch and process.
-        seed: with the epoch, all that the order depends on.
-        shuffle: False keeps the order of the examples, in every epoch.
-        lengths: see `rounds`.
-        rank: this process, from 0.
-        world_size: number of processes that share the examples.
-
-    Raises:
-        ValueError: if batch_size, rank or world_size is out of range, or lengths has another size than n.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        lengths: Sequence[int] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} holds no example; use 1 or more.")
-        if not 0 <= rank < world_size:
-            raise UserError(
-                f"rank={rank} is not among {world_size} processes; use 0 to {world_size - 1}."
-            )
-        if lengths is not None and len(lengths) != n:
-            raise UserError(
-                f"{len(lengths)} lengths arrived for {n} examples; give one length an example."
-            )
-        self.n, self.batch_size, self.seed, self.shuffle, self.lengths = (
-            n,
-            batch_size,
-            seed,
-            shuffle,
-            lengths,
-        )
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
-        self.epoch = epoch
-
-    def fingerprint(self) -> dict[str, int | bool]:
-        """Everything besides the epoch that the order depends on."""
-        return {
-            "examples": self.n,
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "group_by_length": self.lengths is not None,
-        }
-
-    def __len__(self) -> int:
-        return -(-self.n // (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batches in rounds(
-            self.n,
-            self.batch_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            shuffle=self.shuffle,
-            lengths=self.lengths,
-            world_size=self.world_size,
-        ):
-            yield batches[self.rank]
+State = dict[str, Any]
 
 
 class ResumableLoader:
     """Collated batches in a `BatchOrder`, resumable in the middle of an epoch.
 
-    It is deliberately no `torch.utils.data.DataLoader` (it builds one for every epoch), because Lightning replaces the sampler
-    of those under several processes, whereas `BatchOrder` already deals the shares. It never draws from torch's global
-    generator. Outside a Trainer, call `set_epoch` before every epoch.
+    The class is deliberately no `torch.utils.data.DataLoader`. It builds one for every epoch.
+    Under several processes Lightning replaces the sampler of a DataLoader, whereas `BatchOrder`
+    already deals the shares. The loader never draws from PyTorch's global generator. Outside a
+    Trainer, call `set_epoch` before every epoch.
 
     Args:
-        examples: anything with `len` and integer indices.
-        collate: list of examples -> batch; with num_workers > 0 it must pickle.
+        examples: any object with `len` and integer indices.
+        collate: function list of examples -> batch. With num_workers > 0 it must pickle.
         order: which examples make which batch.
-        num_workers: processes that collate ahead; 0 collates in this one.
-        trainer: the Trainer that trains on these batches, which is asked for the epoch and for where in it a resume begins.
-        restored: gives the state to go on from, and None from then on; asked once an epoch, by the Trainer's own loader only.
+        num_workers: processes that collate ahead. 0 collates in this one.
+        trainer: the Trainer that trains on these batches. It is asked for the epoch, and for the
+            batch where a resume begins.
+        restored: function that returns the state to go on from once, and None from then on. It is
+            asked once per epoch, by the Trainer's own loader only.
     """
 
     def __init__(
@@ -190,13 +68,18 @@ class ResumableLoader:
         *,
         num_workers: int = 0,
         trainer: "Trainer | None" = None,
-        restored: Callable[[], dict[str, Any] | None] = lambda: None,
+        restored: Callable[[], State | None] = lambda: None,
     ) -> None:
-        self.examples, self.collate, self.num_workers = examples, collate, num_workers
-        self.trainer, self.restored = trainer, restored
+        self.examples = examples
+        self.collate = collate
+        self.num_workers = num_workers
+        self.trainer = trainer
+        self.restored = restored
         self.batch_sampler = order
-        self.epoch, self.position, self.behind = order.epoch, 0, 0
-        self._resume: dict[str, Any] | None = None
+        self.epoch = order.epoch
+        self.position = 0
+        self.epoch_offset = 0
+        self._loaded: State | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes."""
@@ -206,65 +89,86 @@ class ResumableLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        order = self.batch_sampler
-        state, self._resume = self._resume, None
+        state, self._loaded = self._loaded, None
         if self.trainer is None:
-            epoch = order.epoch
-            start = state["position"] if state is not None and state["epoch"] == epoch else 0
+            state, epoch, start = self._begin_alone(state)
         else:
-            counted, start = self.trainer.current_epoch, 0
-            if self.trainer.train_dataloader is self:
-                state = self.restored() or state
-            if (
-                state is not None
-            ):  # only then: others may read another loader of the same Trainer at any time
-                start = self.trainer.fit_loop.batch_idx + 1
-                over = not start and state["position"] >= min(2, self.trainer.num_training_batches)
-                self.behind = counted - state["epoch"] - over
-            epoch = counted - self.behind
+            state, epoch, start = self._begin_under(self.trainer, state)
         if state is not None and start:
-            self._check(state["order"])
-        order.set_epoch(epoch)
+            self._warn_of_another_order(state["order"])
+        self.batch_sampler.set_epoch(epoch)
         self.epoch, self.position = epoch, start
-        batches = list(order)[start:]
-        loader: DataLoader[Any] = DataLoader(
-            self.examples,  # type: ignore[arg-type]  # a Dataset is whatever has these two methods
-            batch_sampler=batches,
+        for batch in self._collated(start):
+            # A checkpoint that is written in the step of this batch counts it as seen.
+            self.position += 1
+            yield batch
+
+    def _begin_alone(self, state: State | None) -> tuple[State | None, int, int]:
+        """Return the state to go on from, the epoch and the first batch, without a Trainer."""
+        epoch = self.batch_sampler.epoch
+        is_resumed = state is not None and state["epoch"] == epoch
+        start = state["position"] if state is not None and is_resumed else 0
+        return state, epoch, start
+
+    def _begin_under(
+        self, trainer: "Trainer", state: State | None
+    ) -> tuple[State | None, int, int]:
+        """Return the state to go on from, the epoch and the first batch, under a Trainer."""
+        start = 0
+        if trainer.train_dataloader is self:
+            state = self.restored() or state
+        # Without a state the counter says nothing about this loader: other loaders of the same
+        # Trainer may be read at any time.
+        if state is not None:
+            start = trainer.fit_loop.batch_idx + 1
+            is_over = not start and state["position"] >= min(2, trainer.num_training_batches)
+            self.epoch_offset = trainer.current_epoch - state["epoch"] - is_over
+        return state, trainer.current_epoch - self.epoch_offset, start
+
+    def _collated(self, start: int) -> "DataLoader[Any]":
+        """Return the collated batches of this epoch from number `start` on."""
+        order = self.batch_sampler
+        # A DataLoader draws the seed of its workers. From the global generator, the number of
+        # epochs would change the dropout of the training.
+        seed = seeded_random("workers", order.seed, order.epoch, start).getrandbits(62)
+        return DataLoader(
+            self.examples,  # type: ignore[arg-type]  # only `len` and indices are needed
+            batch_sampler=list(order)[start:],
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            # DataLoader draws the seed of its workers: from here, or the dropout of the training would depend on it.
-            generator=torch.Generator().manual_seed(
-                rng("workers", order.seed, order.epoch, start).getrandbits(62)
-            ),
+            generator=torch.Generator().manual_seed(seed),
         )
-        for batch in loader:
-            self.position += (
-                1  # before the batch is used: a checkpoint written in its step counts it as seen
-            )
-            yield batch
 
-    def _check(self, stored: dict[str, Any]) -> None:
-        now = self.batch_sampler.fingerprint()
-        differing = [f"{k} {stored.get(k)} -> {v}" for k, v in now.items() if stored.get(k) != v]
-        if differing:
+    def _warn_of_another_order(self, stored: State) -> None:
+        """Warn if a resumed epoch had other data settings."""
+        changes = [
+            f"{name} {stored.get(name)} -> {value}"
+            for name, value in self.batch_sampler.fingerprint().items()
+            if stored.get(name) != value
+        ]
+        if changes:
             warnings.warn(
-                f"The checkpoint was written in the middle of an epoch with other data settings ({', '.join(differing)}), so "
-                f"the rest of this epoch repeats some examples and misses others; for an exact resume keep them as they were.",
+                "The checkpoint was written in the middle of an epoch with other data settings "
+                f"({', '.join(changes)}). The rest of this epoch repeats some examples and misses "
+                "others. For an exact resume keep the settings as they were.",
                 stacklevel=2,
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch, number of batches handed out in it, and what the order depends on."""
-        if self._resume is not None:  # asked before the first batch after a resume
-            return self._resume
+    def state_dict(self) -> State:
+        """Return the epoch, the number of batches handed out in it, and what the order depends on.
+
+        A state that was loaded and not yet used is returned as it is.
+        """
+        if self._loaded is not None:
+            return self._loaded
         return {
             "epoch": self.epoch,
             "position": self.position,
             "order": self.batch_sampler.fingerprint(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where that state was, if it is one of the same epoch."""
-        self._resume = dict(state)
+    def load_state_dict(self, state: State) -> None:
+        """Let the next iteration go on where `state` was, if it is one of the same epoch."""
+        self._loaded = dict(state)
         self.batch_sampler.set_epoch(state["epoch"])

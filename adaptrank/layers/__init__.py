@@ -1,31 +1,34 @@
-"""A frozen layer seen as a matrix W (m, n): linear, Conv1D, embedding, convolution, quantized, fused."""
+"""A frozen layer seen as a matrix W (m, n).
 
-from adaptrank.layers.matrix import (
+The layer may be a linear layer, a Conv1D, an embedding or a convolution. It may be quantized, or be
+a part of a fused projection.
+"""
+
+from adaptrank.layers.attention import (
     FUSED_QUERIES,
-    LINEAR,
-    MATRICES,
     QUERIES,
     Attention,
-    Parts,
     attending,
     attends,
+    routed,
+)
+from adaptrank.layers.fused import Parts
+from adaptrank.layers.matrix import (
+    LINEAR,
+    MATRICES,
     channels_first,
     channels_last,
     dense,
-    dequantize,
     device,
-    dtype,
     example_input,
     is_read,
     project,
-    quantized,
-    readable,
-    routed,
     shape,
     stored,
     unsupported,
     write,
 )
+from adaptrank.layers.quantized import dequantize, dtype, quantized, readable
 
 __all__ = [
     "FUSED_QUERIES",

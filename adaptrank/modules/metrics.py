@@ -1,4 +1,4 @@
-"""Task metrics that torchmetrics does not have: exact match of an answer, and multiple choice."""
+"""Metrics that torchmetrics lacks: exact match of an answer, and multiple choice."""
 
 import re
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+")
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+")
 
 
 class ExactMatch(Metric):
     """Share of generated texts whose final answer is the gold one, in [0, 1].
 
-    The answer of a text is what follows its last "####", else its last "=", else all of it. Two numbers are equal when they
-    differ by less than 1e-3 ("$1,200" is 1200); texts are equal but for case, spaces and a final full stop. A gold number
-    against a sentence is compared with the sentence's last number.
+    The answer of a text is the part after its last "####", else the part after its last "=", else
+    the whole text. Two numbers match if they differ by less than 1e-3, and "$1,200" is 1200. Two
+    texts match if they differ in case, spaces and a final full stop only. If the gold answer is a
+    number and the text's answer is a sentence, the last number of the sentence is compared.
     """
 
     higher_is_better = True
@@ -29,10 +30,9 @@ class ExactMatch(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], answers: Sequence[str]) -> None:
-        """Compare texts with as many gold answers."""
-        self.correct += sum(
-            is_match(text, answer) for text, answer in zip(texts, answers, strict=True)
-        )
+        """Compare generated texts with their gold answers, one answer per text."""
+        for text, answer in zip(texts, answers, strict=True):
+            self.correct += is_match(text, answer)
         self.total += len(answers)
 
     def compute(self) -> Tensor:
@@ -40,31 +40,39 @@ class ExactMatch(Metric):
 
 
 def is_match(text: str, answer: str) -> bool:
-    """Whether the final answer of a generated text is the gold answer."""
-    found = text
+    """Tell whether the final answer of a generated text is the gold answer."""
+    final = _final_answer(text)
+    gold_number = _parse_number(answer)
+    if gold_number is None:
+        return _normalize(final) == _normalize(answer)
+    number = _parse_number(final)
+    if number is None:
+        numbers = NUMBER.findall(final)
+        number = _parse_number(numbers[-1]) if numbers else None
+    return number is not None and abs(gold_number - number) < 1e-3
+
+
+def _final_answer(text: str) -> str:
+    """Return the part of a text that holds its answer."""
     for mark in ("####", "="):
         if mark in text:
-            found = text.rsplit(mark, 1)[1]
-            break
-    gold, said = _number(answer), _number(found)
-    if gold is not None:
-        if said is None and (numbers := _NUMBER.findall(found)):
-            said = _number(numbers[-1])
-        return said is not None and abs(gold - said) < 1e-3
-    return _plain(found) == _plain(answer)
+            return text.rsplit(mark, 1)[1]
+    return text
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
+    """Return the number that the whole text spells, without units of currency, or None."""
     bare = text.strip().rstrip(".").lstrip("$").rstrip("%").replace(",", "").strip()
-    return float(bare) if _NUMBER.fullmatch(bare) else None
+    return float(bare) if NUMBER.fullmatch(bare) else None
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
+    """Return the text without differences in case, spaces and a final full stop."""
     return " ".join(text.split()).rstrip(".").strip().casefold()
 
 
 class MultipleChoice(Metric):
-    """Share of examples whose right choice has the highest log-probability, in [0, 1].
+    """Share of examples whose correct choice has the highest log-probability, in [0, 1].
 
     Args:
         normalize: divide each choice's summed log-probability by its length in characters.
@@ -87,14 +95,15 @@ class MultipleChoice(Metric):
         """Score one batch.
 
         Args:
-            log_probabilities: (rows,) summed over the tokens of each choice.
-            characters: (rows,) length of each choice.
-            group: (rows,) which example a row belongs to, 0 to B - 1.
-            target: (B,) index of the right choice among its example's rows.
+            log_probabilities: (rows,) log-probability of each choice, summed over its tokens.
+            characters: (rows,) length of each choice in characters.
+            group: (rows,) index of the example that a row belongs to, 0 to B - 1.
+            target: (B,) index of the correct choice among its example's rows.
         """
         scores = log_probabilities / characters if self.normalize else log_probabilities
-        for example, right in enumerate(target.tolist()):
-            self.correct += int(scores[group == example].argmax()) == right
+        for example, correct_choice in enumerate(target.tolist()):
+            chosen = int(scores[group == example].argmax())
+            self.correct += chosen == correct_choice
         self.total += len(target)
 
     def compute(self) -> Tensor:

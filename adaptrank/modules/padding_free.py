@@ -1,74 +1,116 @@
-"""A padded batch as one row of its tokens, so that nothing is computed for padding.
+"""Give the body of a causal language model only the tokens of a batch, and none of its padding.
 
-In flow the body of a causal language model and a batch (rows, tokens) with its mask, out come the hidden states of the tokens that are
-no padding. Every layer treats a token by itself but attention, which is taken example by example.
+A padded batch (rows, tokens) becomes one row of its tokens, example after example. Every layer
+treats a token by itself except attention, which is computed example by example.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrank.parameterizations import wrappers
+from adaptrank.modules.forward_replacement import replaced_forwards
+from adaptrank.parameterizations import Parameterization, wrappers
 
 # fmt: off
 MODEL_TYPES = frozenset({
-    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3",
-    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi",
+    "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 })
 # fmt: on
-"""Of models in transformers whose tokens meet in attention and nowhere else; the tests hold each to its padded self."""
+"""Model types of transformers whose tokens meet in attention and nowhere else.
 
-_NAME = "adaptrank_examples"
-_SHORT = 64
-"""Mean tokens of a row below which attention example by example costs more than one call with a mask; tried on one CPU, and not tuned."""
+The tests compare each with its padded self.
+"""
+
+ATTENTION_NAME = "adaptrank_examples"
+"""Name by which transformers finds `attention_by_example` during one call of a body."""
+
+SHORT_ROW = 64
+"""Mean tokens per row below which attention example by example costs more than one masked call.
+
+The number was tried on one CPU, and not tuned.
+"""
+
+
+# ---- which models and batches
 
 
 def fits(body: nn.Module, mask: Tensor) -> bool:
-    """Whether a batch with this mask (rows, tokens) has padding, on the right, and is better given to the body as one row of its tokens.
+    """Tell whether a body is better given a batch with this mask as one row of its tokens.
 
-    Short rows need a quarter of padding to be worth it. The body is a model of `MODEL_TYPES` that attends by PyTorch's
-    `scaled_dot_product_attention` and, at this length, to every earlier token, without a dropout of its own; its wrappers are around
-    single layers, not around attention or more, and serve every row; and no block is computed a second time in the backward pass,
-    when nobody would tell it where examples begin.
+    Args:
+        body: the body of a causal language model.
+        mask: (rows, tokens), true on tokens and false on padding.
+    """
+    return _body_fits(body, mask.shape[1]) and _mask_fits(mask)
+
+
+def _body_fits(body: nn.Module, tokens: int) -> bool:
+    """Tell whether attention example by example replaces the mask of this body.
+
+    The body is a model of `MODEL_TYPES` that attends by PyTorch's `scaled_dot_product_attention`,
+    and at this length to every earlier token. It has no active dropout of its own. Its wrappers
+    surround single layers and serve every row. No block is computed again in the backward pass,
+    where nothing would say how long the examples are.
     """
     config: Any = getattr(body, "config", None)
-    if (
-        getattr(config, "model_type", None) not in MODEL_TYPES
-        or config._attn_implementation != "sdpa"
-    ):
+    if getattr(config, "model_type", None) not in MODEL_TYPES:
+        return False
+    if config._attn_implementation != "sdpa":
         return False
     window = getattr(config, "sliding_window", None)
-    again = any(getattr(module, "gradient_checkpointing", False) for module in body.modules())
-    drops = body.training and any(
-        "drop" in key and value for key, value in config.to_dict().items()
-    )
-    if again or drops or (window is not None and window < mask.shape[1]):
+    if window is not None and window < tokens:
         return False
-    for wrapper in wrappers(body):
-        if wrapper.rows is not None or any(True for _ in wrapper.innermost.children()):
-            return False
-    begins_again, tokens = mask[:, 1:] & ~mask[:, :-1], mask.sum()
-    worth = (tokens < 0.75 * mask.numel()) | ((tokens >= _SHORT * len(mask)) & ~mask.all())
-    return bool(worth & ~begins_again.any())
+    if any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
+        return False
+    if body.training and _has_dropout(config):
+        return False
+    return all(_treats_tokens_alike(wrapper) for wrapper in wrappers(body))
+
+
+def _has_dropout(config: Any) -> bool:
+    return any("drop" in key and value for key, value in config.to_dict().items())
+
+
+def _treats_tokens_alike(wrapper: Parameterization) -> bool:
+    """Tell whether a wrapper surrounds a single layer, and serves every row of the batch."""
+    return wrapper.rows is None and not any(True for _ in wrapper.innermost.children())
+
+
+def _mask_fits(mask: Tensor) -> bool:
+    """Tell whether a mask has padding, on the right only, and enough of it.
+
+    Short rows need a quarter of padding to be worth it.
+    """
+    tokens = mask.sum()
+    has_much_padding = tokens < 0.75 * mask.numel()
+    has_long_rows = (tokens >= SHORT_ROW * len(mask)) & ~mask.all()
+    restarts = mask[:, 1:] & ~mask[:, :-1]
+    return bool((has_much_padding | has_long_rows) & ~restarts.any())
+
+
+# ---- the computation
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states of the tokens under the mask, example after example: (n, d), n = mask.sum().
+    """Return the last hidden states of the tokens under the mask, (n, d) with n = mask.sum().
 
-    The dropouts of adapters draw what they would draw for the padded batch.
+    The dropouts of adapters draw the random numbers that they would draw for the padded batch.
 
     Args:
-        body: one that `fits`.
+        body: a body that `fits`.
         input_ids: (rows, tokens).
         mask: (rows, tokens), true on tokens and false on padding.
     """
     positions = (mask.cumsum(1) - 1)[mask]
-    with _by_example(body, mask):
+    lengths = [length for length in mask.sum(1).tolist() if length]
+    dropouts = _padded_dropouts(body, mask)
+    with _registered_attention(body, lengths), replaced_forwards(dropouts):
         output = body(
             input_ids=input_ids[mask][None], position_ids=positions[None], use_cache=False
         )
@@ -76,52 +118,80 @@ def hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _by_example(body: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Within, attention in the body is taken over pieces of the rows' lengths; transformers makes no masks for it."""
+def _registered_attention(body: nn.Module, lengths: list[int]) -> Iterator[None]:
+    """Within the block, let the attention modules of the body call `attention_by_example`.
+
+    Transformers looks an attention function up by the name in the configuration. The function is
+    registered under a name of its own, with the lengths of the examples, and the configurations in
+    the body name it. Transformers makes no mask for a name that it does not know. On exit the
+    earlier names are back and the function is unregistered.
+
+    The lengths are bound to the function because not every model hands keywords on to its
+    attention modules (StableLM does not).
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    modules = list(body.modules())
-    found: list[Any] = [getattr(module, "config", None) for module in modules]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    dropouts = [
-        module
-        for module in modules
-        if isinstance(module, nn.Dropout) and module.p and module.training
-    ]
-    lengths = [length for length in mask.sum(1).tolist() if length]
-    ALL_ATTENTION_FUNCTIONS[_NAME] = functools.partial(_attention, lengths)
-    for config in configs.values():
-        config._attn_implementation_internal = _NAME  # the property would write into nested configs
-    for dropout in dropouts:
-        dropout.forward = functools.partial(_dropped, dropout, mask)  # type: ignore[method-assign]
+    configs: dict[int, Any] = {}
+    for module in body.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+    earlier = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
+        ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = partial(attention_by_example, lengths)
+        # The property without "_internal" would also write into nested configurations.
+        for config in configs.values():
+            config._attn_implementation_internal = ATTENTION_NAME
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-        for dropout in dropouts:
-            del dropout.forward
+            config._attn_implementation_internal = earlier[key]
+        ALL_ATTENTION_FUNCTIONS.pop(ATTENTION_NAME)
 
 
-def _attention(
+def attention_by_example(
     lengths: list[int],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: None,
-    **more: Any,
+    attention_mask: None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Of q (1, heads, n, width), as (1, n, heads, width)."""
+    """Compute causal attention within each example of one row.
+
+    With its first argument bound, it is an attention function of transformers.
+
+    Args:
+        lengths: number of tokens of each example, n in all.
+        module: the attention module.
+        query: (1, heads, n, width).
+        key: (1, heads, n, width).
+        value: (1, heads, n, width).
+        attention_mask: unused. Transformers makes none for this function.
+        **kwargs: for `sdpa_attention_forward`, such as the scale.
+
+    Returns:
+        The outputs (1, n, heads, width), and None in place of attention weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    pieces = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **more)[0] for q, k, v in pieces]
+    queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
+        outputs.append(output)
     return torch.cat(outputs, 1), None
 
 
-def _dropped(dropout: nn.Dropout, mask: Tensor, x: Tensor) -> Tensor:
-    """Of x (1, n, ...)."""
-    drawn = F.dropout(x.new_ones(*mask.shape, *x.shape[2:]), dropout.p)
+def _padded_dropouts(body: nn.Module, mask: Tensor) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield each active dropout with a forward that draws for the padded batch."""
+    for module in body.modules():
+        if isinstance(module, nn.Dropout) and module.p and module.training:
+            yield module, partial(_drop_as_padded, module.p, mask)
+
+
+def _drop_as_padded(p: float, mask: Tensor, x: Tensor) -> Tensor:
+    """Apply dropout to one row (1, n, ...), with numbers drawn for (rows, tokens, ...)."""
+    drawn = F.dropout(x.new_ones(*mask.shape, *x.shape[2:]), p)
     return x * drawn[mask]

@@ -21,19 +21,25 @@ from adaptrank.modules.adapted import AdaptedModule
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
+REGRESSION_METRICS = ("pearson", "spearman")
+CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
+
 
 class SequenceClassification(AdaptedModule):
-    """A classifier (or, with one label, a regression) over the whole text; its head is new and trains with the adapters.
+    """A classifier over the whole text, or with one label a regression.
+
+    The head is new and trains with the adapters.
 
     Args:
-        num_labels: classes; None asks the data module. 1 is a regression.
-        metrics: what to report beside the loss; by default accuracy, or Pearson and Spearman correlation for a regression.
-            F1 is that of class 1 for two classes, the macro average for more.
+        num_labels: number of classes, by default that of the data module. 1 is a regression.
+        metrics: metrics beside the loss, by default accuracy, or for a regression Pearson and
+            Spearman correlation. F1 is that of class 1 for two classes, and the macro average for
+            more.
         kwargs: as in `AdaptedModule`.
     """
 
     auto_class = "AutoModelForSequenceClassification"
-    metrics_shown: ClassVar = ("loss", "accuracy", "f1", "matthews", "pearson", "spearman")
+    metrics_shown: ClassVar = ("loss", *CLASSIFICATION_METRICS, *REGRESSION_METRICS)
 
     def __init__(
         self,
@@ -43,66 +49,78 @@ class SequenceClassification(AdaptedModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.num_labels, self.metric_names = num_labels, metrics
+        self.num_labels = num_labels
+        self.metric_names = metrics
         self.mean_loss = MeanMetric()
         self.scores: MetricCollection | None = None
 
+    # ---- building
+
     def configure_model(self) -> None:
         super().configure_model()
-        if self.scores is None:
-            labels = self._labels()
-            names = self.metric_names or (["pearson", "spearman"] if labels == 1 else ["accuracy"])
-            self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
+        if self.scores is not None:
+            return
+        labels = self._count_labels()
+        default: list[MetricName] = ["pearson", "spearman"] if labels == 1 else ["accuracy"]
+        names = self.metric_names or default
+        self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
 
     def load_backbone(self) -> Any:
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
         backbone = backbones.load_model(
-            self.source, auto_class, self.frozen_dtype, num_labels=self._labels()
+            self.source, auto_class, self.frozen_dtype, num_labels=self._count_labels()
         )
-        if (
-            backbone.config.pad_token_id is None
-        ):  # a decoder finds the last token of a text by its padding
+        # A decoder finds the last token of a text by its padding.
+        if backbone.config.pad_token_id is None:
             backbone.config.pad_token_id = self.tokenizer.pad_token_id
         return backbone
 
     def heads(self, backbone: nn.Module) -> list[str]:
-        """Every child of the model beside the pretrained part that has parameters."""
-        base = getattr(backbone, "base_model_prefix", "")
+        """Return the children of the model that have parameters and are not its pretrained part."""
+        pretrained = getattr(backbone, "base_model_prefix", "")
         return [
             name
             for name, child in backbone.named_children()
-            if name != base and any(True for _ in child.parameters())
+            if name != pretrained and any(True for _ in child.parameters())
         ]
 
     def describe_base(self) -> dict[str, Any]:
-        return {**super().describe_base(), "num_labels": self._labels()}
+        return {**super().describe_base(), "num_labels": self._count_labels()}
 
-    def _labels(self) -> int:
+    def _count_labels(self) -> int:
+        """Return the number of classes, from `num_labels` or else from the data module."""
         if self.num_labels is not None:
             return self.num_labels
         data = getattr(self._trainer, "datamodule", None)
-        known = getattr(data, "num_classes", None)
-        if known is None:
+        num_classes = getattr(data, "num_classes", None)
+        if num_classes is None:
             raise UserError(
-                "How many classes are there? Set model.num_labels; the data module does not say."
+                "How many classes are there? Set model.num_labels. The data module does not say."
             )
-        return int(known)
+        return int(num_classes)
+
+    @property
+    def _is_regression(self) -> bool:
+        return self._count_labels() == 1
+
+    # ---- steps
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (B, classes), or values (B,) for a regression, in float32."""
-        logits: Tensor = self.model(
-            **{k: v for k, v in batch.items() if k != "labels"}
-        ).logits.float()
-        return logits.squeeze(-1) if self._labels() == 1 else logits
+        """Return logits (B, classes), or values (B,) for a regression, in float32."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = self.model(**inputs).logits.float()
+        return logits.squeeze(-1) if self._is_regression else logits
 
     def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        return (
-            F.mse_loss(output, labels.float())
-            if self._labels() == 1
-            else F.cross_entropy(output, labels)
-        )
+        if self._is_regression:
+            return F.mse_loss(output, labels.float())
+        return F.cross_entropy(output, labels)
+
+    def _predict(self, output: Tensor) -> Tensor:
+        """Return the predicted classes (B,), or the values (B,) of a regression."""
+        return output if self._is_regression else output.argmax(-1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(self(batch), batch["labels"])
@@ -112,9 +130,10 @@ class SequenceClassification(AdaptedModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None
         output, labels = self(batch), batch["labels"]
-        labels = labels.float() if self._labels() == 1 else labels
+        if self._is_regression:
+            labels = labels.float()
         self.mean_loss.update(self._loss(output, labels), weight=len(labels))
-        self.scores.update(output if self._labels() == 1 else output.argmax(-1), labels)
+        self.scores.update(self._predict(output), labels)
         self.log("loss", self.mean_loss, batch_size=len(labels))
         self.log_dict(self.scores, prog_bar=True, batch_size=len(labels))
 
@@ -122,24 +141,31 @@ class SequenceClassification(AdaptedModule):
         self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Sequence[Any]:
-        output = self(batch)
-        predicted: list[Any] = (output if self._labels() == 1 else output.argmax(-1)).tolist()
+        predicted: list[Any] = self._predict(self(batch)).tolist()
         return predicted
 
 
 def make_metric(name: MetricName, labels: int) -> Metric:
-    """A task metric by its name, from torchmetrics.
+    """Return a metric of torchmetrics by its name.
+
+    Args:
+        name: name of the metric.
+        labels: number of classes. 1 is a regression.
 
     Raises:
-        ValueError: if it does not fit the number of labels.
+        UserError: if the metric does not fit the number of labels.
     """
-    if (name in ("pearson", "spearman")) != (labels == 1):
-        fits = "pearson, spearman" if labels == 1 else "accuracy, f1, matthews"
-        raise UserError(f"metric {name!r} does not fit {labels} label(s); use {fits}.")
+    fitting = REGRESSION_METRICS if labels == 1 else CLASSIFICATION_METRICS
+    if name not in fitting:
+        raise UserError(
+            f"metric {name!r} does not fit {labels} label(s). Use {', '.join(fitting)}."
+        )
     if name == "accuracy":
         return MulticlassAccuracy(labels, average="micro")
     if name == "f1":
         return BinaryF1Score() if labels == 2 else MulticlassF1Score(labels, average="macro")
     if name == "matthews":
         return BinaryMatthewsCorrCoef() if labels == 2 else MulticlassMatthewsCorrCoef(labels)
-    return PearsonCorrCoef() if name == "pearson" else SpearmanCorrCoef()
+    if name == "pearson":
+        return PearsonCorrCoef()
+    return SpearmanCorrCoef()

@@ -1,1 +1,5 @@
-"""Autograd functions with a plain twin in the tests: low-rank products, scaling, cross entropy."""
+"""Autograd functions with a plain twin in the tests.
+
+`low_rank` adds low-rank products, `scaling` scales inputs and outputs, and `cross_entropy` is the
+loss of a frozen head without its logits.
+"""

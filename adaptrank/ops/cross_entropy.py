@@ -1,8 +1,9 @@
-"""The cross entropy of a frozen linear head, without its logits.
+"""Cross entropy of a frozen linear head, without its logits.
 
-For a small model with a large vocabulary the head and the loss are most of a step, and the logits most of its memory: in float32
-and with their gradient, (tokens, vocabulary) twice. Here they exist for some tokens at a time only, and what is kept of them is
-the gradient of the hidden states, computed at once.
+For a small model with a large vocabulary, the head and the loss are most of a step, and the logits
+most of its memory: in float32 and with their gradient, (tokens, vocabulary) twice. Here the logits
+exist for some tokens at a time only. The gradient of the hidden states is computed at once, and is
+all that is kept.
 """
 
 from collections.abc import Iterator
@@ -13,13 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
-"""Float32 logits at a time: what a processor's cache holds; on a GPU more, as each chunk is a launch, which was not measured."""
+"""Bytes of float32 logits at a time, by device.
+
+On a CPU this is what its cache holds. On a GPU it is larger, because each chunk is a launch. That
+value was not measured.
+"""
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """-log softmax(W h + b)[target] of each token, (T,), in float32 or better: `F.cross_entropy` of the float32 logits.
+    """Return -log softmax(W h + b)[target] of each token, (T,), in float32 or better.
+
+    This is `F.cross_entropy` of the float32 logits.
 
     Args:
         hidden: (T, d).
@@ -33,7 +40,7 @@ def linear_cross_entropy(
 def plain_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """The same by its definition: all logits at once."""
+    """Compute `linear_cross_entropy` by its definition, with all logits at once."""
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
@@ -47,7 +54,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         device = hidden.device.type
         ctx.save_for_backward(hidden, weight, bias, targets)
-        if torch.is_autocast_enabled(device):  # once, and not again for each chunk
+        # Cast once here, and not again for each chunk.
+        if torch.is_autocast_enabled(device):
             half = torch.get_autocast_dtype(device)
             weight, hidden = weight.to(half), hidden.to(half)
             bias = None if bias is None else bias.to(half)
@@ -68,7 +76,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (hidden, weight, bias, targets) = grads, ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: by the definition
+        # A second derivative is computed by the definition.
+        if torch.is_grad_enabled():
             losses = plain_cross_entropy(hidden, weight, bias, targets)
             return torch.autograd.grad(losses, hidden, g, create_graph=True)[0], None, None, None
         return (ctx.grad * g[:, None]).to(hidden.dtype), None, None, None

@@ -1,12 +1,14 @@
-"""y + U V x, what a thin product adds to a linear layer, and scales of its inputs and outputs: what most methods compute with.
+"""Add a low-rank product to a linear layer, W x + bias + U V x, in one autograd step.
 
-Written with autograd's operations, a thin product costs more in what surrounds it than in itself: a copy of the input in the
-adapter's dtype, a scaled copy of the change, one to add it, and the same again for the gradient. Here the change is accumulated
-into the output by the product itself, and the gradient of the input into that of the frozen product.
+Written with autograd's operations, a thin product costs more in the operations around it than in
+itself: a copy of the input in the adapter's dtype, a scaled copy of the change, its addition, and
+the same again for the gradient. Here the product accumulates the change into the output, and the
+gradient of the input into that of the frozen product.
 
-Over a bf16 layer the products are taken in bf16, as the layer's own are: the input is bf16 already, and the sum is rounded to bf16 in any
-case. U, V and their gradients are float32 outside of the products. A change below 2^-8 of what the layer puts out is lost in that
-rounding in part, here as wherever an adapter's output is added to a bf16 layer's.
+Over a bf16 layer the products are taken in bf16, like the layer's own. The input is bf16 already,
+and the sum is rounded to bf16 in any case. Outside of the products, U, V and their gradients are
+float32. A change below 2^-8 of the layer's output is partly lost in that rounding, as it is
+wherever the output of an adapter is added to that of a bf16 layer.
 """
 
 from typing import Any
@@ -18,50 +20,48 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
 
-_GROUPS = 8
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-)  # float16 would overflow in a gradient summed over tokens
+# float16 would overflow in a gradient that is summed over tokens.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def fits(x: Tensor) -> bool:
-    """Whether products over this input are taken here: of numbers in a dtype that is safe to sum in, and without autocast."""
+    """Return whether products with this input are taken here.
+
+    The input must have a dtype that is safe to sum in, and autocast must be off.
+    """
     device = x.device.type
-    knows = torch.amp.is_autocast_available(device)  # the meta device knows none
-    return x.dtype in _DTYPES and not (knows and torch.is_autocast_enabled(device))
+    # The meta device has no autocast.
+    can_autocast = torch.amp.is_autocast_available(device)
+    return x.dtype in _DTYPES and not (can_autocast and torch.is_autocast_enabled(device))
 
 
 def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(W (m, n), bias) of a linear layer that nobody would notice is not called; None of any other.
+    """Return (W (m, n), bias) if the forward of a linear layer can be bypassed, else None.
 
-    It has no hook, no forward in place of its own, nothing that trains, and nothing quantized or sharded.
+    It can be if the layer has no hook and no forward of its own, trains nothing, and is neither
+    quantized nor sharded.
     """
-    if type(layer) not in layers.LINEAR or "forward" in vars(layer):
-        return None
-    if (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    ):
+    if type(layer) not in layers.LINEAR or "forward" in vars(layer) or _has_hooks(layer):
         return None
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    if (
-        weight is None
-        or type(weight) is not nn.Parameter
-        or not weight.is_floating_point()
-        or weight.requires_grad
-    ):
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
         return None
     if bias is not None and bias.requires_grad:
         return None
     return (weight.T if type(layer) is Conv1D else weight), bias
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
 def linear(x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
-    """W x + bias + U V x.
+    """Return W x + bias + U V x.
 
     Args:
         x: (..., n), in the dtype of W.
@@ -74,169 +74,109 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> T
 
 
 def accumulate(y: Tensor, z: Tensor, U: Tensor, fresh: bool = False) -> Tensor:
-    """y + U z, block by block of y where z has some.
+    """Return y + U z, block by block of y if z has blocks.
 
     Args:
         y: (..., m).
-        z: (..., k), or (..., b, k) where y is b blocks; in the dtype of y.
+        z: (..., k), or (..., b, k) if y consists of b blocks, in the dtype of y.
         U: (m, k), or (m / b, k), in the adapter's dtype.
-        fresh: nobody else holds y, and nothing has been kept of it: it is written to.
+        fresh: whether y may be written to, because nobody else holds it and autograd has not saved
+            it.
     """
     return _Accumulate.apply(y, z, U, fresh)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def scale_input(x: Tensor, d: Tensor) -> Tensor:
-    """x (1 + d), of x (..., n) and d (n,)."""
-    return _ScaleInput.apply(x, d)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def scale_output(y: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
-    """y + d (y - bias), of y (..., m), d and bias (m,): the rows of a weight scaled by 1 + d, and the bias left alone."""
-    return _ScaleOutput.apply(y, d, bias)  # type: ignore[no-any-return, no-untyped-call]
-
-
 class _Linear(torch.autograd.Function):
-    """(x, W, bias, U, V) -> (W x + bias + U z, z = V x). z is an output so that it has a second derivative; nobody else reads it."""
+    """(x, W, bias, U, V) -> (W x + bias + U z, z = V x).
+
+    z is an output only to give it a second derivative. No caller reads it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        Vh, Ut = V.to(x.dtype), _columns(U, x.dtype)
-        z = F.linear(rows, Vh)
-        out = _add_product(F.linear(rows, W, bias), z, Ut)
+        V_rounded, Ut_rounded = V.to(x.dtype), _transposed(U, x.dtype)
+        z = F.linear(rows, V_rounded)
+        out = _add_product(F.linear(rows, W, bias), z, Ut_rounded)
         ctx.set_materialize_grads(False)
-        _, _, _, of_U, of_V = ctx.needs_input_grad
-        ctx.save_for_backward(
-            W, *((U, z) if of_U else (None, None)), *((V, x) if of_V else (None, None))
-        )
-        ctx.shape, ctx.rounded = x.shape, (Ut, Vh)
+        _, _, _, needs_U, needs_V = ctx.needs_input_grad
+        kept_for_U = (U, z) if needs_U else (None, None)
+        kept_for_V = (V, x) if needs_V else (None, None)
+        ctx.save_for_backward(W, *kept_for_U, *kept_for_V)
+        ctx.shape, ctx.rounded = x.shape, (Ut_rounded, V_rounded)
         return out.view(*x.shape[:-1], out.shape[-1]), z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, gz = grads
+        g, grad_z = grads
         W, U, z, V, x = ctx.saved_tensors
-        of_x, _, _, of_U, of_V = ctx.needs_input_grad
-        Ut, Vh = ctx.rounded
-        if torch.is_grad_enabled():  # of a second derivative they are variables
-            Ut, Vh = Ut if U is None else U.T.to(Ut.dtype), Vh if V is None else V.to(Vh.dtype)
-        gx = gU = gV = u = None
+        needs_x, _, _, needs_U, needs_V = ctx.needs_input_grad
+        Ut, Vr = ctx.rounded
+        # For a second derivative the factors are variables.
+        if torch.is_grad_enabled():
+            Ut = Ut if U is None else U.T.to(Ut.dtype)
+            Vr = Vr if V is None else V.to(Vr.dtype)
+        grad_x = grad_U = grad_V = grad_hidden = None
         if g is not None:
             rows = g.reshape(-1, g.shape[-1])
-            if of_x or of_V:
-                u = F.linear(rows, Ut)
-            if of_U:
-                gU = (z.T @ rows).T.to(U.dtype)
-        if gz is not None:  # of a second derivative only
-            u = gz if u is None else u + gz
-        if of_V and u is not None:
-            gV = (u.T @ x.reshape(-1, x.shape[-1])).to(V.dtype)
-        if of_x and u is not None:
-            gx = (u @ Vh if g is None else _add_product(rows @ W, u, Vh)).view(ctx.shape)
-        return gx, None, None, gU, gV
+            if needs_x or needs_V:
+                grad_hidden = F.linear(rows, Ut)
+            if needs_U:
+                grad_U = (z.T @ rows).T.to(U.dtype)
+        # z has a gradient of its own in a second derivative only.
+        if grad_z is not None:
+            grad_hidden = grad_z if grad_hidden is None else grad_hidden + grad_z
+        if needs_V and grad_hidden is not None:
+            grad_V = (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(V.dtype)
+        if needs_x and grad_hidden is not None:
+            if g is None:
+                grad_x = grad_hidden @ Vr
+            else:
+                grad_x = _add_product(rows @ W, grad_hidden, Vr)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, grad_U, grad_V
 
 
 class _Accumulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, U: Tensor, fresh: bool) -> Tensor:
-        Ut = _columns(U, y.dtype)
+        Ut = _transposed(U, y.dtype)
         total = y.reshape(-1, Ut.shape[1])
-        left = z.reshape(len(total), Ut.shape[0])
+        rows = z.reshape(len(total), Ut.shape[0])
         ctx.save_for_backward(z, U)
         ctx.rounded = Ut
         if fresh:
             ctx.mark_dirty(y)
-            _add_product(total, left, Ut)
+            _add_product(total, rows, Ut)
             return y
-        return torch.addmm(total, left, Ut).view(y.shape)
+        return torch.addmm(total, rows, Ut).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, U) = grads, ctx.saved_tensors
-        of_y, of_z, of_U, _ = ctx.needs_input_grad
+        needs_y, needs_z, needs_U, _ = ctx.needs_input_grad
         rows = g.reshape(-1, U.shape[0])
         Ut = U.T.to(g.dtype) if torch.is_grad_enabled() else ctx.rounded
-        gz = F.linear(rows, Ut).view(z.shape) if of_z else None
-        gU = (z.reshape(len(rows), U.shape[1]).T @ rows).T.to(U.dtype) if of_U else None
-        return g if of_y else None, gz, gU, None
-
-
-class _ScaleInput(torch.autograd.Function):
-    """x (1 + d), keeping only x, which other projections of the same input keep anyway.
-
-    The deviation is rounded to the dtype of x, not 1 + d: near 1 half precision would lose it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor) -> Tensor:
-        ctx.save_for_backward(x, d)
-        return torch.addcmul(x, x, d.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (x, d) = grads, ctx.saved_tensors
-        grad_x = torch.addcmul(g, g, d.to(g.dtype)) if ctx.needs_input_grad[0] else None
-        grad_d = _sum_to(g * x, d) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_d
-
-
-class _ScaleOutput(torch.autograd.Function):
-    """y + d (y - b), keeping only its own output where y can be had back from it.
-
-    With z = y - b, the gradient of d is sum(g z), and without a bias z = out / (1 + d). The next operation usually keeps
-    `out` already. A bias would leave the rounding of `out` in z, and a scale near 0 may be
-    0 in half precision: both keep y instead.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
-        z = y if bias is None else y - bias.to(y.dtype)
-        out = torch.addcmul(y, z, d.to(y.dtype))
-        ctx.invertible = (
-            bias is None and ctx.needs_input_grad[1] and not bool(((1 + d).abs() < 0.1).any())
-        )
-        ctx.save_for_backward(out if ctx.invertible else y, d, bias)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (kept, d, bias) = grads, ctx.saved_tensors
-        grad_y = torch.addcmul(g, g, d.to(g.dtype)) if ctx.needs_input_grad[0] else None
-        grad_d = None
-        if ctx.needs_input_grad[1]:
-            z = kept if bias is None else kept - bias.to(kept.dtype)
-            grad_d = _sum_to(g * z, d)
-            if ctx.invertible:
-                grad_d = grad_d / (
-                    1 + d.to(kept.dtype).to(d.dtype)
-                )  # the scale that was applied, rounding included
-        grad_bias = None
-        if ctx.needs_input_grad[2]:  # a method inside trains it
-            grad_bias = -d.to(bias.dtype) * _sum_to(g, bias)
-        return grad_y, grad_d, grad_bias
-
-
-def _sum_to(values: Tensor, like: Tensor) -> Tensor:
-    """Sum over all leading dimensions in the adapter's dtype.
-
-    PyTorch accumulates a half-precision sum in float32 and rounds its result; a float32 result was measured to take 5 times as long. Here
-    the sums of `_GROUPS` groups are rounded, and added in float32: no slower, and where values agree in sign a third of the error.
-    """
-    rows = values.reshape(-1, values.shape[-1])
-    if rows.dtype == like.dtype:
-        return rows.sum(0)
-    even = len(rows) - len(rows) % _GROUPS
-    total = rows[:even].view(_GROUPS, -1, rows.shape[1]).sum(1).sum(0, dtype=like.dtype)
-    return total if even == len(rows) else total + rows[even:].sum(0, dtype=like.dtype)
+        grad_z = F.linear(rows, Ut).view(z.shape) if needs_z else None
+        grad_U = None
+        if needs_U:
+            grad_U = (z.reshape(len(rows), U.shape[1]).T @ rows).T.to(U.dtype)
+        return g if needs_y else None, grad_z, grad_U, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in the memory of `total` unless a second derivative is wanted; `addmm_` is not counted by FlopCounterMode."""
+    """Return total + left @ right, written into `total` unless a second derivative is wanted.
+
+    `addmm` with `out` is used because FlopCounterMode does not count `addmm_`.
+    """
     return torch.addmm(total, left, right, out=None if torch.is_grad_enabled() else total)
 
 
-def _columns(U: Tensor, dtype: torch.dtype) -> Tensor:
-    """U^T (k, m), contiguous: both products with it were measured to be faster so, up to three times in float32."""
+def _transposed(U: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return U^T (k, m), contiguous.
+
+    Both products with it were measured to be faster so, up to three times in float32.
+    """
     return U.T.to(dtype, memory_format=torch.contiguous_format)

@@ -1,13 +1,22 @@
-"""What changes in a weight. One method, one file; the registry is what the folder defines and what users subclass."""
+"""Trainable changes of a frozen layer: one method, one file.
+
+The registry holds what this folder defines and what users subclass.
+"""
 
 from adaptrank.parameterizations.base import (
     PARAMETERIZATIONS,
     Cost,
     Parameterization,
+    on_example,
+)
+from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
     named_layers,
-    on_example,
     replace_layer,
     replace_layers,
     wrapped_layers,
@@ -18,7 +27,7 @@ PARAMETERIZATIONS.import_folder(__name__, __path__)
 
 
 def __getattr__(name: str) -> type[Parameterization]:
-    """`from adaptrank.parameterizations import LoRA`, with no second list to keep."""
+    """Find a method by its class name, so that there is no second list to keep."""
     if name in PARAMETERIZATIONS:
         return PARAMETERIZATIONS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -26,10 +35,14 @@ def __getattr__(name: str) -> type[Parameterization]:
 
 __all__ = [
     "PARAMETERIZATIONS",
+    "Capability",
     "Cost",
+    "LowRankUpdate",
+    "ModuleWrapper",
     "Parameterization",
     "adapted_part",
     "adapter_parameters",
+    "formula",
     "named_layers",
     "on_example",
     "replace_layer",

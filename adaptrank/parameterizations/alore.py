@@ -1,32 +1,37 @@
 """ALoRE: low-rank experts in hypercomplex form, summed and folded into the weight."""
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import low_rank
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.formula import formula
 
 
 class ALoRE(Parameterization):
-    """W' = W + s sum_k S_k kron (U_k V_k): a plain sum of K low-rank experts, each a small rule S_k over b x b blocks.
+    """W' = W + s sum_k S_k kron (U_k V_k): a plain sum of K low-rank experts.
 
-    With placement="pre" the module stands before the layer, as a residual: y = W (x + s D x) + bias, D = sum_k S_k kron (U_k V_k)
-    square. It is folded in by re-parameterization, W' = W (I + s D). U starts at zero, so training starts at W.
+    Each expert has a small rule S_k over b x b blocks. With placement="pre" the module stands
+    before the layer, as a residual: y = W (x + s D x) + bias, with D = sum_k S_k kron (U_k V_k)
+    square. It is folded in by re-parameterization, W' = W (I + s D). U starts at zero, so training
+    starts at W.
 
-    Source: arXiv:2412.08341. The paper puts modules in sequence, "pre"; "parallel" is the form of the other methods here. From the abstract:
-        the sequence and the re-parameterization. Number and rank of experts, start, scale and biases of the paper are
-        unverified; the defaults give the 0.15M parameters that its abstract states for ViT-B.
-    Shapes: W (m, n), S (K, b, b), V (K, r, n/b), U (K, m/b, r); "pre" has U (K, n/b, r). Parameters: K (b^2 + r (m + n) / b).
+    Source: arXiv:2412.08341. The paper puts modules in sequence, "pre". "parallel" is the form of
+        the other methods here. The sequence and the re-parameterization are from the abstract.
+        Number and rank of experts, start, scale and biases of the paper are unverified. The
+        defaults give the 0.15M parameters that its abstract states for ViT-B.
+    Shapes: W (m, n), S (K, b, b), V (K, r, n/b), U (K, m/b, r). "pre" has U (K, n/b, r).
+        Parameters: K (b^2 + r (m + n) / b).
     Args:
         rank: rank r of each expert.
-        experts: number K of experts; in the paper K = blocks.
+        experts: number K of experts. In the paper K = blocks.
         blocks: b, must divide m and n.
-        scale: s; searched for each task by the authors (second-hand).
+        scale: s. The authors search it for each task (second-hand).
         placement: "parallel" or "pre".
         dropout: probability of dropping an input element on the way to V, in [0, 1).
     Raises:
@@ -54,16 +59,16 @@ class ALoRE(Parameterization):
             raise UserError(f"placement={placement!r} is unknown; use 'parallel' or 'pre'.")
         self.placement, self.scale = placement, scale
         if placement == "pre":
-            self.needs_weight()
+            self.require_weight()
             m = n
         if blocks < 1 or m % blocks or n % blocks:
             fits = [b for b in range(1, min(m, n) + 1) if m % b == n % b == 0]
             raise UserError(f"blocks={blocks} does not divide a {m}x{n} change; use one of {fits}.")
-        self.most = min(m, n) // blocks
-        if not 1 <= rank <= self.most or experts < 1:
+        self.largest_rank = min(m, n) // blocks
+        if not 1 <= rank <= self.largest_rank or experts < 1:
             raise UserError(
-                f"rank={rank}, experts={experts} with {blocks} blocks do not fit a {m}x{n} change; use ranks of 1 to {self.most}, "
-                f"and 1 or more experts."
+                f"rank={rank}, experts={experts} with {blocks} blocks do not fit a {m}x{n} change; "
+                f"use ranks of 1 to {self.largest_rank}, and 1 or more experts."
             )
         self.dropout = nn.Dropout(dropout)
         self.S = self.zeros(experts, blocks, blocks)
@@ -72,40 +77,43 @@ class ALoRE(Parameterization):
         nn.init.normal_(self.S, std=1 / math.sqrt(blocks))
         nn.init.uniform_(self.V, -math.sqrt(blocks / n), math.sqrt(blocks / n))
 
-    @property
+    @formula
     def weight(self) -> Tensor:
+        U = self.gated("U")
         experts = (
-            torch.kron(s.contiguous(), u @ v)
-            for s, u, v in zip(self.S, self.U, self.V, strict=True)
+            torch.kron(s.contiguous(), u @ v) for s, u, v in zip(self.S, U, self.V, strict=True)
         )
-        D = self.scale * sum(experts, self.U.new_zeros(()))
+        D = self.scale * sum(experts, U.new_zeros(()))
         return self.base_weight + (self.base_weight @ D if self.placement == "pre" else D)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        if self.multiplies(x):
-            z, U = self._thin(x), self.scale * self.U.transpose(0, 1).flatten(1)
+    def forward_adapted(self, x: Tensor) -> Tensor:
+        if self.fuses(x):
+            z, U = self._hidden(x), self.scale * self._output_factor()
             if self.placement == "parallel":
-                return self.accumulated(x, z, U)
-            return self.base(products.accumulate(x, z, U))  # type: ignore[no-any-return]
+                return self.add_low_rank(x, z, U)
+            return self.base(low_rank.accumulate(x, z, U))  # type: ignore[no-any-return]
         if self.placement == "parallel":
-            return cast(Tensor, super().adapted(x))
+            return super().forward_adapted(x)
         return self.base(x + self.delta(x.to(self.U.dtype), x).to(x.dtype))  # type: ignore[no-any-return]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.scale * F.linear(self._thin(x), self.U.transpose(0, 1).flatten(1)).flatten(-2)
+        return self.scale * F.linear(self._hidden(x), self._output_factor()).flatten(-2)
 
-    def _thin(self, x: Tensor) -> Tensor:
-        """What the experts' U multiply, (..., b, K r), in the dtype of x."""
-        X = self.dropped(x).reshape(
-            *x.shape[:-1], self.S.shape[-1], self.V.shape[-1]
-        )  # (..., b, n/b)
+    def _hidden(self, x: Tensor) -> Tensor:
+        """Return what U multiplies, (..., b, K r), in the dtype of x."""
+        blocks, width = self.S.shape[-1], self.V.shape[-1]
+        X = self.apply_dropout(x).reshape(*x.shape[:-1], blocks, width)  # (..., b, n/b)
         z = F.linear(X, self.V.to(x.dtype).flatten(0, 1))
         z = z.view(*z.shape[:-1], *self.V.shape[:2])
         return torch.einsum("...ukr,kpu->...pkr", z, self.S.to(x.dtype)).flatten(-2)
+
+    def _output_factor(self) -> Tensor:
+        """Return U of all experts side by side, (m/b, K r)."""
+        return self.gated("U").transpose(0, 1).flatten(1)
 
     def cost(self) -> Cost:
         n, (K, rows, r), b = self.shape[1], self.U.shape, self.S.shape[1]
         return Cost(flops=2 * K * r * (n + b * b + rows * b), kept=n + 2 * K * r * b)
 
     def max_units(self, axis: str) -> int | None:
-        return self.most if axis == "rank" else None
+        return self.largest_rank if axis == "rank" else None

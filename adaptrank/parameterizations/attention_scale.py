@@ -10,24 +10,34 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.module import ModuleWrapper
 
 
-class AttentionScale(Parameterization):
-    """softmax((1 + da) * Z + mask) V with the logits Z = Q K^T / sqrt(width of a head): a trained factor on every attention.
+class AttentionScale(ModuleWrapper):
+    """softmax((1 + da) * Z + mask) V: a trained factor on the logits of every attention.
 
-    It wraps attention modules of transformers, `targets: all`. "scalar" trains one number a head; it multiplies the queries, so
-    sdpa and flash attention go on being used, it starts at the module to the last bit, and it merges into the query projection.
-    "lite" trains a number for each pair of positions, "full" for each pair and head; both fix the number n of positions, which suits
-    images of one size and no text, compute the attention by hand, start at the module up to rounding, and do not merge.
+    Z = Q K^T / sqrt(width of a head). It wraps attention modules of transformers, `targets: all`.
     The factor is applied before the mask. There is no rank axis: the cost is fixed.
 
-    Source: AttnScale, arXiv:2304.01917 (abstract; the three shapes, and that the factor comes before the softmax, are recalled or chosen, not read).
+    "scalar" trains one number for each head. The number multiplies the queries, so sdpa and flash
+    attention stay in use. Training starts at the module to the last bit, and the factor merges into
+    the query projection.
+
+    "lite" trains a number for each pair of positions, "full" for each pair and head. Both fix the
+    number n of positions, which suits images of one size and no text. They compute the attention by
+    hand, start at the module up to rounding, and do not merge.
+
+    Source: AttnScale, arXiv:2304.01917 (abstract). The three shapes, and that the factor comes
+        before the softmax, are recalled or chosen, not read.
     Shapes: da (h, 1, 1), (1, n, n) or (h, n, n) for h heads. Parameters: h, n^2 or h n^2.
     Args:
         form: "scalar", "lite" or "full".
-        tokens: number n of positions, of "lite" and "full": for images the patches and one for the class token.
+        tokens: number n of positions, of "lite" and "full". For images these are the patches and
+            one for the class token.
     Raises:
-        ValueError: if lite or full are not told the number of tokens, or scalar is; later, for another number of positions.
+        ValueError: if lite or full are not told the number of tokens, or scalar is. The forward
+            pass raises it for another number of positions.
     """
 
     source = "arXiv:2304.01917"
@@ -41,23 +51,24 @@ class AttentionScale(Parameterization):
         tokens: int | None = None,
     ) -> None:
         super().__init__(base)
-        plain, heads = self.innermost, self._heads()
+        plain: Any = self.innermost
+        heads = int(plain.config.num_attention_heads)
         if form not in ("scalar", "lite", "full"):
             raise UserError(
                 f"form={form!r} is none of AttentionScale's; use 'scalar', 'lite' or 'full'."
             )
-        if (form == "scalar") != (tokens is None):
-            say = (
-                "leave tokens out"
-                if form == "scalar"
-                else "say tokens=197 for a ViT of 14x14 patches, for example"
+        if form == "scalar" and tokens is not None:
+            raise UserError(f"AttentionScale(form='scalar', tokens={tokens}): leave tokens out.")
+        if form != "scalar" and tokens is None:
+            raise UserError(
+                f"AttentionScale(form={form!r}, tokens=None): say tokens=197 for a ViT of 14x14 "
+                f"patches, for example."
             )
-            raise UserError(f"AttentionScale(form={form!r}, tokens={tokens}): {say}.")
         self.form, self.tokens = form, tokens
         n = tokens or 1
         self.da = self.zeros(1 if form == "lite" else heads, n, n)
         self.starts_at_base = form == "scalar"
-        self.mergeable = form == "scalar" and _separate(plain, heads)
+        self.mergeable = form == "scalar" and _has_separate_queries(plain, heads)
 
     @classmethod
     def wraps(cls, layer: nn.Module) -> bool:
@@ -82,25 +93,24 @@ class AttentionScale(Parameterization):
         size = (max(1, torch.Size(leading).numel()), self.tokens or 4, plain.config.hidden_size)
         return torch.randn(size, generator=random, dtype=torch.float64).to(layers.dtype(plain))
 
-    def _heads(self) -> int:
-        plain: Any = self.innermost
-        return int(plain.config.num_attention_heads)
-
-    def _query(self) -> str:
+    def _query_name(self) -> str:
+        """Return the name of the separate query projection, or "" if the module has none."""
         return next((name for name in layers.QUERIES if name in self.innermost._modules), "")
 
     @property
     def base_weight(self) -> Tensor:
+        """The weight of the query projection, (m, n)."""
         if isinstance(self.base, Parameterization):
             return self.base.dense()
-        return layers.dense(self.innermost.get_submodule(self._query()), self.adapter_dtype)
+        query = self.innermost.get_submodule(self._query_name())
+        return layers.dense(query, self.adapter_dtype)
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        # Of the query projection: its rows are the heads', one after the other.
-        return self._rows(self.base_weight)
+        return self._scale_heads(self.base_weight)
 
-    def _rows(self, values: Tensor) -> Tensor:
+    def _scale_heads(self, values: Tensor) -> Tensor:
+        """Scale the rows of the query projection, which belong to the heads one after the other."""
         heads = values.view(len(self.da), -1, *values.shape[1:])
         return (heads * (1 + self.da.view(-1, *[1] * values.dim()))).flatten(0, 1)
 
@@ -108,76 +118,80 @@ class AttentionScale(Parameterization):
         inner = self.base.merged() if isinstance(self.base, Parameterization) else {}
         if not self.enabled:
             return inner
-        query, path = self.innermost.get_submodule(self._query()), self._query()
+        path = self._query_name()
+        query = self.innermost.get_submodule(path)
         if isinstance(query, Parameterization):
             raise UserError(
-                f"AttentionScale folds into {path}, which still carries {type(query).__name__}; merge the whole model, which "
-                f"folds that one first."
+                f"AttentionScale folds into {path}, which still carries {type(query).__name__}; "
+                f"merge the whole model, which folds that one first."
             )
         if layers.quantized(query):
             raise UserError(
-                f"AttentionScale folds into {path}, which is quantized; merge on the unquantized base."
+                f"AttentionScale folds into {path}, which is quantized; merge on the unquantized "
+                f"base."
             )
         values = {**inner, f"{path}.weight": layers.stored(query, self.dense())}
         bias = inner.get(f"{path}.bias", getattr(query, "bias", None))
         if bias is not None:
-            values[f"{path}.bias"] = self._rows(bias.to(self.da.dtype))
+            values[f"{path}.bias"] = self._scale_heads(bias.to(self.da.dtype))
         return values
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
         if all(wrapper.mergeable for wrapper in self.nest):
             return super().definition(*args, **kwargs)
-        factor = functools.reduce(torch.mul, [1 + scale.da for scale in self._scales()])
+        factor = functools.reduce(torch.mul, [1 + scale.da for scale in self._enabled_scales()])
         plain = self.innermost
         values = {name: p.to(self.adapter_dtype) for name, p in plain.named_parameters()}
-        with layers.attending(plain, functools.partial(_by_hand, factor)):
+        with layers.attending(plain, functools.partial(_attention_by_hand, factor)):
             return torch.func.functional_call(plain, values, args, kwargs)
 
-    def _scales(self) -> "list[AttentionScale]":
-        """Those of the nest that are on: their factors multiply, whatever their forms."""
+    def _enabled_scales(self) -> "list[AttentionScale]":
+        """Return the wrappers of the nest that are on. Their factors multiply, in any form."""
         return [
             wrapper
             for wrapper in self.nest
             if isinstance(wrapper, AttentionScale) and wrapper.enabled
         ]
 
-    def adapted(self, *args: Any, **kwargs: Any) -> Any:
-        if layers.routed(self.innermost):  # the outermost of a nest computes for all
+    def forward_adapted(self, *args: Any, **kwargs: Any) -> Any:
+        # The outermost wrapper of a nest computes for all of them.
+        if layers.routed(self.innermost):
             return self.base(*args, **kwargs)
-        with layers.attending(self.innermost, functools.partial(_scaled, self._scales())):
+        scaled = functools.partial(_scaled_attention, self._enabled_scales())
+        with layers.attending(self.innermost, scaled):
             return self.base(*args, **kwargs)
 
     def cost(self) -> Cost | None:
-        width = (
-            layers.shape(_plain(self.innermost.get_submodule(self._query())))[0]
-            if self._query()
-            else None
-        )
-        return Cost(kept=width) if self.form == "scalar" and width else None
+        name = self._query_name()
+        if self.form != "scalar" or not name:
+            return None
+        return Cost(kept=layers.shape(_innermost(self.innermost.get_submodule(name)))[0])
 
 
-def _plain(layer: nn.Module) -> nn.Module:
+def _innermost(layer: nn.Module) -> nn.Module:
     return layer.innermost if isinstance(layer, Parameterization) else layer
 
 
-def _separate(module: nn.Module, heads: int) -> bool:
-    """Whether queries come from a layer of their own, and reach the logits with nothing but rotations in between."""
+def _has_separate_queries(module: nn.Module, heads: int) -> bool:
+    """Return whether a factor on the queries can be folded into their projection.
+
+    Queries must come from a layer of their own, and reach the logits with nothing but rotations in
+    between.
+    """
     name = next((name for name in layers.QUERIES if name in module._modules), None)
-    query = None if name is None else _plain(module.get_submodule(name))
+    query = None if name is None else _innermost(module.get_submodule(name))
     if not isinstance(query, layers.LINEAR):
         return False
+    is_normed = any("norm" in child for child in module._modules)
+    is_clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
+    if is_normed or is_clipped:
+        return False
     width = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
-    normed = any("norm" in child for child in module._modules)
-    clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
     m = layers.shape(query)[0]
-    return (
-        not normed
-        and not clipped
-        and (m == heads * width if isinstance(width, int) else m % heads == 0)
-    )
+    return m == heads * width if isinstance(width, int) else m % heads == 0
 
 
-def _scaled(
+def _scaled_attention(
     scales: list[AttentionScale],
     original: Any,
     module: nn.Module,
@@ -187,27 +201,26 @@ def _scaled(
     mask: Any,
     **more: Any,
 ) -> Any:
-    """What the attention computes with these factors on its logits; q (batch, h, queries, width)."""
+    """Compute the attention with these factors on its logits, for q (batch, h, queries, width)."""
     factor: Tensor | None = None
     for scale in scales:
         if scale.form == "scalar":
-            q = torch.addcmul(
-                q, q, scale.da.to(q.dtype)
-            )  # the deviation is rounded, not the factor: near 1 bf16 is coarse
+            # The deviation is rounded, not the factor, because bf16 is coarse near 1.
+            q = torch.addcmul(q, q, scale.da.to(q.dtype))
             continue
         n = scale.tokens
         if (q.shape[-2], k.shape[-2]) != (n, n):
             raise UserError(
-                f"AttentionScale(form={scale.form!r}) holds {n}x{n} pairs of positions, and this attention has {q.shape[-2]}x{k.shape[-2]}; "
-                f"use form='scalar' where lengths vary."
+                f"AttentionScale(form={scale.form!r}) holds {n}x{n} pairs of positions, and this "
+                f"attention has {q.shape[-2]}x{k.shape[-2]}; use form='scalar' where lengths vary."
             )
         factor = 1 + scale.da if factor is None else factor * (1 + scale.da)
     if factor is None:
         return original(module, q, k, v, mask, **more)
-    return _by_hand(factor, original, module, q, k, v, mask, **more)
+    return _attention_by_hand(factor, original, module, q, k, v, mask, **more)
 
 
-def _by_hand(
+def _attention_by_hand(
     factor: Tensor,
     original: Any,
     module: nn.Module,
@@ -221,13 +234,8 @@ def _by_hand(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(factor * Z + mask) V, one step after the other."""
-    odd = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
-    if odd or (isinstance(mask, Tensor) and mask.dim() < 4) or not isinstance(mask, Tensor | None):
-        what = odd[0] if odd else f"mask of shape {tuple(getattr(mask, 'shape', ()))}"
-        raise UserError(
-            f"AttentionScale computes lite and full by hand, and knows no {what}; load the model with sdpa, or use form='scalar'."
-        )
+    """Compute softmax(factor * Z + mask) V, one step after the other."""
+    _check_attention_arguments(mask, more)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -235,23 +243,36 @@ def _by_hand(
     logits = factor * (scaling * q @ k.mT).to(dtype)
     if position_bias is not None:
         logits = logits + position_bias
-    if (
-        mask is None
-        and q.shape[-2] > 1
-        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    ):
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(
-            k.shape[-2] - q.shape[-2]
-        )
-    # After the factor: a factor of zero, or below it, on minus infinity would be no number. And a row that is masked whole must
-    # not be one of minus infinities either.
-    least = torch.finfo(dtype).min
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and q.shape[-2] > 1 and causal:
+        pairs = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
+        mask = pairs.tril(k.shape[-2] - q.shape[-2])
     if mask is not None:
-        mask = mask[..., : k.shape[-2]]
-        logits = (
-            logits.masked_fill(~mask, least)
-            if mask.dtype == torch.bool
-            else logits + mask.to(dtype).clamp(min=least)
-        )
+        logits = _masked(logits, mask[..., : k.shape[-2]])
     weights = F.dropout(logits.softmax(-1).to(q.dtype), dropout, module.training)
     return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+def _check_attention_arguments(mask: Any, more: dict[str, Any]) -> None:
+    """Refuse arguments that the attention by hand would ignore, or a mask that it cannot read."""
+    unknown = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
+    is_short = isinstance(mask, Tensor) and mask.dim() < 4
+    if unknown or is_short or not isinstance(mask, Tensor | None):
+        shape = tuple(getattr(mask, "shape", ()))
+        cause = unknown[0] if unknown else f"mask of shape {shape}"
+        raise UserError(
+            f"AttentionScale computes lite and full by hand, and knows no {cause}; load the model "
+            f"with sdpa, or use form='scalar'."
+        )
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """Apply a boolean or an additive mask to logits that are multiplied by their factor already.
+
+    A factor of zero, or below it, would turn minus infinity into no number. The least finite number
+    is used instead, so that a row that is masked whole has no row of minus infinities either.
+    """
+    least = torch.finfo(logits.dtype).min
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, least)
+    return logits + mask.to(logits.dtype).clamp(min=least)

@@ -1,7 +1,6 @@
-"""DoRA: LoRA on the direction of every row, and a trained magnitude for each."""
+"""DoRA: LoRA on the direction of every row, and a trained magnitude for each row."""
 
 import math
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +8,26 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.formula import formula
 
 
 class DoRA(Parameterization):
-    """W' = diag(m / ||V||) V with V = W + s B A and one norm a row; s = alpha / rank fixed at construction.
+    """W' = diag(m / ||V||) V with V = W + s B A, and one norm for each row.
 
-    Row norms come without an (m, n) product: ||V_j||^2 = ||W_j||^2 + 2 s (W A^T)_j B_j + s^2 B_j (A A^T) B_j. As the paper
-    proposes, the norm is a constant for the gradient; with `detach_norm=False` autograd sees it too.
+    s = alpha / rank is fixed at construction. Row norms need no (m, n) product:
+    ||V_j||^2 = ||W_j||^2 + 2 s (W A^T)_j B_j + s^2 B_j (A A^T) B_j. As the paper proposes, the norm
+    is a constant for the gradient. With `detach_norm=False` autograd sees it, too.
 
     Source: arXiv:2402.09353.
     Shapes: W (m, n), A (r, n), B (m, r), magnitude m (m,). Parameters: r (m + n) + m.
     Args:
-        rank: number r of rank-one units.
+        rank: number r of rank-1 components.
         alpha: numerator of the scale s.
-        dropout: probability of dropping an input element, in [0, 1); above 0 the scaled part of W x is computed from the
-            dropped input as well, a second product with W, as in HF PEFT.
+        dropout: probability of dropping an input element, in [0, 1). Above 0, the scaled part of
+            W x is computed from the dropped input as well, a second product with W, as in HF PEFT.
         detach_norm: treat the row norms as constants in the backward pass.
     Raises:
         ValueError: if rank < 1.
@@ -35,13 +37,13 @@ class DoRA(Parameterization):
     accepts = layers.MATRICES
     reads_weight = True
     axes = {"rank": {"A": 0, "B": 1}}
-    capabilities = frozenset(
-        {"grow", "duplicate", "ordered", "pattern", "matrix_rank", "input_directions"}
-    )
+    capabilities = DEFAULT_CAPABILITIES | {Capability.MATRIX_RANK, Capability.INPUT_DIRECTIONS}
     input_factor = {"rank": "A"}
-    squares: Tensor | None
-    no_decay = ("m",)  # decay would shrink the layer itself
+    # Weight decay on the magnitude would shrink the layer itself.
+    no_decay = ("m",)
     exact_gradient = {"detach_norm": False}
+    squares: Tensor | None
+    """||W_j||^2 of the rows, (m,), or None before it is computed."""
 
     def __init__(
         self,
@@ -63,66 +65,66 @@ class DoRA(Parameterization):
         self.B = self.zeros(m, rank)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.m = self.zeros(m)
-        self.register_buffer("squares", None, persistent=False)  # ||W_j||^2, (m,), once computed
+        self.register_buffer("squares", None, persistent=False)
+        # The same arithmetic as in training, so that m / ||V|| starts at 1 exactly.
         with torch.no_grad():
-            self.m.copy_(
-                self._norm()
-            )  # the same arithmetic as in training, so that m / ||V|| starts at 1 exactly
+            self.m.copy_(self.row_norms(self.B))
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        V = self.base_weight + self.scale * self.B @ self.A
-        norm = V.norm(dim=1).clamp_min(
-            math.sqrt(torch.finfo(V.dtype).tiny)
-        )  # as in _norm: a row of zeros stays one
+        V = self.base_weight + self.scale * self.gated("B") @ self.A
+        # As in `row_norms`, a row of zeros stays a row of zeros.
+        norm = V.norm(dim=1).clamp_min(math.sqrt(torch.finfo(V.dtype).tiny))
         scale: Tensor = self.m / (norm.detach() if self.detach_norm else norm)
         return scale[:, None] * V
 
-    def adapted(self, x: Tensor) -> Tensor:
-        if not self.multiplies(x) or self.dropped(x) is not x:
-            return cast(Tensor, super().adapted(x))
-        y = self.with_product(x, self.scale * self.B, self.A)
-        # The bias is subtracted inside the deviation, so that k = 1 is the identity to the last bit.
-        return products.scale_output(y, self.m / self._norm() - 1, self.bias)
+    def forward_adapted(self, x: Tensor) -> Tensor:
+        if not self.fuses(x) or self.apply_dropout(x) is not x:
+            return super().forward_adapted(x)
+        B = self.gated("B")
+        y = self.add_product(x, self.scale * B, self.A)
+        # The bias is subtracted inside the deviation, so that k = 1 is the identity to the bit.
+        return scaling.scale_output(y, self.m / self.row_norms(B) - 1, self.trained_bias())
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        k = self.m / self._norm()
+        B, bias = self.gated("B"), self.trained_bias()
+        k = self.m / self.row_norms(B)
         if x.is_floating_point() and self.dropout.p and self.training:
             x = self.dropout(x)
             y = layers.channels_last(self.innermost, self.base(x.to(y.dtype)))
-        z = y if self.bias is None else y - self.bias
-        return (k - 1) * z + k * self.scale * F.linear(self.project(x, self.A), self.B)
+        z = y if bias is None else y - bias
+        return (k - 1) * z + k * self.scale * F.linear(self.project(x, self.A), B)
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
-        return Cost(
-            flops=2 * r * (m + n), flops_once=2 * r * (m * n + r * n + r * m), kept=n + r + m
-        )
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        settings = {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r, "use_dora": True}
-        return settings, {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.m}
+        once = 2 * r * (m * n + r * n + r * m)
+        return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r + m)
 
     def refresh(self) -> None:
-        self.squares = None  # the base may have been loaded anew
+        # The base may have been loaded anew.
+        self.squares = None
 
-    def _norm(self) -> Tensor:
+    def row_norms(self, B: Tensor) -> Tensor:
+        """Return ||V_j|| for each row j of V = W + s B A, (m,)."""
+        s, A = self.scale, self.A
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            s, A, B, squares = self.scale, self.A, self.B, self.squares
-            if isinstance(self.base, Parameterization):  # it trains, and its norms change
-                W = self.base_weight
-                squares = W.square().sum(1)
-            else:  # of a bf16 weight the product is taken in bf16, like the layer's own
-                dtype = layers.dtype(self.base)
-                W = layers.dense(
-                    self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype
-                )
-                if squares is None:
-                    squares = self.squares = self.base_weight.square().sum(1)
-            # Summed in float64: the terms may cancel, and a fresh unit must not change the order of rounding.
-            exact = squares.double() + 2 * s * ((W @ A.to(W.dtype).T) * B).sum(
-                1, dtype=torch.float64
-            )
+            W, squares = self._frozen_rows()
+            # Summed in float64: the terms may cancel, and a fresh unit must not change the order of
+            # rounding.
+            cross = ((W @ A.to(W.dtype).T) * B).sum(1, dtype=torch.float64)
+            exact = squares.double() + 2 * s * cross
             exact = exact + s * s * ((B @ (A @ A.T)) * B).sum(1, dtype=torch.float64)
             return exact.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().to(squares.dtype)
+
+    def _frozen_rows(self) -> tuple[Tensor, Tensor]:
+        """Return W (m, n) of what this wraps, and ||W_j||^2 of its rows, (m,)."""
+        # A base that trains changes its norms.
+        if isinstance(self.base, Parameterization):
+            W = self.base_weight
+            return W, W.square().sum(1)
+        # A product with a bf16 weight is taken in bf16, like the layer's own.
+        dtype = layers.dtype(self.base)
+        W = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype)
+        if self.squares is None:
+            self.squares = self.base_weight.square().sum(1)
+        return W, self.squares

@@ -4,21 +4,24 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.ops import low_rank as products
+from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.formula import formula
 
 
 class HyperAdapt(Parameterization):
     """W' = diag(1 + da) W diag(1 + dc): one scale a row, one a column, m + n parameters.
 
-    The change W' - W can have any rank up to min(2 rank(W), m, n). It starts at W exactly (that the paper starts at ones
-    too is recalled, not verified). The parameters are the deviations from 1, so that neither half-precision activations nor
-    weight decay distort them. There is no rank axis: the cost is fixed.
+    The change W' - W can have any rank up to min(2 rank(W), m, n). It starts at W exactly. That the
+    paper starts at ones too is recalled, not verified. The parameters are the deviations from 1, so
+    that neither half-precision activations nor weight decay distort them. There is no rank axis:
+    the cost is fixed.
 
     Source: arXiv:2509.18629 (formula, parameter count and rank bound from the abstract).
-    Shapes: W (m, n), da (m,), dc (n,). Extra cost: N (m + n) multiplications for N tokens, and no second product.
-    Training keeps x and y only, no scaled copies. Of an embedding a column is a token; of a convolution it is an input channel:
-    its dc has one entry a channel, not one a tap.
+    Shapes: W (m, n), da (m,), dc (n,). Extra cost: N (m + n) multiplications for N tokens, and no
+        second product. Training keeps x and y only, no scaled copies. A column of an embedding is a
+        token. A column of a convolution is an input channel: its dc has one entry for each channel,
+        not for each tap.
     Args:
         rows: train the row scales da.
         cols: train the column scales dc.
@@ -39,13 +42,12 @@ class HyperAdapt(Parameterization):
             )
         m, n = self.shape
         plain = self.innermost
-        self.taps = (
-            n // plain.in_channels if isinstance(plain, nn.Conv2d) else 1
-        )  # columns that share a scale
+        # Columns that share a scale.
+        self.taps = n // plain.in_channels if isinstance(plain, nn.Conv2d) else 1
         self.da = self.zeros(m) if rows else None
         self.dc = self.zeros(n // self.taps) if cols else None
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         weight = self.base_weight
         if self.da is not None:
@@ -54,25 +56,23 @@ class HyperAdapt(Parameterization):
             weight = weight * (1 + self.dc).repeat_interleave(self.taps)
         return weight
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def forward_adapted(self, x: Tensor) -> Tensor:
         plain = self.innermost
         if isinstance(plain, nn.Embedding):
             y: Tensor = self.base(x)
-            if (
-                self.dc is not None
-            ):  # W (dc * onehot(x)) is the row of W, scaled by the token's own number
+            # W (dc * onehot(x)) is a column of W, scaled by the token's own number.
+            if self.dc is not None:
                 y = y + y * self.dc[x][..., None].to(y.dtype)
         else:
             if self.dc is not None:
-                x = layers.channels_first(
-                    plain, products.scale_input(layers.channels_last(plain, x), self.dc)
-                )
+                scaled = scaling.scale_input(layers.channels_last(plain, x), self.dc)
+                x = layers.channels_first(plain, scaled)
             y = self.base(x)
-        # The bias is subtracted inside the deviation, so that da = 0 is the identity to the last bit.
+        # The bias is subtracted inside the deviation, so that da = 0 is the identity to the bit.
         if self.da is not None:
-            y = layers.channels_first(
-                plain, products.scale_output(layers.channels_last(plain, y), self.da, self.bias)
-            )
+            channels = layers.channels_last(plain, y)
+            scaled = scaling.scale_output(channels, self.da, self.trained_bias())
+            y = layers.channels_first(plain, scaled)
         return y
 
     def cost(self) -> Cost:

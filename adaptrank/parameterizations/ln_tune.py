@@ -4,19 +4,25 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.module import ModuleWrapper
 
 
-class LNTune(Parameterization):
-    """y = (g + dg) z + (b + db) with z the normalized input: the gain and the shift of a norm, trained as deviations from the frozen ones.
+class LNTune(ModuleWrapper):
+    """y = (g + dg) z + (b + db) with z the normalized input: a norm's gain and shift, trained.
 
-    It is computed as norm(x) + (dg z + db), where the change is the same norm run with other gains: so it starts at the norm to the last bit,
-    and half precision, whose steps near 1 are 2^-7, does not eat small deviations. A norm without a shift (RMSNorm) has dg alone. A norm
-    that multiplies by 1 + w (Gemma) is recognized by what it computes from a zero weight. There is no rank axis: the cost is fixed. The
-    authors' learning rates were not read; other reports have it fail at 1e-4, so use 1e-3 to 1e-2.
+    dg and db are deviations from the frozen gain and shift. The output is computed as
+    norm(x) + (dg z + db), where the change is the same norm with other gains. So it starts at the
+    norm to the last bit, and half precision, whose steps near 1 are 2^-7, does not lose small
+    deviations. A norm without a shift (RMSNorm) has dg alone. A norm that multiplies by 1 + w
+    (Gemma) is recognized by its output for a zero weight. There is no rank axis: the cost is fixed.
+    The authors' learning rates were not read. Other reports have it fail at 1e-4, so use 1e-3 to
+    1e-2.
 
-    Source: LN-Tune, arXiv:2304.01917 (abstract; that deviations are added, not multiplied, is this library's choice).
-    Shapes: g, b, dg, db (d,). Parameters: 2 d, or d where the norm has no shift.
+    Source: LN-Tune, arXiv:2304.01917 (abstract). That deviations are added, not multiplied, is this
+        library's choice.
+    Shapes: g, b, dg, db (d,). Parameters: 2 d, or d if the norm has no shift.
     Args:
         gain: train the gain.
         shift: train the shift, of norms that have one.
@@ -35,27 +41,24 @@ class LNTune(Parameterization):
         shift = shift and getattr(plain, "bias", None) is not None
         if not (gain or shift):
             raise UserError(
-                f"LNTune trains nothing of this {type(plain).__name__}, which has a gain only; say gain=True."
+                f"LNTune trains nothing of this {type(plain).__name__}, which has a gain only; "
+                f"say gain=True."
             )
         self.dg = self.zeros(width) if gain else None
         self.db = self.zeros(width) if shift else None
-        # Whether the norm multiplies by 1 + w; asked on the CPU, for the base may be on the meta device.
-        nothing = {name: torch.zeros(p.shape) for name, p in plain.named_parameters()}
-        probe: Tensor = torch.func.functional_call(
-            plain, nothing, (torch.arange(float(width))[None],)
-        )
-        self.plus_one = bool(probe.any())
+        self.plus_one = _multiplies_by_one_plus_weight(plain, width)
 
     @classmethod
     def wraps(cls, layer: nn.Module) -> bool:
-        """Norms of torch, and those of other libraries by their class name, with one gain a channel."""
+        """Return whether the layer is a norm with one gain for each channel.
+
+        Norms of torch are known by their type, and norms of other libraries by their class name.
+        """
         weight = getattr(layer, "weight", None)
-        named = type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))
-        return (
-            (isinstance(layer, cls.accepts) or named)
-            and isinstance(weight, nn.Parameter)
-            and weight.dim() == 1
+        is_norm = isinstance(layer, cls.accepts) or type(layer).__name__.endswith(
+            ("LayerNorm", "RMSNorm")
         )
+        return is_norm and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
     @classmethod
     def wraps_what(cls) -> str:
@@ -65,24 +68,21 @@ class LNTune(Parameterization):
     def example(cls) -> nn.Module:
         return nn.LayerNorm(48)
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         return self.base_weight if self.dg is None else self.base_weight + self.dg
 
-    @property
-    def bias(self) -> Tensor | None:
-        bias = super().bias
-        return (
-            bias
-            if bias is None or self.db is None or not self.enabled
-            else bias.to(self.db.dtype) + self.db
-        )
+    def trained_bias(self) -> Tensor | None:
+        bias = super().trained_bias()
+        if bias is None or self.db is None or not self.enabled:
+            return bias
+        return bias.to(self.db.dtype) + self.db
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dg is None:
             assert self.db is not None
             return self.db
-        # The frozen tensors of the norm, replaced: a gain of dg, a shift of db.
+        # Run the norm with a gain of dg and a shift of db in place of its frozen tensors.
         values = {"weight": self.dg - 1 if self.plus_one else self.dg}
         if getattr(self.innermost, "bias", None) is not None:
             values["bias"] = torch.zeros_like(self.dg) if self.db is None else self.db
@@ -90,5 +90,17 @@ class LNTune(Parameterization):
         return change
 
     def cost(self) -> Cost:
-        # The input is kept anyway; torch's kernels keep two numbers more, a mean and a standard deviation.
+        # The input is kept anyway. The kernels of torch keep two numbers more, a mean and a
+        # standard deviation.
         return Cost(kept=0 if self.dg is None else 2)
+
+
+def _multiplies_by_one_plus_weight(norm: nn.Module, width: int) -> bool:
+    """Return whether a norm multiplies by 1 + w, judged by its output for zero parameters.
+
+    It is computed on the CPU, because the norm may be on the meta device.
+    """
+    zeros = {name: torch.zeros(p.shape) for name, p in norm.named_parameters()}
+    row = torch.arange(float(width))[None]
+    output: Tensor = torch.func.functional_call(norm, zeros, (row,))
+    return bool(output.any())

@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product whose large factor is of low rank."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,32 @@ from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.kronecker import divisor
 
 
 class LoKr(Parameterization):
-    """W' = W + s A kron (B1 B2), with s = alpha / rank fixed at construction; A may be a product A1 A2 as well.
+    """W' = W + s A kron (B1 B2), with s = alpha / rank fixed at construction.
 
-    The rank is that of B; the change can have up to rank(A) times that. Inputs as a matrix X go through B2, A and B1, thin all
-    the way; neither B nor the product is formed. One factor starts at zero, so training starts at W.
+    A may be a product A1 A2 as well. The rank is that of B. The change can have up to rank(A) times
+    that rank. An input as a matrix X goes through B2, A and B1. All of these products are thin, and
+    neither B nor the Kronecker product is formed. One factor starts at zero, so training starts at
+    W.
 
-    Source: KronA, arXiv:2212.10650, with the factors of LyCORIS' LoKr, as in HF PEFT, whose defaults are rank 8 and alpha 8. HF PEFT leaves
-        B undivided from rank >= max(m2, n2) / 2 on; here it is a product whenever a rank is asked for.
-    Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2; decomposed, A1 (m1, r), A2 (r, n1) with r as at
-        construction. Parameters: m1 n1 + r (m2 + n2), or r (m1 + n1) + r (m2 + n2).
+    Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT, whose defaults
+        are rank 8 and alpha 8. HF PEFT leaves B undivided from rank >= max(m2, n2) / 2 on. Here B
+        is a product for every rank.
+    Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2. Decomposed,
+        A1 (m1, r), A2 (r, n1) with r as at construction. Parameters: m1 n1 + r (m2 + n2), or
+        r (m1 + n1) + r (m2 + n2).
     Args:
         rank: number r of units of B.
         alpha: numerator of the scale s.
-        factor: m1 and n1 are the largest divisors up to it; -1 makes m1 <= m2 and n1 <= n2 as equal as possible.
-        decompose_both: A = A1 A2 where rank < max(m1, n1) / 2.
-        zero: what starts at zero: "A" as in HF PEFT (where A is decomposed, A1), or "B" as in LyCORIS. Of B it is B1, which closes
-            a unit; LyCORIS has B2 start at zero.
+        factor: m1 and n1 are the largest divisors up to it. -1 makes m1 <= m2 and n1 <= n2 as equal
+            as possible.
+        decompose_both: A = A1 A2 if rank < max(m1, n1) / 2.
+        zero: factor that starts at zero: "A" as in HF PEFT (A1 if A is decomposed), or "B" as in
+            LyCORIS. For "B" it is B1, which closes a unit. LyCORIS has B2 start at zero.
         dropout: probability of dropping an input element on the way to B2, in [0, 1).
     Raises:
         ValueError: if rank is below 1 or above min(m2, n2), or factor is neither -1 nor positive.
@@ -52,10 +58,11 @@ class LoKr(Parameterization):
         super().__init__(base)
         m, n = self.shape
         m1, n1 = divisor(m, factor), divisor(n, factor)
-        self.most = min(m // m1, n // n1)
-        if not 1 <= rank <= self.most:
+        self.largest_rank = min(m // m1, n // n1)
+        if not 1 <= rank <= self.largest_rank:
             raise UserError(
-                f"rank={rank} does not fit B of {m // m1}x{n // n1} ({m}x{n} with factor={factor}); use 1 to {self.most}."
+                f"rank={rank} does not fit B of {m // m1}x{n // n1} ({m}x{n} with "
+                f"factor={factor}); use 1 to {self.largest_rank}."
             )
         if zero not in ("A", "B"):
             raise UserError(f"zero={zero!r} is no factor; use 'A' or 'B'.")
@@ -77,41 +84,24 @@ class LoKr(Parameterization):
         """A (m1, n1)."""
         return self.A1 @ self.A2 if self.decomposed else self.A
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        return self.base_weight + self.scale * torch.kron(
-            self.coarse.contiguous(), self.B1 @ self.B2
-        )
+        B = self.gated("B1") @ self.B2
+        return self.base_weight + self.scale * torch.kron(self.coarse.contiguous(), B)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        if not self.multiplies(x):
-            return cast(Tensor, super().adapted(x))
-        A = self.coarse.to(x.dtype)
-        z = F.linear(
-            self.dropped(x).reshape(*x.shape[:-1], A.shape[1], self.B2.shape[1]),
-            self.B2.to(x.dtype),
-        )  # (..., n1, r)
-        return self.accumulated(x, F.linear(z.mT, A).mT, self.scale * self.B1)
+    def forward_adapted(self, x: Tensor) -> Tensor:
+        if not self.fuses(x):
+            return super().forward_adapted(x)
+        A, B2 = self.coarse.to(x.dtype), self.B2.to(x.dtype)
+        X = self.apply_dropout(x).reshape(*x.shape[:-1], A.shape[1], B2.shape[1])
+        z = F.linear(X, B2)  # (..., n1, r)
+        return self.add_low_rank(x, F.linear(z.mT, A).mT, self.scale * self.gated("B1"))
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         A = self.coarse
         z = F.linear(self.dropout(x).unflatten(-1, (A.shape[1], -1)), self.B2)  # (..., n1, r)
         z = torch.einsum("...ur,pu->...pr", z, A)
-        return self.scale * F.linear(z, self.B1).flatten(-2)
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = self.B1.shape[1]
-        coarse = (
-            {"lokr_w1_a": self.A1, "lokr_w1_b": self.A2} if self.decomposed else {"lokr_w1": self.A}
-        )
-        settings = {
-            "peft_type": "LOKR",
-            "r": r,
-            "alpha": self.scale * r,
-            "decompose_both": self.decompose_both,
-            "decompose_factor": self.factor,
-        }
-        return settings, {**coarse, "lokr_w2_a": self.B1, "lokr_w2_b": self.B2}
+        return self.scale * F.linear(z, self.gated("B1")).flatten(-2)
 
     def cost(self) -> Cost:
         (m, n), r, (m1, n1) = self.shape, len(self.B2), self.coarse.shape
@@ -119,4 +109,4 @@ class LoKr(Parameterization):
         return Cost(flops=2 * r * (n + m1 * n1 + m), flops_once=once, kept=n + r * (n1 + m1))
 
     def max_units(self, axis: str) -> int:
-        return self.most
+        return self.largest_rank

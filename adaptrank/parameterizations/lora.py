@@ -1,49 +1,47 @@
 """LoRA: a low-rank product beside a frozen weight."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class LoRA(Parameterization):
+class LoRA(LowRankUpdate):
     """W' = W + s B A, with s = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 
-    s is fixed at construction: when an allocator changes the rank, surviving units keep their scale.
+    s is fixed at construction. When an allocator changes the rank, surviving units keep their
+    scale. B starts at zero, so training starts at W.
 
-    Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+    Source: LoRA, arXiv:2106.09685, and rsLoRA, arXiv:2312.03732.
     Shapes: W (m, n), A (r, n), B (m, r). Parameters: r (m + n).
     Args:
-        rank: number r of rank-one units.
+        rank: number r of rank-1 components.
         alpha: numerator of the scale s.
         dropout: probability of dropping an input element on the way to A, in [0, 1).
         rslora: divide alpha by sqrt(rank) rather than by rank.
-        init: of A; "kaiming" is U(-1/sqrt(n), 1/sqrt(n)) as in the authors' code, "gaussian" is N(0, 1/r^2),
-            "orthogonal" has orthonormal rows. B starts at zero, so training starts at W.
+        init: start of A. "kaiming" is U(-1/sqrt(n), 1/sqrt(n)) as in the authors' code, "gaussian"
+            is N(0, 1/r^2), and "orthogonal" has orthonormal rows.
     Raises:
-        ValueError: if rank < 1, dropout is outside [0, 1), or an orthogonal A would need more rows than columns.
+        ValueError: if rank < 1, dropout is outside [0, 1), or an orthogonal A would need more rows
+            than columns.
     """
 
     source = "arXiv:2106.09685"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
-    capabilities = frozenset(
-        {
-            "grow",
-            "duplicate",
-            "ordered",
-            "pattern",
-            "matrix_rank",
-            "input_directions",
-            "gradient_init",
-            "weight_gradient",
-        }
-    )
+    capabilities = DEFAULT_CAPABILITIES | {
+        Capability.MATRIX_RANK,
+        Capability.INPUT_DIRECTIONS,
+        Capability.GRADIENT_INIT,
+        Capability.WEIGHT_GRADIENT,
+    }
     input_factor = {"rank": "A"}
     features = {"A": (None, 1), "B": (0, None)}
 
@@ -76,25 +74,18 @@ class LoRA(Parameterization):
                 f"init='orthogonal' needs rank <= {n}, the layer's inputs; got rank={rank}."
             )
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        return self.base_weight + self.scale * self.B @ self.A
+        return self.base_weight + self.scale * self.gated("B") @ self.A
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        return self.scale * self.B, self.A
-
-    def peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        r = len(self.A)
-        return {"peft_type": "LORA", "r": r, "lora_alpha": self.scale * r}, {
-            "lora_A": self.A,
-            "lora_B": self.B,
-        }
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scale * self.gated("B"), self.A
 
     def weight_gradient(self) -> Tensor:
-        """gB A + B gA - gB gA: the change of B A by a step of size one (arXiv:2305.18403), up to its sign and without s."""
+        """Return gB A + B gA - gB gA, with gA and gB the gradients of A and B.
+
+        This is the change of B A by a step of size one (arXiv:2305.18403), up to its sign and
+        without s.
+        """
         gA, gB = (torch.zeros_like(p) if p.grad is None else p.grad for p in (self.A, self.B))
         return gB @ self.A + self.B @ gA - gB @ gA
-
-    def cost(self) -> Cost:
-        (m, n), r = self.shape, len(self.A)
-        return Cost(flops=2 * r * (m + n), kept=n + r)

@@ -1,7 +1,6 @@
 """MELoRA: small LoRAs side by side, each on its own slice of inputs and outputs."""
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,45 +9,53 @@ from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
+
+FEW_UNITS = 64
+"""Up to this number of units, one thin product with zeros in it is the fastest."""
 
 
-class MELoRA(Parameterization):
-    """W' = W + blockdiag(s_1 B_1 A_1, ..., s_k B_k A_k), with s_j = alpha / rank_j fixed at construction.
+class MELoRA(LowRankUpdate):
+    """W' = W + blockdiag(s_1 B_1 A_1, ..., s_k B_k A_k), with s_j = alpha / rank_j.
 
-    Slice j of the outputs sees slice j of the inputs only, so a unit costs (m + n) / k, and the rank of the change is the sum of
-    those of the k mini-LoRAs. A unit belongs to a mini for good; one that is fresh joins a mini with the fewest. A mini may end
-    without any. Blocks off the diagonal keep every bit when it is merged. Which inputs see which outputs depends on their order:
-    with k dividing the number of heads, slices are whole heads.
+    The scales are fixed at construction. Slice j of the outputs sees slice j of the inputs only. So
+    a unit costs (m + n) / k, and the rank of the change is the sum of the ranks of the k
+    mini-LoRAs. A unit belongs to one mini for good. A fresh unit joins a mini with the fewest
+    units. A mini may end without any. Blocks off the diagonal keep every bit when the change is
+    merged. Which inputs see which outputs depends on their order: if k divides the number of heads,
+    slices are whole heads.
 
-    Source: arXiv:2402.17263 (abstract and released code; no table was read).
-    Shapes: W (m, n), A (R, n/k), B (m/k, R), block (R,) the mini of each unit. Parameters: R (m + n) / k; of equal ranks r, R = r k: r (m + n).
+    Source: arXiv:2402.17263 (abstract and released code). No table was read.
+    Shapes: W (m, n), A (R, n/k), B (m/k, R), block (R,) the mini of each unit.
+        Parameters: R (m + n) / k. For equal ranks r, R = r k and they are r (m + n).
     Args:
         rank: units of each mini, or a list with one number for each mini.
-        minis: number k of mini-LoRAs, the paper's n; must divide m and n.
+        minis: number k of mini-LoRAs, the paper's n. It must divide m and n.
         alpha: numerator of the scales s_j.
-        dropout: probability of dropping an input element on the way to A, in [0, 1); the authors use 0.05 on GLUE.
+        dropout: probability of dropping an input element on the way to A, in [0, 1). The authors
+            use 0.05 on GLUE.
     Raises:
-        ValueError: if the minis do not divide the layer, a rank is below 1, or there is not one rank for each mini.
+        ValueError: if the minis do not divide the layer, a rank is below 1, or there is not one
+            rank for each mini.
     """
 
     source = "arXiv:2402.17263"
     reads_blocks = True
     axes = {"rank": {"A": 0, "block": 0, "B": 1}}
-    capabilities = frozenset(
-        {
-            "grow",
-            "duplicate",
-            "ordered",
-            "pattern",
-            "matrix_rank",
-            "input_directions",
-            "gradient_init",
-        }
-    )
+    capabilities = DEFAULT_CAPABILITIES | {
+        Capability.MATRIX_RANK,
+        Capability.INPUT_DIRECTIONS,
+        Capability.GRADIENT_INIT,
+    }
     input_factor = {"rank": "A"}
     block: Tensor
+    """Mini of each unit, (R,)."""
     units: Tensor
+    """Units of each mini, (k, the largest rank), padded with R."""
     scales: Tensor
+    """Scale of each mini, (k,)."""
 
     def __init__(
         self,
@@ -67,7 +74,8 @@ class MELoRA(Parameterization):
         ranks = [rank] * minis if isinstance(rank, int) else list(rank)
         if len(ranks) != minis or min(ranks) < 1:
             raise UserError(
-                f"rank={rank}: {minis} minis need one rank each, of 1 or more; use rank=1, or such a list."
+                f"rank={rank}: {minis} minis need one rank each, of 1 or more; use rank=1, or "
+                f"such a list."
             )
         self.minis = self.parts = minis
         self.alphas = [alpha / r for r in ranks]
@@ -75,60 +83,61 @@ class MELoRA(Parameterization):
         self.A = self.zeros(sum(ranks), n // minis)
         self.B = self.zeros(m // minis, sum(ranks))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        # A unit for each mini, then the second of each: the first units alone are as even as they can be.
-        block = [mini for unit in range(max(ranks)) for mini in range(minis) if unit < ranks[mini]]
+        # The first unit of each mini, then the second of each: the first units alone are as even as
+        # they can be.
+        block = []
+        for unit in range(max(ranks)):
+            block += [mini for mini in range(minis) if unit < ranks[mini]]
         self.register_buffer("block", torch.tensor(block, device=self.A.device))
         self.refresh()
 
     def refresh(self) -> None:
-        # Units of each mini, padded with one past the last: (k, the largest rank). And its scale, (k,).
-        of = (
-            [[] for _ in range(self.minis)]
-            if self.block.is_meta
-            else _units(self.block.tolist(), self.minis)
-        )
-        widest = max(1, *map(len, of))
-        rows = [units + [len(self.block)] * (widest - len(units)) for units in of]
-        self.register_buffer(
-            "units", torch.tensor(rows, device=self.block.device), persistent=False
-        )
+        of_mini: list[list[int]] = [[] for _ in range(self.minis)]
+        if not self.block.is_meta:
+            for unit, mini in enumerate(self.block.tolist()):
+                of_mini[mini].append(unit)
+        widest = max(1, *map(len, of_mini))
+        padding = len(self.block)
+        rows = [units + [padding] * (widest - len(units)) for units in of_mini]
+        units = torch.tensor(rows, device=self.block.device)
+        self.register_buffer("units", units, persistent=False)
         scales = torch.tensor(self.alphas, device=self.block.device, dtype=self.A.dtype)
         self.register_buffer("scales", scales, persistent=False)
 
-    @property
-    def by_product(self) -> bool:  # type: ignore[override]
-        """Few units are one thin product, zeros included; many are one for each mini."""
-        return len(self.block) <= 64
-
-    @property
+    @formula
     def weight(self) -> Tensor:
-        scaled = self.B * self.scales.to(self.B.dtype)[self.block]
+        B = self.gated("B")
+        scaled = B * self.scales.to(B.dtype)[self.block]
         blocks = (scaled[:, self.block == j] @ self.A[self.block == j] for j in range(self.minis))
         return self.base_weight + cast(Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return each unit with zeros outside of its slices."""
+        B = self.gated("B")
+        is_in = F.one_hot(self.block, self.minis).to(self.A.dtype)  # (R, k)
+        scaled = is_in * self.scales.to(B.dtype)
+        U = scaled.T[:, None] * B  # (k, m/k, R)
+        V = is_in[:, :, None] * self.A[:, None]  # (R, k, n/k)
+        return U.flatten(0, 1), V.flatten(1)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Return whether products with x are fused: many units have one product for each mini."""
+        return len(self.block) <= FEW_UNITS and Parameterization.fuses(self, x)
+
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        slices = (
-            self.dropout(x).reshape(-1, self.minis, self.A.shape[1]).transpose(0, 1)
-        )  # (k, N, n/k)
-        B = self.B.T * self.scales.to(self.B.dtype)[self.block, None]
-        z = torch.bmm(torch.bmm(slices, self._batched(self.A).mT), self._batched(B))  # (k, N, m/k)
+        slices = self.dropout(x).reshape(-1, self.minis, self.A.shape[1])
+        B = self.gated("B").T * self.scales.to(self.B.dtype)[self.block, None]
+        z = torch.bmm(slices.transpose(0, 1), self._batched(self.A).mT)  # (k, N, the largest rank)
+        z = torch.bmm(z, self._batched(B))  # (k, N, m/k)
         return z.transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])
 
     def _batched(self, units: Tensor) -> Tensor:
-        """(R, d) -> (k, the largest rank, d), with zeros where a mini has fewer units."""
+        """Return (R, d) as (k, the largest rank, d), with zeros where a mini has fewer units."""
         return torch.cat([units, units.new_zeros(1, units.shape[1])])[self.units]
-
-    def product(self) -> tuple[Tensor, Tensor]:
-        """Each unit with zeros outside of its slices."""
-        own = F.one_hot(self.block, self.minis).to(self.A.dtype)  # (R, k)
-        scaled = own * self.scales.to(self.B.dtype)
-        U = scaled.T[:, None] * self.B  # (k, m/k, R)
-        V = own[:, :, None] * self.A[:, None]  # (R, k, n/k)
-        return U.flatten(0, 1), V.flatten(1)
 
     def cost(self) -> Cost:
         (m, n), widest, units = self.shape, self.units.shape[1], len(self.block)
-        if self.by_product:
+        if units <= FEW_UNITS:
             return Cost(flops=2 * units * (m + n), kept=n + units)
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
 
@@ -141,11 +150,7 @@ class MELoRA(Parameterization):
         counts = torch.bincount(self.block.cpu(), minlength=self.minis).tolist()
         joined = []
         for _ in range(n):
-            joined.append(counts.index(min(counts)))
-            counts[joined[-1]] += 1
+            mini = counts.index(min(counts))
+            joined.append(mini)
+            counts[mini] += 1
         return {"A": (2 * drawn - 1) / math.sqrt(width), "block": torch.tensor(joined)}
-
-
-def _units(block: Sequence[int], minis: int) -> list[list[int]]:
-    """Mini -> its units, in their order."""
-    return [[unit for unit, mini in enumerate(block) if mini == j] for j in range(minis)]

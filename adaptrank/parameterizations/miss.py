@@ -1,5 +1,6 @@
 """MiSS: one small shard that every block of a frozen weight shares."""
 
+import math
 from typing import Literal
 
 import torch
@@ -9,38 +10,48 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class MiSS(Parameterization):
-    """W' = W + s D^T S, with S = [I I ... I] (p, n) a tiled identity: y += s D^T sum_t x_t over blocks x_t of p inputs.
+class MiSS(LowRankUpdate):
+    """W' = W + s D^T S, with S = [I I ... I] (p, n) a tiled identity.
 
-    Of the p slots, inputs congruent modulo the period p, the axis holds the r active ones: pruning drops slots and growing
-    adds unused ones, while p stays. A ragged last block (p does not divide n) is padded with zeros. D starts at zero and has a
-    gradient at once, a sum over n / p blocks. For the backward pass a token keeps r numbers, the sums of its blocks.
+    The change is y += s D^T sum_t x_t over blocks x_t of p inputs. Inputs that are congruent modulo
+    the period p share a slot. The axis holds the r active slots of p: pruning drops slots and
+    growing adds unused ones, while p stays. A ragged last block (p does not divide n) is padded
+    with zeros. D starts at zero and has a gradient at once, a sum over n / p blocks. For the
+    backward pass a token keeps r numbers, the sums of its blocks.
 
     In variant "mini" D has q columns only, q = mini_rank, tiled over the outputs.
 
-    In variant "bat" W'_jt = W_jt + s (W_jt D_j + D_j) for blocks W_jt (r, r) of W. It reads W, has no rank axis, and builds the
-    (m, n) change at every step, in float32 or better and kept for the backward pass: about a second product with W.
+    In variant "bat" W'_jt = W_jt + s (W_jt D_j + D_j) for blocks W_jt (r, r) of W. It reads W and
+    has no rank axis. It builds the (m, n) change at every step, in float32 or better, and keeps it
+    for the backward pass: about a second product with W.
 
-    Source: MiSS, formerly DiSHA and Bone, arXiv:2409.15371; formulas as in HF PEFT, where there is no scale (s = 1) and the
-        default rank is 64. "Bone" has meant both "bat" and the linear form. The paper's own tables are unread.
-    Shapes: W (m, n), slots (r,), D (r, m), or (r, q) in "mini", or (m/r, r, r) in "bat". Parameters: r m, or r q in "mini".
+    Source: MiSS, formerly DiSHA and Bone, arXiv:2409.15371. Formulas are as in HF PEFT, where there
+        is no scale (s = 1) and the default rank is 64. "Bone" has meant both "bat" and the linear
+        form. The paper's own tables are unread.
+    Shapes: W (m, n), slots (r,), D (r, m), or (r, q) in "mini", or (m/r, r, r) in "bat".
+        Parameters: r m, or r q in "mini".
     Args:
-        rank: number r of active slots; in "bat" the side of a block.
+        rank: number r of active slots. In "bat" the side of a block.
         variant: "linear", "mini" or "bat".
-        period: p, the length of a block of inputs; None is `rank`, as released. A longer one leaves room to grow.
-        mini_rank: q, in "mini"; must divide m. 64 in the released recipe, 1 by default in HF PEFT.
+        period: p, the length of a block of inputs. None is `rank`, as released. A longer one leaves
+            room to grow.
+        mini_rank: q, in "mini". It must divide m. 64 in the released recipe, 1 by default in HF
+            PEFT.
         scale: s.
         dropout: probability of dropping an input element on the way to D, in [0, 1).
     Raises:
-        ValueError: if rank or period is out of range, or a size does not divide what it tiles; it lists what does.
+        ValueError: if rank or period is out of range, or a size does not divide what it tiles. The
+            message lists the sizes that do.
     """
 
     source = "arXiv:2409.15371"
     axes = {"rank": {"slots": 0, "D": 0}}
-    capabilities = frozenset({"grow", "pattern", "matrix_rank"})
-    by_product = True
+    capabilities = frozenset({Capability.GROW, Capability.PATTERN, Capability.MATRIX_RANK})
     slots: Tensor
 
     def __init__(
@@ -63,15 +74,17 @@ class MiSS(Parameterization):
             raise UserError(f"variant={variant!r} is unknown; use 'linear', 'mini' or 'bat'.")
         if not 1 <= rank <= self.period <= n:
             raise UserError(
-                f"rank={rank} with period={self.period} does not fit {n} inputs; use 1 <= rank <= period <= {n}."
+                f"rank={rank} with period={self.period} does not fit {n} inputs; use "
+                f"1 <= rank <= period <= {n}."
             )
         self.blocks = -(-n // self.period)
         if variant == "bat":
-            self.needs_weight()
+            self.require_weight()
             if self.period != rank or m % rank or n % rank:
                 raise UserError(
-                    f"variant='bat' has square blocks and no period: rank={rank} with period={self.period} does not "
-                    f"fit {m}x{n}; leave period out and use a rank of {_divisors(m, n)}."
+                    f"variant='bat' has square blocks and no period: rank={rank} with "
+                    f"period={self.period} does not fit {m}x{n}; leave period out and use a rank "
+                    f"of {_divisors(m, n)}."
                 )
             self.axes = {}
             self.D = self.zeros(m // rank, rank, rank)
@@ -83,34 +96,40 @@ class MiSS(Parameterization):
         self.D = self.zeros(rank, mini_rank if variant == "mini" else m)
         self.register_buffer("slots", torch.arange(rank, device=layers.device(self.innermost)))
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         if self.variant == "bat":
-            return self.base_weight + self._bat()
+            return self.base_weight + self._bat_change()
         m, n = self.shape
-        S = torch.eye(self.period, device=self.D.device, dtype=self.D.dtype).repeat(1, self.blocks)[
-            :, :n
-        ]
-        D = self.D.repeat(1, m // self.D.shape[1])  # once, but in "mini"
+        eye = torch.eye(self.period, device=self.D.device, dtype=self.D.dtype)
+        S = eye.repeat(1, self.blocks)[:, :n]
+        # D is repeated in "mini" only.
+        D = self.gated("D").repeat(1, m // self.D.shape[1])
         weight: Tensor = self.base_weight + self.scale * D.T @ S[self.slots]
         return weight
 
-    def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return (
-            F.linear(self.dropped(x), self._bat()) if self.variant == "bat" else super().delta(x, y)
-        )
-
-    def product(self) -> tuple[Tensor, Tensor] | None:
-        """A tiled identity on the input side; "bat" has no such form."""
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return D and a tiled identity. "bat" has no such form."""
         if self.variant == "bat":
             return None
         m, n = self.shape
-        D = self.D if self.variant == "linear" else self.D.repeat(1, m // self.D.shape[1])
-        tiles = self.slots[:, None] == torch.arange(n, device=self.D.device) % self.period
-        return self.scale * D.T, tiles.to(self.D.dtype)
+        D = self.gated("D")
+        if self.variant == "mini":
+            D = D.repeat(1, m // D.shape[1])
+        tiles = self.slots[:, None] == torch.arange(n, device=D.device) % self.period
+        return self.scale * D.T, tiles.to(D.dtype)
 
-    def _bat(self) -> Tensor:
-        """s (W_jt D_j + D_j) as one matrix (m, n)."""
+    def fuses(self, x: Tensor) -> bool:
+        """Return whether products with x are fused: "bat" has no thin product."""
+        return self.variant != "bat" and Parameterization.fuses(self, x)
+
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.variant == "bat":
+            return F.linear(self.apply_dropout(x), self._bat_change())
+        return super().delta(x, y)
+
+    def _bat_change(self) -> Tensor:
+        """Return s (W_jt D_j + D_j) of all blocks as one matrix (m, n)."""
         (m, n), r = self.shape, self.D.shape[-1]
         W = self.base_weight.reshape(m // r, r, self.blocks, r)
         change = torch.einsum("juta,jab->jutb", W, self.D) + self.D[:, :, None]
@@ -132,4 +151,6 @@ class MiSS(Parameterization):
 
 
 def _divisors(*sizes: int) -> list[int]:
-    return [d for d in range(1, min(sizes) + 1) if not any(size % d for size in sizes)]
+    """Return the common divisors of some sizes."""
+    common = math.gcd(*sizes)
+    return [d for d in range(1, common + 1) if common % d == 0]

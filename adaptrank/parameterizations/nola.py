@@ -1,4 +1,4 @@
-"""NOLA: low-rank factors that are sums of random matrices; what trains is one number for each."""
+"""NOLA: low-rank factors that are sums of random matrices, with one trained number for each."""
 
 import hashlib
 import math
@@ -12,32 +12,39 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class NOLA(Parameterization):
-    """W' = W + s B A with A = A0 + c_A sum_j alpha_j A_j and B = c_B sum_j beta_j B_j; s = alpha / rank fixed at construction.
+class NOLA(LowRankUpdate):
+    """W' = W + s B A with A = A0 + c_A sum_j alpha_j A_j and B = c_B sum_j beta_j B_j.
 
-    The matrices A0, A_j, B_j are random and frozen, and never stored in a file: matrix j of a side is drawn from (seed, side, j) by a
-    generator of its own on the CPU, so that it is the same on every device and no matter which others there are. The forward
-    draws `chunk` of them at a time and the backward draws them again: chunk * rank * max(m, n) numbers in memory, and a lot of time.
-    With `materialize=True` they stay in memory, the same to the bit. The rank costs nothing and cannot move; what moves are the
-    matrices of either side.
+    s = alpha / rank is fixed at construction. The matrices A0, A_j, B_j are random and frozen, and
+    never stored in a file. Matrix j of a side is drawn from (seed, side, j) by a generator of its
+    own on the CPU, so that it is the same on every device, whatever other matrices there are. The
+    forward pass draws `chunk` of them at a time and the backward pass draws them again:
+    chunk * rank * max(m, n) numbers in memory, and a lot of time. With `materialize=True` they stay
+    in memory, the same to the bit. The rank costs nothing and cannot move. The matrices of either
+    side are the units that move.
 
-    Source: arXiv:2310.02556, and the released code, which has 512 matrices a side for language models.
+    Source: arXiv:2310.02556, and the released code, which has 512 matrices a side for language
+        models.
     Shapes: W (m, n), A_j (r, n), B_j (m, r), alpha (k_a,), beta (k_b,). Parameters: k_a + k_b.
     Args:
         rank: number r of rows of A.
         alpha: numerator of the scale s, not the coefficients.
-        k_a: number of matrices on the input side; the paper's 512 take a while to draw.
+        k_a: number of matrices on the input side. The paper's 512 take a while to draw.
         k_b: number of matrices on the output side.
         dropout: probability of dropping an input element on the way to A, in [0, 1).
-        init: "anchored" as the code for language models has it, A0 uniform as in LoRA, alpha = beta = 0, c = 1/sqrt(k), A_j and B_j
-            uniform in (-1, 1); "paper" has A0 = 0 and, for two zeros would never move, alpha from N(0, 1); "released" as the
-            code for ViT: A0 = 0, alpha = beta = 1/k, c_A = 1/sqrt(r n) and c_B = 1/sqrt(r m), which does not start at W.
-            Where c has a k in it, it is that of the construction.
+        init: "anchored" as the code for language models has it: A0 uniform as in LoRA,
+            alpha = beta = 0, c = 1/sqrt(k), A_j and B_j uniform in (-1, 1). "paper" has A0 = 0 and
+            alpha from N(0, 1), because two zeros would never move. "released" as the code for ViT:
+            A0 = 0, alpha = beta = 1/k, c_A = 1/sqrt(r n) and c_B = 1/sqrt(r m), which does not
+            start at W. A k in c is that of the construction.
         materialize: keep the matrices in memory.
-        chunk: how many matrices are combined at a time.
+        chunk: number of matrices that are combined at a time.
     Raises:
         ValueError: if rank, k_a, k_b or chunk is below 1.
     """
@@ -45,7 +52,7 @@ class NOLA(Parameterization):
     source = "arXiv:2310.02556"
     accepts = layers.MATRICES
     axes = {"alpha": {"ids_a": 0, "alpha": 0}, "beta": {"ids_b": 0, "beta": 0}}
-    capabilities = frozenset({"grow", "ordered"})
+    capabilities = frozenset({Capability.GROW, Capability.ORDERED})
     seed: Tensor
     ids_a: Tensor
     ids_b: Tensor
@@ -74,19 +81,17 @@ class NOLA(Parameterization):
             )
         self.scale = alpha / rank
         self.rank, self.init, self.materialize, self.chunk = rank, init, materialize, chunk
-        released = init == "released"
-        self.starts_at_base = not released
-        self.c = (
-            (1 / math.sqrt(rank * n), 1 / math.sqrt(rank * m))
-            if released
-            else (k_a**-0.5, k_b**-0.5)
-        )
+        self.starts_at_base = init != "released"
+        if init == "released":
+            self.c = (1 / math.sqrt(rank * n), 1 / math.sqrt(rank * m))
+        else:
+            self.c = (k_a**-0.5, k_b**-0.5)
         self.dropout = nn.Dropout(dropout)
         self.alpha = self.zeros(k_a)
         self.beta = self.zeros(k_b)
         if init == "paper":
             nn.init.normal_(self.alpha)
-        elif released:
+        elif init == "released":
             nn.init.constant_(self.alpha, 1 / k_a)
             nn.init.constant_(self.beta, 1 / k_b)
         device = self.alpha.device
@@ -101,104 +106,114 @@ class NOLA(Parameterization):
         if self.seed.is_meta:
             return
         if self.init == "anchored":
-            A0 = _draw(int(self.seed), "A0", 0, (self.rank, self.shape[1])) / math.sqrt(
-                self.shape[1]
-            )
+            r, n = self.matrix_shape("a")
+            A0 = _draw(int(self.seed), "A0", 0, (r, n)) / math.sqrt(n)
             self.A0 = A0.to(self.alpha)
         if self.materialize:
-            self.bases_a, self.bases_b = (
-                torch.stack([*self._drawn(side)]).to(self.alpha) for side in "ab"
-            )
+            self.bases_a = torch.stack([*self._drawn("a")]).to(self.alpha)
+            self.bases_b = torch.stack([*self._drawn("b")]).to(self.alpha)
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         W = self.base_weight
-
-        def combined(side: str, coefficients: Tensor, c: float) -> Tensor:
-            ids = cast(Tensor, getattr(self, f"ids_{side}")).tolist()
-            drawn = (_draw(int(self.seed), side, j, self._shape(side)).to(W) for j in ids)
-            return c * sum(
-                (a * each for a, each in zip(coefficients, drawn, strict=True)), W.new_zeros(())
-            )
-
-        A = combined("a", self.alpha, self.c[0])
+        A = self.c[0] * self._weighted_sum("a", self.gated("alpha"), like=W)
         A = A if self.A0 is None else self.A0 + A
-        return W + self.scale * combined("b", self.beta, self.c[1]) @ A
+        B = self.c[1] * self._weighted_sum("b", self.gated("beta"), like=W)
+        return W + self.scale * B @ A
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        A = self._combined("a", self.alpha, self.c[0])
+    def _weighted_sum(self, side: str, coefficients: Tensor, like: Tensor) -> Tensor:
+        """Return the sum of the matrices of a side, one after the other, each drawn anew."""
+        total = like.new_zeros(())
+        for coefficient, j in zip(coefficients, self._ids(side), strict=True):
+            matrix = _draw(int(self.seed), side, j, self.matrix_shape(side)).to(like)
+            total = total + coefficient * matrix
+        return total
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A = self._combined("a", self.gated("alpha"), self.c[0])
         A = A if self.A0 is None else self.A0 + A
-        return self.scale * self._combined("b", self.beta, self.c[1]), A
+        return self.scale * self._combined("b", self.gated("beta"), self.c[1]), A
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, self.rank
-        chunks = [math.ceil(len(t) / self.chunk) for t in (self.alpha, self.beta)]
-        return Cost(
-            flops=2 * r * (m + n),
-            flops_once=2 * r * self.chunk * (chunks[0] * n + chunks[1] * m),
-            kept=n + r,
-        )
+        chunks_a, chunks_b = (math.ceil(len(t) / self.chunk) for t in (self.alpha, self.beta))
+        once = 2 * r * self.chunk * (chunks_a * n + chunks_b * m)
+        return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r)
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        # Of 2^62 others, rather than the next one: that may be one which was just found to be of no use.
+        # Drawn from 2^62 numbers. The next unused number may be that of a unit which was just
+        # pruned.
         name = "ids_a" if axis == "alpha" else "ids_b"
         return {name: torch.randint(1 << 62, (n,), generator=generator)}
 
-    def _shape(self, side: str) -> tuple[int, int]:
+    def matrix_shape(self, side: str) -> tuple[int, int]:
+        """Return the shape of a matrix of a side, "a" or "b"."""
         return (self.rank, self.shape[1]) if side == "a" else (self.shape[0], self.rank)
 
+    def _ids(self, side: str) -> list[int]:
+        return cast(list[int], cast(Tensor, getattr(self, f"ids_{side}")).tolist())
+
     def _drawn(self, side: str) -> Iterator[Tensor]:
-        """The matrices of a side on the CPU, as (chunk, r n) or (chunk, m r) at a time; zeros fill the last chunk up."""
-        ids = cast(Tensor, getattr(self, f"ids_{side}")).tolist()
-        return _chunks(int(self.seed), side, ids, self._shape(side), self.chunk)
+        """Yield the matrices of a side on the CPU, as (chunk, r n) or (chunk, m r) at a time.
+
+        Zeros fill the last chunk up.
+        """
+        shape = self.matrix_shape(side)
+        return _chunks(int(self.seed), side, self._ids(side), shape, self.chunk)
 
     def _combined(self, side: str, coefficients: Tensor, c: float) -> Tensor:
-        """c sum_j a_j A_j, or the same of the output side, in the dtype of the coefficients."""
+        """Return c sum_j a_j A_j, or that of the output side, in the dtype of the coefficients."""
         kept = cast(Tensor | None, getattr(self, f"bases_{side}"))
-        ids = cast(Tensor, getattr(self, f"ids_{side}")).tolist() if kept is None else []
-        # Bound to what is here now: a backward pass may come after a resize.
-        draw = (
-            partial(_chunks, int(self.seed), side, ids, self._shape(side), self.chunk)
-            if kept is None
-            else kept.unbind
-        )
-        # Chunks of one size, so that neither a fresh unit nor materializing changes in which order a product is summed.
+        shape = self.matrix_shape(side)
+        draw: Callable[[], Any]
+        if kept is None:
+            # Bound to the current values, because a backward pass may come after a resize.
+            ids = self._ids(side)
+            draw = partial(_chunks, int(self.seed), side, ids, shape, self.chunk)
+        else:
+            draw = kept.unbind
+        # Chunks have one size, so that neither a fresh unit nor materializing changes the order in
+        # which a product is summed.
         padded = F.pad(coefficients, (0, -len(coefficients) % self.chunk)).view(-1, 1, self.chunk)
         wide = padded.to(torch.promote_types(torch.float32, padded.dtype))
         total = cast(Tensor, _Combine.apply(wide, draw))  # type: ignore[no-untyped-call]
-        return c * total.to(coefficients.dtype).view(self._shape(side))
+        return c * total.to(coefficients.dtype).view(shape)
 
 
 def _draw(seed: int, side: str, j: int, shape: tuple[int, int]) -> Tensor:
-    """Matrix j of a side, uniform in (-1, 1), float32."""
+    """Return matrix j of a side, uniform in (-1, 1), float32."""
     return _fill(torch.empty(shape, device="cpu", dtype=torch.float32), seed, side, j)
 
 
 def _fill(out: Tensor, seed: int, side: str, j: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{side}/{j}".encode(), digest_size=8).digest()
-    own = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return out.uniform_(-1, 1, generator=own)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return out.uniform_(-1, 1, generator=generator)
 
 
 def _chunks(
     seed: int, side: str, ids: Sequence[int], shape: tuple[int, int], chunk: int
 ) -> Iterator[Tensor]:
+    """Yield matrices as rows, (chunk, size) at a time, the last chunk filled up with zeros."""
     for start in range(0, len(ids), chunk):
-        here = ids[start : start + chunk]
-        some = torch.empty(chunk, math.prod(shape), device="cpu", dtype=torch.float32)
-        some[len(here) :] = 0
-        for row, j in zip(some, here, strict=False):
+        drawn_ids = ids[start : start + chunk]
+        rows = torch.empty(chunk, math.prod(shape), device="cpu", dtype=torch.float32)
+        rows[len(drawn_ids) :] = 0
+        for row, j in zip(rows, drawn_ids, strict=False):
             _fill(row, seed, side, j)
-        yield some
+        yield rows
 
 
 class _Combine(torch.autograd.Function):
-    """sum_j c_j M_j -> (1, size), from coefficients (chunks, 1, chunk): the backward pass draws the matrices again."""
+    """sum_j c_j M_j -> (1, size), from coefficients (chunks, 1, chunk).
+
+    The backward pass draws the matrices again.
+    """
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, draw: Callable[[], Iterator[Tensor]]) -> Tensor:
         ctx.draw = draw
-        products = (row @ some.to(row) for row, some in zip(coefficients, draw(), strict=True))
+        products = (row @ rows.to(row) for row, rows in zip(coefficients, draw(), strict=True))
         total: Tensor = next(products)
         for product in products:
             total = total + product
@@ -207,4 +222,4 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads  # (1, size)
-        return torch.stack([g @ some.to(g).T for some in ctx.draw()]), None
+        return torch.stack([g @ rows.to(g).T for rows in ctx.draw()]), None

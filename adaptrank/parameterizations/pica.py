@@ -1,4 +1,7 @@
-"""PiCa: a change inside the leading singular directions of a frozen weight, with one trained factor for all layers of a kind."""
+"""PiCa: a change inside the leading singular directions of a frozen weight.
+
+One trained factor serves all layers of a kind.
+"""
 
 from typing import Literal
 
@@ -7,27 +10,35 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class PiCa(Parameterization):
-    """W' = W + M P, with P (r, n) frozen to leading right singular vectors of W; `adapt` ties M across the layers of a kind.
+class PiCa(LowRankUpdate):
+    """W' = W + M P, with P (r, n) frozen to leading right singular vectors of W.
 
-    With side="output" W' = W + P M, and P (m, r) has left singular vectors. There is no scale. M starts at zero and has a
-    gradient at once. Each layer has a P of its own, from the singular value decomposition of its frozen weight (whatever is
-    nested inside), in float32 or better, each vector signed so that its largest entry is positive. P is saved rather than computed
-    again: another machine may turn vectors of close singular values. As P is orthonormal, ||W' - W|| = ||M||.
+    `adapt` ties M across the layers of a kind. With side="output" W' = W + P M, and P (m, r) has
+    left singular vectors. There is no scale. M starts at zero and has a gradient at once.
 
-    A unit is one singular direction in every layer that shares M: it costs its slice of M once, and pruning takes it from all
-    of them. Growing adds the directions of the largest singular values that are not in use, which takes another decomposition.
+    Each layer has a P of its own, from the singular value decomposition of its frozen weight in
+    float32 or better. Wrappers inside do not count. Each vector is signed so that its largest entry
+    is positive. P is saved, not recomputed: another machine may turn vectors of close singular
+    values. As P is orthonormal, ||W' - W|| = ||M||.
 
-    Source: arXiv:2505.20211; side, start and missing scale as in the released code, which uses rank 32 or 256 and learning rate 1e-3.
-        An earlier version of the paper may mean the output side; that is taken from a summary, not verified.
-    Shapes: W (m, n), P (r, n), index (r,), M (m, r); on the output side P (m, r), M (r, n). Parameters: r m, or r n on the
-        output side, once for all layers that share M.
+    A unit is one singular direction in every layer that shares M. It costs its slice of M once, and
+    pruning takes it from all of them. Growing adds the unused directions of the largest singular
+    values, which takes another decomposition.
+
+    Source: arXiv:2505.20211. Side, start and missing scale are those of the released code, which
+        uses rank 32 or 256 and learning rate 1e-3. An earlier version of the paper may mean the
+        output side. That is taken from a summary, not verified.
+    Shapes: W (m, n), P (r, n), index (r,), M (m, r). On the output side P (m, r), M (r, n).
+        Parameters: r m, or r n on the output side, once for all layers that share M.
     Args:
         rank: number r of singular directions.
-        side: "input" or "output": whose singular vectors are frozen.
+        side: "input" or "output", the side whose singular vectors are frozen.
         share: tie M across the layers of one kind and shape.
     Raises:
         ValueError: if the side is unknown, or rank is below 1 or above min(m, n).
@@ -38,13 +49,13 @@ class PiCa(Parameterization):
     axes = {"rank": {"P": 0, "index": 0, "M": 1}}
     capabilities = frozenset(
         {
-            "grow",
-            "ordered",
-            "pattern",
-            "matrix_rank",
-            "input_directions",
-            "gradient_init",
-            "weight_gradient",
+            Capability.GROW,
+            Capability.ORDERED,
+            Capability.PATTERN,
+            Capability.MATRIX_RANK,
+            Capability.INPUT_DIRECTIONS,
+            Capability.GRADIENT_INIT,
+            Capability.WEIGHT_GRADIENT,
         }
     )
     features = {"P": (None, 1), "M": (0, None)}
@@ -78,15 +89,20 @@ class PiCa(Parameterization):
         self.register_buffer("P", self._directions(index))
         self.M = self.zeros(m, rank) if side == "input" else self.zeros(rank, n)
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        return self.base_weight + (self.M @ self.P if self.side == "input" else self.P @ self.M)
+        M = self.gated("M")
+        return self.base_weight + (M @ self.P if self.side == "input" else self.P @ M)
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        return (self.M, self.P) if self.side == "input" else (self.P, self.M)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        M = self.gated("M")
+        return (M, self.P) if self.side == "input" else (self.P, M)
 
     def weight_gradient(self) -> Tensor:
-        """gM P, or P gM: the gradient of W' on the span of the frozen directions, exact there."""
+        """Return gM P, or P gM, with gM the gradient of M.
+
+        It is the gradient of W' on the span of the frozen directions, and exact there.
+        """
         gM = torch.zeros_like(self.M) if self.M.grad is None else self.M.grad
         return gM @ self.P if self.side == "input" else self.P @ gM
 
@@ -105,10 +121,13 @@ class PiCa(Parameterization):
 
     @torch.no_grad()
     def _directions(self, index: Tensor) -> Tensor:
-        """Singular vectors of the frozen weight, counted from the largest singular value: (k, n), or (m, k)."""
-        U, _, Vh = torch.linalg.svd(
-            layers.dense(self.innermost, self.adapter_dtype), full_matrices=False
-        )
+        """Return singular vectors of the frozen weight, (k, n), or (m, k) on the output side.
+
+        Args:
+            index: positions of the vectors, (k,), counted from the largest singular value.
+        """
+        W = layers.dense(self.innermost, self.adapter_dtype)
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         rows: Tensor = (Vh if self.side == "input" else U.T).index_select(0, index)
         rows *= rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         return rows if self.side == "input" else rows.T.contiguous()

@@ -1,20 +1,23 @@
-"""ResidualOffset: a trained vector added to what a projection returns."""
+"""ResidualOffset: a trained vector added to the output of a projection."""
 
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.formula import formula
 
 
 class ResidualOffset(Parameterization):
-    """y' = W x + b + d: a trained offset d on the output of a projection; the weight stays as it is.
+    """y' = W x + b + d: a trained offset d on the output of a projection.
 
-    Wrapped around the last projection of the attention and of the MLP it is the domain residual adapter (DRA) of eTT, x <- x + MHSA(x) + d1 and
-    x <- x + MLP(x) + d2: a bias, and no low-rank matrix. It starts at the layer exactly. There is no rank axis: the cost is fixed.
-    Merging adds d to the bias, and gives the layer one where it has none. Where something stands between the projection and the
-    residual sum, such as a layer scale or a norm, d is before it.
+    The weight stays as it is. Around the last projection of the attention and of the MLP this is
+    the domain residual adapter (DRA) of eTT, x <- x + MHSA(x) + d1 and x <- x + MLP(x) + d2: a
+    bias, and no low-rank matrix. It starts at the layer exactly. There is no rank axis: the cost is
+    fixed. Merging adds d to the bias, and gives the layer one if it has none. If a layer scale or a
+    norm stands between the projection and the residual sum, d comes before it.
 
-    Source: AttnScale and DRA, arXiv:2304.01917 (abstract; that DRA is an offset, from the code of eTT; learning rates not read).
+    Source: AttnScale and DRA, arXiv:2304.01917 (abstract). That DRA is an offset is from the code
+        of eTT. Learning rates were not read.
     Shapes: W (m, n), d (m,). Parameters: m.
     """
 
@@ -26,13 +29,12 @@ class ResidualOffset(Parameterization):
         super().__init__(base)
         self.d = self.zeros(self.shape[0])
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         return self.base_weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        bias = super().bias
+    def trained_bias(self) -> Tensor | None:
+        bias = super().trained_bias()
         if not self.enabled:
             return bias
         return self.d if bias is None else bias.to(self.d.dtype) + self.d

@@ -1,6 +1,6 @@
 """SBoRA: some columns, or some rows, of a frozen weight are trained, and nothing else."""
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,36 +8,50 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class SBoRA(Parameterization):
-    """W'[:, I] = W[:, I] + s B for r columns I (variant "fa"), or W'[I, :] = W[I, :] + s A for r rows (variant "fb").
+class SBoRA(LowRankUpdate):
+    """W'[:, I] = W[:, I] + s B for r columns I, or W'[I, :] = W[I, :] + s A for r rows I.
 
-    It is LoRA with one factor frozen to rows of the identity: A = E_I in "fa", B = E_I^T in "fb". s = alpha / rank is fixed at
-    construction. The other factor starts at zero, and has a gradient at once. A unit is one column or one row, so units are
-    orthogonal: ||W' - W||^2 is the sum over units. I is drawn without replacement, for each layer anew, from torch's
-    global generator, and is saved; so seed the run. "fa" keeps r numbers a token for the backward pass, "fb" all n. (The
-    release draws dropout before it gathers; the elements it keeps are distributed as here.)
+    Variant "fa" trains columns, and "fb" rows.
 
-    Source: arXiv:2407.05413; variants, scale, uniform indices and counts as in the released code, whose scripts
-        use rank 32 or 64 and alpha = 2 rank.
+    It is LoRA with one factor frozen to rows of the identity: A = E_I in "fa", B = E_I^T in "fb".
+    s = alpha / rank is fixed at construction. The other factor starts at zero, and has a gradient
+    at once. A unit is one column or one row, so units are orthogonal: ||W' - W||^2 is the sum over
+    units. I is drawn without replacement, for each layer anew, from torch's global generator, and
+    is saved, so seed the run. "fa" keeps r numbers a token for the backward pass, "fb" all n. The
+    release draws dropout before it gathers. The elements that it keeps are distributed as here.
+
+    Source: arXiv:2407.05413. Variants, scale, uniform indices and counts are as in the released
+        code, whose scripts use rank 32 or 64 and alpha = 2 rank.
     Shapes: W (m, n), index I (r,), B (m, r) or A (r, n). Parameters: r m in "fa", r n in "fb".
     Args:
         rank: number r of trained columns or rows.
         alpha: numerator of the scale s.
-        variant: "fa" trains columns, one an input; "fb" trains rows, one an output.
-        dropout: probability of dropping an input element on the way to the trained factor, in [0, 1).
+        variant: "fa" trains columns, one for each input. "fb" trains rows, one for each output.
+        dropout: probability of dropping an input element on the way to the trained factor, in
+            [0, 1).
     Raises:
-        ValueError: if the variant is unknown, or rank is below 1 or above the number of columns or rows.
+        ValueError: if the variant is unknown, or rank is below 1 or above the number of columns or
+            rows.
     """
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
     capabilities = frozenset(
-        {"grow", "ordered", "pattern", "matrix_rank", "input_directions", "gradient_init"}
+        {
+            Capability.GROW,
+            Capability.ORDERED,
+            Capability.PATTERN,
+            Capability.MATRIX_RANK,
+            Capability.INPUT_DIRECTIONS,
+            Capability.GRADIENT_INIT,
+        }
     )
-    by_product = True
     index: Tensor
 
     def __init__(
@@ -53,46 +67,46 @@ class SBoRA(Parameterization):
         if variant not in ("fa", "fb"):
             raise UserError(f"variant={variant!r} is unknown; use 'fa' (columns) or 'fb' (rows).")
         self.variant = variant
-        most = self.max_units("rank")
-        if not 1 <= rank <= most:
-            what = "columns" if variant == "fa" else "rows"
-            raise UserError(f"rank={rank} does not fit a layer of {most} {what}; use 1 to {most}.")
+        largest = self.max_units("rank")
+        if not 1 <= rank <= largest:
+            kind = "columns" if variant == "fa" else "rows"
+            raise UserError(
+                f"rank={rank} does not fit a layer of {largest} {kind}; use 1 to {largest}."
+            )
         m, n = self.shape
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        drawn = (
-            torch.randperm(most, device="cpu")[:rank].sort().values
-        )  # on the CPU: the same on every device
-        self.register_buffer(
-            "index", drawn.to(layers.device(self.innermost))
-        )  # a buffer: casts leave integers alone
+        # Drawn on the CPU, so that it is the same on every device.
+        index = torch.randperm(largest, device="cpu")[:rank].sort().values
+        self.register_buffer("index", index.to(layers.device(self.innermost)))
         if variant == "fa":
             self.B = self.zeros(m, rank)
         else:
             self.A = self.zeros(rank, n)
             self.axes, self.input_factor = {"rank": {"index": 0, "A": 0}}, {"rank": "A"}
 
-    @property
+    @formula
     def weight(self) -> Tensor:
         if self.variant == "fa":
-            return self.base_weight.index_add(1, self.index, self.scale * self.B)
-        return self.base_weight.index_add(0, self.index, self.scale * self.A)
+            return self.base_weight.index_add(1, self.index, self.scale * self.gated("B"))
+        return self.base_weight.index_add(0, self.index, self.scale * self.gated("A"))
 
-    def adapted(self, x: Tensor) -> Tensor:
-        if self.variant == "fa" and self.multiplies(x) and self.dropout.p and self.training:
-            some = x.index_select(
-                -1, self.index
-            )  # gathered first: the slice is all that is dropped and kept
-            return self.accumulated(x, self.dropout(some), self.scale * self.B)
-        return cast(Tensor, super().adapted(x))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the trained factor, and rows of the identity for the other."""
+        m, n = self.shape
+        if self.variant == "fa":
+            B = self.gated("B")
+            return self.scale * B, F.one_hot(self.index, n).to(B.dtype)
+        A = self.gated("A")
+        return F.one_hot(self.index, m).to(A.dtype).T, self.scale * A
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        """The other factor is rows of the identity."""
-        (m, n), trained = self.shape, self.B if self.variant == "fa" else self.A
-        rows = F.one_hot(self.index, n if self.variant == "fa" else m).to(trained.dtype)
-        return (
-            (self.scale * trained, rows) if self.variant == "fa" else (rows.T, self.scale * trained)
-        )
+    def forward_adapted(self, x: Tensor) -> Tensor:
+        drops = self.dropout.p and self.training
+        if self.variant == "fa" and drops and self.fuses(x):
+            # Gathered first: the slice is all that is dropped and kept.
+            columns = x.index_select(-1, self.index)
+            return self.add_low_rank(x, self.dropout(columns), self.scale * self.gated("B"))
+        return super().forward_adapted(x)
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.index)

@@ -7,29 +7,36 @@ from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.parameterizations import tensor_train_cores as trains
-from adaptrank.parameterizations.base import Cost, Parameterization
+from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.low_rank import LowRankUpdate
 
 
-class TensorTrain(Parameterization):
-    """W' = W + s (A B)^T with A (n, r) and B (r, m) as tensor trains; s = alpha / rank fixed at construction.
+class TensorTrain(LowRankUpdate):
+    """W' = W + s (A B)^T with A (n, r) and B (r, m) as tensor trains.
 
-    A[j_1 ... j_d, i] = A_1[j_1] A_2[j_2] ... A_{d+1}[i], a product of small matrices: the index of an input is written in modes
-    j_1 ... j_d, row-major. Each bond between two cores is a rank axis. What is computed is thin all the way, n -> bond -> bond -> m:
-    the cores of the inputs are contracted to (n, bond) and those of the outputs to (bond, m), once a call.
+    s = alpha / rank is fixed at construction. A[j_1 ... j_d, i] = A_1[j_1] A_2[j_2] ... A_{d+1}[i],
+    a product of small matrices: the index of an input is written in modes j_1 ... j_d, row-major.
+    Each bond between two cores is a rank axis. The computation is thin all the way,
+    n -> bond -> bond -> m: the cores of the inputs are contracted to (n, bond) and those of the
+    outputs to (bond, m), once a call.
 
-    The last core of B starts at zero, so training starts at W. The authors' code draws it as well and does not
-    (`init="released"`); that the paper has a step that lessens this is second-hand and not in the code.
+    The last core of B starts at zero, so training starts at W. The authors' code draws it as well,
+    so its training does not start at W (`init="released"`). That the paper has a step that lessens
+    this is second-hand and not in the code.
 
-    Source: LoRETTA_rep, arXiv:2402.11417. Its scripts use rank 8, alpha 16, tt_rank 5, dropout 0.05. The authors' code does not clamp a
-        bond to what its modes can use, and contracts all cores to the whole factor.
-    Shapes: W (m, n), A_k (r_{k-1}, n_k, r_k) for modes n_1 ... n_d of n and then r; B_k the same for r and then modes of m.
-        Parameters: the sum of r_{k-1} n_k r_k over the cores of both.
+    Source: LoRETTA_rep, arXiv:2402.11417. Its scripts use rank 8, alpha 16, tt_rank 5, dropout
+        0.05. The authors' code does not clamp a bond to what its modes can use, and contracts all
+        cores to the whole factor.
+    Shapes: W (m, n), A_k (r_{k-1}, n_k, r_k) for modes n_1 ... n_d of n and then r. B_k the same
+        for r and then modes of m. Parameters: the sum of r_{k-1} n_k r_k over the cores of both.
     Args:
-        rank: number r of columns of A; it is a mode, and no axis.
+        rank: number r of columns of A. It is a mode, and no axis.
         alpha: numerator of the scale s.
         tt_rank: size of every bond at the start, as far as its modes can use it.
-        in_modes: factors of n; automatic ones are as equal as possible and at most 16 where n has such, the largest first.
-        out_modes: factors of m; automatic ones have the largest last.
+        in_modes: factors of n. Automatic ones are as equal as possible and at most 16 if n has such
+            factors, the largest first.
+        out_modes: factors of m. Automatic ones have the largest last.
         dropout: probability of dropping an input element on the way to A, in [0, 1).
         init: "zero_last", or "released" for the authors' start.
     Raises:
@@ -76,20 +83,18 @@ class TensorTrain(Parameterization):
     def axes(self) -> Mapping[str, Mapping[str, int | tuple[int, ...]]]:  # type: ignore[override]
         return trains.axes(self.modes)
 
-    def cores(self, name: str) -> list[nn.Parameter]:
-        """The cores of A or B, first to last."""
-        return [getattr(self, f"{name}_{k}") for k in range(1, len(self.modes[name]) + 1)]
+    def cores(self, name: str) -> list[Tensor]:
+        """Return the cores of A or B, first to last, with their gates."""
+        return trains.gated_cores(self, name, len(self.modes[name]))
 
-    @property
+    @formula
     def weight(self) -> Tensor:
-        A, B = (
-            trains.dense(self.cores("A"), self.shape[1]),
-            trains.dense(self.cores("B"), self.modes["B"][0]),
-        )
+        A = trains.dense(self.cores("A"), self.shape[1])
+        B = trains.dense(self.cores("B"), self.modes["B"][0])
         return self.base_weight + self.scale * (A @ B).T
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        """The two trains, cut at the first bond of B."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the two trains, cut at the first bond of B."""
         (*inputs, last), (first, *outputs) = self.cores("A"), self.cores("B")
         with trains.unrounded(last):
             between = self.scale * last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
@@ -102,4 +107,4 @@ class TensorTrain(Parameterization):
         return Cost(flops=2 * b * (m + n), flops_once=once, kept=n + b)
 
     def max_units(self, axis: str) -> int:
-        return trains.bonds(self.modes[axis[0].upper()])[int(axis[1:]) - 1]
+        return trains.max_bond(self.modes, axis)

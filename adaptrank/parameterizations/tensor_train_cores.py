@@ -1,4 +1,4 @@
-"""Tensor trains of a matrix: modes, cores, and the contraction of one side; shared by the methods that hold such trains."""
+"""Tensor trains of a matrix: modes, cores, and the contraction of one side."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,27 +8,37 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.parameterizations.wrapper import Wrapper
 
 MODE = 16
-"""Modes up to this size are split no further."""
+"""Size up to which a mode is not split further."""
 
 
 def modes_of(size: int) -> list[int]:
-    """Two to four factors of a size, ascending: the fewest of which none is above 16, else those whose largest is least.
+    """Return two to four factors of a size, ascending.
 
-    A prime is one mode. Small modes belong to the ends of a train, where they bound the bonds anyway.
+    They are the fewest factors of which none is above 16. If there are no such factors, they are
+    those whose largest is least. A prime is one mode. Small modes belong to the ends of a train,
+    where they bound the bonds anyway.
     """
-    found = [
-        min(splits, key=lambda s: (s[-1], -s[0]))
-        for k in (2, 3, 4)
-        if (splits := list(_splits(size, k, 2)))
-    ]
-    fits = [split for split in found if split[-1] <= MODE]
-    return fits[0] if fits else min(found, key=lambda s: (s[-1], -s[0]), default=[size])
+    candidates = []
+    for k in (2, 3, 4):
+        splits = list(_splits(size, k, 2))
+        if splits:
+            candidates.append(min(splits, key=_evenness))
+    for split in candidates:
+        if split[-1] <= MODE:
+            return split
+    return min(candidates, key=_evenness, default=[size])
+
+
+def _evenness(split: list[int]) -> tuple[int, int]:
+    """Return a sort key of ascending factors: the least largest first, then the largest least."""
+    return split[-1], -split[0]
 
 
 def _splits(size: int, k: int, least: int) -> Iterator[list[int]]:
-    """Every way to write a size as k ascending factors, none below `least`."""
+    """Yield every way to write a size as k ascending factors, none below `least`."""
     if k == 1:
         if size >= least:
             yield [size]
@@ -38,8 +48,8 @@ def _splits(size: int, k: int, least: int) -> Iterator[list[int]]:
             yield from ([factor, *rest] for rest in _splits(size // factor, k - 1, factor))
 
 
-def check_modes(modes: Sequence[int] | None, size: int, what: str) -> list[int]:
-    """The given modes, or automatic ones.
+def check_modes(modes: Sequence[int] | None, size: int, argument: str) -> list[int]:
+    """Return the given modes, or automatic ones.
 
     Raises:
         ValueError: if they do not multiply to the size.
@@ -48,18 +58,25 @@ def check_modes(modes: Sequence[int] | None, size: int, what: str) -> list[int]:
         return modes_of(size)
     if not modes or min(modes) < 1 or math.prod(modes) != size:
         raise UserError(
-            f"{what}={list(modes)} does not multiply to {size}; use {modes_of(size)}, or leave it out."
+            f"{argument}={list(modes)} does not multiply to {size}; use {modes_of(size)}, or "
+            f"leave it out."
         )
     return list(modes)
 
 
 def bonds(modes: Sequence[int]) -> list[int]:
-    """The largest size that each bond can use: the product of the modes on either side of it, whichever is less."""
+    """Return the largest size that each bond can use.
+
+    It is the product of the modes on either side of the bond, whichever is less.
+    """
     return [min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
 
 
 def axes(modes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int | tuple[int, ...]]]:
-    """A rank axis for each bond: "a2" is between cores A_2 and A_3, and the later core closes."""
+    """Return a rank axis for each bond.
+
+    "a2" is between cores A_2 and A_3. The later core closes it.
+    """
     return {
         f"{name.lower()}{k}": {f"{name}_{k}": 2, f"{name}_{k + 1}": 0}
         for name, sizes in modes.items()
@@ -67,14 +84,26 @@ def axes(modes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int | tuple[
     }
 
 
+def max_bond(modes: Mapping[str, Sequence[int]], axis: str) -> int:
+    """Return the largest size of the bond that is this axis."""
+    return bonds(modes[axis[0].upper()])[int(axis[1:]) - 1]
+
+
+def gated_cores(wrapper: Wrapper, name: str, count: int) -> list[Tensor]:
+    """Return the cores of a train, first to last, with their gates multiplied in."""
+    return [wrapper.gated(f"{name}_{k}") for k in range(1, count + 1)]
+
+
 def core_shapes(modes: Sequence[int], tt_rank: int) -> list[tuple[int, int, int]]:
-    """(r_{k-1}, n_k, r_k) of each core, with bonds of `tt_rank` where they can use it."""
+    """Return (r_{k-1}, n_k, r_k) of each core, with bonds of `tt_rank` where they can use it."""
     inner = [1, *(min(tt_rank, most) for most in bonds(modes)), 1]
     return list(zip(inner[:-1], modes, inner[1:], strict=True))
 
 
 def draw(core: Tensor, size: int, length: int) -> None:
-    """N(0, 1) r_k^(-1/2) sigma^(1/d) in place, as in LoRETTA's code: an entry of the matrix then has deviation sigma = size^(-1/2).
+    """Draw a core from N(0, 1) r_k^(-1/2) sigma^(1/d) in place, as in LoRETTA's code.
+
+    An entry of the matrix then has standard deviation sigma = size^(-1/2).
 
     Args:
         core: (r_{k-1}, n_k, r_k).
@@ -85,14 +114,15 @@ def draw(core: Tensor, size: int, length: int) -> None:
 
 
 def unrounded(core: Tensor) -> AbstractContextManager[object]:
-    """Within, cores are multiplied in their own dtype: autocast would round once for each core of a train."""
+    """Turn autocast off within the context. It would round once for each core of a train."""
     device = core.device.type
-    available = torch.amp.is_autocast_available(device)  # the meta device knows none
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    # The meta device has no autocast.
+    can_autocast = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if can_autocast else nullcontext()
 
 
 def left(cores: Sequence[Tensor]) -> Tensor:
-    """Cores (1, n_1, r_1) ... (r_{k-1}, n_k, r_k) -> (n_1 ... n_k, r_k)."""
+    """Contract cores (1, n_1, r_1) ... (r_{k-1}, n_k, r_k) to (n_1 ... n_k, r_k)."""
     matrix = cores[0].flatten(0, 1)
     with unrounded(matrix):
         for core in cores[1:]:
@@ -101,7 +131,7 @@ def left(cores: Sequence[Tensor]) -> Tensor:
 
 
 def right(cores: Sequence[Tensor]) -> Tensor:
-    """Cores (r_0, n_1, r_1) ... (r_{k-1}, n_k, 1) -> (r_0, n_1 ... n_k)."""
+    """Contract cores (r_0, n_1, r_1) ... (r_{k-1}, n_k, 1) to (r_0, n_1 ... n_k)."""
     matrix = cores[-1].flatten(1)
     with unrounded(matrix):
         for core in reversed(cores[:-1]):
@@ -110,7 +140,7 @@ def right(cores: Sequence[Tensor]) -> Tensor:
 
 
 def dense(cores: Sequence[Tensor], rows: int) -> Tensor:
-    """The whole train as a matrix (rows, columns), core by core: its definition."""
+    """Return the whole train as a matrix (rows, columns), core by core: its definition."""
     tensor = cores[0]
     for core in cores[1:]:
         tensor = torch.tensordot(tensor, core, dims=1)
@@ -118,7 +148,7 @@ def dense(cores: Sequence[Tensor], rows: int) -> Tensor:
 
 
 def flops_left(cores: Sequence[Tensor]) -> int:
-    """Of `left`."""
+    """Return the operations of `left`."""
     total, rows = 0, cores[0].shape[1]
     for core in cores[1:]:
         r, n, s = core.shape
@@ -128,5 +158,5 @@ def flops_left(cores: Sequence[Tensor]) -> int:
 
 
 def flops_right(cores: Sequence[Tensor]) -> int:
-    """Of `right`."""
+    """Return the operations of `right`."""
     return flops_left([core.permute(2, 1, 0) for core in reversed(cores)])

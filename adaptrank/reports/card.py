@@ -1,4 +1,4 @@
-"""A model card beside an adapter: what it was trained on and how, what came out, and what its ranks are. Pure: data in, Markdown out."""
+"""A model card beside an adapter: its training, its results, its layers and its ranks."""
 
 import os
 from collections.abc import Mapping
@@ -7,92 +7,97 @@ from typing import Any
 
 import yaml
 
-from adaptrank.reports.ranks import grid
+from adaptrank._files import write_text
+from adaptrank.reports.layer_grid import layer_grid
+from adaptrank.reports.rendering import render
 
 CARD = "README.md"
 
+HIDDEN_METRICS = ("ranks/", "spectral/", "train_")
+"""Beginnings of the names of metrics that a card leaves out."""
+
 
 def card(summary: Mapping[str, Any], ranks: Mapping[str, int], config: str) -> str:
-    """The card of a run as Markdown with the front matter that the Hub reads.
+    """Return the card of a run as Markdown, with the front matter that the Hub reads.
 
     Args:
-        summary: of the run, as `summary.json` has it.
-        ranks: axis -> units at the end; empty for methods without ranks.
-        config: the run's configuration, as YAML.
+        summary: summary of the run, as in `summary.json`.
+        ranks: axis -> units at the end. Empty for methods without ranks.
+        config: configuration of the run, as YAML.
     """
     base = summary["base"].get("name")
-    methods = ", ".join(dict.fromkeys(row["method"] for row in summary["layers"]))
-    matter = {
-        "library_name": "adaptrank",
-        **({"base_model": base} if base and not os.path.isabs(base) else {}),
-        "tags": [
-            "adapter",
-            "peft",
-            *dict.fromkeys(
-                name for row in summary["layers"] for name in row["method"].split(" on ")
-            ),
-        ],
-    }
-    shown = f"`{base}`" if base else "an unnamed base"
-    share = summary["trainable"] / summary["parameters"] if summary["parameters"] else 0.0
-    names = [name for name in summary["after"] if not name.startswith(("ranks/", "spectral/"))]
-    metrics = [
-        f"| {name} | {_number(summary['before'].get(name))} | {_number(summary['after'][name])} |"
-        for name in names
-        if not name.startswith("train_")
-    ]
-    layers = [
-        f"| {row['kind']} | {row['count']} | {row['method']} | {row['trainable']:,} |"
-        for row in summary["layers"]
-    ]
-    parts = [
-        f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n",
-        f"# {methods} on {shown}\n",
-        f"{summary['trainable']:,} trainable of {summary['parameters']:,} parameters ({share:.2%}); {summary['steps']} optimizer steps in "
-        f"{summary['seconds'] / 60:.1f} minutes.\n",
-        "```python\nfrom transformers import "
-        + (summary["base"].get("auto_class") or "AutoModel")
-        + f"\n\nfrom adaptrank import load_adapter\n\nmodel = {summary['base'].get('auto_class') or 'AutoModel'}.from_pretrained({base!r})\n"
-        'load_adapter(model, "path/to/this/folder")\n```\n',
-    ]
-    if metrics:
-        parts.append(
-            "## Results\n\n| metric | before | after |\n|---|---|---|\n" + "\n".join(metrics) + "\n"
-        )
-    parts.append(
-        "## Layers\n\n| kind | layers | method | trainable |\n|---|---|---|---|\n"
-        + "\n".join(layers)
-        + "\n"
+    methods = dict.fromkeys(row["method"] for row in summary["layers"])
+    return render(
+        "card.md.j2",
+        front_matter=yaml.safe_dump(_front_matter(base, methods), sort_keys=False),
+        methods=", ".join(methods),
+        base=f"`{base}`" if base else "an unnamed base",
+        base_argument=repr(base),
+        auto_class=summary["base"].get("auto_class") or "AutoModel",
+        size=_size(summary),
+        metrics=_metrics(summary),
+        layers=summary["layers"],
+        ranks=ranks,
+        rank_map=rank_map(ranks),
+        config=config.strip(),
     )
-    if ranks:
-        parts.append(
-            f"## Ranks\n\n{sum(ranks.values()):,} units on {len(ranks)} axes.\n\n{rank_map(ranks)}\n"
-        )
-    parts.append(f"## Configuration\n\n```yaml\n{config.strip()}\n```\n")
-    return "\n".join(parts)
 
 
 def rank_map(ranks: Mapping[str, int]) -> str:
-    """A table of units, layer over kind."""
-    rows, columns, place = grid(list(ranks))
-    cells = [["" for _ in columns] for _ in rows]
+    """Return a Markdown table of units: one row a layer, one column a kind of layer."""
+    grid = layer_grid(list(ranks))
+    cells = [["" for _ in grid.kinds] for _ in grid.layers]
     for axis, size in ranks.items():
-        row, column = place[axis]
+        row, column = grid.places[axis]
         cells[row][column] = str(size)
-    head = f"| layer | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
-    return head + "\n".join(
-        f"| {name} | {' | '.join(row)} |" for name, row in zip(rows, cells, strict=True)
-    )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    lines = [f"| layer | {' | '.join(grid.kinds)} |", f"|---|{'---|' * len(grid.kinds)}"]
+    for layer, row_cells in zip(grid.layers, cells, strict=True):
+        lines.append(f"| {layer} | {' | '.join(row_cells)} |")
+    return "\n".join(lines)
 
 
 def write_card(
     folder: Path, summary: Mapping[str, Any], ranks: Mapping[str, int], config: str
 ) -> None:
-    """Write the card into an adapter's folder, whole or not at all."""
-    growing = folder / f".{CARD}.{os.getpid()}"
-    growing.write_text(card(summary, ranks, config), encoding="utf-8")
-    os.replace(growing, folder / CARD)
+    """Write the card into the folder of an adapter. The arguments are those of `card`."""
+    write_text(folder / CARD, card(summary, ranks, config))
+
+
+def _front_matter(base: str | None, methods: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the Hub reads. A base that is a folder of this machine is not named."""
+    matter: dict[str, Any] = {"library_name": "adaptrank"}
+    if base and not os.path.isabs(base):
+        matter["base_model"] = base
+    tags: dict[str, None] = {}
+    for nest in methods:
+        tags |= dict.fromkeys(nest.split(" on "))
+    matter["tags"] = ["adapter", "peft", *tags]
+    return matter
+
+
+def _size(summary: Mapping[str, Any]) -> str:
+    """Return a sentence about parameters, steps and time."""
+    trainable, parameters = summary["trainable"], summary["parameters"]
+    share = trainable / parameters if parameters else 0.0
+    minutes = summary["seconds"] / 60
+    return (
+        f"{trainable:,} trainable of {parameters:,} parameters ({share:.2%}); "
+        f"{summary['steps']} optimizer steps in {minutes:.1f} minutes."
+    )
+
+
+def _metrics(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return name, value before and value after the training of each metric."""
+    return [
+        {
+            "name": name,
+            "before": _number(summary["before"].get(name)),
+            "after": _number(after),
+        }
+        for name, after in summary["after"].items()
+        if not name.startswith(HIDDEN_METRICS)
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

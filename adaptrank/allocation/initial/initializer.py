@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.participant import Choice, Participant
-from adaptrank.allocation.run import Axes
 
 __all__ = ["Choice", "RankInitializer"]
 

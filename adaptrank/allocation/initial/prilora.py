@@ -200,7 +200,7 @@ class PRILoRA(Allocator):
                 "grown": {},
                 "closed": {},
             }  # nothing: entries are no units
-            self.engine.record(
+            self.run.record(
                 {
                     "step": self.steps_done,
                     "reason": reason,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.copying import Pair, copies, kinds_of
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.scores.gradient import elements, zeros
 from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError, nearest
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.scores.gradient import Elements, elements
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis, generator
@@ -184,7 +184,7 @@ class DyLoRA(Policy[PrefixState]):
         if isinstance(b, int):
             reason = f"the first {b} units of each axis"
         event.update({"step": step, "reason": reason, "unit": self.unit})
-        self.engine.record(event)
+        self.run.record(event)
 
     def check_start(self, sizes: Mapping[str, int]) -> None:
         for key in self.truncate if isinstance(self.truncate, dict) else ():

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.scores.gradient import zeros
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import PRUNED, CostModel, Groups, RankAxis, find_groups

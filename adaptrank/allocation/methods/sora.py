@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.gates import leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.run import Axes
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores import curvature
 from adaptrank.allocation.state import TrackedTensors

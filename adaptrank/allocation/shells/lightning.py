@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.allocation import checks
+from adaptrank.allocation.context import Loss
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.run import Loss
 from adaptrank.axes import fit_ranks
+from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
-from adaptrank.training.lightning import ensure_gradients
 from adaptrank.training.penalties import add_penalty_gradients
 
 

@@ -1,0 +1,44 @@
+"""Names of the classes that fit a key of the configuration, for what a mistake says."""
+
+import inspect
+from typing import Any, get_args
+
+from adaptrank._errors import some
+
+HIDDEN = ("lightning.pytorch.demos", "lightning.pytorch.cli", "adaptrank.cli", "unittest")
+"""Modules whose classes nobody would name in a configuration."""
+
+
+def class_of(kind: Any) -> type | None:
+    """Return the class whose subclasses fit a type: of `list[Callable[[A], B]] | None` B."""
+    if isinstance(kind, type) and not get_args(kind):
+        return None if kind.__module__ == "builtins" else kind
+    classes = (class_of(part) for part in get_args(kind))
+    return next((cls for cls in classes if cls is not None), None)
+
+
+def subclasses(base: type | None) -> list[type]:
+    """Return the public, concrete classes under a base that are known by now, and the base."""
+    if base is None:
+        return []
+    found = [base]
+    for cls in found:
+        children: list[type] = type.__subclasses__(cls)
+        found += [child for child in children if child not in found]
+    return [cls for cls in found if _is_public(cls)]
+
+
+def _is_public(cls: type) -> bool:
+    private = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__
+    return not (private or inspect.isabstract(cls) or cls.__module__.startswith(HIDDEN))
+
+
+def known_classes(base: type | None) -> list[str]:
+    """Return the names of the classes under a base."""
+    return [cls.__name__ for cls in subclasses(base) if cls is not base]
+
+
+def one_of(base: type | None, words: str = "one of ") -> str:
+    """Return "one of A, B, C": the classes under a base that no other class derives from."""
+    leaves = {c.__name__ for c in subclasses(base) if c is not base and not c.__subclasses__()}
+    return words + some(sorted(leaves), 12)

@@ -1,0 +1,124 @@
+"""Adapters and models by name, for the verbs that load them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptrank.cli.errors import ConfigError, missing_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptrank.backbones import Source
+
+
+@dataclass
+class StoredModel:
+    """A base model on disk, with an adapter or without.
+
+    Args:
+        source: the base model.
+        adapter: folder of the adapter, or None for a plain model.
+        auto_class: name of the transformers class that loads the base.
+        num_labels: number of classes, for a classifier.
+    """
+
+    source: "Source"
+    adapter: Path | None
+    auto_class: str
+    num_labels: int | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """True if the model completes text."""
+        return self.auto_class == "AutoModelForCausalLM"
+
+    def load(self, dtype: "torch.dtype", adapted: bool = True) -> Any:
+        """Return the model in evaluation mode, with its adapter unless `adapted` is false."""
+        import transformers
+
+        from adaptrank.artifacts import load_adapter
+        from adaptrank.backbones import load_model
+
+        labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        auto_class = getattr(transformers, self.auto_class)
+        model = load_model(self.source, auto_class, dtype, **labels)
+        if adapted and self.adapter is not None:
+            model = load_adapter(model, self.adapter)
+        return model.train(False)
+
+
+def find_model(name: str, base: str | None) -> StoredModel:
+    """Return an adapter's folder, a run's folder, a model's folder, or a model id as a model.
+
+    Raises:
+        ConfigError: if the name is none of these.
+    """
+    from adaptrank import backbones
+    from adaptrank.artifacts.adapter import WEIGHTS
+
+    folder = adapter_folder(name)
+    if (folder / WEIGHTS).is_file():
+        return find_adapter(name, base)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
+        )
+    return StoredModel(backbones.resolve(name), None, "AutoModelForCausalLM")
+
+
+def find_adapter(name: str, base: str | None) -> StoredModel:
+    """Return an adapter's folder, or the adapter in a run's folder, with its base model.
+
+    Args:
+        name: the folder.
+        base: the base model, if it is not the one that the adapter's file names.
+    Raises:
+        ConfigError: if there is no adapter, or no base.
+    """
+    from adaptrank.artifacts import read_adapter
+
+    folder = adapter_folder(name)
+    if not folder.exists():
+        raise ConfigError(missing_file(name, "adapter folder"))
+    described = read_adapter(folder)["base"]
+    source = find_base(folder, base or described.get("name"))
+    auto_class = described.get("auto_class", "AutoModelForCausalLM")
+    return StoredModel(source, folder, auto_class, described.get("num_labels"))
+
+
+def adapter_folder(name: str) -> Path:
+    """Return the folder of a name. A run's folder stands for the adapter in it."""
+    from adaptrank.artifacts.adapter import WEIGHTS
+
+    folder = Path(name).expanduser()
+    inside = folder / "adapter"
+    is_run = not (folder / WEIGHTS).is_file() and (inside / WEIGHTS).is_file()
+    return inside if is_run else folder
+
+
+def find_base(folder: Path, name: str | None) -> "Source":
+    """Return the base model of an adapter's folder.
+
+    Raises:
+        ConfigError: if there is no name, or no such model.
+    """
+    from adaptrank import backbones
+
+    if not name:
+        raise ConfigError(
+            f"{folder} does not say what base it was trained on. Name it with --base."
+        )
+    try:
+        return backbones.resolve(name)
+    except FileNotFoundError as error:
+        raise ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
+
+
+def stored_dtype(source: "Source") -> "torch.dtype":
+    """Return the dtype of a base's files, or float32 if its configuration gives none."""
+    import torch
+    from transformers import AutoConfig
+
+    dtype = getattr(AutoConfig.from_pretrained(source.path), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

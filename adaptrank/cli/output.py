@@ -1,0 +1,114 @@
+"""What fit, validate, test and predict print: metrics, predictions, and commands to type next."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+
+from adaptrank.modules import AdaptedModule
+from adaptrank.parameterizations import wrapped_layers
+
+PROMPT = r'"Question: Ann has 12 pears and buys 7 more. How many pears does Ann have now?\nAnswer:"'
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print from the first process only."""
+    print(text, flush=True)
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return logged metrics as plain numbers."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def metric_names(module: LightningModule, logged: Iterable[str]) -> tuple[str, ...]:
+    """Return names of metrics in the order to show them: the module's choice first."""
+    first = tuple(getattr(module, "metrics_shown", ()))
+    return (*first, *(name for name in logged if name not in first))
+
+
+def table(values: dict[str, float], names: Sequence[str]) -> str:
+    """Return metrics, one a line."""
+    shown = [name for name in names if name in values]
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"  {name:{width}} {values[name]:10.4f}" for name in shown)
+
+
+def predictions(batches: Sequence[Any], names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield one JSON-able mapping for each example.
+
+    Args:
+        batches: what `predict_step` returned, batch by batch.
+        names: class names, for predictions that are numbers of classes.
+    """
+    for batch in batches:
+        for value in batch if isinstance(batch, list | tuple) else [batch]:
+            if isinstance(value, torch.Tensor):
+                value = value.tolist()
+            if isinstance(value, dict):
+                yield value
+            elif names and isinstance(value, int):
+                yield {"label": value, "name": names[value]}
+            else:
+                yield {"prediction": value}
+
+
+def run_name(config: Any) -> str:
+    """Return the name of a configuration's runs.
+
+    It is the file's name, or for the config.yaml in a run folder the name of that run.
+    """
+    if config is None:
+        return "run"
+    path = Path(str(config))
+    folder = path.absolute().parent
+    return folder.parent.name if path.stem == "config" and folder.name.isdigit() else path.stem
+
+
+def next_commands(folder: Path, module: LightningModule) -> str:
+    """Return the commands that make sense after a run, ready to paste.
+
+    The commands can only build the library's own modules again. Of another module the adapter is
+    loaded in Python.
+    """
+    layers = wrapped_layers(module)
+    if not layers:
+        kind, place = type(module).__name__, shlex.quote(str(folder))
+        return f"No adapter saved: {kind} holds no adapted layer. Run folder: {place}"
+    adapter = shlex.quote(str(folder / "adapter"))
+    lines = [f"Adapter saved: {adapter}"]
+    if not isinstance(module, AdaptedModule):
+        load = f"adaptrank.load_adapter(model, {str(folder / 'adapter')!r})"
+        return f"{lines[0]}\n  load:     {load}"
+    if hasattr(module, "complete"):
+        lines.append(f"  generate: python -m adaptrank generate {adapter} --prompt {PROMPT}")
+    if all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest):
+        merged = shlex.quote(str(folder / "merged"))
+        lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {merged}")
+    # fast_dev_run writes no configuration.
+    if (folder / "config.yaml").is_file():
+        config = shlex.quote(str(folder / "config.yaml"))
+        command = f"python -m adaptrank fit --config {config} --model.adapter {adapter}"
+        # A rank pattern would be applied to the loaded adapter, and undo the allocator's moves.
+        pattern = " --model.rank_pattern null" if module.rank_pattern else ""
+        lines.append(f"  go on:    {command}{pattern}")
+    return "\n".join(lines)
+
+
+def resume_command(folder: Path, step: int) -> str:
+    """Return the command that resumes an interrupted run, if there is a checkpoint."""
+    lines = [f"\nInterrupted at step {step}."]
+    if (folder / "adapter").is_dir():
+        lines[0] += f" Adapter saved: {shlex.quote(str(folder / 'adapter'))}"
+    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda f: f.stat().st_mtime)
+    if checkpoints:
+        config = shlex.quote(str(folder / "config.yaml"))
+        checkpoint = shlex.quote(str(checkpoints[-1]))
+        command = f"python -m adaptrank fit --config {config} --ckpt_path {checkpoint}"
+        lines.append(f"  resume:   {command}")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""`inspect`: show the spectra of an adapter."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from adaptrank.cli.errors import ConfigError
+from adaptrank.cli.options import ADAPTER, BASE
+
+DESCRIPTION = """\
+Look at the change that an adapter makes to each weight: its size beside the weight, its rank by
+several measures, and intruder dimensions (leading singular vectors of W' that W does not have).
+Each rank measure is scale-free: read it beside |D| / |W|."""
+
+LEGEND = (
+    "rank: above rounding; of full: at 1e-3 of the largest singular value, over min(m, n); "
+    "99 %: of the energy"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
+    out = "for inspect.json and inspect.png (ADAPTER/inspect)"
+    parser.add_argument("--out", metavar="FOLDER", help=out)
+    parser.add_argument("--layers", metavar="REGEX", help="only layers whose whole path matches")
+    intruders = "leave intruder dimensions out, which take most of the time"
+    parser.add_argument("--no-intruders", action="store_true", help=intruders)
+    each = "a row for every layer, not for every kind of layer"
+    parser.add_argument("--each", action="store_true", help=each)
+    parser.add_argument("--base", metavar="NAME", help=BASE)
+    as_json = "print the data instead, and write nothing"
+    parser.add_argument("--json", action="store_true", help=as_json)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a table of the spectra, and write the data and a picture."""
+    import torch
+
+    from adaptrank.cli.loading import find_adapter
+    from adaptrank.composition import kind_of, mean_by_kind, spectra, spectral_lines
+
+    _check_pattern(options.layers)
+    stored = find_adapter(options.adapter, options.base)
+    assert stored.adapter is not None
+    layers = spectra(stored.load(torch.float32), options.layers, not options.no_intruders)
+    if not layers:
+        raise ConfigError(_why_nothing(stored.adapter, options.layers))
+    rows = {path: path if options.each else kind_of(path) for path in layers}
+    summary = mean_by_kind(layers, rows)
+    data = {
+        "adapter": str(stored.adapter),
+        "base": stored.source.name,
+        "summary": summary,
+        "layers": layers,
+    }
+    if options.json:
+        print(json.dumps(data))
+        return
+    print(
+        f"{stored.adapter} on {stored.source.name}: the change D = W' - W, means over layers of ",
+        end="",
+    )
+    print("a kind")
+    for line in spectral_lines(summary):
+        print(f"  {line}")
+    print(f"  {LEGEND}")
+    out = Path(options.out) if options.out else stored.adapter / "inspect"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "inspect.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _draw(layers, out / "inspect.png")
+    print(f"  written: {out / 'inspect.json'}, {out / 'inspect.png'}")
+
+
+def _check_pattern(pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        text = f"--layers {pattern!r} is no regular expression: {error}."
+        raise ConfigError(text) from None
+
+
+def _why_nothing(adapter: Path, pattern: str | None) -> str:
+    """Return the sentence for an adapter without a layer to inspect."""
+    from adaptrank.artifacts import read_adapter
+
+    nothing = f"There is nothing to inspect in {adapter}"
+    if pattern is None:
+        return f"{nothing}: the modules that it wraps are no single matrices."
+    paths = [path for entry in read_adapter(adapter)["adapters"] for path in entry["layers"]]
+    return f"{nothing}: no layer matches {pattern!r}. There are {', '.join(paths[:3])}, ..."
+
+
+def _draw(layers: dict[str, dict[str, Any]], file: Path) -> None:
+    from adaptrank.reports.figures import heat_maps
+
+    titles = {
+        "relative": "|D| / |W|",
+        "effective_rank": "effective rank",
+        "stable_rank": "stable rank",
+        "rank_share": "rank at 1e-3, of full",
+        "intruders": "intruders of 10",
+    }
+    maps: dict[str, dict[str, float]] = {}
+    for path, facts in layers.items():
+        shown = {**facts, "rank_share": facts["rank_share"]["0.001"]}
+        for name, title in titles.items():
+            if shown.get(name) is not None:
+                maps.setdefault(title, {})[path] = shown[name]
+    ordered = {title: maps[title] for title in titles.values() if title in maps}
+    heat_maps(ordered, file)

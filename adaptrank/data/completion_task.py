@@ -1,0 +1,180 @@
+"""The task of completing prompts."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from adaptrank.data.collate import (
+    IGNORED,
+    Batch,
+    causal_batch,
+    predict_batch,
+    validation_batch,
+)
+from adaptrank.data.segments import Segment, as_int32, cut, encode_segments, token_ids
+from adaptrank.data.task import Row, Split, TaskData
+from adaptrank.data.templates import chat_segments, render_chat
+
+log = logging.getLogger(__name__)
+
+
+class CompletionTask(TaskData):
+    """Prompts to complete.
+
+    Rows have `prompt` and `completion`, or `messages`. They may have `answer`, or `choices` and
+    `label`. The training is on the completion only, with the tokenizer's end token after it.
+    Batches are `causal_batch` in training, `validation_batch` in validation and test, and
+    `predict_batch` in prediction (see `adaptrank.data.collate`).
+
+    Args:
+        chat: put the prompt into the tokenizer's chat template as the user's turn, and the
+            completion as the assistant's. Rows with `messages` are always conversations.
+        kwargs: those of `TaskData`.
+    """
+
+    def __init__(self, *, chat: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chat = chat
+
+    def collate(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
+        batches = {"train": causal_batch, "predict": predict_batch}
+        return partial(batches.get(split, validation_batch), pad_id=self.pad_id)
+
+    def encode(self, rows: list[Row], split: Split) -> list[Row]:
+        if split == "predict":
+            return self._encode_prompts(rows)
+        examples = self._encode_completions(rows, split)
+        if split == "train":
+            return examples
+        for example, prompt in zip(examples, self._encode_prompts(rows), strict=True):
+            example |= prompt
+        if self._all_have("answer", rows, split, "exact match"):
+            for example, row in zip(examples, rows, strict=True):
+                example["answer"] = row["answer"]
+        if self._all_have("choices", rows, split, "accuracy over choices"):
+            for example, row in zip(examples, rows, strict=True):
+                example |= self._encode_choices(row)
+        return examples
+
+    def _all_have(self, field: str, rows: list[Row], split: Split, score: str) -> bool:
+        """Tell whether all rows have a field. Warn if only some have it."""
+        count = sum(field in row for row in rows)
+        if 0 < count < len(rows):
+            log.warning(
+                "%d of %d %s rows have `%s`, so there is no %s.",
+                count,
+                len(rows),
+                split,
+                field,
+                score,
+            )
+        return count == len(rows)
+
+    # ---- the text of a row
+
+    def _is_chat(self, row: Row) -> bool:
+        return self.chat or "messages" in row
+
+    def _segments(self, row: Row) -> list[Segment]:
+        """Return the text of a row as segments. The completion is trained on."""
+        assert self.tokenizer is not None
+        if "messages" in row:
+            return chat_segments(self.tokenizer, row["messages"])
+        if self.chat:
+            messages = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"].strip()},
+            ]
+            return chat_segments(self.tokenizer, messages)
+        return [(row["prompt"], False), (row["completion"], True)]
+
+    def _prompt(self, row: Row) -> str:
+        """Return the text before the last completion, as the model is given it."""
+        assert self.tokenizer is not None
+        if not self._is_chat(row):
+            return str(row["prompt"])
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return render_chat(self.tokenizer, messages, ask=True)
+
+    def _indices_by_kind(self, rows: list[Row]) -> list[tuple[bool, list[int]]]:
+        """Return (is_chat, indices) of the rows that are no conversations, and of those that are.
+
+        The chat template gives a conversation its special tokens. The tokenizer gives them to other
+        texts.
+        """
+        chats = [i for i, row in enumerate(rows) if self._is_chat(row)]
+        texts = [i for i, row in enumerate(rows) if not self._is_chat(row)]
+        return [(False, texts), (True, chats)]
+
+    # ---- tokens
+
+    def _encode_prompts(self, rows: list[Row]) -> list[Row]:
+        """Tokenize prompts for generation: `prompt_ids` (L,), and the text `prompt`."""
+        assert self.tokenizer is not None
+        bos = self.tokenizer.bos_token_id
+        prompts = [self._prompt(row) for row in rows]
+        examples: list[Row] = [{} for _ in rows]
+        for is_chat, indices in self._indices_by_kind(rows):
+            texts = [prompts[i] for i in indices]
+            encoded = token_ids(self.tokenizer, texts, special=not is_chat)
+            for i, ids in zip(indices, encoded, strict=True):
+                kept, _, _ = cut(ids, [IGNORED] * len(ids), self.max_length, bos)
+                prompt = rows[i].get("prompt", prompts[i])
+                examples[i] = {"prompt_ids": as_int32(kept), "prompt": prompt}
+        return examples
+
+    def _encode_completions(self, rows: list[Row], split: Split) -> list[Row]:
+        """Tokenize prompts with completions: `input_ids` and `labels`, each (L,)."""
+        assert self.tokenizer is not None
+        bos = self.tokenizer.bos_token_id
+        examples: list[Row] = [{} for _ in rows]
+        cuts = {"prompt": 0, "completion": 0}
+        for is_chat, indices in self._indices_by_kind(rows):
+            segments = [self._segments(rows[i]) for i in indices]
+            encoded = encode_segments(self.tokenizer, segments, special=not is_chat)
+            for i, (ids, labels) in zip(indices, encoded, strict=True):
+                end = [] if is_chat else self._end_ids()
+                ids, labels, part = cut(ids + end, labels + end, self.max_length, bos)
+                if part:
+                    cuts[part] += 1
+                examples[i] = {"input_ids": as_int32(ids), "labels": as_int32(labels)}
+        self.report_cuts(
+            split,
+            len(rows),
+            prompts_cut_from_the_left=cuts["prompt"],
+            completions_cut_from_the_right=cuts["completion"],
+        )
+        return examples
+
+    def _end_ids(self) -> list[int]:
+        """Return the id of the end token in a list, or [] if the tokenizer has none."""
+        assert self.tokenizer is not None
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
+
+    def _encode_choices(self, row: Row) -> Row:
+        """Tokenize every choice of a row, after its prompt."""
+        assert self.tokenizer is not None
+        segments = [self._choice_segments(row, choice) for choice in row["choices"]]
+        encoded = encode_segments(self.tokenizer, segments, special=not self._is_chat(row))
+        choices = []
+        for text, (ids, labels) in zip(row["choices"], encoded, strict=True):
+            ids, labels, _ = cut(ids, labels, self.max_length, self.tokenizer.bos_token_id)
+            choices.append(
+                {"input_ids": as_int32(ids), "labels": as_int32(labels), "characters": len(text)}
+            )
+        return {"choices": choices, "target": row["label"]}
+
+    def _choice_segments(self, row: Row, choice: str) -> list[Segment]:
+        """Return the segments of a prompt with one choice.
+
+        No end token follows the choice, because log p(choice | prompt) is compared.
+        """
+        if not self._is_chat(row):
+            return [(row["prompt"], False), (" " + choice, True)]
+        *context, (reply, _) = self._segments(row | {"completion": choice})
+        end = reply.find(choice.strip()) + len(choice.strip())
+        return [*context, (reply[:end], True)]

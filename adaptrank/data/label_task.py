@@ -1,0 +1,72 @@
+"""The task of naming a class, or a number, for a text."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from adaptrank._errors import UserError
+from adaptrank.data.collate import Batch, class_batch
+from adaptrank.data.segments import as_int32
+from adaptrank.data.task import Row, Split, TaskData
+
+
+class LabelTask(TaskData):
+    """Texts to classify.
+
+    Rows have `text`, perhaps `text_pair`, and `label`, the index of the class. Either every row of
+    a split has `text_pair` or none has. Where a text has no second one, its pair is "", and it is
+    encoded as a single text. A label that is a float is a number to predict, and stays one.
+    Batches are `class_batch`.
+    """
+
+    def collate(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
+        return partial(
+            class_batch,
+            pad_id=self.pad_id,
+            pad_type_id=getattr(self.tokenizer, "pad_token_type_id", 0),
+        )
+
+    def encode(self, rows: list[Row], split: Split) -> list[Row]:
+        _check_all_or_no_pairs(rows, split)
+        examples: list[Row] = [{} for _ in rows]
+        truncated = 0
+        for is_paired in (False, True):
+            indices = [i for i, row in enumerate(rows) if bool(row.get("text_pair")) is is_paired]
+            if not indices:
+                continue
+            encoded, count = self._tokenize([rows[i] for i in indices], is_paired)
+            truncated += count
+            for i, example in zip(indices, encoded, strict=True):
+                if "label" in rows[i]:
+                    example["label"] = rows[i]["label"]
+                examples[i] = example
+        self.report_cuts(split, len(rows), texts_cut=truncated)
+        return examples
+
+    def _tokenize(self, rows: list[Row], is_paired: bool) -> tuple[list[Row], int]:
+        """Tokenize single texts, or pairs. Return the examples, and how many were cut."""
+        assert self.tokenizer is not None
+        options: dict[str, Any] = {
+            "truncation": True,
+            "max_length": self.max_length,
+            "verbose": False,
+        }
+        texts = [row["text"] for row in rows]
+        pairs = [row["text_pair"] for row in rows] if is_paired else None
+        encoded = self.tokenizer(texts, pairs, **options)
+        fields = [field for field in ("input_ids", "token_type_ids") if field in encoded]
+        examples = [
+            {field: as_int32(encoded[field][k]) for field in fields} for k in range(len(rows))
+        ]
+        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
+        return examples, truncated
+
+
+def _check_all_or_no_pairs(rows: list[Row], split: Split) -> None:
+    """Raise if some rows have `text_pair` and some have not."""
+    single = [row for row in rows if "text_pair" not in row]
+    if 0 < len(single) < len(rows):
+        raise UserError(
+            f"{len(single)} of {len(rows)} {split} rows have no `text_pair`, the first of them "
+            f'{single[0]["text"][:60]!r}. Give every row one, "" where there is no second text.'
+        )

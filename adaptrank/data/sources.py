@@ -1,0 +1,46 @@
+"""Describe a data set, and which of its columns hold which field."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+@dataclass
+class Source:
+    """A data set, and which of its columns hold which field.
+
+    A field is the name of a column, or a format string over columns, such as
+    "Question: {question}\\nAnswer:". The string "{options[text]}" reaches inside a column, and ""
+    is the empty text. A field that is left out takes the data module's setting, and without one
+    the column of the same name.
+
+    Args:
+        path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .parquet, also .gz), a folder
+            with such files named after their splits, or the name of a data set on the Hub.
+        name: configuration of a Hub data set.
+        split: split to take, also a slice such as "train[:10%]", by default the one that the source
+            serves as.
+        weight: how often every row appears in an epoch: 2 is twice, 0.5 a seeded half of the rows.
+    """
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    weight: float = 1.0
+    prompt: str | None = None
+    completion: str | None = None
+    answer: str | None = None
+    choices: str | None = None
+    label: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+
+
+if TYPE_CHECKING:
+    Sources = str | Sequence[Source]
+else:
+    # Where a list of classes may stand, jsonargparse takes a string for the path of a
+    # configuration. It reads the file and puts the contents in place of the path, so that a CSV
+    # would be lost before it arrives here. In place of a tuple it does not.
+    Sources = str | tuple[Source, ...]

@@ -1,0 +1,149 @@
+"""Put an adapter that HF PEFT wrote on its base, in our own classes."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from adaptrank import layers
+from adaptrank._errors import UserError
+from adaptrank.artifacts.adapter import WEIGHTS
+from adaptrank.injection import adapt, undone_on_error
+from adaptrank.interop.peft.configuration import read_config
+from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
+from adaptrank.interop.peft.keys import split_key
+from adaptrank.parameterizations import named_layers, wrapped_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
+    """Put a PEFT adapter on its base: LoRA (with rsLoRA and patterns), DoRA, AdaLoRA or LoKr.
+
+    Args:
+        model: the base, without an adapter of that name.
+        folder: folder that PEFT's `save_pretrained` wrote, with weights in safetensors.
+        name: name of the adapter in our model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: if a file is missing. A pickle is never read.
+        UserError: if the adapter is of another type, or does not fit the model. The model is
+            unchanged then.
+    """
+    folder = Path(folder)
+    config, stored = read_peft(folder)
+    modules = named_layers(model)
+    with undone_on_error(model, {}):
+        # Names of parameters are taken here, as layers that are wrapped later rename theirs.
+        parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        by_layer, trained_whole = _by_layer(stored, folder)
+        for path, tensors in by_layer.items():
+            layer = _matrix_layer(modules, path, folder)
+            converted = READERS[config["peft_type"]](StoredLayer(folder, config, path, tensors))
+            _check_size(converted, path, layer, folder)
+            _wrap(model, path, converted, name, folder)
+        _load_whole(model, parameters, trained_whole, folder)
+    return model
+
+
+def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors of a PEFT adapter.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        UserError: if a file is damaged, or we cannot read this type of adapter.
+    """
+    config = read_config(folder)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as stored:
+            return config, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged: {error}.") from None
+
+
+def _by_layer(
+    stored: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return ({path: {name: tensor}} of adapted layers, {name: tensor} of whole modules)."""
+    by_layer: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    trained_whole: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        path, name = split_key(key, folder)
+        if name is None:
+            trained_whole[path] = tensor
+        else:
+            by_layer[path][name] = tensor
+    return dict(by_layer), trained_whole
+
+
+def _matrix_layer(modules: Mapping[str, nn.Module], path: str, folder: Path) -> nn.Module:
+    """Return the frozen layer at a path, below its wrappers."""
+    layer = modules.get(path)
+    frozen = getattr(layer, "innermost", layer)
+    if not isinstance(frozen, layers.MATRICES):
+        raise UserError(
+            f"{folder} adapts {path!r}, which is no layer of this model. Was it made for another "
+            "base?"
+        )
+    return frozen
+
+
+def _check_size(converted: OurLayer, path: str, layer: nn.Module, folder: Path) -> None:
+    """Refuse a rank that no layer of this size can use, before memory is taken for it."""
+    m, n = layers.shape(layer)
+    rank = converted.method.keywords.get("rank")
+    if isinstance(rank, int) and rank > 4 * (m + n):
+        raise UserError(f"{folder}: a rank of {rank:,} for {path} of {m} x {n} is absurd.")
+
+
+def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: Path) -> None:
+    """Wrap the layer at a path and copy the stored tensors into the wrapper."""
+    adapt(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
+    wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
+    for attribute, value in converted.tensors.items():
+        target = getattr(wrapper, attribute)
+        if tuple(value.shape) != tuple(target.shape):
+            raise UserError(
+                f"{folder}: {attribute} of {path} is {tuple(value.shape)}, this model's is "
+                f"{tuple(target.shape)}."
+            )
+        with torch.no_grad():
+            target.copy_(value)
+    wrapper.refresh()
+
+
+def _load_whole(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    trained_whole: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
+    """Copy the tensors of modules that were trained whole, or leave all of them as they were."""
+    trainable = {name for name, _ in model.named_parameters()}
+    originals: dict[Tensor, Tensor] = {}
+    try:
+        for key, value in trained_whole.items():
+            target = parameters.get(key)
+            if target is None or target.shape != value.shape:
+                raise UserError(
+                    f"{folder} holds {key} {tuple(value.shape)}, which this model has not."
+                )
+            originals[target] = target.detach().clone()
+            with torch.no_grad():
+                target.copy_(value)
+            if target.is_floating_point():
+                target.requires_grad_(key in trainable)
+    except BaseException:
+        with torch.no_grad():
+            for target, original in originals.items():
+                target.copy_(original)
+        raise

@@ -1,0 +1,324 @@
+"""Write an adapter as one of HF PEFT, so that PEFT and servers load it."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adaptrank import layers
+from adaptrank._errors import UserError
+from adaptrank.artifacts.adapter import trained_modules, write_files
+from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
+from adaptrank.interop.peft.conversions import PeftLayer, to_peft
+from adaptrank.interop.peft.keys import (
+    ALPHA_KEYS,
+    PREFIX,
+    TASKS,
+    exact_pattern,
+    stored_tensor,
+)
+from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
+
+
+def export_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    base: Mapping[str, Any] | None = None,
+    uniform: bool = False,
+    rank: int | None = None,
+    error: float | None = None,
+) -> dict[str, Any]:
+    """Write the adapter of a model as one of HF PEFT.
+
+    A layer whose method PEFT has too (LoRA, DoRA, LoKr) keeps its own tensors. A layer whose change
+    is a product of two factors becomes a LoRA of that product. Both are exact. Ranks and scales
+    that differ from layer to layer go into `rank_pattern` and `alpha_pattern`. Any other change
+    becomes the best LoRA of a stated rank or error.
+
+    Args:
+        model: any module that holds wrappers. The parts of a split fused layer are put together.
+        folder: folder to write, made if need be.
+        base: facts about the frozen model: {"name": ..., "auto_class": ...}.
+        uniform: give all layers one rank, filled up with zeros, and a scale of 1 (alpha = r), for
+            servers that know one of each. The true ranks are in the header of the weights.
+        rank: rank of the LoRA that approximates a change which is no product.
+        error: largest relative error of that LoRA in Frobenius norm, instead of a rank.
+
+    Returns:
+        {"type": PEFT's type, "layers": {path: {"rank", "error"}}}. Exact layers have an error of 0.
+
+    Raises:
+        UserError: if there is nothing to write, or a layer has no such form. Nothing is written
+            then.
+    """
+    wrapped = wrapped_layers(model)
+    if not wrapped:
+        raise UserError("This model holds no adapter to export.")
+    exported = _export_layers(model, wrapped, uniform, Approximation(rank, error))
+    peft_layers = {path: layer.peft for path, layer in exported.items()}
+    true_ranks = {path: layer.rank for path, layer in peft_layers.items()}
+    kind = _common_kind(peft_layers.values())
+    if uniform:
+        peft_layers = _with_equal_ranks(peft_layers)
+        config = _uniform_config(peft_layers)
+    else:
+        config = _pattern_config(peft_layers)
+
+    base = base or {}
+    modules = named_layers(model)
+    trained_whole = trained_modules(model)
+    config |= {
+        "base_model_name_or_path": base.get("name"),
+        "task_type": TASKS.get(base.get("auto_class") or ""),
+        "target_modules": _target_modules(modules, list(peft_layers)),
+        "inference_mode": True,
+    }
+    if any(isinstance(_frozen_layer(modules[path]), Conv1D) for path in peft_layers):
+        config["fan_in_fan_out"] = True
+    if trained_whole:
+        config["modules_to_save"] = _module_names(trained_whole)
+
+    tensors = _stored_tensors(peft_layers, modules)
+    tensors |= {f"{PREFIX}{name}": value for name, value in trained_whole.items()}
+    write_files(
+        Path(folder),
+        {key: value.detach().contiguous().clone() for key, value in tensors.items()},
+        {"format": "pt", "ranks": json.dumps(true_ranks)},
+        json.dumps(config, indent=2),
+    )
+    facts = {path: {"rank": layer.rank, "error": layer.error} for path, layer in exported.items()}
+    return {"type": kind, "layers": facts}
+
+
+# ---- each layer by itself
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How close a LoRA has to come to a change that is no product: a rank, or a relative error."""
+
+    rank: int | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """A layer in PEFT's terms, the rank of its change, and the relative error of the approximation.
+
+    `rank` differs from the rank of `peft` for a change of rank 0, as PEFT has no rank of 0.
+    """
+
+    peft: PeftLayer
+    rank: int
+    error: float
+
+
+def _export_layers(
+    model: nn.Module,
+    wrapped: Mapping[str, Parameterization],
+    uniform: bool,
+    approximation: Approximation,
+) -> dict[str, ExportedLayer]:
+    """Return {path in the plain model: exported layer}. Parts of a fused layer become one layer."""
+    exported: dict[str, ExportedLayer] = {}
+    fused_paths = _fused_paths(model)
+    for path, layer in wrapped.items():
+        if not isinstance(layer.innermost, layers.MATRICES):
+            raise UserError(
+                f"{type(layer).__name__} at {path} changes no single matrix, and PEFT's LoRA has "
+                "no place for it. Merge it instead."
+            )
+        fused_path = fused_paths.get(path)
+        if fused_path is None:
+            exported[path] = _export_layer(layer, path, uniform, approximation)
+        elif fused_path not in exported:
+            change = _fused_change(model, fused_path, wrapped)
+            exported[fused_path] = _as_lora(change, fused_path, approximation)
+    return exported
+
+
+def _export_layer(
+    layer: Parameterization, path: str, uniform: bool, approximation: Approximation
+) -> ExportedLayer:
+    """Return the layer with its own tensors if PEFT has its method, and as a LoRA otherwise."""
+    enabled = [wrapper for wrapper in layer.nest if wrapper.enabled]
+    converted = None
+    if len(enabled) == 1 and not enabled[0].gates:
+        converted = to_peft(enabled[0])
+    if converted is None or (uniform and not converted.is_plain_lora):
+        return _as_lora(change_of(layer), path, approximation)
+    return ExportedLayer(converted, converted.rank, 0.0)
+
+
+def _as_lora(change: Change, path: str, approximation: Approximation) -> ExportedLayer:
+    """Return a change as a LoRA of scale 1: exact for a product, else the best approximation."""
+    error = 0.0
+    if not isinstance(change, Product):
+        change, error = _approximated(change, path, approximation)
+    U, V = change.U, change.V
+    if change.rank == 0:
+        # PEFT knows no rank of 0.
+        U, V = U.new_zeros(U.shape[0], 1), V.new_zeros(1, V.shape[1])
+    rank = U.shape[1]
+    return ExportedLayer(
+        PeftLayer("LORA", rank, rank, {"lora_A": V, "lora_B": U}), change.rank, error
+    )
+
+
+def _approximated(change: Dense, path: str, approximation: Approximation) -> tuple[Product, float]:
+    """Return the truncated singular value decomposition of a change, and its relative error."""
+    rank = approximation.rank
+    if rank is None and approximation.error is None:
+        raise UserError(
+            f"The change at {path} is no product of small factors, and a LoRA can only come near "
+            "it: state the rank or the error of the approximation, or merge instead."
+        )
+    if rank is None:
+        rank = rank_for(change, error=approximation.error)
+    S = change.spectrum.S
+    error = float(S[rank:].norm() / S.norm()) if float(S.sum()) else 0.0
+    return truncated(change, rank), error
+
+
+def _fused_paths(model: nn.Module) -> dict[str, str]:
+    """Return {path of a part of a split layer: path of that layer}."""
+    paths: dict[str, str] = {}
+    for path, module in named_layers(model).items():
+        if isinstance(module, layers.Parts):
+            for name in module.names:
+                paths[_joined_path(path, name)] = path
+    return paths
+
+
+def _fused_change(
+    model: nn.Module, fused_path: str, wrapped: Mapping[str, Parameterization]
+) -> Change:
+    """Return the change of a fused layer: the changes of its parts, one below the other."""
+    parts = model.get_submodule(fused_path)
+    assert isinstance(parts, layers.Parts)
+    changes: list[Change] = []
+    for name, frozen in zip(parts.names, parts.plain, strict=True):
+        layer = wrapped.get(_joined_path(fused_path, name))
+        changes.append(_no_change(frozen) if layer is None else change_of(layer))
+    products = [change for change in changes if isinstance(change, Product)]
+    if len(products) < len(changes):
+        return Dense(torch.cat([change.dense() for change in changes]))
+    U: Tensor = torch.block_diag(*(p.U for p in products))  # type: ignore[no-untyped-call]
+    return Product(U, torch.cat([p.V for p in products]))
+
+
+def _no_change(layer: nn.Module) -> Product:
+    """Return the zero change of a layer, as a product of rank 0."""
+    m, n = layers.shape(layer)
+    dtype = torch.promote_types(torch.float32, layers.dtype(layer))
+    return Product(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype))
+
+
+# ---- all layers together
+
+
+def _common_kind(peft_layers: Iterable[PeftLayer]) -> str:
+    """Return PEFT's type of all layers."""
+    kinds = {layer.label: layer.kind for layer in peft_layers}
+    if len(kinds) > 1:
+        raise UserError(
+            f"One PEFT adapter is of one kind, and these layers are {' and '.join(sorted(kinds))}. "
+            "Export with uniform ranks, or merge."
+        )
+    return next(iter(kinds.values()))
+
+
+def _with_equal_ranks(peft_layers: Mapping[str, PeftLayer]) -> dict[str, PeftLayer]:
+    """Return LoRAs of one rank and scale 1. Scales go into B, and zeros fill up both factors."""
+    widest = max(layer.rank for layer in peft_layers.values())
+    filled: dict[str, PeftLayer] = {}
+    for path, layer in peft_layers.items():
+        missing = widest - layer.rank
+        A = layer.tensors["lora_A"].detach()
+        B = layer.tensors["lora_B"].detach() * (layer.alpha / layer.rank)
+        tensors = {
+            "lora_A": torch.cat([A, A.new_zeros(missing, A.shape[1])]),
+            "lora_B": torch.cat([B, B.new_zeros(len(B), missing)], 1),
+        }
+        filled[path] = PeftLayer("LORA", widest, widest, tensors)
+    return filled
+
+
+def _uniform_config(peft_layers: Mapping[str, PeftLayer]) -> dict[str, Any]:
+    """Return PEFT's settings for layers of one rank and one scale."""
+    layer = next(iter(peft_layers.values()))
+    return {"peft_type": layer.kind, "r": layer.rank, "lora_alpha": layer.alpha, "bias": "none"}
+
+
+def _pattern_config(peft_layers: Mapping[str, PeftLayer]) -> dict[str, Any]:
+    """Return PEFT's settings: the most frequent rank and alpha, and patterns for the others."""
+    first = next(iter(peft_layers.values()))
+    for path, layer in peft_layers.items():
+        for key, value in first.options.items():
+            if layer.options[key] != value:
+                raise UserError(
+                    f"{path} has {key}={layer.options[key]!r}, other layers {value!r}. One PEFT "
+                    "adapter has one of them."
+                )
+    ranks = {path: int(layer.rank) for path, layer in peft_layers.items()}
+    alphas = {path: float(layer.alpha) for path, layer in peft_layers.items()}
+    rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
+    config: dict[str, Any] = {"peft_type": first.kind, **first.options}
+    config |= {"r": rank, ALPHA_KEYS[first.kind]: alpha}
+    if first.kind == "LORA":
+        config["bias"] = "none"
+    config["rank_pattern"] = {exact_pattern(path): r for path, r in ranks.items() if r != rank}
+    config["alpha_pattern"] = {exact_pattern(path): a for path, a in alphas.items() if a != alpha}
+    return config
+
+
+def _stored_tensors(
+    peft_layers: Mapping[str, PeftLayer], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Return the tensors of all layers by PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in peft_layers.items():
+        frozen = _frozen_layer(modules[path])
+        for name, value in layer.tensors.items():
+            key, stored = stored_tensor(path, name, value, frozen)
+            tensors[key] = stored
+    return tensors
+
+
+def _most_frequent(values: Iterable[Any]) -> Any:
+    """Return the most frequent value, and the first of those in a tie."""
+    listed = list(values)
+    return max(dict.fromkeys(listed), key=listed.count)
+
+
+def _frozen_layer(module: nn.Module) -> nn.Module:
+    """Return the layer below its wrappers. For a split layer this is one of its parts."""
+    if isinstance(module, layers.Parts):
+        module = module.plain[0]
+    return module.innermost if isinstance(module, Parameterization) else module
+
+
+def _target_modules(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> list[str]:
+    """Return last components of the paths if they name just these layers, else the whole paths."""
+    names = {_last_component(path) for path in paths}
+    matched = {path for path in modules if _last_component(path) in names}
+    return sorted(names) if matched == set(paths) else sorted(paths)
+
+
+def _module_names(parameters: Iterable[str]) -> list[str]:
+    """Return the last components of the modules that hold these parameters."""
+    return sorted({_last_component(name.rpartition(".")[0]) for name in parameters})
+
+
+def _last_component(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _joined_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

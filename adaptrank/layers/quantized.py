@@ -1,0 +1,65 @@
+"""Read weights that are stored in a quantized form: bitsandbytes and torchao."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def quantized(layer: nn.Module) -> bool:
+    """Return whether the layer's weight is stored in a quantized form (bitsandbytes, torchao)."""
+    return _is_quantized(getattr(layer, "weight", None))
+
+
+def dequantize(layer: nn.Module) -> Tensor:
+    """Return the layer's weight as an ordinary floating-point tensor, in the layer's own layout."""
+    weight = cast(Tensor, layer.weight)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        values: Tensor = dequantize_4bit(weight.data, state)
+        return values
+    if hasattr(weight, "SCB") and _is_quantized(weight):
+        # The first forward pass moves the scales, one for each row, from the weight to the layer.
+        scale = cast(Tensor, weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB)
+        return weight.data.float() * scale.float()[:, None] / 127
+    return readable(weight)
+
+
+def readable(weight: Tensor) -> Tensor:
+    """Return a tensor whose elements can be read.
+
+    A sharded tensor is gathered, so every process has to call this. A tensor of torchao is
+    dequantized. A tensor of bitsandbytes keeps its stored codes.
+    """
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    return cast(Tensor, cast(Any, weight).dequantize()) if _is_torchao(weight) else weight
+
+
+def dtype(layer: nn.Module) -> torch.dtype:
+    """Return the floating-point type of a layer's weight.
+
+    For a quantized layer this is the type that it computes in.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(layer.parameters())
+    if weight.is_floating_point():
+        return weight.dtype
+    state = getattr(weight, "quant_state", None)
+    return cast(torch.dtype, getattr(state, "dtype", torch.float32))
+
+
+def _is_quantized(weight: object) -> bool:
+    if not isinstance(weight, Tensor):
+        return False
+    # Params4bit and Int8Params of bitsandbytes hold ordinary numbers until they reach their device.
+    is_4bit = getattr(weight, "quant_state", None) is not None
+    is_8bit = hasattr(weight, "SCB") and weight.dtype == torch.int8
+    return is_4bit or is_8bit or _is_torchao(weight)
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")

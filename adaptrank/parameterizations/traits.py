@@ -1,0 +1,63 @@
+"""What a method declares about itself, as class attributes that the whole library reads."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from adaptrank import layers
+from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES
+
+
+class Traits:
+    """Declarations of a method. A constructor may set those that depend on its arguments."""
+
+    source: ClassVar[str]
+    """arXiv id of the method."""
+
+    # What it wraps.
+
+    accepts: ClassVar[tuple[type[nn.Module], ...]] = layers.LINEAR
+    """Kinds of layers that can be wrapped. Override `wraps` if types cannot say it."""
+    reads_weight: ClassVar[bool] = False
+    """Whether the formula reads the weight that it changes, rather than only adding to it. The
+    wrapped layer must then have a dense weight."""
+    reads_blocks: ClassVar[bool] = False
+    """Whether the formula reads the spectrum or the blocks of W. `adapt` then splits a fused
+    projection (query, key and value in one layer), unless it is told otherwise."""
+
+    # What it computes.
+
+    mergeable: bool = True
+    """Whether W' exists as a dense matrix that can replace the layer's weight."""
+    starts_at_base: bool = True
+    """Whether training starts at what the frozen layer computes, to the last bit."""
+    exact_gradient: ClassVar[Mapping[str, Any]] = {}
+    """Arguments under which the backward pass is the derivative of the forward pass, for a method
+    whose default is another gradient by design."""
+
+    # What it trains.
+
+    axes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {}
+    """Rank axis -> {tensor name: the dimension that counts units}.
+
+    The tensor named last is the closing factor: it is zero in a fresh or closed unit. A square
+    tensor has several dimensions, (0, 1): rows that read from other units, and columns that feed
+    them. Its further dimensions are zero in a fresh unit, too. May be a property."""
+    shared: tuple[str, ...] = ()
+    """Tensors that `adapt` ties across the layers of one kind and shape."""
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Tensors exempt from weight decay: scales, gates and magnitudes."""
+
+    # What allocators and rank initializers ask.
+
+    capabilities: ClassVar[frozenset[str]] = DEFAULT_CAPABILITIES
+    """What the axes allow beside pruning: members of `Capability`, or their words."""
+    parts: int = 1
+    """Number of parts of the layer that units are spread over. A rule that chooses a number of
+    units chooses a multiple of it."""
+    input_factor: Mapping[str, str] = {}
+    """Axis -> its trained tensor (units, n) that multiplies the input."""
+    features: Mapping[str, tuple[int | None, int | None]] = {}
+    """Tensor -> (the dimension that counts outputs, the dimension that counts inputs). These are
+    cut when the layer loses outputs or inputs."""

@@ -1,0 +1,274 @@
+"""The mechanics of a layer that wraps a layer, without a formula."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from adaptrank import layers
+from adaptrank._errors import UserError, UserTypeError
+from adaptrank.parameterizations.renamed import renamed_use
+from adaptrank.parameterizations.traits import Traits
+
+if TYPE_CHECKING:
+    from adaptrank.parameterizations.base import Parameterization
+
+
+class Wrapper(Traits, nn.Module, ABC):
+    """A module around a frozen `base`, which may itself be a wrapper.
+
+    It owns what every wrapper does alike: it records its arguments, freezes its base, takes part in
+    a nest, belongs to a named adapter that can be off or on for some rows of a batch only, and
+    multiplies gates into its closing factors.
+    """
+
+    name: str = "default"
+    """Name of the adapter that this wrapper belongs to."""
+    enabled: bool = True
+    """Whether the wrapper is on. One that is off computes what its base computes."""
+    rows: tuple[Tensor, int] | None = None
+    """(indices, batch size): the rows of a batch that this wrapper is on for, or None for all."""
+    gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = {}
+    """Axis -> factors of its units, (units,), or a function that returns them."""
+    init_args: dict[str, Any]
+    """Arguments of the constructor but `base`, with defaults. They build the wrapper again."""
+    base: nn.Module
+    _gates_read: frozenset[str] = frozenset()
+
+    # The constructors of methods call `super().__init__(base)` and nothing more, so __init__ of
+    # this class never sees the other arguments. Python passes all of them to __new__.
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Wrapper":
+        if inspect.isabstract(cls):
+            raise UserTypeError(
+                f"{cls.__name__} does not define {', '.join(sorted(cls.__abstractmethods__))}; "
+                f"a method without a dense weight derives from ModuleWrapper."
+            )
+        self = super().__new__(cls)
+        # Copying and unpickling call __new__ without arguments, and restore init_args themselves.
+        if args or kwargs:
+            self.__dict__["init_args"] = _arguments(cls, self, *args, **kwargs)
+        return self
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(base, Wrapper):
+            _freeze(base)
+        self.base = base
+
+    # ---- attributes
+
+    def __getattr__(self, name: str) -> Any:
+        """Look an attribute up in the innermost layer if the wrapper has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A property of the class gets here by raising AttributeError: show that error.
+            if hasattr(type(self), name) or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            if sentence := renamed_use(type(self), name):
+                raise AttributeError(sentence) from None
+            return getattr(self.innermost, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, which may have the name of one of the innermost layer."""
+        self._claim(name, self._parameters)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer, which may have the name of one of the innermost layer."""
+        self._claim(name, self._buffers)
+        super().register_buffer(name, tensor, persistent)
+
+    def _claim(self, name: str, tensors: dict[str, Any]) -> None:
+        """Reserve a name, which nn.Module would refuse if it found it in the innermost layer."""
+        taken = (self.__dict__, self._parameters, self._buffers, self._modules)
+        if not hasattr(type(self), name) and not any(name in names for names in taken):
+            tensors[name] = None
+
+    # ---- the nest
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The layer under all wrappers."""
+        layer = self.base
+        while isinstance(layer, Wrapper):
+            layer = layer.base
+        return layer
+
+    @property
+    def nest(self) -> "list[Parameterization]":
+        """This wrapper and the wrappers inside of it, innermost first."""
+        inner = self.base.nest if isinstance(self.base, Wrapper) else []
+        return [*inner, cast("Parameterization", self)]
+
+    # ---- tensors
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype of new tensors: float64 over a float64 layer, float32 over any other.
+
+        Small factors do not train in half precision.
+        """
+        return torch.promote_types(torch.float32, layers.dtype(self.innermost))
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of the tensors now. It differs from `adapter_dtype` after a cast of the model."""
+        dtypes = (p.dtype for p in self._parameters.values() if p is not None)
+        return next(dtypes, self.adapter_dtype)
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        """Return a trainable tensor of zeros on the base's device, in the adapter's dtype."""
+        device = layers.device(self.innermost)
+        return nn.Parameter(torch.zeros(*shape, device=device, dtype=self.adapter_dtype))
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the named parameters of this wrapper, without those of its base."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("base."):
+                yield name, parameter
+
+    def axis_tensors(self, axis: str) -> list[tuple[str, int]]:
+        """Return the (tensor name, dimension) pairs of an axis, the closing factor last.
+
+        A tensor with several dimensions on the axis is listed once for each.
+        """
+        pairs = []
+        for name, dims in self.axes[axis].items():
+            for dim in dims if isinstance(dims, tuple) else (dims,):
+                pairs.append((name, dim))
+        return pairs
+
+    # ---- gates
+
+    def gated(self, name: str, axis: str | None = None) -> Tensor:
+        """Return a tensor with its gates multiplied in, or the tensor itself if it has none.
+
+        A method reads its closing factors through this. Files and merges hold what it returns.
+
+        Args:
+            name: name of the tensor.
+            axis: multiply in the gate of this axis only.
+        """
+        tensor = cast(Tensor, getattr(self, name))
+        for gated_axis, gate in self.gates.items():
+            closing, dim = self.axis_tensors(gated_axis)[-1]
+            if closing != name or axis not in (None, gated_axis):
+                continue
+            values = gate() if callable(gate) else gate
+            shape = [1] * tensor.dim()
+            shape[dim] = -1
+            tensor = tensor * values.to(tensor).view(shape)
+            self._gates_read = self._gates_read | {gated_axis}
+        return tensor
+
+    @contextmanager
+    def reading_gates(self) -> Iterator[None]:
+        """Check that a computation within the context reads every gate of this wrapper.
+
+        Raises:
+            UserError: if a method reads a closing factor itself, and so ignores its gate.
+        """
+        if not self.gates:
+            yield
+            return
+        self._gates_read = frozenset()
+        yield
+        for axis in self.gates:
+            if axis not in self._gates_read:
+                name = self.axis_tensors(axis)[-1][0]
+                raise UserError(
+                    f"{type(self).__name__} ignores the gate on its axis {axis!r}: read the "
+                    f"closing factor as self.gated({name!r}), not as self.{name}."
+                )
+
+    # ---- the forward pass
+
+    @abstractmethod
+    def forward_adapted(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the adapted output, for a wrapper that is on for all rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the adapted output where this wrapper is on, and the base's output elsewhere."""
+        if not self.enabled:
+            return self.base(*args, **kwargs)
+        if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
+            # A call such as linear(input=x). The methods do not know the name.
+            args, kwargs = tuple(kwargs.values()), {}
+        if self.rows is not None:
+            return self._forward_rows(*self.rows, *args, **kwargs)
+        return self._forward_gated(*args, **kwargs)
+
+    def _forward_gated(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.gates:
+            return self.forward_adapted(*args, **kwargs)
+        with self.reading_gates():
+            return self.forward_adapted(*args, **kwargs)
+
+    def _forward_rows(self, rows: Tensor, batch: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute the adapted output for some rows, and the base's output for the others."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(x, Tensor) or len(x) != batch:
+            given = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
+            raise UserError(
+                f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads "
+                f"{given}."
+            )
+        y = cast(Tensor, self.base(x))
+        if not len(rows):
+            return y
+        with self._other_adapters_off():
+            adapted = cast(Tensor, self._forward_gated(x[rows]))
+        return y.index_copy(0, rows, adapted.to(y.dtype))
+
+    @contextmanager
+    def _other_adapters_off(self) -> Iterator[None]:
+        """Disable nested wrappers of another adapter, and clear the row selection of all."""
+        states = [(wrapper, wrapper.enabled, wrapper.rows) for wrapper in self.nest[:-1]]
+        try:
+            for wrapper, enabled, _ in states:
+                wrapper.enabled, wrapper.rows = enabled and wrapper.name == self.name, None
+            yield
+        finally:
+            for wrapper, enabled, rows in states:
+                wrapper.enabled, wrapper.rows = enabled, rows
+
+    def call_it(self) -> RemovableHandle:
+        """Register a hook, so that nn.TransformerEncoderLayer calls this layer.
+
+        Otherwise its fused fast path would read the layer's weight.
+        """
+        return self.register_forward_pre_hook(_noop_hook)
+
+
+def _freeze(base: nn.Module) -> None:
+    """Freeze a module, except for the adapters of layers inside of it."""
+    adapters: set[int] = set()
+    for module in base.modules():
+        if isinstance(module, Wrapper):
+            adapters.update(id(parameter) for _, parameter in module.own_parameters())
+    for parameter in base.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def _noop_hook(layer: nn.Module, arguments: object) -> None:
+    """Do nothing. Any registered hook disables the fused fast path of torch."""
+
+
+def _arguments(cls: type[Wrapper], self: Wrapper, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the constructor's arguments without `self` and `base`, with defaults filled in."""
+    bound = _signature(cls).bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[2:])
+
+
+@cache
+def _signature(cls: type[Wrapper]) -> inspect.Signature:
+    return inspect.signature(cls.__init__)

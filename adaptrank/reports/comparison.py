@@ -1,0 +1,183 @@
+"""The table of a study: means over seeds, and tests against the baseline. Needs SciPy."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+"""One method with one allocator at one budget, over all seeds."""
+
+MEANS = (
+    "num_trainable_params",
+    "train_time",
+    "accelerator_memory_max",
+    "file_size",
+    "units_final",
+    "units_peak",
+)
+"""Fields of a result whose mean over seeds is a field of the row."""
+
+COLUMNS = (
+    "method",
+    "allocator",
+    "budget",
+    "trainable",
+    "units peak",
+    "lr",
+    "selected on",
+    "reported on",
+    "metric",
+    "against baseline",
+    "p",
+    "time",
+    "memory",
+    "file",
+)
+
+GIB, MEGABYTE = 2**30, 1e6
+
+
+def rows(record: Mapping[str, Any]) -> list[Row]:
+    """Return one row for each method, allocator and budget.
+
+    A row has means and standard deviations over seeds, and a paired t-test against the baseline.
+    The test pairs runs of one seed at one budget. Its p is None for fewer than two pairs, or where
+    all differences are equal.
+
+    Args:
+        record: results of a study, as `run_study` returns them.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for result in record["results"]:
+        key = (result["method"], result["allocator"], result["budget"])
+        groups.setdefault(key, []).append(result)
+    table = [_summarized(results, record["metric"]) for results in groups.values()]
+    for row in table:
+        row |= _compared(row, _baseline_row(table, record["baseline"], row["budget"]))
+    return table
+
+
+def column_names(record: Mapping[str, Any]) -> list[str]:
+    """Return the heads of the columns, with the metric by its own name."""
+    return [record["metric"] if name == "metric" else name for name in COLUMNS]
+
+
+def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
+    """Return a row as texts, in the order of `COLUMNS`."""
+    allocator = "-" if row["allocator"] == "none" else row["allocator"]
+    place = [row["method"], allocator, _whole(row["budget"])]
+    if "metric" not in row:
+        return [*place, *["-"] * 5, f"{row['failed']} failed", *["-"] * 5]
+    return [
+        *place,
+        _whole(row["num_trainable_params"]),
+        _whole(row["units_peak"] or None),
+        _text(row["lr"], "g"),
+        record["selected_on"] or "-",
+        record["reported_on"],
+        _metric_text(row),
+        _text(row["difference"], "+.4f"),
+        _text(row["p"], ".3f"),
+        f"{row['train_time']:.0f} s",
+        f"{row['accelerator_memory_max'] / GIB:.2f} GiB",
+        f"{row['file_size'] / MEGABYTE:.2f} MB",
+    ]
+
+
+def row_label(row: Row) -> str:
+    """Return the method, and its allocator if it has one."""
+    if row["allocator"] == "none":
+        return str(row["method"])
+    return f"{row['method']}, {row['allocator']}"
+
+
+def pareto(points: Sequence[tuple[float, float]], mode: str) -> list[tuple[float, float]]:
+    """Return the Pareto-optimal (cost, metric) pairs, sorted by cost.
+
+    Args:
+        points: pairs of a cost, of which less is better, and a metric.
+        mode: "max" if more of the metric is better, "min" if less is.
+    """
+    sign = 1 if mode == "max" else -1
+    best = -math.inf
+    front: list[tuple[float, float]] = []
+    for cost, metric in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if sign * metric > best:
+            best = sign * metric
+            front.append((cost, metric))
+    return front
+
+
+def _summarized(results: Sequence[Row], metric: str) -> Row:
+    """Return the row of all seeds, still without a comparison."""
+    first = results[0]
+    successful = [
+        result
+        for result in results
+        if result["status"] == "success" and metric in result["metrics"]
+    ]
+    row: Row = {
+        "method": first["method"],
+        "allocator": first["allocator"],
+        "budget": first["budget"],
+        "lr": first["lr"],
+        "seeds": len(successful),
+        "failed": len(results) - len(successful),
+        "values": {result["seed"]: result["metrics"][metric] for result in successful},
+    }
+    if not successful:
+        return row
+    values = row["values"].values()
+    row["metric"] = statistics.mean(values)
+    row["deviation"] = statistics.stdev(values) if len(successful) > 1 else None
+    for name in MEANS:
+        row[name] = statistics.mean(result[name] for result in successful)
+    row["parameters_at_start"] = successful[0]["adapter_params_at_start"]
+    row["ranks"] = successful[0]["ranks"]
+    return row
+
+
+def _baseline_row(table: Sequence[Row], method: str | None, budget: int | None) -> Row | None:
+    """Return the baseline's row at a budget, without an allocator if there is such a row."""
+    candidates = [row for row in table if row["method"] == method and row["budget"] == budget]
+    without_allocator = [row for row in candidates if row["allocator"] == "none"]
+    return next(iter(without_allocator or candidates), None)
+
+
+def _compared(row: Row, baseline: Row | None) -> Row:
+    """Return the mean difference from the baseline over seeds, and p of the paired t-test."""
+    if baseline is None or baseline is row:
+        return {"difference": None, "p": None}
+    pairs = [
+        (value, baseline["values"][seed])
+        for seed, value in row["values"].items()
+        if seed in baseline["values"]
+    ]
+    differences = [value - reference for value, reference in pairs]
+    if not differences:
+        return {"difference": None, "p": None}
+    p = None
+    if len(pairs) > 1 and len(set(differences)) > 1:
+        from scipy.stats import ttest_rel
+
+        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return {"difference": statistics.mean(differences), "p": p}
+
+
+def _metric_text(row: Row) -> str:
+    """Return mean, standard deviation and number of failed runs."""
+    text = f"{row['metric']:.4f}"
+    if row["deviation"] is not None:
+        text += f" ± {row['deviation']:.4f}"
+    if row["failed"]:
+        text += f" ({row['failed']} failed)"
+    return text
+
+
+def _whole(value: float | None) -> str:
+    return _text(value, ",.0f")
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,132 @@
+"""The history of a run: what an allocator did, read from the files of the run's folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptrank._errors import UserError
+
+Event = dict[str, Any]
+"""One line of ranks.jsonl."""
+
+Sizes = dict[str, int]
+"""Axis -> number of its open units."""
+
+
+@dataclass(frozen=True)
+class History:
+    """A run as its folder has it.
+
+    Args:
+        name: name of the run.
+        events: lines of ranks.jsonl, by step.
+        sizes: (step, sizes) at the start and after each event.
+        summary: figures of the run, empty if the run did not end.
+    """
+
+    name: str
+    events: list[Event]
+    sizes: list[tuple[int, Sizes]]
+    summary: dict[str, Any]
+
+    @property
+    def start(self) -> Sizes:
+        """Sizes at the start."""
+        return self.sizes[0][1]
+
+    @property
+    def end(self) -> Sizes:
+        """Sizes after the last event."""
+        return self.sizes[-1][1]
+
+
+def read_history(folder: Path) -> History:
+    """Read the history of a run from its folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no allocator ran in it.
+        UserError: if a line of ranks.jsonl is damaged. The last line may be cut off, as a killed
+            run leaves it. Such a line is left out.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no folder. Name the folder of a run, such as runs/NAME/0."
+        )
+    file = folder / "ranks.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no ranks.jsonl: no allocator moved a rank in this run."
+        )
+    events = _read_events(file)
+    sizes = _sizes_after_events(events, _read_table(folder / "ranks.json"))
+    if not sizes:
+        raise UserError(
+            f"{file} says nowhere what sizes the axes had. The file is damaged, or of an older "
+            "version."
+        )
+    name = "/".join(folder.resolve().parts[-2:])
+    return History(name, events, sizes, _read_table(folder / "summary.json"))
+
+
+def _read_events(file: Path) -> list[Event]:
+    """Return the events of a file by step, without a last line that was cut off."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    events: list[Event] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(
+                    f"{file}, line {number}: this is no JSON. The file is damaged."
+                ) from None
+    return sorted(events, key=lambda event: int(event["step"]))
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """Return the table in a JSON file, empty if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sizes_after_events(
+    events: Sequence[Event], final: Mapping[str, int]
+) -> list[tuple[int, Sizes]]:
+    """Return (step, sizes) at the start and after each event, or [] if no size is known."""
+    sizes = _sizes_at_start(events, final)
+    if not sizes:
+        return []
+    history = [(0, sizes)]
+    for event in events:
+        if event["step"] == 0:
+            continue
+        sizes = {**sizes, **event.get("sizes", {})}
+        closed = event.get("closed", {})
+        open_units = {axis: size - len(closed.get(axis, [])) for axis, size in sizes.items()}
+        history.append((int(event["step"]), open_units))
+    return history
+
+
+def _sizes_at_start(events: Sequence[Event], final: Mapping[str, int]) -> Sizes:
+    """Return the sizes of all axes at the start.
+
+    The event of step 0 states them. Axes that it leaves out are counted backwards from the final
+    sizes, by the units that each event pruned and grew.
+    """
+    sizes: Sizes = {}
+    if events and events[0]["step"] == 0:
+        sizes = dict(events[0].get("sizes", {}))
+    if not set(final) - set(sizes):
+        return sizes
+    sizes = {**final, **sizes}
+    for event in reversed(events):
+        for axis, units in event.get("pruned", {}).items():
+            sizes[axis] = sizes.get(axis, 0) + len(units)
+        for axis, count in event.get("grown", {}).items():
+            sizes[axis] = sizes.get(axis, 0) - count
+    return sizes

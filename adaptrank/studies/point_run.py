@@ -1,0 +1,134 @@
+"""One point of a study: a `fit` in a process of its own, whose result is kept in a folder."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adaptrank._files import write_json
+from adaptrank.studies.design import Point
+from adaptrank.studies.engines import Result
+
+LONGEST_ERROR = 300
+
+
+def run_point(point: Point, out: Path) -> Result:
+    """Run one `fit`, and write its result when all of it is there. A failure is a result as well.
+
+    Fields are those of HF PEFT's method comparison where it has one: `num_trainable_params`,
+    `num_total_params`, `train_time` (seconds), `file_size` (bytes), `status`, `metrics` and
+    `accelerator_memory_max` (bytes, resident memory without an accelerator).
+
+    Args:
+        point: point to run.
+        out: folder of the study.
+    """
+    folder = point_folder(out, point)
+    # An earlier run that did not finish may have left files.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = yaml.safe_dump(point.config, sort_keys=False)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+
+    start = time.monotonic()
+    exit_code = _fit(folder)
+    result: Result = {
+        "key": point.key,
+        "method": point.method,
+        "allocator": point.allocator,
+        "budget": point.budget,
+        "units": point.units,
+        "lr": point.lr,
+        "seed": point.seed,
+        "trial": point.trial,
+        "total_time": time.monotonic() - start,
+        "adapter_params_at_start": point.parameters,
+        "metrics": {},
+        "error": "",
+    }
+    summaries = sorted((folder / "runs").glob("*/*/summary.json"))
+    if exit_code or not summaries:
+        error = _error_sentence(folder / "log.txt") or f"exit code {exit_code}"
+        result |= {"status": "failed", "error": error}
+    else:
+        result |= _facts(summaries[-1].parent)
+    write_json(result_file(out, point), result)
+    return result
+
+
+def point_folder(out: Path, point: Point) -> Path:
+    """Return the folder of a point in the folder of a study."""
+    return out / "points" / point.key
+
+
+def result_file(out: Path, point: Point) -> Path:
+    """Return the file of the result of a point."""
+    return point_folder(out, point) / "result.json"
+
+
+def _fit(folder: Path) -> int:
+    """Run `fit` on the configuration in a folder, log what it prints, and return its exit code."""
+    command = [sys.executable, "-m", "adaptrank", "fit"]
+    command += ["--config", str(folder / "config.yaml"), "--runs", str(folder / "runs")]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        finished = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    return finished.returncode
+
+
+def _error_sentence(log: Path) -> str:
+    """Return the last error of ours in a log, or the last line if there is none."""
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("adaptrank: ")]
+    last = (errors or lines or [""])[-1]
+    return re.sub(r"\s+", " ", last)[:LONGEST_ERROR]
+
+
+def _facts(run: Path) -> Result:
+    """Return the fields of a result that the folder of a finished run tells."""
+    summary = _read_json(run / "summary.json")
+    weights = (run / "adapter").glob("*.safetensors")
+    ranks = run / "ranks.json"
+    return {
+        "status": "success",
+        "run": str(run),
+        "metrics": {
+            name: value
+            for name, value in summary["after"].items()
+            if isinstance(value, int | float)
+        },
+        "before": summary["before"],
+        "num_trainable_params": summary["trainable"],
+        "num_total_params": summary["parameters"],
+        "units_final": summary["ranks"],
+        "units_peak": max(_allocated_units(run), default=summary["ranks"]),
+        "train_time": summary["seconds"],
+        "steps": summary["steps"],
+        "accelerator_memory_max": summary["peak_memory_bytes"],
+        "file_size": sum(file.stat().st_size for file in weights),
+        "ranks": _read_json(ranks) if ranks.is_file() else {},
+    }
+
+
+def _allocated_units(run: Path) -> list[int]:
+    """Return the number of allocated units at each event, empty for a run without an allocator."""
+    events = run / "ranks.jsonl"
+    if not events.is_file():
+        return []
+    lines = events.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line).get("allocated", 0) for line in lines]
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,55 @@
+"""The examples run, stay short, and use public names only."""
+
+import ast
+import logging
+import re
+import runpy
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LAST_LINES = {
+    "composing_adapters": r"ties: losses 0\.\d+ and 0\.\d+, ranks \[8, 2\]",
+    "own_allocator": r"2:rank has \d units",
+    "own_parameterization": "merged: the first layer is a Linear",
+    "training_loop": r"4:rank has \d units",
+    "transformers_trainer": r"the ranks lie between \d and \d",
+}
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
+def example(request):
+    return request.param
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_runs(example, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(LAST_LINES[example.stem], last_line)
+
+
+def test_an_example_has_fewer_than_80_lines(example):
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_an_example_uses_no_private_name(example):
+    for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
+        name = getattr(node, "attr", None) or getattr(node, "module", None) or ""
+        parts = name.split(".")
+        assert not any(re.match(r"_[a-z]", part) for part in parts), name
+
+
+def test_the_readme_names_every_example():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for path in EXAMPLES:
+        assert f"examples/{path.name}" in readme
+        assert f"examples/{path.name}" in index
