@@ -43,7 +43,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "adaptrank.allocators.plans": ("adaptrank.allocation.plans",),
     "adaptrank.allocators.prilora": ("adaptrank.allocation.initial.prilora",),
     "adaptrank.allocators.schedules": ("adaptrank.allocation.schedules",),
-    "adaptrank.allocators.scores": ("adaptrank.allocation.scores.gradient",),
+    "adaptrank.allocators.scores": (
+        "adaptrank.allocation.scores.importance",
+        "adaptrank.allocation.scores.gradient",
+        "adaptrank.allocation.scores.elements",
+    ),
     "adaptrank.allocators.second_order": ("adaptrank.allocation.scores.curvature",),
     "adaptrank.allocators.sora": ("adaptrank.allocation.methods.sora",),
     "adaptrank.allocators.sublora": ("adaptrank.allocation.methods.sublora",),

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank import Allocator, adapt, backbones
-from adaptrank.allocation.scores.gradient import IMPORTANCES
+from adaptrank.allocation.scores.importance import IMPORTANCES
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD
 from adaptrank.training.penalties import add_penalty_gradients

@@ -12,6 +12,7 @@ from adaptrank.allocation import AdaLoRA, ElaLoRA
 from adaptrank.allocation.allocator import evaluating
 from adaptrank.allocation.scores import ablation
 from adaptrank.allocation.scores.ablation import exact, first_order
+from adaptrank.allocation.scores.virtual_gates import gates_at
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA, DoRA, HyperAdapt, LoRA, PiCa, TensorTrain
@@ -167,7 +168,7 @@ def test_first_order_is_the_derivative_of_the_ablations(method):
             for at in (1.0, 0.0):
                 losses = []
                 for sign in (1, -1):
-                    gates = ablation.gates_at(axes, at)
+                    gates = gates_at(axes, at)
                     gates = {k: g.detach() for k, g in gates.items()}
                     gates[key][unit] += sign * h
                     stack = [axes[k].gated(gates[k]) for k in axes]
@@ -232,7 +233,10 @@ def test_a_block_that_runs_twice_is_computed_each_time():
 
 
 class Blocks(nn.Module):
-    """Four blocks in a row; `block(module, x, left)` may leave something in `left` for those that come later."""
+    """Four blocks in a row.
+
+    `block(module, x, left)` may leave something in `left` for later blocks.
+    """
 
     def __init__(self, block):
         super().__init__()
@@ -277,7 +281,10 @@ def leaves_a_sum(layer, x, left):
     [(plain, True), (in_place, False), (leaves_something, False), (leaves_a_sum, False)],
 )
 def test_a_prefix_is_used_only_where_replaying_it_gives_the_same_loss(block, replays):
-    """The forward passes of these blocks are patched already, as accelerate does it: they are found as they were."""
+    """The forward of these blocks is patched already, as accelerate does it.
+
+    The patches are there again afterwards.
+    """
     model = adapt(Blocks(block), "all-linear", LORA2)
     for one in model.blocks:
         perturb(one[0], std=0.5)
@@ -321,7 +328,7 @@ def test_too_many_units_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr(ablation, "MAX_UNITS", 100)
     with pytest.raises(
         ValueError,
-        match=r"each of 192 units, and takes at most 100; use importance='ablation_first_order'",
+        match=r"each of 192 units, and takes at most 100. Use importance='ablation_first_order'",
     ):
         fit(Toy(NOLA), AdaLoRA(importance="ablation"))
     fit(Toy(NOLA), AdaLoRA(importance="ablation_first_order", every=4, warmup=6, final=6))

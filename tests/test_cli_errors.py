@@ -218,7 +218,7 @@ BROKEN = {
     "size out of range": (
         ("data", "init_args", "batch_size"),
         0,
-        ["batch_size=0", "use 1 or more"],
+        ["batch_size=0", "Use 1 or more"],
     ),
     "learning rate out of range": (
         ("model", "init_args", "optimizer", "init_args", "lr"),

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank.allocation import EVA, AdaLoRA, ElaLoRA, GeLoRA
-from adaptrank.allocation.initial.eva import Sketch
 from adaptrank.allocation.initial.layer_inputs import watch
+from adaptrank.allocation.initial.sketch import Sketch
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, SBoRA
@@ -93,8 +93,8 @@ def test_the_start_is_the_base_and_A_holds_the_directions(method):
     before = [y.detach().clone() for y in model(0)]
 
     class Look(EVA):
-        def begin(self, sizes):
-            super().begin(sizes)
+        def initialize(self, axes, evidence):
+            super().initialize(axes, evidence)
             for y, want in zip(model(0), before, strict=True):
                 torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
             for layer in model.low:
@@ -112,10 +112,10 @@ def test_layers_that_read_one_tensor_share_a_sketch():
     model = Low()
 
     class Look(EVA):
-        def begin(self, sizes):
-            assert self._sketches["low.0:rank"] is self._sketches["low.1:rank"]
-            assert self._sketches["low.0:rank"] is not self._sketches["full.0:rank"]
-            super().begin(sizes)
+        def initialize(self, axes, evidence):
+            assert evidence["low.0:rank"] is evidence["low.1:rank"]
+            assert evidence["low.0:rank"] is not evidence["full.0:rank"]
+            super().initialize(axes, evidence)
 
     fit(model, Look(), steps=2)
     torch.testing.assert_close(*(layer.A[:1].abs().sum() for layer in model.low), rtol=0.5, atol=1)
@@ -125,10 +125,10 @@ def test_units_that_read_parts_of_the_input_have_directions_of_their_part():
     model = Low(partial(MELoRA, minis=4, rank=2))
 
     class Look(EVA):
-        def begin(self, sizes):
-            super().begin(sizes)
+        def initialize(self, axes, evidence):
+            super().initialize(axes, evidence)
             self.checked = 0
-            for key, axis in self._axes.items():
+            for key, axis in axes.items():
                 layer = axis.members[0][0]
                 rows = torch.cat([model.inputs(i)[key.startswith("full")] for i in range(1)])
                 for unit in range(min(4, len(axis))):
@@ -161,8 +161,8 @@ def test_it_composes_with_one_that_moves_in_any_order():
     for order in (0, 1):
         model, eva, ada = Low(), EVA(), AdaLoRA(8, every=2, warmup=2, final=2)
         fit(model, *((eva, ada) if order else (ada, eva)), steps=10)
-        assert ada._start_total == 16
-        assert ada._start == eva.events[0]["sizes"]
+        assert ada.run.start_total == 16
+        assert ada.run.start_sizes == eva.events[0]["sizes"]
         assert sum(sizes(model).values()) == 8
     with pytest.raises(
         ValueError,
@@ -182,6 +182,17 @@ def test_refusals():
         EVA().start(model, torch.optim.Adam(model.parameters()), 10)
 
 
+def test_a_layer_that_takes_no_part_keeps_its_rank():
+    model = Low()
+    model.unused = adapt(nn.Sequential(nn.Linear(16, 12)), "all-linear", partial(LoRA, rank=3))
+    allocator = EVA()
+    fit(model, allocator, steps=2)
+    found = sizes(model)
+    assert found["unused.0:rank"] == 3
+    assert sum(found.values()) == 16 + 3
+    assert allocator.events[0]["total"] == 19
+
+
 def test_resume_does_not_look_again(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole = Low()
@@ -189,7 +200,7 @@ def test_resume_does_not_look_again(tmp_path):
     want = everything(whole, fit(whole, *pair(), checkpoint, steps=10))
     for step in (1, 5, 9):
         model, (eva, ela) = Low(), pair()
-        eva.initial_ranks = None  # must not be called
+        eva.choose = None  # must not be called
         have = everything(
             model, fit(model, eva, ela, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10)
         )

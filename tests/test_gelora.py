@@ -12,7 +12,8 @@ from torch import nn
 
 from adaptrank.allocation import AdaLoRA, GeLoRA
 from adaptrank.allocation.initial import gelora
-from adaptrank.allocation.initial.gelora import pooled, ranks_of
+from adaptrank.allocation.initial.gelora import ranks_of
+from adaptrank.allocation.initial.hidden_states import pooled
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
 from adaptrank.allocation.plans import in_steps
 from adaptrank.axes import CostModel, cost_model
@@ -71,7 +72,10 @@ def test_the_slope_is_that_of_exact_distances():
     [(0, torch.float64), (1e6, torch.float64), (0, torch.float32), (1e3, torch.float32)],
 )
 def test_copies_count_once(offset, dtype):
-    """Far from the origin as well, where products of the points themselves would lose what they differ by."""
+    """Far from the origin as well.
+
+    There, products of the points themselves would lose the digits in which they differ.
+    """
     x = (gaussian(5, 600, 0) + offset).to(dtype)
     alone = two_nn(x)
     assert alone == pytest.approx(two_nn(gaussian(5, 600, 0)), rel=1e-3)
@@ -84,7 +88,7 @@ def test_copies_count_once(offset, dtype):
 
 
 def test_points_that_tell_nothing():
-    with pytest.raises(ValueError, match="needs three points that differ; 2 of these 6 do"):
+    with pytest.raises(ValueError, match="needs three points that differ, and 2 of these 6 do"):
         two_nn(torch.eye(2).repeat(3, 1))
     with pytest.raises(ValueError, match="equally far from their two nearest neighbours"):
         two_nn(torch.eye(8))
@@ -137,7 +141,10 @@ GROWS = (1, 5, 2, 2)  # dimension of what each of three blocks reads, and of wha
 
 
 class Blocks(lightning.LightningModule):
-    """Three blocks in a row; of 16 coordinates each shows the first few, and makes the others too small to be seen."""
+    """Three blocks in a row.
+
+    Each shows the first few of 16 coordinates, and makes the others too small to be seen.
+    """
 
     def __init__(self, method=LORA4, dimensions=GROWS, copies=1, examples=600):
         super().__init__()
@@ -228,7 +235,8 @@ def test_the_scale_stays():
     x = model.data[:2] * model.start
     outputs = [layer(x) for layer in model.layers]
     allocator = GeLoRA()
-    allocator.start(model, model.configure_optimizers(), 4, batches=model.train_dataloader(), loss=lambda b: model.training_step(b, 0))  # fmt: skip
+    batches, loss = model.train_dataloader(), lambda batch: model.training_step(batch, 0)
+    allocator.start(model, model.configure_optimizers(), 4, batches=batches, loss=loss)
     assert sizes(model) == RANKS
     assert [w.scale for w in wrappers(model)] == before == [4, 4, 4]
     assert all(torch.equal(layer(x), y) for layer, y in zip(model.layers, outputs, strict=True))
@@ -288,7 +296,7 @@ def test_a_cap_cuts_and_says_so(caplog):
         fit(model, GeLoRA(cap=3), steps=1)
     assert list(sizes(model).values()) == [3, 1, 1]
     assert (
-        "GeLoRA wants 5 units for layers.0.0:rank, which takes 3 at most; 1 such axes get fewer"
+        "GeLoRA wants 5 units for layers.0.0:rank, which takes 3 at most. 1 such axes get fewer"
         in caplog.text
     )
 

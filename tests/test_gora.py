@@ -13,7 +13,8 @@ from test_eva import Low, sizes
 from torch import nn
 
 from adaptrank.allocation import AdaLoRA, GoRA
-from adaptrank.allocation.initial.gora import fit_change, shared_out
+from adaptrank.allocation.initial.gora import shared_out
+from adaptrank.allocation.initial.least_squares import fit_change
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import NOLA, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, SBoRA
 
@@ -25,9 +26,9 @@ def test_the_gradient_is_that_of_the_weight_and_the_ranks_follow_it():
     found = {}
 
     class Look(GoRA):
-        def begin(self, sizes):
-            found.update(self._gradients)
-            super().begin(sizes)
+        def initialize(self, axes, evidence):
+            found.update(evidence)
+            super().initialize(axes, evidence)
 
     plain = Low()
     for layer in plain.modules():
@@ -100,7 +101,10 @@ def test_planted_gradients_give_ranks_in_proportion():
     ids=["LoRA", "PiCa", "PiCa output", "SBoRA", "SBoRA fb", "MELoRA"],
 )
 def test_the_start_is_the_least_squares_fit(method):
-    """Against numpy: the columns of the design are the changes by one number of the closing factor each."""
+    """Against numpy.
+
+    Each column of the design is the change by one number of the closing factor.
+    """
     torch.manual_seed(0)
     holder = nn.Module()
     layer = holder.layer = method(nn.Linear(48, 24).double())
@@ -145,10 +149,10 @@ def test_the_start_is_a_descent_step(method):
     losses = {}
 
     class Look(GoRA):
-        def begin(self, sizes):
-            losses["base"] = float(self.loss(0))
-            super().begin(sizes)
-            losses["start"] = float(self.loss(0))
+        def initialize(self, axes, evidence):
+            losses["base"] = float(self.run.loss(0))
+            super().initialize(axes, evidence)
+            losses["start"] = float(self.run.loss(0))
 
     fit(Low(method), Look(batches=1, lr=1e-3), steps=1)
     assert losses["start"] < losses["base"]
@@ -156,15 +160,16 @@ def test_the_start_is_a_descent_step(method):
 
 def test_allocation_alone_leaves_the_function():
     class Look(GoRA):
-        def begin(self, sizes):
-            before = float(self.loss(0))
-            super().begin(sizes)
-            assert float(self.loss(0)) == before
+        def initialize(self, axes, evidence):
+            before = float(self.run.loss(0))
+            super().initialize(axes, evidence)
+            assert float(self.run.loss(0)) == before
 
     for method in (partial(DoRA, rank=4), NOLA):
         with pytest.raises(
             ValueError,
-            match=r"with init=True needs axes that can gradient_init \(with init=False it does not\)",
+            match=r"with init=True needs axes that can gradient_init "
+            r"\(with init=False it does not\)",
         ):
             fit(Low(method), Look(), steps=1)
         fit(Low(method), Look(init=False, batches=2), steps=1)
@@ -187,10 +192,10 @@ def test_composition_and_resume(tmp_path):
 
     whole, (ada, gora) = Low(), pair()
     want = everything(whole, fit(whole, ada, gora, checkpoint, steps=10))
-    assert ada._start == gora.events[0]["sizes"]
+    assert ada.run.start_sizes == gora.events[0]["sizes"]
     for step in (1, 5, 9):
         model, (ada, gora) = Low(), pair()
-        gora.initial_ranks = None
+        gora.choose = None
         have = everything(
             model, fit(model, ada, gora, ckpt_path=tmp_path / f"step={step}.ckpt", steps=10)
         )

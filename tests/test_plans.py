@@ -93,7 +93,8 @@ def test_with_equal_costs_the_best_are_kept(case, data):
     budget = data.draw(st.integers(len(scores), sum(len(v) for v in scores.values())))
     plan = keep_best(scores, cost, budget)
     kept = {a: set(plan[a].keep) if a in plan else set(range(len(v))) for a, v in scores.items()}
-    # Each axis keeps its best by right; beyond that no unit that went is better than one that stays.
+    # Each axis keeps its best unit in any case. Of the others, no pruned unit is better than a kept
+    # one.
     stays = [float(scores[a][u]) for a in scores for u in kept[a] - {ranked(scores[a])[0]}]
     goes = [float(v[u]) for a, v in scores.items() for u in set(range(len(v))) - kept[a]]
     assert max(goes, default=-1) < min(stays, default=11)
@@ -252,7 +253,7 @@ def test_the_weakest_go_and_those_whose_weakest_matter_grow():
         "c:rank": torch.tensor([1.0, 9.0]),
     }
     plan = exchange(scores, rank_cost(scores), 7, swaps=2, pool=2)
-    # c's best unit is in its pool of two and wins; not because it is the best, but because c offers it.
+    # c's best unit wins because c offers it in its pool of two, not because it is the best.
     assert plan == {
         "a:rank": Resize((1,)),
         "b:rank": Resize((0, 1), 1),

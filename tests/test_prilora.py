@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptrank.allocation import AdaLoRA, PRILoRA
-from adaptrank.allocation.initial.prilora import input_factors, lowest, rising
+from adaptrank.allocation.context import Run
+from adaptrank.allocation.initial.input_averages import input_factors
+from adaptrank.allocation.initial.prilora import lowest, rising
 from adaptrank.allocation.plans import apportion
 from adaptrank.axes import cost_model, rank_axes, rank_cost
 from adaptrank.injection import adapt
@@ -106,7 +108,7 @@ def test_a_ceiling_cuts_and_says_so(caplog):
         fit(model, PRILoRA(8, 16, sparsity=0), steps=1)
     assert list(sizes(model).values()) == [8, 12, 12]
     assert (
-        "PRILoRA wants 16 units for maps.2:rank, which takes 12 at most; 1 such axes get fewer"
+        "PRILoRA wants 16 units for maps.2:rank, which takes 12 at most. 1 such axes get fewer"
         in caplog.text
     )
 
@@ -155,11 +157,9 @@ def test_an_event_leaves_exactly_so_many_zeros_in_each_row(method, sparsity):
     counted = []
 
     class Zeros(PRILoRA):
-        def after_step(self, axes):
-            super().after_step(axes)
-            counted.append(
-                [zeros(slot.tensor) for axis in axes.values() for slot in input_factors(axis)]
-            )
+        def finish_step(self, state, axes):
+            super().finish_step(state, axes)
+            counted.append([zeros(factor.slot.tensor) for factor in input_factors(axes)])
 
     model, allocator = Deep(method), Zeros(first=3, last=5, sparsity=sparsity, every=4)
     fit(model, allocator, steps=10)
@@ -182,14 +182,14 @@ def test_moments_stay_and_the_last_steps_leave_all_alone():
     seen = {}
 
     class Moments(PRILoRA):
-        def after_step(self, axes):
-            (optimizer,) = self.optimizers
+        def finish_step(self, state, axes):
+            (optimizer,) = self.run.optimizers
             A = axes["maps.0:rank"].members[0][0].A
             moments = optimizer.state[A]["exp_avg"].clone()
-            super().after_step(axes)
+            super().finish_step(state, axes)
             assert torch.equal(moments, optimizer.state[A]["exp_avg"])
-            assert (moments != 0).all() or self.steps_done == 1
-            seen[self.steps_done] = zeros(A)
+            assert (moments != 0).all() or self.run.steps_done == 1
+            seen[self.run.steps_done] = zeros(A)
 
     fit(Deep(), Moments(**LINE, every=3, final=0.25), steps=24)
     assert [step for step, rows in seen.items() if sum(rows)] == [3, 6, 9, 12, 15, 18]
@@ -209,10 +209,10 @@ def test_constant_inputs_prune_by_magnitude():
             return sum((layer(signs) - 1).square().mean() for layer in self.maps)
 
     class Magnitudes(PRILoRA):
-        def after_step(self, axes):
+        def finish_step(self, state, axes):
             before = {key: axis.members[0][0].A.detach().clone() for key, axis in axes.items()}
-            super().after_step(axes)
-            if self.steps_done == 2:
+            super().finish_step(state, axes)
+            if self.run.steps_done == 2:
                 for key, axis in axes.items():
                     A = axis.members[0][0].A
                     self.same = [
@@ -260,9 +260,9 @@ class Sees(Toy):
 
 
 def average(allocator):
-    (one,) = [one for tracked in allocator._tracked.values() for one in tracked.values()]
-    assert not one.dims
-    return one.tensor
+    (tracked,) = allocator.engine.state
+    assert not tracked.dims
+    return tracked.tensor
 
 
 def by_hand(batches, beta):
@@ -317,7 +317,7 @@ def test_processes_add_their_squares_and_tokens(monkeypatch):
         squares, tokens = flat.split([16, 1])
         return (flat + torch.cat([8 * squares, 2 * tokens])) / 2
 
-    monkeypatch.setattr(PRILoRA, "reduce", reduce)
+    monkeypatch.setattr(Run, "reduce", reduce)
     inputs = [torch.randn(2, 4, 16) for _ in range(3)]
     allocator = PRILoRA(**LINE, every=3, final=0)
     fit(Sees(inputs), allocator, steps=3)
@@ -338,10 +338,10 @@ def test_the_rows_of_a_mini_see_its_slice():
     seen = []
 
     class Minis(PRILoRA):
-        def after_step(self, axes):
+        def finish_step(self, state, axes):
             ((layer, _),) = next(iter(axes.values())).members
             before = layer.A.detach().clone()
-            super().after_step(axes)
+            super().finish_step(state, axes)
             seen.append((before, layer.A.detach().clone()))
 
     model = Sees(inputs, method=partial(MELoRA, rank=1, minis=4))
@@ -372,7 +372,10 @@ def test_an_allocator_moves_what_it_starts_from(sparsity):
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("method", [LoRA, partial(MELoRA, minis=4)], ids=["LoRA", "MELoRA"])
 def test_resume_is_exact_to_the_bit(method, accumulate, tmp_path):
-    """Between events, on one, and on one of the other allocator, before its sizes moved and after."""
+    """Between events, on one, and on one of the other allocator.
+
+    Both before its sizes moved and after.
+    """
 
     def both():
         return [PRILoRA(**LINE, every=5), AdaLoRA(10, soft=False, **PHASES)]
@@ -391,9 +394,11 @@ def test_resume_is_exact_to_the_bit(method, accumulate, tmp_path):
         assert have.keys() == want.keys()
         assert not [key for key in want if not torch.equal(have[key], want[key])]
         assert [c.events for c in resumed] == [c.events for c in callbacks]
-        kept = resumed[0]._tracked["maps.1:rank"], callbacks[0]._tracked["maps.1:rank"]
-        assert kept[0].keys() == kept[1].keys()
-        assert all(torch.equal(kept[0][name].tensor, one.tensor) for name, one in kept[1].items())
+        kept, kept_whole = (pair[0].engine.state.state_dict() for pair in (resumed, callbacks))
+        assert kept.keys() == kept_whole.keys()
+        for key, tensors in kept_whole.items():
+            assert kept[key].keys() == tensors.keys()
+            assert all(torch.equal(kept[key][n]["tensor"], tensors[n]["tensor"]) for n in tensors)
 
 
 def test_hooks_are_gone_afterwards():
@@ -407,7 +412,11 @@ def test_hooks_are_gone_afterwards():
 
 @pytest.mark.parametrize("method", [TensorTrain, Kronecker, MiSS])
 def test_methods_without_an_input_side_factor_have_ranks_only(method):
-    with pytest.raises(ValueError, match=rf"with sparsity=0.5 needs axes that can input_factor \(with sparsity=0.0 it does not\), and {method.__name__}"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"with sparsity=0.5 needs axes that can input_factor "
+        rf"\(with sparsity=0.0 it does not\), and {method.__name__}",
+    ):
         fit(Deep(method), PRILoRA())
     model = Deep(method)
     assert PRILoRA.pair(method.__name__) == "sparsity=0.0"
@@ -429,7 +438,11 @@ def test_what_cannot_have_ranks_by_a_rule():
 def test_layers_that_read_no_vectors():
     model = Deep()
     model.maps = adapt(nn.ModuleList([nn.Embedding(5, 8)]), ["0"], LoRA)
-    with pytest.raises(ValueError, match=r"PRILoRA prunes A by the vectors that a layer reads, and maps\.0:rank is Embedding"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"PRILoRA prunes A by the vectors that a layer reads, "
+        r"and maps\.0:rank is Embedding",
+    ):
         fit(model, PRILoRA(**LINE, every=2))
 
 

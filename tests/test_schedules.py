@@ -70,5 +70,5 @@ def test_steps(amount, total, want):
 
 @pytest.mark.parametrize("amount", [-1, -0.5, 1.5])
 def test_lengths_that_are_none(amount):
-    with pytest.raises(ValueError, match="give whole steps, or a fraction from"):
+    with pytest.raises(ValueError, match="Give whole steps, or a fraction from"):
         steps(amount, 10)

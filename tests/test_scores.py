@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from adaptrank.allocation.scores.gradient import IMPORTANCES, gate, magnitude
+from adaptrank.allocation.scores.gradient import gate, magnitude
+from adaptrank.allocation.scores.importance import IMPORTANCES
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD, LoRA
 from adaptrank.testing import perturb
 
 
 class Store:
-    """What an allocator is to a score of one axis: the run of a model, `layer`, with an example and a loss."""
+    """Run of a model, `layer`, with an example and a loss, as a score of one axis sees it."""
 
     def __init__(self, beta=0.85, layer=None, example=None, loss=None, seed=0, steps_done=0):
         self.tensors, self.beta, self.seed, self.steps_done = {}, beta, seed, steps_done

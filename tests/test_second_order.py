@@ -12,14 +12,10 @@ from test_ablation import Here, bert, llama
 from test_allocators import SVD4, Toy
 from torch import nn
 
-from adaptrank.allocation.scores.curvature import (
-    SecondOrder,
-    as_plan,
-    estimate,
-    examples,
-    explained_variance,
-    greedy,
-)
+from adaptrank.allocation.scores.curvature import SecondOrder, estimate
+from adaptrank.allocation.scores.explained_variance import explained_variance
+from adaptrank.allocation.scores.single_examples import examples
+from adaptrank.allocation.scores.submodular import as_plan, greedy
 from adaptrank.axes import CostModel, rank_axes, rank_cost
 from adaptrank.parameterizations import DoRA, LoRA, TensorTrain
 from adaptrank.testing import perturb
@@ -165,7 +161,10 @@ def test_what_would_help_by_going_may_go():
     ],
 )
 def test_on_a_quadratic_loss_the_prediction_is_the_change(method):
-    """LoRA in the closing factor: the output is linear in the gates, and the loss quadratic in the output."""
+    """The output of LoRA is linear in gates of its closing factor.
+
+    The loss is quadratic in the output.
+    """
     model = Toy(method, dtype=torch.float64)
     for layer in model.maps:
         perturb(layer, std=0.3)
@@ -230,7 +229,10 @@ def test_the_exact_hessian_is_that_of_finite_differences(make):
 
 
 def test_fisher_is_the_hessian_of_a_gaussian_model_up_to_sampling():
-    """y = sum_u g_u U_u x + noise, unit variance, negative log likelihood: at the truth both are E[x' U_u' U_v x]."""
+    """y = sum_u g_u U_u x + noise of unit variance, with the negative log likelihood as loss.
+
+    At the true gates both matrices are E[x' U_u' U_v x].
+    """
     torch.manual_seed(0)
     base = nn.Linear(4, 4, bias=False).double()
     nn.init.zeros_(base.weight)

@@ -9,6 +9,7 @@ from test_allocators import Toy, everything, fit, sizes
 
 from adaptrank.allocation import AdaLoRA, SubLoRA, checks
 from adaptrank.allocation.scores import curvature as second_order
+from adaptrank.allocation.scores import submodular
 from adaptrank.axes import cost_model
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, TensorTrain
 
@@ -68,9 +69,9 @@ def test_under_the_budget_where_staying_hurts():
 
 
 def test_an_event_says_where_the_guarantee_does_not_hold(monkeypatch):
-    monkeypatch.setattr(second_order, "greedy", lambda *a: (list(range(12))[: a[2]], False))
+    monkeypatch.setattr(submodular, "greedy", lambda *a: (list(range(12))[: a[2]], False))
     monkeypatch.setattr(checks, "check_plan", lambda *a: None)
-    monkeypatch.setattr(second_order, "as_plan", lambda *a: {})
+    monkeypatch.setattr(submodular, "as_plan", lambda *a: {})
     allocator = SubLoRA(batches=1, floor=1, **PHASES)
     fit(Rows(LORA4), allocator)
     assert "heuristic" in allocator.events[0]["reason"]
@@ -104,8 +105,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(second_order, "MAX_UNITS", 100)
     with pytest.raises(
         ValueError,
-        match="SubLoRA: the Hessian of 192 units is too large, 100 are the most; "
-        "take the one within",
+        match=r"SubLoRA: the Hessian of 192 units is too large, 100 are the most\. Take the one "
+        r"within",
     ):
         fit(Rows(NOLA), SubLoRA(batches=1, **PHASES))
     fit(Rows(NOLA), SubLoRA(estimator="block", batches=1, **PHASES))

@@ -17,7 +17,7 @@ from adaptrank.allocation.state import TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis
 
 
-class Allocator(Policy[TrackedTensors]):
+class Allocator(Policy[TrackedTensors], registered=False):
     """An allocator whose state is reached through `track`, so that a method takes a few lines.
 
     A subclass overrides `score`, and often `observe`:

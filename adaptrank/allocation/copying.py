@@ -17,16 +17,16 @@ def kinds_of(axis: RankAxis) -> list[Kind]:
     A kind never changes. It is, for example, the part of the layer that the unit belongs to. Most
     axes have no such buffer, and then all units are of one kind, ().
     """
-    rows_of_buffers: list[list[list[int]]] = []
+    buffers = []
     for slot in axis.slots():
         if not slot.tensor.is_floating_point():
-            matrix = slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1)
-            rows_of_buffers.append(matrix.tolist())
+            rows = slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1)
+            buffers.append(rows.tolist())
     kinds = []
     for unit in range(len(axis)):
         numbers: list[int] = []
-        for rows in rows_of_buffers:
-            numbers += rows[unit]
+        for rows_of_units in buffers:
+            numbers += rows_of_units[unit]
         kinds.append(tuple(numbers))
     return kinds
 

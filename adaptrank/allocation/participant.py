@@ -63,9 +63,11 @@ class Participant(LightningShell):
     short_form: ClassVar[bool] = False
     """Whether it is written in the short form; see `Allocator`."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
+        """Add the class to `ALLOCATORS`, unless it is a contract: `registered=False`."""
         super().__init_subclass__(**kwargs)
-        ALLOCATORS.add(cls)
+        if registered:
+            ALLOCATORS.add(cls)
 
     def __init__(
         self,

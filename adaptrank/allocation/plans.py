@@ -1,6 +1,8 @@
-"""Pure: importance, cost, budget -> what to keep, close and grow. Deterministic; nothing here touches a tensor of a model."""
+"""Plans: from importance, cost and budget to the units that are kept, closed and grown.
 
-import heapq
+Everything here is pure and deterministic. No tensor of a model is touched.
+"""
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +10,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.budget import (
+    Filling,
+    fill_budget,
+    fill_in_turns,
+    floors_within,
+    value_per_cost,
+)
 from adaptrank.axes import CostModel, natural
 
 Scores = Mapping[str, Tensor]
+"""axis -> importance of its units, (units,). Higher is kept."""
+
+Caps = Mapping[str, int | None]
+"""axis -> largest number of units, None for no cap."""
 
 
 @dataclass(frozen=True)
@@ -23,72 +36,81 @@ class Resize:
 
 @dataclass(frozen=True)
 class Close:
-    """Set these units to zero and open all others; tensors keep their size."""
+    """Set these units to zero and open all others. Tensors keep their size."""
 
     units: tuple[int, ...]
 
 
 Plan = dict[str, Resize | Close]
+"""axis -> its change. Axes that stay as they are are left out."""
 
 
 def ranked(scores: Tensor) -> list[int]:
-    """Units from the most to the least important; ties fall to the lower index."""
+    """Return the units from the most to the least important. Ties fall to the lower index."""
     values = scores.tolist()
     return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
+
+
+# ---- pruning to a budget
 
 
 def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> Plan:
     """Keep the units with most importance per cost, never over the budget.
 
-    Each axis keeps its `floor` best units. Then one unit at a time, the highest score per marginal cost first; ties fall
-    to the natural order of the axes. With costs of one the budget is met exactly, with others the next unit that could
-    be kept would no longer fit.
+    Each axis keeps its `floor` best units. Then one unit is added at a time, the one with the
+    highest score per marginal cost. Ties fall to the natural order of the axes. If every unit
+    costs one, the budget is met exactly. Otherwise no further unit fits at the end.
 
     Args:
         scores: axis -> (units,), higher is kept.
-        cost: in the unit of the budget.
+        cost: cost model in the unit of the budget.
         budget: total after the plan, `cost.fixed` included.
         floor: least number of units an axis keeps.
     Returns:
         A `Resize` for every axis that loses units.
     Raises:
-        ValueError: where the floors alone cost more than the budget.
+        UserError: if the floors alone cost more than the budget.
     """
-    order = {axis: ranked(values) for axis, values in scores.items()}
-    sizes = {axis: min(floor, len(units)) for axis, units in order.items()}
-    total = cost.total(sizes)
-    if total > budget:
-        raise UserError(
-            f"A budget of {budget} is below {total}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
-        )
+    units = {axis: ranked(values) for axis, values in scores.items()}
+    available = {axis: len(order) for axis, order in units.items()}
+    filling = Filling(floors_within(available, cost, budget, floor), cost, budget)
+    sizes = filling.sizes
 
     def value(axis: str) -> float:
-        score = float(scores[axis][order[axis][sizes[axis]]])
-        price = max(cost.marginal(axis, sizes), 1)
-        return score / price if score >= 0 else score * price
+        next_unit = units[axis][sizes[axis]]
+        return value_per_cost(float(scores[axis][next_unit]), cost.marginal(axis, sizes))
 
-    place = {axis: index for index, axis in enumerate(sorted(scores, key=natural))}
-    heap = [(-value(axis), place[axis], axis) for axis in scores if sizes[axis] < len(order[axis])]
-    heapq.heapify(heap)
-    while heap:
-        stale, _, axis = heapq.heappop(heap)
-        if (
-            -value(axis) > stale
-        ):  # a neighbour grew, and this unit costs more than when it was queued
-            heapq.heappush(heap, (-value(axis), place[axis], axis))
-            continue
-        price = cost.marginal(axis, sizes)
-        if total + price > budget:
-            continue  # nor will any further unit of this axis fit: marginal costs only grow
-        total += price
-        sizes[axis] += 1
-        if sizes[axis] < len(order[axis]):
-            heapq.heappush(heap, (-value(axis), place[axis], axis))
+    def fits(axis: str) -> bool:
+        return sizes[axis] < available[axis] and filling.affords(axis)
+
+    fill_budget(sorted(scores, key=natural), value, fits, filling.add)
     return {
-        axis: Resize(tuple(sorted(units[: sizes[axis]])))
-        for axis, units in order.items()
-        if sizes[axis] < len(units)
+        axis: Resize(tuple(sorted(order[: sizes[axis]])))
+        for axis, order in units.items()
+        if sizes[axis] < available[axis]
     }
+
+
+def kept_units(plan: Plan) -> dict[str, int]:
+    """Return axis -> number of old units that are kept, for each axis that is resized."""
+    return {axis: len(change.keep) for axis, change in plan.items() if isinstance(change, Resize)}
+
+
+# ---- exchanging units
+
+
+@dataclass(frozen=True, order=True)
+class _Offer:
+    """A unit that its axis puts into a pool. Offers sort by `key`, then in natural order."""
+
+    key: float
+    place: int
+    axis: str
+    unit: int
+
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.axis, self.unit
 
 
 def exchange(
@@ -98,85 +120,119 @@ def exchange(
     swaps: int,
     pool: int = 2,
     floor: int = 1,
-    caps: Mapping[str, int | None] | None = None,
+    caps: Caps | None = None,
     reference: bool = False,
 ) -> Plan:
-    """ElaLoRA's exchange (arXiv:2504.00254), with two pools: the weakest units go, axes whose weakest still matter grow.
+    """Prune the weakest units, and grow the axes whose weakest units still matter.
 
-    Every axis offers its `pool` lowest units. Of those it may lose (never below `floor`) the `swaps` lowest scores are
-    pruned; the `swaps` highest scores win a fresh unit each for their axis (never above its cap). One prune and what its
-    cost pays for at a time, so that the total never exceeds the budget; with costs of one it stays the same, with
-    others what is left over buys no further unit of a winner.
-    A unit that is chosen for both is left alone.
+    This is ElaLoRA's exchange (arXiv:2504.00254) with two pools. Every axis offers its `pool`
+    lowest units. The `swaps` lowest scores among the units that an axis may lose (never below
+    `floor`) are pruned. The `swaps` highest scores win one fresh unit each for their axis (never
+    above its cap). A unit that is chosen for both is left alone.
 
-    `reference=True` is the released rule: one pool for both, from which an axis at the floor is absent, so that it can
-    never grow again.
+    One unit is pruned at a time, and its cost pays for fresh units, so that the total never
+    exceeds the budget. If every unit costs one, the total stays the same. Otherwise the rest is
+    spent on the winning axes until no further unit of them fits.
+
+    `reference=True` is the released rule with one pool for both. An axis at its floor is absent
+    from that pool and can never grow again.
 
     Args:
         scores: axis -> (units,), higher is kept.
-        cost: in the unit of the budget.
+        cost: cost model in the unit of the budget.
         budget: total not to be exceeded.
-        swaps: number of units to prune and to grow; fewer where the pools are small.
-        pool: units an axis offers.
+        swaps: number of units to prune and to grow. It is reduced if the pools are small.
+        pool: number of units an axis offers.
         floor: least number of units of an axis.
         caps: axis -> largest number of units, None for no cap.
         reference: use the single pool of the released code.
     """
     caps = caps or {}
     sizes = {axis: len(values) for axis, values in scores.items()}
-    losing: list[tuple[float, int, str, int]] = []
-    winning: list[tuple[float, int, str, int]] = []
-    for place, axis in enumerate(sorted(scores, key=natural)):
-        lowest = ranked(scores[axis])[::-1]
-        offered = [(float(scores[axis][unit]), place, axis, unit) for unit in lowest[:pool]]
-        may_lose = max(0, min(pool, sizes[axis] - floor))
-        losing += offered[:may_lose]
-        cap = caps.get(axis)
-        room = pool if cap is None else max(0, cap - sizes[axis])
-        may_win = sorted(
-            (-score, p, a, u) for score, p, a, u in (offered[:may_lose] if reference else offered)
-        )
-        winning += may_win[:room]
-    prune = [(axis, unit) for _, _, axis, unit in sorted(losing)]
-    grow = [(axis, unit) for _, _, axis, unit in sorted(winning)]
-    swaps = min(swaps, len(prune), len(grow), len({*prune, *grow}) // 2)
-    both = {*prune[:swaps]} & {*grow[:swaps]}
-    prune = [entry for entry in prune[:swaps] if entry not in both]
-    grow = [entry for entry in grow if entry not in both and entry not in prune]
-    winners = list(dict.fromkeys(axis for axis, _ in grow)) if prune else []
+    losing, winning = _pools(scores, pool, floor, caps, reference)
+    to_prune, to_grow = _pick_swaps(losing, winning, swaps)
+    winners = list(dict.fromkeys(axis for axis, _ in to_grow)) if to_prune else []
 
-    total = cost.total(sizes)
+    filling = Filling(sizes, cost, budget)
     pruned: dict[str, set[int]] = {axis: set() for axis in scores}
-    grown = dict.fromkeys(scores, 0)
-    for axis, unit in prune:
+    for axis, unit in to_prune:
         pruned[axis].add(unit)
-        sizes[axis] -= 1
-        total -= cost.marginal(axis, sizes)
-        while entry := next(
-            (e for e in grow if total + cost.marginal(e[0], sizes) <= budget), None
-        ):
-            grow.remove(entry)
-            total += cost.marginal(entry[0], sizes)
-            sizes[entry[0]] += 1
-            grown[entry[0]] += 1
-    # Cheap winners may not spend what dear units freed: go round once more, until not one more unit fits.
-    while fitting := [
-        a
-        for a in winners
-        if sizes[a] < (caps.get(a) or budget) and total + cost.marginal(a, sizes) <= budget
-    ]:
-        for axis in fitting:
-            if total + cost.marginal(axis, sizes) <= budget:
-                total += cost.marginal(axis, sizes)
-                sizes[axis] += 1
-                grown[axis] += 1
-    return {
-        axis: Resize(
-            tuple(unit for unit in range(len(values)) if unit not in pruned[axis]), grown[axis]
-        )
-        for axis, values in scores.items()
-        if pruned[axis] or grown[axis]
-    }
+        filling.remove(axis)
+        to_grow = _grow_in_order(filling, to_grow)
+
+    # Spend the remaining budget: grow the winning axes in turns until no further unit fits.
+    limits = {axis: caps.get(axis) or budget for axis in winners}
+    fill_in_turns(filling, winners, lambda axis: filling.sizes[axis] < limits[axis])
+    grown = {axis: filling.sizes[axis] - sizes[axis] + len(pruned[axis]) for axis in scores}
+    return _resizes(sizes, pruned, grown)
+
+
+def _pools(
+    scores: Scores, pool: int, floor: int, caps: Caps, reference: bool
+) -> tuple[list[_Offer], list[_Offer]]:
+    """Return the units that axes may lose, lowest first, and those that may win, highest first."""
+    losing: list[_Offer] = []
+    winning: list[_Offer] = []
+    for place, axis in enumerate(sorted(scores, key=natural)):
+        size = len(scores[axis])
+        lowest = ranked(scores[axis])[::-1][:pool]
+        may_lose = lowest[: max(0, min(pool, size - floor))]
+        may_win = may_lose if reference else lowest
+        losing += [_Offer(float(scores[axis][unit]), place, axis, unit) for unit in may_lose]
+
+        cap = caps.get(axis)
+        room = pool if cap is None else max(0, cap - size)
+        bids = [_Offer(-float(scores[axis][unit]), place, axis, unit) for unit in may_win]
+        winning += sorted(bids)[:room]
+    return sorted(losing), sorted(winning)
+
+
+def _pick_swaps(
+    losing: list[_Offer], winning: list[_Offer], swaps: int
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Return the (axis, unit) to prune, and those whose axis grows, each in its order.
+
+    A unit among the first `swaps` of both lists is left alone. Winners beyond that number stay in
+    the list, because a costly unit that is pruned may pay for several cheap ones.
+    """
+    prune = [offer.name for offer in losing]
+    grow = [offer.name for offer in winning]
+    distinct = len({*prune, *grow})
+    swaps = min(swaps, len(prune), len(grow), distinct // 2)
+    both = {*prune[:swaps]} & {*grow[:swaps]}
+    prune = [name for name in prune[:swaps] if name not in both]
+    grow = [name for name in grow if name not in both and name not in prune]
+    return prune, grow
+
+
+def _grow_in_order(filling: Filling, waiting: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Buy one unit for each waiting entry that fits, in order. Return the entries that did not."""
+    served: set[tuple[str, int]] = set()
+
+    def fits(entry: tuple[str, int]) -> bool:
+        return entry not in served and filling.affords(entry[0])
+
+    def take(entry: tuple[str, int]) -> None:
+        filling.add(entry[0])
+        served.add(entry)
+
+    fill_budget(waiting, lambda entry: 0.0, fits, take)
+    return [entry for entry in waiting if entry not in served]
+
+
+def _resizes(
+    sizes: Mapping[str, int], pruned: Mapping[str, set[int]], grown: Mapping[str, int]
+) -> Plan:
+    """Return a `Resize` for every axis that loses or gains units."""
+    plan: Plan = {}
+    for axis, size in sizes.items():
+        if pruned[axis] or grown[axis]:
+            keep = tuple(unit for unit in range(size) if unit not in pruned[axis])
+            plan[axis] = Resize(keep, grown[axis])
+    return plan
+
+
+# ---- sharing a total
 
 
 def apportion(
@@ -184,66 +240,77 @@ def apportion(
     cost: CostModel,
     budget: int,
     floor: int = 1,
-    caps: Mapping[str, int | None] | None = None,
+    caps: Caps | None = None,
 ) -> dict[str, int]:
-    """Sizes in proportion to weights, within floors and caps, by largest remainders; never over the budget.
+    """Return sizes in proportion to weights, within floors and caps, by largest remainders.
 
-    The real sizes are w_a times one factor, clipped to floor and cap, where the factor is the one that spends the budget.
-    They are rounded down, and what is left buys whole units by largest remainder, ties in natural order of the axes, then whatever
-    still fits. With costs of one the budget is met exactly, unless all caps together cost less.
+    The real-valued sizes are w_a times one factor, clipped to floor and cap. The factor is the
+    one that spends the budget. They are rounded down. The rest buys whole units by largest
+    remainder, ties in natural order of the axes, and then whatever still fits. If every unit
+    costs one, the budget is met exactly, unless all caps together cost less.
 
     Args:
-        weights: axis -> its share, not negative; all zero counts as all equal.
-        cost: in the unit of the budget.
-        budget: total, `cost.fixed` included.
+        weights: axis -> its share, not negative. If all are zero, all count as equal.
+        cost: cost model in the unit of the budget.
+        budget: total, `cost.fixed` included, never exceeded.
         floor: least size of an axis.
         caps: axis -> largest size, None for no cap.
     Raises:
-        ValueError: where a weight is negative or no number, or the floors alone cost more than the budget.
+        UserError: if a weight is negative or not finite, or the floors cost more than the budget.
     """
     if any(not math.isfinite(weight) or weight < 0 for weight in weights.values()):
         raise UserError(
-            f"Ranks cannot be shared out by {dict(weights)}: every weight has to be a number, 0 or more."
+            f"Ranks cannot be shared out by {dict(weights)}: every weight has to be a number, "
+            f"0 or more."
         )
     axes = sorted(weights, key=natural)
-    shares = {axis: float(weights[axis]) if any(weights.values()) else 1.0 for axis in axes}
-    bounds = {axis: (caps or {}).get(axis) for axis in axes}
-    least = cost.total(dict.fromkeys(axes, floor))
-    if least > budget:
-        raise UserError(
-            f"A budget of {budget} is below {least}, the cost of {floor} unit(s) on each axis; raise it, or lower `floor`."
-        )
+    floors_within(dict.fromkeys(axes, floor), cost, budget, floor)
+    some_weight = any(weights.values())
+    shares = {axis: float(weights[axis]) if some_weight else 1.0 for axis in axes}
+    limits: dict[str, float] = {}
+    for axis in axes:
+        cap = (caps or {}).get(axis)
+        limits[axis] = math.inf if cap is None else cap
 
-    def real(factor: float) -> dict[str, float]:
+    exact = _proportional_sizes(shares, cost, budget, floor, limits)
+    rounded_down = {axis: math.floor(size + 1e-9) for axis, size in exact.items()}
+    # The sort is stable, so ties stay in natural order.
+    by_remainder = sorted(axes, key=lambda axis: rounded_down[axis] - exact[axis])
+    filling = Filling(rounded_down, cost, budget)
+    fill_in_turns(filling, by_remainder, lambda axis: filling.sizes[axis] < limits[axis])
+    return filling.sizes
+
+
+def _proportional_sizes(
+    shares: Mapping[str, float],
+    cost: CostModel,
+    budget: int,
+    floor: int,
+    limits: Mapping[str, float],
+) -> dict[str, float]:
+    """Return real-valued sizes, factor times share within the bounds, that spend the budget.
+
+    The factor is found by bisection.
+    """
+
+    def sizes_at(factor: float) -> dict[str, float]:
         return {
-            a: max(floor, min(factor * shares[a], math.inf if (c := bounds[a]) is None else c))
-            for a in axes
+            axis: max(floor, min(factor * share, limits[axis])) for axis, share in shares.items()
         }
 
     low, high = 0.0, 1.0
-    while cost.total(real(high)) < budget and high < 1e30:
+    while cost.total(sizes_at(high)) < budget and high < 1e30:
         low, high = high, 2 * high
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost.total(real(middle)) <= budget else (low, middle)
-    exact = real(low)
-    sizes = {axis: math.floor(size + 1e-9) for axis, size in exact.items()}
-    order = sorted(
-        axes, key=lambda axis: sizes[axis] - exact[axis]
-    )  # stable: ties stay in natural order
-    bought = True
-    while (
-        bought
-    ):  # more than one round only where all remainders are spent, or units cost unequally
-        bought = False
-        for axis in order:
-            cap = bounds[axis]
-            if (cap is None or sizes[axis] < cap) and cost.total(sizes) + cost.marginal(
-                axis, sizes
-            ) <= budget:
-                sizes[axis] += 1
-                bought = True
-    return sizes
+        if cost.total(sizes_at(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return sizes_at(low)
+
+
+# ---- reallocating units
 
 
 def reallocate(
@@ -252,76 +319,84 @@ def reallocate(
     budget: int,
     units: int,
     floor: int = 1,
-    caps: Mapping[str, int | None] | None = None,
+    caps: Caps | None = None,
 ) -> Plan:
-    """ALoRA's round (arXiv:2403.16187): the lowest units of all go, and the axes that lost none share as many fresh ones.
+    """Prune the lowest units of all, and share as many fresh ones among axes that lost none.
 
-    Equal shares, a remainder to the axes of higher mean score: 8 over three are 3, 3, 2. If every axis lost one nothing is added,
-    and the total shrinks, for good. With unequal costs fresh units are bought, one a round and axis, as long as they cost no more than
-    those that went.
+    This is a round of ALoRA (arXiv:2403.16187). The shares are equal, and a remainder goes to
+    the axes of higher mean score: 8 over three axes are 3, 3, 2. If every axis lost a unit,
+    nothing is added, and the total shrinks for good. If units cost unequally, fresh units are
+    bought in turns, as long as they cost no more than the pruned ones.
 
     Args:
         scores: axis -> (units,), higher is kept.
-        cost: in the unit of the budget.
+        cost: cost model in the unit of the budget.
         budget: total not to be exceeded.
-        units: number to prune, fewer where floors forbid.
+        units: number of units to prune, fewer if the floors forbid it.
         floor: least number of units of an axis.
         caps: axis -> largest number of units, None for no cap.
     """
-    order = sorted(scores, key=natural)
-    lowest = sorted(
-        (float(s), place, unit)
-        for place, axis in enumerate(order)
-        for unit, s in enumerate(scores[axis].tolist())
-    )
-    pruned: dict[str, set[int]] = {axis: set() for axis in order}
-    for _, place, unit in lowest:
-        axis = order[place]
-        if sum(map(len, pruned.values())) < units and len(scores[axis]) - len(pruned[axis]) > floor:
-            pruned[axis].add(unit)
-    sizes = {axis: len(scores[axis]) - len(pruned[axis]) for axis in order}
-    lost = sum(map(len, pruned.values()))
-    winners = sorted(
-        (axis for axis in order if not pruned[axis]),
-        key=lambda axis: -float(scores[axis].double().mean()),
-    )
-    grown, bought = dict.fromkeys(order, 0), True
-    budget = min(budget, cost.total({axis: len(values) for axis, values in scores.items()}))
-    priced = any(cost.marginal(axis, sizes) != 1 for axis in order)
-    while bought and (priced or sum(grown.values()) < lost):
-        bought = False
-        for axis in winners if lost else ():
-            cap = (caps or {}).get(axis)
-            room = cap is None or sizes[axis] < cap
-            if not priced and sum(grown.values()) == lost:
-                break
-            if room and cost.total(sizes) + cost.marginal(axis, sizes) <= budget:
-                sizes[axis] += 1
-                grown[axis] += 1
-                bought = True
-    return {
-        axis: Resize(
-            tuple(u for u in range(len(scores[axis])) if u not in pruned[axis]), grown[axis]
-        )
-        for axis in scores
-        if pruned[axis] or grown[axis]
-    }
+    caps = caps or {}
+    axes = sorted(scores, key=natural)
+    sizes = {axis: len(values) for axis, values in scores.items()}
+    pruned = _lowest_of_all(scores, axes, units, floor)
+    lost = sum(len(gone) for gone in pruned.values())
+    if lost == 0:
+        return {}
+
+    budget = min(budget, cost.total(sizes))
+    remaining = {axis: sizes[axis] - len(pruned[axis]) for axis in axes}
+    equal_costs = all(cost.marginal(axis, remaining) == 1 for axis in axes)
+    filling = Filling(remaining, cost, budget)
+
+    def may_grow(axis: str) -> bool:
+        # With equal costs no more units are added than were pruned.
+        if equal_costs and sum(filling.sizes.values()) == sum(sizes.values()):
+            return False
+        cap = caps.get(axis)
+        return cap is None or filling.sizes[axis] < cap
+
+    untouched = [axis for axis in axes if not pruned[axis]]
+    winners = sorted(untouched, key=lambda axis: -float(scores[axis].double().mean()))
+    fill_in_turns(filling, winners, may_grow)
+    grown = {axis: filling.sizes[axis] - remaining[axis] for axis in axes}
+    return _resizes(sizes, pruned, grown)
+
+
+def _lowest_of_all(scores: Scores, axes: list[str], units: int, floor: int) -> dict[str, set[int]]:
+    """Return axis -> its pruned units: the lowest scores of all axes, within the floors."""
+    entries: list[tuple[float, int, int]] = []
+    for place, axis in enumerate(axes):
+        entries += [(score, place, unit) for unit, score in enumerate(scores[axis].tolist())]
+    pruned: dict[str, set[int]] = {axis: set() for axis in axes}
+    left = units
+    for _, place, unit in sorted(entries):
+        gone = pruned[axes[place]]
+        if left > 0 and len(scores[axes[place]]) - len(gone) > floor:
+            gone.add(unit)
+            left -= 1
+    return pruned
+
+
+# ---- costs of groups of units
 
 
 def in_steps(cost: CostModel, steps: Mapping[str, int], fixed: Mapping[str, int]) -> CostModel:
-    """The same costs where a size counts steps of so many units, and some axes stay as they are.
+    """Return the same costs for sizes that count steps of several units.
 
     Args:
-        cost: of units.
-        steps: axis -> units a step.
-        fixed: axis -> the units it keeps; what they cost is fixed.
+        cost: cost of units.
+        steps: axis -> units in one step.
+        fixed: axis -> units of an axis that does not change. Its cost becomes a fixed cost.
     """
-    rest, terms = cost.fixed, []
+    fixed_cost = cost.fixed
+    terms = []
     for factor, axes in cost.terms:
-        price = factor * math.prod(fixed[axis] if axis in fixed else steps[axis] for axis in axes)
-        free = tuple(axis for axis in axes if axis not in fixed)
-        if free:
-            terms.append((price, free))
+        units_per_step = [fixed[axis] if axis in fixed else steps[axis] for axis in axes]
+        price = factor * math.prod(units_per_step)
+        moving = tuple(axis for axis in axes if axis not in fixed)
+        if moving:
+            terms.append((price, moving))
         else:
-            rest += price
-    return CostModel(rest, tuple(terms))
+            fixed_cost += price
+    return CostModel(fixed_cost, tuple(terms))

@@ -13,14 +13,14 @@ from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Participant
 from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores.gradient import Importance, importance
+from adaptrank.allocation.scores.importance import Importance, importance
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
 State = TypeVar("State", bound=TrackedTensors)
 
 
-class Policy(Participant, Generic[State]):
+class Policy(Participant, Generic[State], registered=False):
     """Decides how many units each rank axis keeps, and when that changes.
 
     By default every event keeps the units with the largest importance per cost, within a budget

@@ -1,4 +1,4 @@
-"""Pure: optimizer step -> is there an event, and how large a budget or a swap."""
+"""Schedules: from an optimizer step to events, budgets and numbers of swaps. Pure."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,16 @@ from adaptrank._errors import UserError
 
 @dataclass(frozen=True)
 class Phases:
-    """The three phases of a run, in optimizer steps: scores warm up, ranks move, the last-born units settle.
+    """Three phases of a run: scores warm up, ranks move, and the newest units settle.
 
-    Events fall on steps t with warmup < t <= end and (t - warmup) divisible by `every`, and on `end` itself, where
-    end = total - final.
+    Events fall on steps t with warmup < t <= end and (t - warmup) divisible by `every`, and on
+    `end` itself, where end = total - final.
+
+    Args:
+        total: optimizer steps of the run.
+        warmup: steps before ranks may move.
+        final: steps at the end in which no rank moves.
+        every: steps from one event to the next.
     """
 
     total: int
@@ -21,46 +27,60 @@ class Phases:
 
     @property
     def end(self) -> int:
-        """The last step on which ranks move."""
+        """Last step on which ranks move."""
         return self.total - self.final
 
     def is_event(self, step: int) -> bool:
-        """Whether ranks may move after optimizer step `step` (1-based)."""
-        return self.warmup < step <= self.end and (
-            (step - self.warmup) % self.every == 0 or step == self.end
-        )
+        """Return whether ranks may move after optimizer step `step`, counted from 1."""
+        if not self.warmup < step <= self.end:
+            return False
+        return (step - self.warmup) % self.every == 0 or step == self.end
 
     def events(self) -> list[int]:
-        """The steps of all events of the run."""
+        """Return the steps of all events of the run."""
         return [step for step in range(self.warmup + 1, self.end + 1) if self.is_event(step)]
 
     def progress(self, step: int) -> float:
-        """0 until the warm-up ends, 1 from `end` on."""
+        """Return 0 until the warm-up ends, 1 from `end` on, and a linear value between."""
         span = self.end - self.warmup
-        return 1.0 if span <= 0 else min(1.0, max(0.0, (step - self.warmup) / span))
+        if span <= 0:
+            return 1.0
+        return min(1.0, max(0.0, (step - self.warmup) / span))
 
 
 def steps(amount: int | float, total: int) -> int:
-    """Steps of a phase: an integer is steps, a float in [0, 1] is a fraction of all.
+    """Return the steps of a phase.
 
+    Args:
+        amount: number of steps as an integer, or a fraction of all steps as a float in [0, 1].
+        total: optimizer steps of the run.
     Raises:
-        ValueError: for a negative amount or a fraction above 1.
+        UserError: for a negative amount or a fraction above 1.
     """
     if amount < 0 or (isinstance(amount, float) and amount > 1):
         raise UserError(
-            f"{amount} is no length of a phase; give whole steps, or a fraction from 0.0 to 1.0."
+            f"{amount} is no length of a phase. Give whole steps, or a fraction from 0.0 to 1.0."
         )
-    return round(amount * total) if isinstance(amount, float) else amount
+    if isinstance(amount, float):
+        return round(amount * total)
+    return amount
 
 
 def cubic(start: int, target: int, progress: float) -> int:
-    """AdaLoRA's budget (arXiv:2303.10512): floor(target + (start - target) (1 - progress)^3)."""
+    """Return AdaLoRA's budget, floor(target + (start - target) (1 - progress)^3).
+
+    Source: arXiv:2303.10512.
+    """
+    # The small term keeps rounding errors from losing a unit.
     return math.floor(target + (start - target) * (1 - progress) ** 3 + 1e-9)
 
 
 def late_drop(swaps: int, progress: float) -> int:
-    """ElaLoRA's number of swaps (arXiv:2504.00254): swaps (1 - progress^3), halves rounded up.
+    """Return ElaLoRA's number of swaps, swaps (1 - progress^3), halves rounded up.
 
-    Flat first, fast drop last: for 4 it is 4, 4, 4, 3, 3, 2, 1, 1, 0 at 0, .25, .5, .6, .7, .8, .9, .95, 1.
+    The number is flat first and drops fast at the end. For 4 swaps it is 4, 4, 4, 3, 3, 2, 1, 1, 0
+    at a progress of 0, .25, .5, .6, .7, .8, .9, .95, 1.
+
+    Source: arXiv:2504.00254.
     """
     return math.floor(swaps * (1 - progress**3) + 0.5 + 1e-9)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.gates import adam, leaf
-from adaptrank.allocation.scores.gradient import zeros
+from adaptrank.allocation.scores.elements import zeros
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis
 

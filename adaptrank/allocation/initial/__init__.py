@@ -1,1 +1,4 @@
-"""Rank initializers: one paper, one file. The folder is the registry."""
+"""Rank initializers: one paper, one file, and the parts that they are made of.
+
+The folder is the registry.
+"""

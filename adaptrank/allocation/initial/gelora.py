@@ -1,9 +1,8 @@
-"""GeLoRA: ranks from the intrinsic dimension of what each block reads and gives, before training."""
+"""GeLoRA: ranks from the intrinsic dimensions of the hidden states, before training."""
 
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,227 +11,174 @@ from torch import Tensor, nn
 
 from adaptrank._collectives import from_all, from_first
 from adaptrank._errors import UserError
-from adaptrank.allocation.allocator import Allocator
-from adaptrank.allocation.events import Event
-from adaptrank.allocation.initial.blocks import cut, find_blocks
+from adaptrank.allocation.context import Axes
+from adaptrank.allocation.initial.blocks import cut, find_blocks, warn_outside
+from adaptrank.allocation.initial.hidden_states import (
+    HiddenStates,
+    Pooling,
+    adapters_off,
+    attention_mask,
+)
+from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
 from adaptrank.allocation.plans import apportion, in_steps
-from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
+from adaptrank.parameterizations import wrapped_layers
 
 log = logging.getLogger("adaptrank")
 
+FEW_EXAMPLES = 100
+"""Below this number of examples a warning says that they are few."""
 
-class GeLoRA(Allocator):
-    """Choose the ranks to start from: block i gets max(d_{i+1} - d_i, 0) + 1, in every layer of it that has an adapter.
 
-    d_i is the intrinsic dimension of what block i reads, d_{i+1} of what it gives, estimated by TwoNN (`two_nn`) from one
-    vector for each of `samples` training examples, and rounded half up. The model is the frozen one: adapters are off, in evaluation
-    mode, with no gradients. After that nothing moves, and another allocator may. Where dimensions fall from block to block most ranks
-    are 1, by design. The event at step 0 holds the dimensions. alpha / rank stays what it was at construction, so alpha grows
-    with the rank, as in the paper.
+class GeLoRA(RankInitializer):
+    """Give block i the rank max(d_{i+1} - d_i, 0) + 1, in each of its layers with an adapter.
 
-    The number of units has to bound the rank of the change. Where they are spread over parts of a layer, the rank of each part
-    is rank / parts, rounded up. Layers outside of the repeated blocks keep their rank.
+    d_i is the intrinsic dimension of the inputs of block i, and d_{i+1} that of its outputs. They
+    are estimated by TwoNN (`two_nn`) from one vector for each of `samples` training examples, and
+    rounded half up. The model is the frozen one: adapters are off, in evaluation mode, without
+    gradients. Afterwards nothing moves, and another allocator may move the ranks. If dimensions
+    fall from block to block, most ranks are 1, by design. The event at step 0 holds the
+    dimensions. alpha / rank stays what it was at construction, so alpha grows with the rank, as in
+    the paper.
 
-    Source: arXiv:2412.09250 (abstract and summaries; the formulas of rank and scale, and the estimator of a dimension per sample,
-    are recalled, unverified; the number of samples and the pooling are ours). TwoNN comes out too low in high dimensions, so
-    ranks are differences of biased numbers.
+    The number of units has to bound the rank of the change. If units are spread over parts of a
+    layer, the rank of each part is rank / parts, rounded up. Layers outside of the repeated blocks
+    keep their rank.
+
+    Source: arXiv:2412.09250 (abstract and summaries). The formulas of rank and scale, and the
+    estimator of a dimension from one vector an example, are recalled and unverified. The number of
+    samples and the pooling are ours. TwoNN comes out too low in high dimensions, so ranks are
+    differences of biased numbers.
+
     Args:
-        budget: total to share out in proportion to these ranks, at least 1 each, in `unit`; None takes them as they are, as the paper does.
-        samples: number of training examples; fewer if the data end.
-        pooling: how the tokens of an example become one vector: the "mean" of those that the attention mask lets through, the "last" of
-            them, or the "first", which is the CLS token where there is one.
-        estimator: "slope" is TwoNN's line through the origin, "mle" the maximum-likelihood estimate.
-        unit, cap, seed: as in `Allocator`.
+        budget: total to share out in proportion to these ranks, at least 1 each, in `unit`. None
+            takes them as they are, as the paper does.
+        samples: number of training examples, or fewer if the data end.
+        pooling: how the tokens of an example become one vector: the "mean" of the tokens that the
+            attention mask lets through, the "last" of them, or the "first" (the CLS token if there
+            is one).
+        estimator: "slope" is TwoNN's line through the origin, "mle" the maximum-likelihood
+            estimate.
+        unit, cap, seed: as in `RankInitializer`.
     Raises:
-        ValueError: at the start of a run, if the layers are in no numbered blocks, or the examples are too few or too alike.
+        UserError: for arguments out of range. At the start of a run: if the layers are in no
+            numbered blocks, or the examples are too few or too alike.
     """
 
     source = "arXiv:2412.09250"
     requires = frozenset({"matrix_rank"})
-    moves = False
 
     def __init__(
         self,
         budget: int | None = None,
         samples: int = 2000,
-        pooling: Literal["mean", "last", "first"] = "mean",
+        pooling: Pooling = "mean",
         estimator: Literal["slope", "mle"] = "slope",
         unit: Literal["ranks", "parameters"] = "ranks",
         cap: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(budget, unit, cap=cap, seed=seed)
+        super().__init__(budget, unit, cap=cap, seed=seed, final=0.3)
+        # The method has no phases. Checkpoints hold these, and a resumed run compares them.
+        self.warmup = 0.1
         if samples < 3:
             raise UserError(
-                f"samples={samples}: a dimension needs three points or more; the default is 2000."
+                f"samples={samples}: a dimension needs three points or more. The default is 2000."
             )
         if pooling not in ("mean", "last", "first") or estimator not in ("slope", "mle"):
             raise UserError(
-                f"pooling={pooling!r}, estimator={estimator!r}: use 'mean', 'last' or 'first', and 'slope' or 'mle'."
+                f"pooling={pooling!r}, estimator={estimator!r}: use 'mean', 'last' or 'first', and "
+                f"'slope' or 'mle'."
             )
         self.samples, self.pooling, self.estimator = samples, pooling, estimator
-        self._dimensions: list[float] = []
 
-    def initial_ranks(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
-        place, blocks = find_blocks(model, self.run.axes)
-        self._say_what_does_not_hold(model, place, blocks)
-        self._dimensions = from_first(self._measure(model, place, batches))
-        of_block = ranks_of(self._dimensions)
+    def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice:
+        place, blocks = find_blocks(self.run.model, axes)
+        warn_outside("GeLoRA", place, [key for key, numbers in blocks.items() if not numbers])
+        warn_unbounded(self.run.model, axes)
+        dimensions = from_first(self._dimensions(place, batches))
+        rank_of_block = ranks_of(dimensions)
         log.info(
             "GeLoRA: intrinsic dimensions %s, ranks %s.",
-            [round(d, 1) for d in self._dimensions],
-            of_block,
+            [round(dimension, 1) for dimension in dimensions],
+            rank_of_block,
         )
-        ranks = {
-            key: max(of_block[i] for i in numbers) for key, numbers in blocks.items() if numbers
-        }
-        return self._sizes(ranks)
+        ranks = {}
+        for key, numbers in blocks.items():
+            if numbers:
+                ranks[key] = max(rank_of_block[number] for number in numbers)
+        facts = [round(dimension, 3) for dimension in dimensions]
+        return Choice(self._sizes(ranks, axes), facts={"dimensions": facts})
 
-    def grounds(self) -> Event:
-        return {"dimensions": [round(d, 3) for d in self._dimensions]}
-
-    def _sizes(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Units for these ranks, within caps and the budget."""
-        steps = {key: axis.step for key, axis in self.run.axes.items()}
-        caps = {
-            key: None if (cap := self.caps()[key]) is None else cap // steps[key]
-            for key in self.run.axes
-        }
-        if self.budget is None:
-            shares = {key: math.ceil(rank / steps[key]) for key, rank in ranks.items()}
-            return cut(
-                "GeLoRA",
-                {key: share * steps[key] for key, share in shares.items()},
-                self.caps(),
-                steps,
-            )
-        outside = {key: size for key, size in self.sizes().items() if key not in ranks}
-        shares = apportion(ranks, in_steps(self.cost(), steps, outside), self.budget, 1, caps)
-        return {key: share * steps[key] for key, share in shares.items()}
-
-    def _say_what_does_not_hold(
-        self, model: nn.Module, place: str, blocks: Mapping[str, Sequence[int]]
-    ) -> None:
-        outside = [key for key, numbers in blocks.items() if not numbers]
-        if outside:
-            log.warning(
-                "GeLoRA: %d axes lie outside of the blocks in %r and keep their rank: %s%s.",
-                len(outside), place, ", ".join(outside[:3]), ", ..." if len(outside) > 3 else "",
-            )  # fmt: skip
-        ranked = {id(layer) for axis in self.run.axes.values() for layer, _ in axis.members}
-        nests = [
-            layer.nest
-            for layer in wrapped_layers(model).values()
-            if any(id(w) in ranked for w in layer.nest)
-        ]
-        fixed = sorted({type(w).__name__ for nest in nests for w in nest if not w.axes})
-        if fixed:
-            log.warning(
-                "GeLoRA: %s changes the weight beside the low rank, so the bound that the ranks come from does not hold.",
-                ", ".join(fixed),
-            )
-
-    @torch.no_grad()
-    def _measure(self, model: nn.Module, place: str, batches: Iterable[Any]) -> list[float]:
-        """Intrinsic dimension of what each block reads, and of what the last one gives."""
-        modules = named_layers(model)
-        prefix = f"{place}." if place else ""
-        count = 0
-        while f"{prefix}{count}" in modules:
-            count += 1
-        vectors: list[list[Tensor]] = [[] for _ in range(count + 1)]
-        state: dict[str, Any] = {"mask": None}
-
-        def see(boundary: int, values: Iterable[Any]) -> None:
-            hidden = next(
-                (v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None
-            )
-            if hidden is None:
-                raise UserError(
-                    f"GeLoRA finds no hidden states in what block {prefix}{boundary} reads."
-                )
-            vectors[boundary].append(pooled(hidden, state["mask"], self.pooling).float().cpu())
-
-        def reads(
-            boundary: int, block: nn.Module, values: tuple[Any, ...], named: dict[str, Any]
-        ) -> None:
-            see(boundary, [*values, *named.values()])
-
-        def gives(block: nn.Module, values: Any, output: Any) -> None:
-            see(count, _flat(output))
-
-        wanted = math.ceil(self.samples / len(from_all(0)))
-        moving = [
-            w
-            for w in wrappers(model)
-            if w.enabled and any(p.requires_grad for _, p in w.own_parameters())
-        ]
-        hooks = [
-            modules[f"{prefix}{i}"].register_forward_pre_hook(partial(reads, i), with_kwargs=True)
-            for i in range(count)
-        ]
-        hooks.append(modules[f"{prefix}{count - 1}"].register_forward_hook(gives))
-        try:
-            for wrapper in moving:
-                wrapper.enabled = False
+    def _dimensions(self, place: str, batches: Iterable[Any]) -> list[float]:
+        """Return the intrinsic dimension of each block's inputs, and of the last outputs."""
+        processes = len(from_all(0))
+        wanted = math.ceil(self.samples / processes)
+        states = HiddenStates(self.run.model, place, self.pooling)
+        with torch.no_grad(), adapters_off(self.run.model), states.watching():
             for batch in batches:
-                state["mask"] = _attention_mask(batch)
-                self.loss(batch)
-                if sum(map(len, vectors[0])) >= wanted:
+                states.mask = attention_mask(batch)
+                self.run.loss(batch)
+                if states.count() >= wanted:
                     break
-        finally:
-            for wrapper in moving:
-                wrapper.enabled = True
-            for hook in hooks:
-                hook.remove()
-        return [
-            self._dimension(boundary, prefix, seen, wanted) for boundary, seen in enumerate(vectors)
-        ]
+        dimensions = []
+        for boundary, vectors in enumerate(states.vectors):
+            points = self._points(vectors, wanted)
+            if boundary == 0 and len(points) < FEW_EXAMPLES:
+                log.warning(
+                    "GeLoRA: %d examples are few to tell a dimension from. Give 100 or more, at "
+                    "best 2000.",
+                    len(points),
+                )
+            try:
+                dimensions.append(two_nn(points, self.estimator))
+            except ValueError as error:
+                raise UserError(
+                    f"GeLoRA cannot tell what {states.prefix}{boundary} reads: {error}"
+                ) from error
+        return dimensions
 
-    def _dimension(self, boundary: int, prefix: str, seen: Sequence[Tensor], wanted: int) -> float:
-        own = torch.cat([*seen])[:wanted] if seen else torch.empty(0, 1)
-        points = torch.cat(from_all(own))[: self.samples]
-        if boundary == 0 and len(points) < 100:
-            log.warning(
-                "GeLoRA: %d examples are few to tell a dimension from; give 100 or more, at best 2000.",
-                len(points),
-            )
-        try:
-            return two_nn(points, self.estimator)
-        except ValueError as error:
-            raise UserError(f"GeLoRA cannot tell what {prefix}{boundary} reads: {error}") from error
+    def _points(self, vectors: Sequence[Tensor], wanted: int) -> Tensor:
+        """Return the vectors of all processes, at most `wanted` of each, (N, D)."""
+        of_process = torch.cat([*vectors])[:wanted] if vectors else torch.empty(0, 1)
+        return torch.cat(from_all(of_process))[: self.samples]
+
+    def _sizes(self, ranks: Mapping[str, int], axes: Axes) -> dict[str, int]:
+        """Return the units for these ranks, within caps and the budget."""
+        steps = {key: axis.step for key, axis in axes.items()}
+        caps = self.caps()
+        if self.budget is None:
+            sizes = {}
+            for key, rank in ranks.items():
+                sizes[key] = math.ceil(rank / steps[key]) * steps[key]
+            return cut("GeLoRA", sizes, caps, steps)
+        most_steps: dict[str, int | None] = {}
+        for key, cap in caps.items():
+            most_steps[key] = None if cap is None else cap // steps[key]
+        outside = {key: size for key, size in self.run.sizes().items() if key not in ranks}
+        cost = in_steps(self.run.cost(), steps, outside)
+        shares = apportion(ranks, cost, self.budget, 1, most_steps)
+        return {key: share * steps[key] for key, share in shares.items()}
 
 
 def ranks_of(dimensions: Sequence[float]) -> list[int]:
-    """max(d_{i+1} - d_i, 0) + 1 of dimensions that are first rounded half up."""
+    """Return max(d_{i+1} - d_i, 0) + 1 of dimensions that are first rounded half up."""
     whole = [math.floor(dimension + 0.5) for dimension in dimensions]
-    return [max(after - before, 0) + 1 for before, after in pairwise(whole)]
+    return [max(outputs - inputs, 0) + 1 for inputs, outputs in pairwise(whole)]
 
 
-def pooled(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """One vector for each example: hidden (B, T, D) -> (B, D), by what the mask (B, T) lets through; any other shape as it is, (B, -1)."""
-    if hidden.dim() != 3:
-        return hidden.flatten(1)
-    seen = torch.ones(hidden.shape[:2], device=hidden.device)
-    if mask is not None and mask.shape == seen.shape:
-        seen = (mask != 0).to(seen)
-    if how == "mean":
-        return (hidden.double() * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    if how == "last":
-        chosen = (seen * places).argmax(1)
-    else:
-        chosen = (seen * (len(places) - places)).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), chosen]
-
-
-def _attention_mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
-
-
-def _flat(output: Any) -> list[Any]:
-    if isinstance(output, Mapping):
-        return list(output.values())
-    return list(output) if isinstance(output, (tuple, list)) else [output]
+def warn_unbounded(model: nn.Module, axes: Axes) -> None:
+    """Say if a wrapper without an axis changes the weight of a layer beside the low rank."""
+    ranked: set[int] = set()
+    for axis in axes.values():
+        ranked.update(id(layer) for layer, _ in axis.members)
+    unbounded: set[str] = set()
+    for layer in wrapped_layers(model).values():
+        if any(id(wrapper) in ranked for wrapper in layer.nest):
+            unbounded.update(type(wrapper).__name__ for wrapper in layer.nest if not wrapper.axes)
+    if unbounded:
+        log.warning(
+            "GeLoRA: %s changes the weight beside the low rank, so the bound that the ranks come "
+            "from does not hold.",
+            ", ".join(sorted(unbounded)),
+        )

@@ -10,7 +10,7 @@ from adaptrank.allocation.participant import Choice, Participant
 __all__ = ["Choice", "RankInitializer"]
 
 
-class RankInitializer(Participant, ABC):
+class RankInitializer(Participant, ABC, registered=False):
     """Chooses the ranks that a new run starts from, and may set the tensors of the units.
 
     A subclass writes `choose`, and `initialize` if the start of the tensors matters. `choose`

@@ -1,4 +1,4 @@
-"""What flows into the layers of an axis while a model computes: rows of inputs, padding left out."""
+"""Rows that enter the layers of an axis in a forward pass, without padding."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,63 +8,75 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaptrank.allocation.scores.gradient import Axes
+from adaptrank.allocation.scores.importance import Axes
 
 See = Callable[[str, Tensor, int], None]
+"""Function (axis key, rows, identity of the tensor that they were cut from)."""
 
 
 def watch(model: nn.Module, axes: Axes, see: See, labelled: bool = True) -> list[RemovableHandle]:
-    """Call `see(key, rows, tensor)` for every layer of an axis at every forward pass, with the rows (tokens, n) that enter it.
+    """Call `see(key, rows, tensor)` for every layer of an axis in every forward pass.
 
-    `tensor` identifies what they were cut from: layers that read the same tensor in one pass get the same number. Left out are tokens
-    that the `attention_mask` (batch, tokens) of the pass says are padding and, unless `labelled` is off, those whose label is -100.
+    `rows` are the inputs of the layer, (tokens, n). Padding is left out, as the `attention_mask`
+    (batch, tokens) of the pass says. `tensor` identifies the tensor that the rows were cut from:
+    layers that read the same tensor in one pass get the same number.
 
-    A pass begins where a module is called while no other of the model is running, be it the model or a part of it. Passes are meant to be without
-    gradients: a checkpointed block that is computed once more in the backward pass would be shown again.
+    A pass begins when a module is called while no other module of the model is running. It may be
+    the model or a part of it. Passes are meant to be without gradients. A checkpointed block that
+    is computed once more in the backward pass would be shown again.
 
     Args:
-        model: everything that the pass goes through; a mask may arrive at any of its modules.
-        axes: whose layers.
-        see: takes the rows; they are detached.
-        labelled: leave out what is not predicted.
+        model: model that holds the layers. A mask may arrive at any of its modules.
+        axes: axes whose layers are watched.
+        see: function that takes the rows, which are detached.
+        labelled: leave out tokens whose label is -100.
     Returns:
-        Handles to remove the hooks by.
+        Handles that remove the hooks.
     """
-    running: list[nn.Module] = []  # outermost first
-    keep: dict[str, Tensor] = {}
-    alive: dict[
-        int, Tensor
-    ] = {}  # of this pass: as long as a tensor lives here, no other has its identity
-
-    def begin(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
-        mask, labels = named.get("attention_mask"), named.get("labels")
-        if not running:
-            keep.clear()
-            alive.clear()
-        running.append(module)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            keep["mask"] = mask != 0
-        if labelled and isinstance(labels, Tensor) and labels.dim() == 2:
-            keep["labels"] = labels != -100
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
-
-    def enter(key: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].detach().flatten(0, -2)
-        masks = [which.flatten() for which in keep.values() if which.numel() == len(rows)]
-        if masks:
-            rows = rows[torch.stack(masks).all(0)]
-        alive[id(args[0])] = args[0]
-        see(key, rows, id(args[0]))
-
+    watcher = _Watcher(see, labelled)
     handles = []
     for module in model.modules():
         if any(True for _ in module.children()):
-            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            handles.append(module.register_forward_hook(end, always_call=True))
+            handles.append(module.register_forward_pre_hook(watcher.begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(watcher.end, always_call=True))
     for key, axis in axes.items():
-        handles += [
-            layer.register_forward_pre_hook(partial(enter, key)) for layer, _ in axis.members
-        ]
+        for layer, _ in axis.members:
+            handles.append(layer.register_forward_pre_hook(partial(watcher.enter, key)))
     return handles
+
+
+class _Watcher:
+    """Hooks of `watch`, with the masks of the present pass."""
+
+    def __init__(self, see: See, labelled: bool) -> None:
+        self.see = see
+        self.labelled = labelled
+        self.running = 0
+        """Modules that are called and have not returned."""
+        self.masks: dict[str, Tensor] = {}
+        """Name -> tokens that count, (batch, tokens)."""
+        self.alive: dict[int, Tensor] = {}
+        """Inputs of this pass. No other tensor can take the identity of one that is alive."""
+
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.running == 0:
+            self.masks.clear()
+            self.alive.clear()
+        self.running += 1
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self.masks["attention_mask"] = mask != 0
+        if self.labelled and isinstance(labels, Tensor) and labels.dim() == 2:
+            self.masks["labels"] = labels != -100
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running -= 1
+
+    def enter(self, key: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs = args[0]
+        rows = inputs.detach().flatten(0, -2)
+        masks = [mask.flatten() for mask in self.masks.values() if mask.numel() == len(rows)]
+        if masks:
+            rows = rows[torch.stack(masks).all(0)]
+        self.alive[id(inputs)] = inputs
+        self.see(key, rows, id(inputs))

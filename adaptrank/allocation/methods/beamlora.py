@@ -15,7 +15,7 @@ from adaptrank.allocation.copying import Pair, copies, kinds_of
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.scores.gradient import elements, zeros
+from adaptrank.allocation.scores.elements import elements, zeros
 from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator
 

@@ -11,7 +11,7 @@ from adaptrank._errors import UserError, nearest
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.scores.gradient import Elements, elements
+from adaptrank.allocation.scores.elements import Elements, elements
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis, generator
 from adaptrank.parameterizations import Parameterization

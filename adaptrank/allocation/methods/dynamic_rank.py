@@ -9,7 +9,8 @@ from adaptrank.allocation.context import Axes
 from adaptrank.allocation.plans import Scores
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores.gradient import magnitude, zeros
+from adaptrank.allocation.scores.elements import zeros
+from adaptrank.allocation.scores.gradient import magnitude
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import RankAxis
 

@@ -11,7 +11,7 @@ from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.scores.gradient import zeros
+from adaptrank.allocation.scores.elements import zeros
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import PRUNED, CostModel, Groups, RankAxis, find_groups
 

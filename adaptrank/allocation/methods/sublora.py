@@ -9,7 +9,7 @@ from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.scores import curvature
+from adaptrank.allocation.scores import curvature, submodular
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
@@ -92,10 +92,10 @@ class SubLoRA(Policy[SecondOrderState]):
         self, state: SecondOrderState, scores: Scores, cost: CostModel, budget: int, step: int
     ) -> Proposal:
         assert state.quadratic is not None
-        kept, monotone = curvature.greedy(
+        kept, monotone = submodular.greedy(
             state.quadratic, cost, budget, self.floor, self.allow_under_budget
         )
-        plan = curvature.as_plan(state.quadratic, kept)
+        plan = submodular.as_plan(state.quadratic, kept)
         if monotone:
             return Proposal(plan)
         remark = "some units alone would help by going, so the greedy choice is a heuristic here"
