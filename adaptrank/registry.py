@@ -1,4 +1,4 @@
-"""Registries that are no lists: what a folder defines, and whatever a user subclasses, by class name."""
+"""Registries of classes by name: everything that a folder defines, and every user's subclass."""
 
 import inspect
 import pkgutil
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Class name -> class, of every concrete subclass that is defined by now; read-only to the outside."""
+    """Read-only mapping of class names to all concrete subclasses that are defined by now."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._classes: dict[str, type[T]] = {}
 
     def add(self, cls: type[T]) -> None:
-        """Called by the base class for every subclass.
+        """Add a class; the base class calls this for every subclass.
 
         Raises:
             TypeError: if another class has that name already.
@@ -27,8 +27,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         known = self._classes.get(cls.__name__)
         if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserTypeError(
-                f"Two {self._kind}s are called {cls.__name__!r}: {known.__module__}.{known.__qualname__} and "
-                f"{cls.__module__}.{cls.__qualname__}. The class name is the method's name everywhere; rename one."
+                f"Two {self._kind}s are called {cls.__name__!r}: "
+                f"{known.__module__}.{known.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}. The class name is the method's name "
+                f"everywhere; rename one."
             )
         self._classes[cls.__name__] = cls
 

@@ -192,7 +192,8 @@ def check_plan(
         too_large = cap is not None and sizes[key] > max(cap, size)
         if too_small or too_large:
             raise RuntimeError(
-                f"{name} planned {sizes[key]} units for {key}, outside {participant.floor} to {cap}."
+                f"{name} planned {sizes[key]} units for {key}, outside {participant.floor} to "
+                f"{cap}."
             )
     if budget is None:
         return

@@ -1,4 +1,4 @@
-"""What a run of an allocator remembers: tensors that follow rank changes, and the progress of the run.
+"""State of an allocator: tensors that follow rank changes, and the progress of the run.
 
 Both are plain values. They are the whole of what a checkpoint holds of an allocator.
 """
