@@ -30,9 +30,15 @@ MOVED: dict[str, tuple[str, ...]] = {
     "adaptrank.allocators.blocks": ("adaptrank.allocation.initial.blocks",),
     "adaptrank.allocators.dylora": ("adaptrank.allocation.methods.dylora",),
     "adaptrank.allocators.elalora": ("adaptrank.allocation.methods.elalora",),
-    "adaptrank.allocators.eva": ("adaptrank.allocation.initial.eva",),
+    "adaptrank.allocators.eva": (
+        "adaptrank.allocation.initial.eva",
+        "adaptrank.allocation.initial.input_parts",
+    ),
     "adaptrank.allocators.gates": ("adaptrank.allocation.gates",),
-    "adaptrank.allocators.gelora": ("adaptrank.allocation.initial.gelora",),
+    "adaptrank.allocators.gelora": (
+        "adaptrank.allocation.initial.gelora",
+        "adaptrank.allocation.initial.hidden_states",
+    ),
     "adaptrank.allocators.gora": ("adaptrank.allocation.initial.gora",),
     "adaptrank.allocators.inputs": ("adaptrank.allocation.initial.layer_inputs",),
     "adaptrank.allocators.intrinsic_dimension": (
@@ -48,12 +54,19 @@ MOVED: dict[str, tuple[str, ...]] = {
         "adaptrank.allocation.scores.gradient",
         "adaptrank.allocation.scores.elements",
     ),
-    "adaptrank.allocators.second_order": ("adaptrank.allocation.scores.curvature",),
+    "adaptrank.allocators.second_order": (
+        "adaptrank.allocation.scores.curvature",
+        "adaptrank.allocation.scores.submodular",
+        "adaptrank.allocation.scores.explained_variance",
+    ),
     "adaptrank.allocators.sora": ("adaptrank.allocation.methods.sora",),
     "adaptrank.allocators.sublora": ("adaptrank.allocation.methods.sublora",),
     "adaptrank.artifacts.card": ("adaptrank.reports.card",),
     "adaptrank.artifacts.description": ("adaptrank.artifacts.header",),
-    "adaptrank.artifacts.report": ("adaptrank.reports.ranks",),
+    "adaptrank.artifacts.report": (
+        "adaptrank.reports.ranks",
+        "adaptrank.reports.history",
+    ),
     "adaptrank.composition.pictures": ("adaptrank.reports.figures",),
     "adaptrank.data.base": (
         "adaptrank.data.task",
@@ -72,8 +85,14 @@ MOVED: dict[str, tuple[str, ...]] = {
         "adaptrank.data.sources",
         "adaptrank.data.files",
     ),
-    "adaptrank.distributed": ("adaptrank.training.distributed", "adaptrank._collectives"),
-    "adaptrank.exchange": ("adaptrank.interop.peft",),
+    "adaptrank.distributed": (
+        "adaptrank.training.distributed",
+        "adaptrank._collectives",
+    ),
+    "adaptrank.exchange": (
+        "adaptrank.interop.peft",
+        "adaptrank.interop.peft.keys",
+    ),
     "adaptrank.groups": ("adaptrank.axes.groups",),
     "adaptrank.hf_trainer": ("adaptrank.allocation.shells.transformers",),
     "adaptrank.inject": ("adaptrank.injection",),
@@ -85,36 +104,50 @@ MOVED: dict[str, tuple[str, ...]] = {
         "adaptrank.modules.optim",
         "adaptrank.modules.half_precision",
     ),
-    "adaptrank.products": ("adaptrank.ops.low_rank", "adaptrank.ops.scaling"),
+    "adaptrank.products": (
+        "adaptrank.ops.low_rank",
+        "adaptrank.ops.scaling",
+    ),
     "adaptrank.regularize": (
         "adaptrank.training.penalties",
         "adaptrank.training.adapter_gradients",
     ),
-    "adaptrank.studies.report": ("adaptrank.reports.study",),
+    "adaptrank.studies.report": (
+        "adaptrank.reports.study",
+        "adaptrank.reports.comparison",
+    ),
     "adaptrank.unpadded": ("adaptrank.modules.padding_free",),
 }
 """Old module -> modules that hold its names now."""
 
 RENAMED: dict[str, str] = {
+    "adaptrank.allocators.gora.IMPORTANCES": (
+        "adaptrank.allocation.initial.gora.WEIGHT_IMPORTANCES"
+    ),
     "adaptrank.allocators.loraprune.gone": ("adaptrank.allocation.methods.loraprune.masked_groups"),
     "adaptrank.allocators.loraprune.local": (
         "adaptrank.allocation.methods.loraprune.mask_within_layers"
     ),
-    "adaptrank.allocators.pairs.rows": "adaptrank.allocation.compatibility.nests",
-    "adaptrank.data.base.render": "adaptrank.data.templates.render_chat",
-    "adaptrank.data.base.small": "adaptrank.data.segments.as_int32",
-    "adaptrank.data.base.tokens": "adaptrank.data.segments.token_ids",
-    "adaptrank.data.synthetic.distinct": "adaptrank.data.arithmetic_problems.draw_distinct",
-    "adaptrank.data.synthetic.operands": "adaptrank.data.arithmetic_problems.draw_operands",
-    "adaptrank.data.text.load": "adaptrank.data.files.load_split",
-    "adaptrank.data.text.mapped": "adaptrank.data.columns.read_fields",
-    "adaptrank.data.text.number": "adaptrank.data.classification_data.parse_number",
-    "adaptrank.data.text.reader": "adaptrank.data.columns.field_reader",
-    "adaptrank.data.text.repeated": "adaptrank.data.mixing.repeat_rows",
-    "adaptrank.regularize.Regularize": "adaptrank.training.adapter_gradients.AdapterGradients",
+    "adaptrank.allocators.pairs.rows": ("adaptrank.allocation.compatibility.nests"),
+    "adaptrank.artifacts.report.draw": ("adaptrank.reports.figures.draw_run"),
+    "adaptrank.artifacts.report.grid": ("adaptrank.reports.layer_grid.layer_grid"),
+    "adaptrank.data.base.render": ("adaptrank.data.templates.render_chat"),
+    "adaptrank.data.base.small": ("adaptrank.data.segments.as_int32"),
+    "adaptrank.data.base.tokens": ("adaptrank.data.segments.token_ids"),
+    "adaptrank.data.synthetic.distinct": ("adaptrank.data.arithmetic_problems.draw_distinct"),
+    "adaptrank.data.synthetic.operands": ("adaptrank.data.arithmetic_problems.draw_operands"),
+    "adaptrank.data.text.closest": ("adaptrank._errors.did_you_mean"),
+    "adaptrank.data.text.load": ("adaptrank.data.files.load_split"),
+    "adaptrank.data.text.mapped": ("adaptrank.data.columns.read_fields"),
+    "adaptrank.data.text.number": ("adaptrank.data.classification_data.parse_number"),
+    "adaptrank.data.text.reader": ("adaptrank.data.columns.field_reader"),
+    "adaptrank.data.text.repeated": ("adaptrank.data.mixing.repeat_rows"),
+    "adaptrank.regularize.Regularize": ("adaptrank.training.adapter_gradients.AdapterGradients"),
     "adaptrank.regularize.penalty_gradients": (
         "adaptrank.training.penalties.add_penalty_gradients"
     ),
+    "adaptrank.studies.report.HEAD": ("adaptrank.reports.comparison.COLUMNS"),
+    "adaptrank.studies.report.draw": ("adaptrank.reports.figures.draw_study"),
 }
 """Old name -> new name, for names that changed as well."""
 

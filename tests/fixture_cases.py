@@ -128,7 +128,8 @@ def adapted_of(case: str) -> nn.Module:
     return model
 
 
-ADAPTER_CASES = [*PARAMETERIZATIONS, "HyperAdapt+LoRA", "second_name", "rank_pattern"]
+SHIPPED = [n for n, c in PARAMETERIZATIONS.items() if c.__module__.startswith("adaptrank.")]
+ADAPTER_CASES = [*SHIPPED, "HyperAdapt+LoRA", "second_name", "rank_pattern"]
 """Every method of the registry, a nest, two adapters with different names, and different ranks."""
 
 

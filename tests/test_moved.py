@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,14 @@ def test_an_old_name_has_a_new_one(name):
 def test_a_name_that_is_nowhere_says_where_to_look():
     with pytest.raises(AttributeError, match=r"is adaptrank.injection now.*docs/migration.md"):
         import_module("adaptrank.inject").adopt  # noqa: B018
+
+
+def test_the_page_of_migration_has_every_old_path():
+    page = Path(__file__).parents[1].joinpath("docs", "migration.md").read_text()
+    for old, homes in MOVED.items():
+        assert f"| `{old}` | {', '.join(f'`{home}`' for home in homes)} |" in page
+    for old, new in RENAMED.items():
+        assert f"| `{old}` | `{new}` |" in page
 
 
 def test_nothing_is_loaded_before_it_is_used():
