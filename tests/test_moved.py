@@ -42,7 +42,8 @@ def test_an_old_name_has_a_new_one(name):
     module, _, old = name.rpartition(".")
     value, new = find(module, old)
     assert new == RENAMED[name]
-    assert value.__name__ == new.rpartition(".")[2]
+    home, _, leaf = new.rpartition(".")
+    assert value is getattr(import_module(home), leaf)
 
 
 def test_a_name_that_is_nowhere_says_where_to_look():
