@@ -80,7 +80,8 @@ def test_targets(targets, exclude, found):
         (r"block\..*", r"No layer matches targets='block\\..*'"),
         (
             "q_proj",
-            "A string is a regular expression over whole paths; for the last component write [q_proj]",
+            "A string is a regular expression over whole paths; "
+            "for the last component write [q_proj]",
         ),
         ("all_linear", "or say 'all-linear'"),
         ("(", "targets='(' is not a regular expression"),
@@ -142,9 +143,10 @@ def test_it_starts_at_the_model_and_is_the_model():
     assert adapt(model, "all-linear", [HyperAdapt, partial(LoRA, rank=2)]) is model
     assert torch.equal(model(x), want)
     assert [type(w).__name__ for w in model.classifier.nest] == ["HyperAdapt", "LoRA"]
-    assert (
-        describe(model)
-        == "q_proj        3 x LoRA on HyperAdapt\nv_proj        3 x LoRA on HyperAdapt\nclassifier    1 x LoRA on HyperAdapt"
+    assert describe(model) == (
+        "q_proj        3 x LoRA on HyperAdapt\n"
+        "v_proj        3 x LoRA on HyperAdapt\n"
+        "classifier    1 x LoRA on HyperAdapt"
     )
 
 

@@ -38,16 +38,9 @@ IDS = torch.arange(3, 21).reshape(3, 6)
 def llama(dtype=torch.float64):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -60,8 +53,10 @@ NESTS = {"a": [LoRA], "b": [HyperAdapt, partial(LoRA, rank=2)], "c": [DoRA]}
 
 
 def three(model=None):
-    """A model with three adapters on overlapping layers: one method, a nest of two, one that reads
-    the weight it wraps."""
+    """A model with three adapters on overlapping layers.
+
+    They are one method, a nest of two, and a method that reads the weight it wraps.
+    """
     model = model or llama()
     adapt(model, ["q_proj", "v_proj", "down_proj"], NESTS["a"], name="a")
     adapt(model, ["q_proj", "gate_proj"], NESTS["b"], name="b")
@@ -276,8 +271,7 @@ def test_deleting_an_unknown_name_changes_nothing():
 
 
 def test_a_wrapper_outside_of_a_deleted_one_forgets_what_it_computed_from_it():
-    """DoRA keeps the norms of a plain base, and must not keep those it had over an adapter, nor go
-    without."""
+    """DoRA keeps the norms of a plain base. It must not keep the norms over a deleted adapter."""
     model = adapt(nn.Sequential(nn.Linear(8, 6).double()), "all-linear", LoRA, name="a")
     adapt(model, "all-linear", DoRA, name="b")
     perturb(model)
@@ -359,8 +353,10 @@ def test_two_adapters_in_one_file_after_a_third_was_deleted(tmp_path):
 @pytest.mark.parametrize("inner", [LoRA, HyperAdapt], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("outer", [LoRA, PiCa], ids=lambda cls: cls.__name__)
 def test_files_of_the_same_name_are_loaded_side_by_side(inner, outer, tmp_path):
-    """Each was trained by itself, under the default name; together each computes what it did alone,
-    and goes back to its file."""
+    """Each adapter was trained by itself, under the default name.
+
+    Loaded together, each computes what it did alone, and is saved as it was.
+    """
     want = {}
     for number, (name, method) in enumerate((("a", inner), ("b", outer)), 2):
         alone = adapt(llama(), "all-linear", method)

@@ -31,7 +31,8 @@ def nest_name(nest):
 def llama(seed=0, dtype=torch.float64, **changes):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         vocab_size=50, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()

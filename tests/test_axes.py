@@ -23,7 +23,7 @@ SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
 
 
 class Third(torch.optim.Optimizer):
-    """A third party's: its state has the parameter's shape, and names nobody knows."""
+    """An optimizer of another package, with state of the parameter's shape and unknown names."""
 
     def __init__(self, params, lr=1e-2):
         super().__init__(params, {"lr": lr})
@@ -150,8 +150,7 @@ def test_moments_follow_unit_by_unit(name, keep):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_is_as_if_the_unit_had_never_been(name):
-    """Elementwise optimizers: train 6 units, of which one is always zero, or train the other 5: the
-    same numbers."""
+    """Elementwise optimizers train 5 units like 6 units of which one is always zero."""
 
     def run(prune):
         torch.manual_seed(0)
@@ -200,8 +199,10 @@ def test_a_tensor_that_is_never_edited_never_notices(name):
 
 
 def test_a_fresh_unit_does_not_jump():
-    """First 50 updates of a fresh unit, gradients of equal size everywhere, late in training: at
-    most 1.5 times the median."""
+    """The first 50 updates of a fresh unit are at most 1.5 times the median update.
+
+    Gradients are of equal size everywhere, late in training.
+    """
     worst = {}
     for neutral in (True, False):
         layer = LoRA(nn.Linear(48, 24).double(), rank=6)

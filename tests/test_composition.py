@@ -22,9 +22,9 @@ from adaptrank.composition.changes import (
     total,
     truncated,
 )
-from adaptrank.composition.composing import Compression
+from adaptrank.composition.compression import Compression
 from adaptrank.composition.operators import OPERATORS, options_of
-from adaptrank.composition.similarity import Similarity, lines, sign_conflict
+from adaptrank.composition.similarity import Similarity, pair_lines, sign_conflict
 from adaptrank.parameterizations import (
     SVD,
     DoRA,
@@ -53,7 +53,7 @@ def product(rank, seed, shape=SHAPE):
 
 
 def regauged(change, seed=9):
-    """The same matrix by other factors."""
+    """Return the same matrix with other factors."""
     T = torch.randn(
         change.rank, change.rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -131,7 +131,7 @@ def test_a_shared_budget_goes_where_the_energy_is():
 
 
 def dense_ties(matrices, weights, density, elect="total"):
-    """Entry by entry, as the paper has it."""
+    """TIES entry by entry, as the paper describes it."""
     trimmed = []
     for D in matrices:
         flat = D.flatten().tolist()
@@ -318,7 +318,7 @@ def test_layers_of_one_adapter_alone_and_changes_of_nothing():
     assert [pair["layers"] for pair in report["pairs"]] == [0, 0, 0]
     assert report["layers"]["one"]["norm"][1:] == [None, None]
     assert report["rms_cos"] is None
-    assert len(list(lines(report))) == 4
+    assert len(list(pair_lines(report))) == 4
     json.dumps(report)
 
 

@@ -23,8 +23,7 @@ from adaptrank import (
     select_rows,
     unmerge,
 )
-from adaptrank.artifacts import read_adapter
-from adaptrank.artifacts.adapter import describe_adapter
+from adaptrank.artifacts import describe_adapter, read_adapter
 from adaptrank.artifacts.header import digest_of
 from adaptrank.axes import generator
 from adaptrank.data import ArithmeticProblems

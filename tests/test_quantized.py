@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank import adapt, layers, load_adapter, merge, rank_axes, save_adapter
-from adaptrank.artifacts.adapter import describe_adapter
+from adaptrank.artifacts import describe_adapter
 from adaptrank.axes import cost_model
 from adaptrank.injection import disabled
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, wrapped_layers

@@ -20,10 +20,10 @@ from adaptrank.composition.spectral import (
     effective_rank,
     energy_rank,
     intruders,
+    mean_by_kind,
     numerical_rank,
     participation_ratio,
     stable_rank,
-    summed_up,
 )
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, PiCa
@@ -155,7 +155,10 @@ def test_picas_energy_is_one_in_its_space_and_its_share_of_a_random_one():
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_hyperadapt_never_exceeds_its_bound_and_has_full_rank_however_small_it_is(size):
-    """Its high rank is a property of its form: at 1 part in 10,000 it is the same, and only |D|/|W| says so."""
+    """The high rank of such a change is a property of its form, not of its size.
+
+    At 1 part in 10,000 it is the same, and only |D| / |W| tells the size.
+    """
     torch.manual_seed(0)
     layer = HyperAdapt(nn.Linear(64, 64, bias=False).double())
     perturb(layer, size)
@@ -190,7 +193,7 @@ def test_the_layers_of_a_model_and_their_kinds():
     found = spectra(model)
     assert list(found) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert list(spectra(model, r".*\.0\..*", intruders=False)) == ["blocks.0.up", "blocks.0.down"]
-    summary = summed_up(found, {path: kind_of(path) for path in found})
+    summary = mean_by_kind(found, {path: kind_of(path) for path in found})
     assert {kind: means["layers"] for kind, means in summary.items()} == {
         "up": 2,
         "down": 2,

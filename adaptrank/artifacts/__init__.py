@@ -1,6 +1,32 @@
-"""What a run leaves: adapters, merged models, summaries."""
+"""Files of a run: adapters, merged models, summaries."""
 
-from adaptrank.artifacts.adapter import describe_adapter, load_adapter, read_adapter, save_adapter
-from adaptrank.artifacts.merging import merge, unmerge
+from adaptrank.artifacts.adapter import (
+    CONFIG,
+    WEIGHTS,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    write_files,
+)
+from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.contents import describe_adapter
+from adaptrank.artifacts.header import digest_of
+from adaptrank.artifacts.merging import merge, rounding_error, unmerge
+from adaptrank.artifacts.rounding import RoundingLoss
 
-__all__ = ["describe_adapter", "load_adapter", "merge", "read_adapter", "save_adapter", "unmerge"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "RoundingLoss",
+    "describe_adapter",
+    "digest_of",
+    "frozen_weights",
+    "load_adapter",
+    "merge",
+    "read_adapter",
+    "rounding_error",
+    "save_adapter",
+    "trained_modules",
+    "unmerge",
+    "write_files",
+]

@@ -1,6 +1,7 @@
-"""The description in an adapter's file: what it must look like, whoever wrote it, and a digest of all that the file says.
+"""The description in an adapter's file: its form, whoever wrote it, and a digest of the whole file.
 
-Text in, plain data out, of which every type has been looked at; nothing is built or allocated here.
+Text goes in, and plain data come out, of which every type has been checked. Nothing is built or
+allocated here.
 """
 
 import hashlib
@@ -15,90 +16,119 @@ from torch import Tensor
 from adaptrank._errors import UserError
 
 FORMAT_VERSION = 2
-"""2 has a digest; files of version 1, which have none, are read."""
+"""Version 2 has a digest. Files of version 1, which have none, are read as well."""
+
 MOST_PARTS = 64
+"""Largest number of parts of a fused layer."""
 
 
 def digest_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the description but for its own digest, and of name, dtype, shape and bytes of every tensor: 32 hex characters."""
-    found = hashlib.blake2b(digest_size=16)
-    known = {key: value for key, value in description.items() if key != "digest"}
-    found.update(json.dumps(known, sort_keys=True).encode())
+    """Return a hash of a file's contents: 32 hexadecimal characters.
+
+    It covers the description without its own digest, and name, dtype, shape and bytes of every
+    tensor.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    described = {key: value for key, value in description.items() if key != "digest"}
+    digest.update(json.dumps(described, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
-        found.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return found.hexdigest()
+        digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def parse(text: str, file: Path) -> dict[str, Any]:
-    """The description of a file, checked.
+    """Return the description in a file's header, checked.
 
     Raises:
-        ValueError: in a sentence that says what is wrong, for anything that `save_adapter` would not have written.
+        ValueError: in one sentence, for anything that `save_adapter` would not have written.
     """
     try:
-        found = json.loads(text)
+        description: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         raise UserError(f"{file} is damaged: the description in its header is no JSON.") from None
-    check(found, file)
-    description: dict[str, Any] = found
-    return description
+    check(description, file)
+    checked: dict[str, Any] = description
+    return checked
 
 
-def check(found: Any, file: Path) -> None:
-    """Whether data are a description of an adapter; see `parse`."""
+def check(description: Any, file: Path) -> None:
+    """Raise an error if data do not have the form of a description; see `parse`."""
+    try:
+        _check_version(description, file)
+        _check_base(description.get("base"))
+        _check_adapters(description.get("adapters"))
+        _check_tables(description)
+        _need(_is_list_of_text(description.get("trained_modules")), "trained_modules are no names")
+    except _DamageError as damage:
+        raise UserError(f"{file} is damaged: {damage}.") from None
 
-    def need(true: bool, what: str) -> None:
-        if not true:
-            raise UserError(f"{file} is damaged: {what}.")
 
-    need(isinstance(found, dict), "its description is no table of keys")
-    version = found.get("format_version")
-    need(_is_count(version) and version >= 1, "it does not say what format it has")
+class _DamageError(Exception):
+    """The first part of a description that has not the right form."""
+
+
+def _need(holds: bool, problem: str) -> None:
+    if not holds:
+        raise _DamageError(problem)
+
+
+def _check_version(description: Any, file: Path) -> None:
+    _need(isinstance(description, dict), "its description is no table of keys")
+    version = description.get("format_version")
+    _need(_is_count(version) and version >= 1, "it does not say what format it has")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{file} has format {version}; this version of adaptrank reads up to {FORMAT_VERSION}: pip install --upgrade adaptrank."
+            f"{file} has format {version}; this version of adaptrank reads up to {FORMAT_VERSION}: "
+            f"pip install --upgrade adaptrank."
         )
-    need(version == 1 or isinstance(found.get("digest"), str), "it has no digest")
-    base = found.get("base")
-    need(
-        isinstance(base, dict) and isinstance(base.get("fingerprint"), str),
-        "it does not say what base it was made for",
-    )
+    has_digest = isinstance(description.get("digest"), str)
+    _need(version == 1 or has_digest, "it has no digest")
+
+
+def _check_base(base: Any) -> None:
+    known = isinstance(base, dict) and isinstance(base.get("fingerprint"), str)
+    _need(known, "it does not say what base it was made for")
     for key in ("name", "source", "auto_class"):
-        need(base.get(key) is None or isinstance(base[key], str), f"base.{key} is no text")
-    need(
-        base.get("num_labels") is None or _is_count(base["num_labels"]),
-        "base.num_labels is no number",
-    )
-    adapters = found.get("adapters")
-    need(isinstance(adapters, list) and bool(adapters), "it describes no adapter")
+        _need(base.get(key) is None or isinstance(base[key], str), f"base.{key} is no text")
+    labels = base.get("num_labels")
+    _need(labels is None or _is_count(labels), "base.num_labels is no number")
+
+
+def _check_adapters(adapters: Any) -> None:
+    _need(isinstance(adapters, list) and bool(adapters), "it describes no adapter")
     for entry in adapters:
-        need(isinstance(entry, dict), "an adapter is no table of keys")
-        nest, layers = entry.get("nest"), entry.get("layers")
-        need(isinstance(nest, list) and bool(nest), "an adapter has no classes")
+        _need(isinstance(entry, dict), "an adapter is no table of keys")
+        nest = entry.get("nest")
+        _need(isinstance(nest, list) and bool(nest), "an adapter has no classes")
         for wrapper in nest:
-            need(
-                isinstance(wrapper, dict)
-                and isinstance(wrapper.get("class"), str)
-                and isinstance(wrapper.get("name"), str)
-                and isinstance(wrapper.get("init_args"), dict),
-                "a class is not described by class, name and init_args",
-            )
-        need(_is_map(layers, _is_shape), "the layers of an adapter are not given with their shapes")
-    for key, fits, must in (
+            _need(_is_wrapper(wrapper), "a class is not described by class, name and init_args")
+        _need(
+            _is_map(entry.get("layers"), _is_shape),
+            "the layers of an adapter are not given with their shapes",
+        )
+
+
+def _check_tables(description: Mapping[str, Any]) -> None:
+    tables: tuple[tuple[str, Callable[[Any], bool], bool], ...] = (
         ("ranks", _is_count, True),
-        ("tied", lambda value: isinstance(value, str), True),
+        ("tied", _is_text, True),
         ("split", _are_names, False),
         ("pruned", _are_indices, False),
-    ):
-        need(_is_map(found.get(key, None if must else {}), fits), f"{key} is not what it should be")
-    trained = found.get("trained_modules")
-    need(
-        isinstance(trained, list) and all(isinstance(name, str) for name in trained),
-        "trained_modules are no names",
     )
+    for key, fits, required in tables:
+        table = description.get(key, None if required else {})
+        _need(_is_map(table, fits), f"{key} is not what it should be")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_count(value: Any) -> bool:
@@ -111,6 +141,15 @@ def _is_shape(value: Any) -> bool:
 
 def _is_map(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_wrapper(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("class"), str)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("init_args"), dict)
+    )
 
 
 def _are_names(value: Any) -> bool:

@@ -1,6 +1,5 @@
-"""What a run would take, told from shapes alone: parameters, memory, and the size of its file."""
+"""Parameters, memory and file size of a run, computed from shapes alone."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,22 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptrank.artifacts.adapter import trained_modules
+from adaptrank.artifacts.base_weights import trained_modules
+from adaptrank.artifacts.contents import adapter_tensors
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.parameterizations import wrapped_layers, wrappers
+from adaptrank.parameterizations import wrapped_layers
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes, and numbers that train.
+    """Number of trainable parameters, and bytes in memory and on disk.
 
     Args:
-        trainable: numbers.
-        parameters: bytes of what trains.
-        gradients: the same again.
-        optimizer: bytes of its state.
+        trainable: number of trainable parameters.
+        parameters: bytes of trainable parameters.
+        gradients: bytes of their gradients.
+        optimizer: bytes of the optimizer's state.
         frozen: bytes of the base.
-        file: bytes of the tensors that an adapter's file holds.
+        file: bytes of the tensors in an adapter's file.
     """
 
     trainable: int
@@ -35,61 +35,78 @@ class Footprint:
 
 
 def footprint(model: nn.Module, states: float) -> Footprint:
-    """Of an adapted model, which may be on the meta device.
+    """Return the footprint of an adapted model, which may be on the meta device.
 
     Args:
         model: with adapters.
-        states: numbers that the optimizer keeps for each that trains.
+        states: numbers that the optimizer keeps for each trainable parameter (see `states_of`).
     """
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    count = sum(p.numel() for p in trained.values())
-    size = sum(p.numel() * p.element_size() for p in trained.values())
-    saved: dict[int, torch.Tensor] = {id(t): t for t in trained_modules(model).values()}
-    for wrapper in wrappers(model):
-        saved |= {
-            id(t): t
-            for name, t in wrapper.state_dict(keep_vars=True).items()
-            if not name.startswith("base.")
-        }
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    saved = [entry.tensor for entry in adapter_tensors(model, None)]
+    saved += trained_modules(model).values()
+    size = _bytes_of(trainable)
     return Footprint(
-        trainable=count,
+        trainable=sum(parameter.numel() for parameter in trainable),
         parameters=size,
         gradients=size,
         optimizer=round(states * size),
-        frozen=sum(p.numel() * p.element_size() for p in frozen.values()),
-        file=sum(t.numel() * t.element_size() for t in saved.values()),
+        frozen=_bytes_of(frozen),
+        file=_bytes_of(saved),
     )
 
 
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors. A tied tensor counts once."""
+    unique = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
 def states_of(optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]) -> float:
-    """Numbers that an optimizer keeps for each that it trains: one step of it on a small tensor tells."""
+    """Return the numbers that an optimizer keeps for each trainable parameter.
+
+    They are counted after one step on a small tensor. State tensors of one number do not count.
+
+    Args:
+        optimizer: parameter groups -> optimizer.
+    """
     parameter = nn.Parameter(torch.ones(4, 4))
     parameter.grad = torch.ones(4, 4)
-    made = optimizer([{"params": [parameter]}])
-    made.step()
-    kept = (v for v in made.state[parameter].values() if isinstance(v, torch.Tensor))
-    return sum(v.numel() for v in kept if v.numel() > 1) / parameter.numel()
+    probe = optimizer([{"params": [parameter]}])
+    probe.step()
+    sizes = [v.numel() for v in probe.state[parameter].values() if isinstance(v, torch.Tensor)]
+    return sum(size for size in sizes if size > 1) / parameter.numel()
 
 
 def by_layer(model: nn.Module) -> dict[str, int]:
-    """Numbers that train in each adapted layer; a tied one counts where it is first met."""
-    found: dict[str, int] = defaultdict(int)
+    """Return the number of trainable parameters in each adapted layer that has any.
+
+    A tied parameter counts in the first layer that has it.
+    """
+    counts: dict[str, int] = {}
     seen: set[int] = set()
     for path, layer in wrapped_layers(model).items():
         for wrapper in layer.nest:
-            for _, p in wrapper.own_parameters():
-                if p.requires_grad and id(p) not in seen:
-                    seen.add(id(p))
-                    found[path] += p.numel()
-    return dict(found)
+            for _, parameter in wrapper.own_parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    counts[path] = counts.get(path, 0) + parameter.numel()
+    return counts
 
 
 def at_the_end(model: nn.Module, unit: str, budget: int) -> int:
-    """Numbers that train in adapters at this budget; in ranks about, as if every axis shrank in proportion."""
+    """Return the number of trainable adapter parameters at a budget.
+
+    For a budget in ranks it is an estimate: every axis shrinks in proportion.
+
+    Args:
+        model: with adapters.
+        unit: "parameters" or "ranks".
+        budget: total in that unit.
+    """
     if unit == "parameters":
         return budget
-    cost, sizes = cost_model(model), {key: len(axis) for key, axis in rank_axes(model).items()}
+    sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
     total = sum(sizes.values())
     scaled: Mapping[str, float] = {key: size * budget / total for key, size in sizes.items()}
-    return round(cost.total(scaled))
+    return round(cost_model(model).total(scaled))

@@ -1,23 +1,17 @@
 """Rank axes: the units of every method, their cost, and their resizing with optimizer state."""
 
-from adaptrank.axes.axis import (
-    CostModel,
-    Optimizers,
-    RankAxis,
-    Slot,
-    check_optimizer,
-    cost_model,
-    fit_ranks,
-    generator,
-    natural,
-    rank_axes,
-    rank_cost,
-)
+from adaptrank.axes.axis import Gate, RankAxis
+from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
+from adaptrank.axes.model_axes import fit_ranks, natural, rank_axes
+from adaptrank.axes.optimizer_state import Optimizers, check_optimizer
+from adaptrank.axes.seeding import generator
+from adaptrank.axes.slot import Slot
 
 __all__ = [
     "PRUNED",
     "CostModel",
+    "Gate",
     "Groups",
     "Optimizers",
     "RankAxis",

@@ -1,8 +1,9 @@
-"""Groups of the frozen weights that can go together: attention heads, and channels of an MLP.
+"""Groups of frozen weights that are pruned together: attention heads, and channels of an MLP.
 
-A group is a set of rows and columns in several layers, tied by the model's own computation: the rows of query, key and value of one head
-are of no use without the columns of the output projection that read them. `find_groups` knows them by the names of the layers;
-what it finds is masked while a model trains (`mask`), and cut out afterwards (`compact`).
+A group is a set of rows and columns in several layers, tied by the model's own computation. The
+rows of query, key and value of one head are of no use without the columns of the output projection
+that read them. `find_groups` knows the layers by their names. Groups are masked while a model
+trains (`Groups.mask`), and cut out afterwards (`compact`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.axes.axis import Optimizers, RankAxis, natural
+from adaptrank.axes.axis import RankAxis
+from adaptrank.axes.model_axes import natural
+from adaptrank.axes.optimizer_state import Optimizers
 from adaptrank.parameterizations import Parameterization, named_layers
 
 PRUNED = "pruned_groups"
-"""Attribute of a model: {key of the groups: indices of those that are left}, for what is masked."""
+"""Attribute of a model with masked groups: {key of the groups: indices of the open groups}."""
 
+# Names of the layers of one module. The last layer reads what the others make.
 _ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "out_proj"))
 _MLP = (("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a layer has of each group: `width` rows (dim 0) or columns (dim 1) in a row."""
+    """The share of each group in one layer: `width` adjacent rows (dim 0) or columns (dim 1)."""
 
     name: str
     dim: int
@@ -33,22 +37,20 @@ class Part:
 
 
 class Groups(RankAxis):
-    """The groups of one attention or one MLP, in the form of an axis: a unit is a group.
+    """The groups of one attention or one MLP, in the form of an axis. A unit is a group.
 
     Args:
         key: "<path>:heads" or "<path>:channels".
         owner: the module that has the layers.
-        parts: of its layers; the last one reads what the others make.
+        parts: shares in its layers. The last layer reads what the others make.
         count: number of groups.
     """
 
     def __init__(self, key: str, owner: nn.Module, parts: Sequence[Part], count: int) -> None:
-        wrapped = [
-            (layer, "")
-            for part in parts
-            if isinstance(layer := getattr(owner, part.name), Parameterization)
-        ]
-        super().__init__(key, wrapped, any(len(layer.nest) > 1 for layer, _ in wrapped))
+        layers = [getattr(owner, part.name) for part in parts]
+        wrapped = [layer for layer in layers if isinstance(layer, Parameterization)]
+        nested = any(len(layer.nest) > 1 for layer in wrapped)
+        super().__init__(key, [(layer, "") for layer in wrapped], nested)
         self.owner, self.parts, self.count = owner, parts, count
         self.open = torch.ones(count)
 
@@ -59,7 +61,7 @@ class Groups(RankAxis):
         return 1, self.count
 
     def slots(self) -> list[Any]:
-        """None: what is pruned is frozen, and has no gradient of its own."""
+        """Return no slots: the pruned weights are frozen, and have no gradient of their own."""
         return []
 
     def trainable(self) -> bool:
@@ -67,16 +69,18 @@ class Groups(RankAxis):
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """Sum of |G W'| over each group, G the estimated gradient: of each layer by its L2 norm, then over layers; (groups,)."""
+        """Return the sum of |G W'| over each group, with the estimated gradient G: (groups,).
+
+        The sums of each layer are divided by their L2 norm before they are added over layers.
+        """
         total = torch.zeros(self.count, device=next(self.owner.parameters()).device)
         for part in self.parts:
             layer = getattr(self.owner, part.name)
-            if isinstance(layer, Parameterization) and any(
-                p.grad is not None for _, p in layer.own_parameters()
-            ):
-                values = (layer.weight_gradient() * layer.dense()).abs().sum(1 - part.dim)
-                sums = values.view(self.count, part.width).sum(1).float()
-                total += sums / sums.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            if not isinstance(layer, Parameterization) or not _has_gradient(layer):
+                continue
+            values = (layer.weight_gradient() * layer.dense()).abs().sum(1 - part.dim)
+            sums = values.view(self.count, part.width).sum(1).float()
+            total += sums / sums.norm().clamp_min(torch.finfo(torch.float32).tiny)
         return total
 
     def close(self, units: Sequence[int], optimizers: Optimizers = ()) -> None:
@@ -85,14 +89,13 @@ class Groups(RankAxis):
         self.open[list(units)] = 0
 
     def mask(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A forward pre-hook of the layer that reads what the groups make: what closed ones make is zero."""
-        x, *rest = args
-        if (
-            bool(self.open.all()) or x.shape[-1] != self.count * self.parts[-1].width
-        ):  # none is closed, or they are cut out
+        """Zero the inputs that closed groups make. This is a forward pre-hook of `reader`."""
+        x, *others = args
+        width = self.parts[-1].width
+        cut_out = x.shape[-1] != self.count * width
+        if cut_out or bool(self.open.all()):
             return args
-        mask = self.open.to(x).repeat_interleave(self.parts[-1].width)
-        return x * mask, *rest
+        return x * self.open.to(x).repeat_interleave(width), *others
 
     @property
     def reader(self) -> nn.Module:
@@ -100,41 +103,54 @@ class Groups(RankAxis):
         return cast(nn.Module, getattr(self.owner, self.parts[-1].name))
 
 
-def find_groups(model: nn.Module) -> dict[str, Groups]:
-    """Heads and channels of every attention and MLP that has a wrapped layer, by their keys in natural order of the paths.
+def _has_gradient(layer: Parameterization) -> bool:
+    return any(parameter.grad is not None for _, parameter in layer.own_parameters())
 
-    Query heads that share one key and value head are one group with it.
+
+def find_groups(model: nn.Module) -> dict[str, Groups]:
+    """Return the heads and channels of every attention and MLP that has a wrapped layer.
+
+    Their keys come in natural order of the paths. Query heads that share one key and value head are
+    one group with it.
     """
-    found = {
-        groups.key: groups
-        for path, module in named_layers(model).items()
-        for groups in _groups_of(path, module)
-    }
-    return {key: found[key] for key in sorted(found, key=natural) if found[key].members}
+    by_key: dict[str, Groups] = {}
+    for path, module in named_layers(model).items():
+        for groups in _groups_of(path, module):
+            by_key[groups.key] = groups
+    return {key: by_key[key] for key in sorted(by_key, key=natural) if by_key[key].members}
 
 
 def _groups_of(path: str, module: nn.Module) -> list[Groups]:
-    """Of one module, whether its layers are wrapped or not."""
+    """Return the groups of one module, whether its layers are wrapped or not."""
+    groups = []
+    attention = _names_in(module, _ATTENTION)
+    if attention and hasattr(module, "head_dim"):
+        query, key, value, output = attention
+        key_rows = _shape(getattr(module, key))[0]
+        count = key_rows // int(cast(int, module.head_dim))
+        parts = []
+        for name in (query, key, value):
+            rows, _ = _shape(getattr(module, name))
+            parts.append(Part(name, 0, rows // count))
+        _, columns = _shape(getattr(module, output))
+        parts.append(Part(output, 1, columns // count))
+        groups.append(Groups(f"{path}:heads", module, parts, count))
 
-    def named(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
-        return next(
-            (k for k in kinds if all(isinstance(getattr(module, n, None), nn.Module) for n in k)),
-            None,
-        )
+    mlp = _names_in(module, _MLP)
+    if mlp:
+        *makers, reader = mlp
+        parts = [*(Part(name, 0, 1) for name in makers), Part(reader, 1, 1)]
+        _, channels = _shape(getattr(module, reader))
+        groups.append(Groups(f"{path}:channels", module, parts, channels))
+    return groups
 
-    found = []
-    if (names := named(_ATTENTION)) and hasattr(module, "head_dim"):
-        q, k, v, o = names
-        count = _shape(getattr(module, k))[0] // int(cast(int, module.head_dim))
-        widths = {name: _shape(getattr(module, name))[0] // count for name in (q, k, v)}
-        widths[o] = _shape(getattr(module, o))[1] // count
-        parts = [Part(name, int(name == o), widths[name]) for name in names]
-        found.append(Groups(f"{path}:heads", module, parts, count))
-    if names := named(_MLP):
-        last = names[-1]
-        parts = [Part(name, int(name == last), 1) for name in names]
-        found.append(Groups(f"{path}:channels", module, parts, _shape(getattr(module, last))[1]))
-    return found
+
+def _names_in(module: nn.Module, alternatives: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the first of several tuples of names whose layers a module all has, or ()."""
+    for names in alternatives:
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            return names
+    return ()
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
@@ -145,41 +161,50 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def compact(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Cut out of a model all groups but these: rows, columns, biases and the adapters' own rows and columns.
+    """Cut all groups but these out of a model: rows, columns, biases, and the adapters' shares.
 
-    For a model that is not trained any more: parameters become new objects, and what was tied across layers is tied no longer.
+    It is for a model that is no longer trained. Parameters become new objects, and tensors that
+    were tied across layers are tied no longer.
 
     Args:
         model: plain or adapted.
-        kept: {key: indices of the groups that stay}.
+        kept: {key: indices of the remaining groups}.
     Raises:
-        ValueError: if the model has no such groups, or not so many.
+        ValueError: if the model has no such groups, or fewer of them. Nothing is cut then.
     """
-    modules, cuts = named_layers(model), []
+    modules = named_layers(model)
+    cuts = []
     for key, indices in kept.items():
-        path, _, kind = key.rpartition(":")
-        there = {g.key: g for g in _groups_of(path, modules[path])} if path in modules else {}
-        groups = there.get(key)
-        if groups is None or not indices or not all(0 <= i < len(groups) for i in indices):
-            have = "none" if groups is None else str(len(groups))
-            raise UserError(
-                f"{key} cannot be cut to {len(indices)} {kind}: this model has {have} there."
-            )
+        groups = _groups_to_cut(modules, key, indices)
         for part in groups.parts:
             index = torch.tensor([i * part.width + j for i in indices for j in range(part.width)])
             cuts.append((getattr(groups.owner, part.name), part.dim, index))
-    for layer, dim, index in cuts:  # all or nothing
+    for layer, dim, index in cuts:
         _cut(layer, dim, index)
     model.__dict__.pop(PRUNED, None)
 
 
+def _groups_to_cut(modules: Mapping[str, nn.Module], key: str, indices: Sequence[int]) -> Groups:
+    path, _, kind = key.rpartition(":")
+    candidates = _groups_of(path, modules[path]) if path in modules else []
+    groups = next((groups for groups in candidates if groups.key == key), None)
+    if groups is None or not indices or not all(0 <= i < len(groups) for i in indices):
+        count = "none" if groups is None else str(len(groups))
+        raise UserError(
+            f"{key} cannot be cut to {len(indices)} {kind}: this model has {count} there."
+        )
+    return groups
+
+
 def _cut(layer: nn.Module, dim: int, index: Tensor) -> None:
+    """Keep these rows or columns of a layer, and of its wrappers' tensors that follow them."""
     wrappers = layer.nest if isinstance(layer, Parameterization) else []
     plain = layer.innermost if isinstance(layer, Parameterization) else layer
     for wrapper in wrappers:
         for name, dims in wrapper.features.items():
-            if (own := dims[dim]) is not None:
-                _select(wrapper, name, own, index)
+            tensor_dim = dims[dim]
+            if tensor_dim is not None:
+                _select(wrapper, name, tensor_dim, index)
     _select(plain, "weight", dim, index)
     if dim == 0 and getattr(plain, "bias", None) is not None:
         _select(plain, "bias", 0, index)
@@ -188,8 +213,9 @@ def _cut(layer: nn.Module, dim: int, index: Tensor) -> None:
 
 def _select(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
     tensor = getattr(module, name)
-    cut = tensor.detach().index_select(dim, index.to(tensor.device))
+    selected = tensor.detach().index_select(dim, index.to(tensor.device))
     if isinstance(tensor, nn.Parameter):
-        setattr(module, name, nn.Parameter(cut, requires_grad=tensor.requires_grad))
+        setattr(module, name, nn.Parameter(selected, requires_grad=tensor.requires_grad))
     else:
-        module.register_buffer(name, cut, persistent=name not in module._non_persistent_buffers_set)
+        persistent = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, selected, persistent=persistent)

@@ -1,6 +1,7 @@
-"""The change of one weight, as a product of two factors or as a matrix, and the algebra of changes. Nothing is written to.
+"""The change of one weight, as a product of two factors or as a matrix, and the algebra of changes.
 
-No (m, n) matrix is formed of products unless `dense()` is asked for. What is summed is summed in float64.
+Functions here never write to a change. Products form no (m, n) matrix unless `dense()` is called.
+Sums are accumulated in float64.
 """
 
 import math
@@ -17,12 +18,18 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations import Parameterization
 
 Change = Union["Product", "Dense"]
-"""W' - W of one layer, (m, n)."""
+"""D = W' - W of one layer, (m, n)."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A thin singular value decomposition: U (m, k), S (k,) from the largest, Vh (k, n), float64."""
+    """Thin singular value decomposition in float64.
+
+    Args:
+        U: left singular vectors, (m, k).
+        S: singular values, (k,), in descending order.
+        Vh: right singular vectors, (k, n).
+    """
 
     U: Tensor
     S: Tensor
@@ -31,7 +38,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Product:
-    """U V, with U (m, k) and V (k, n); every scale is in the factors."""
+    """D = U V, with every scale in the factors.
+
+    Args:
+        U: (m, k).
+        V: (k, n).
+    """
 
     U: Tensor
     V: Tensor
@@ -43,34 +55,46 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """k, the bound on the rank that the form gives."""
+        """Upper bound of the rank: k."""
         return self.U.shape[1]
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the change's dtype and device."""
+        return self.U
+
     def dense(self) -> Tensor:
-        """The matrix (m, n)."""
+        """Return the matrix (m, n)."""
         return self.U @ self.V
 
     def scaled(self, weight: float) -> "Product":
-        """The change times a number, sign included, split evenly over the factors."""
+        """Return the change times a number. Its root goes into each factor, and its sign into U."""
         root = math.sqrt(abs(weight))
         return Product(self.U * math.copysign(root, weight), self.V * root)
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Return the Frobenius norm."""
         return math.sqrt(max(0.0, inner(self, self)))
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """From QR of both factors and a decomposition of their (k, k) core: as exact as that of the matrix."""
+        """Singular value decomposition, from QR of both factors and of their (k, k) core.
+
+        It is as exact as a decomposition of the matrix.
+        """
         Q, R = torch.linalg.qr(self.U.double())
         P, L = torch.linalg.qr(self.V.double().T)
         u, S, vh = torch.linalg.svd(R @ L.T, full_matrices=False)
-        return _signed(Q @ u, S, vh @ P.T)
+        return _with_fixed_signs(Q @ u, S, vh @ P.T)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A matrix D (m, n), where no product is known."""
+    """A change as a matrix, where no product is known.
+
+    Args:
+        D: (m, n).
+    """
 
     D: Tensor
 
@@ -81,60 +105,76 @@ class Dense:
 
     @property
     def rank(self) -> int:
-        """min(m, n)."""
+        """Upper bound of the rank: min(m, n)."""
         return min(self.shape)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the change's dtype and device."""
+        return self.D
+
     def dense(self) -> Tensor:
-        """The matrix."""
+        """Return the matrix."""
         return self.D
 
     def scaled(self, weight: float) -> "Dense":
-        """The change times a number."""
+        """Return the change times a number."""
         return Dense(weight * self.D)
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Return the Frobenius norm."""
         return float(self.D.double().norm())
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Its singular value decomposition."""
-        return _signed(*torch.linalg.svd(self.D.double(), full_matrices=False))
+        """Singular value decomposition of the matrix."""
+        return _with_fixed_signs(*torch.linalg.svd(self.D.double(), full_matrices=False))
 
 
-@torch.no_grad()
-def change_of(layer: Parameterization) -> Change:
-    """W' - W (m, n) of a nest, as far as it is switched on: a product where it has one, in the adapter's dtype."""
-    factors = layer.low_rank()
-    if factors is not None:
-        return Product(*factors)
-    return Dense(layer.dense() - kinds.dense(layer.innermost, layer.adapter_dtype))
-
-
-def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
-    """Singular vectors have no sign of their own: the largest entry of each left one is positive."""
+def _with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
+    """Flip pairs of singular vectors so that the largest entry of each left one is positive."""
     if not len(S):
         return Spectrum(U, S, Vh)
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     return Spectrum(U * sign, S, Vh * sign.T)
 
 
+@torch.no_grad()
+def change_of(layer: Parameterization) -> Change:
+    """Return W' - W (m, n) of the enabled wrappers of a nest, in the adapter's dtype.
+
+    It is a product where the nest has one.
+    """
+    factors = layer.low_rank()
+    if factors is not None:
+        return Product(*factors)
+    return Dense(layer.dense() - kinds.dense(layer.innermost, layer.adapter_dtype))
+
+
 def inner(a: Change, b: Change) -> float:
-    """<A, B> = sum_ij A_ij B_ij; of two products sum((U_a^T U_b) * (V_a V_b^T))."""
+    """Return <A, B> = sum_ij A_ij B_ij.
+
+    For two products this is sum((U_a^T U_b) * (V_a V_b^T)).
+    """
     if isinstance(a, Product) and isinstance(b, Product):
         return float(((a.U.double().T @ b.U.double()) * (a.V.double() @ b.V.double().T)).sum())
     if isinstance(a, Product):
         return float(((a.U.double().T @ b.dense().double()) * a.V.double()).sum())
-    return inner(b, a) if isinstance(b, Product) else float((a.D.double() * b.D.double()).sum())
+    if isinstance(b, Product):
+        return inner(b, a)
+    return float((a.D.double() * b.D.double()).sum())
 
 
 def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
-    """sum_i w_i D_i, exact: of products the factors side by side, of rank k_1 + k_2 + ..."""
-    weighted = [
-        change.scaled(w) if w != 1 else change for change, w in zip(changes, weights, strict=True)
-    ]
-    if all(isinstance(change, Product) for change in weighted):
-        products = [change for change in weighted if isinstance(change, Product)]
+    """Return sum_i w_i D_i, exactly.
+
+    Products are put side by side: the sum is a product of rank k_1 + k_2 + ...
+    """
+    weighted = []
+    for change, weight in zip(changes, weights, strict=True):
+        weighted.append(change.scaled(weight) if weight != 1 else change)
+    products = [change for change in weighted if isinstance(change, Product)]
+    if len(products) == len(weighted):
         return Product(torch.cat([p.U for p in products], 1), torch.cat([p.V for p in products]))
     result = weighted[0].dense().clone()
     for change in weighted[1:]:
@@ -143,55 +183,69 @@ def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
 
 
 def truncated(change: Change, rank: int) -> Product:
-    """The best approximation of this rank in Frobenius norm, singular values shared evenly by the factors.
+    """Return the best approximation of a rank in Frobenius norm.
 
-    Its error is the norm of the singular values left out.
+    Its error is the norm of the singular values that are left out. The root of each singular value
+    goes into each factor.
     """
-    s = change.spectrum
-    root = s.S[:rank].sqrt()
-    like = change.U if isinstance(change, Product) else change.D
-    return Product((s.U[:, :rank] * root).to(like), (root[:, None] * s.Vh[:rank]).to(like))
+    spectrum = change.spectrum
+    root = spectrum.S[:rank].sqrt()
+    U, V = spectrum.U[:, :rank] * root, root[:, None] * spectrum.Vh[:rank]
+    return Product(U.to(change.like), V.to(change.like))
 
 
 def rank_for(change: Change, energy: float | None = None, error: float | None = None) -> int:
-    """The least rank that keeps a fraction of the sum of squares, or whose relative error is at most this one; at least 1."""
+    """Return the least rank, at least 1, that approximates a change well enough.
+
+    Args:
+        change: (m, n).
+        energy: fraction of the sum of squared singular values to keep.
+        error: relative error to allow, if there is no `energy`.
+    """
     squares = change.spectrum.S.square()
-    whole = float(squares.sum())
-    if whole == 0:
+    total_energy = float(squares.sum())
+    if total_energy == 0:
         return 1
-    left = (whole - squares.cumsum(0)).clamp_min(0) / whole  # of rank 1, 2, ...
+    # Relative squared errors of rank 1, 2, ...
+    errors = (total_energy - squares.cumsum(0)).clamp_min(0) / total_energy
     allowed = 1 - energy if energy is not None else (error or 0.0) ** 2
-    enough = (left <= allowed + 1e-15).nonzero()
-    return int(enough[0]) + 1 if len(enough) else len(squares)
+    sufficient = (errors <= allowed + 1e-15).nonzero()
+    return int(sufficient[0]) + 1 if len(sufficient) else len(squares)
 
 
 def shared_ranks(changes: Sequence[Change], budget: int) -> list[int]:
-    """Ranks that spend at most `budget` parameters, k (m + n) a layer, on the directions with most energy per parameter.
+    """Return a rank for each layer, so that all layers together keep most energy.
 
-    At least one a layer.
+    Rank k of a layer costs k (m + n) parameters. Each layer gets rank 1 at least. Then the
+    directions with most energy per parameter come first.
 
+    Args:
+        changes: one of each layer.
+        budget: most parameters of all layers together.
     Raises:
-        ValueError: if one for each layer is more than the budget.
+        ValueError: if rank 1 of each layer is more than the budget.
     """
-    ranks = [1] * len(changes)
-    spent = sum(sum(change.shape) for change in changes)
+    prices = [sum(change.shape) for change in changes]
+    spent = sum(prices)
     if spent > budget:
         raise UserError(
-            f"A budget of {budget:,} parameters is below {spent:,}, one direction for each of {len(changes)} layers."
+            f"A budget of {budget:,} parameters is below {spent:,}, "
+            f"one direction for each of {len(changes)} layers."
         )
-    rest = sorted(
-        (
-            (-(float(s) ** 2) / sum(c.shape), i, k)
-            for i, c in enumerate(changes)
-            for k, s in enumerate(c.spectrum.S)
-            if k
-        ),
-    )
-    stopped: set[int] = set()
-    for value, i, k in rest:
-        price = sum(changes[i].shape)
-        if value == 0 or i in stopped or spent + price > budget:
-            stopped.add(i)  # a later direction of the layer must not come without this one
+    directions = []
+    for layer, change in enumerate(changes):
+        for k, singular_value in enumerate(change.spectrum.S):
+            if k > 0:
+                directions.append((-(float(singular_value) ** 2) / prices[layer], layer, k))
+
+    ranks = [1] * len(changes)
+    finished: set[int] = set()
+    for negative_value, layer, k in sorted(directions):
+        price = prices[layer]
+        if negative_value == 0 or layer in finished or spent + price > budget:
+            # Without this direction, no later direction of the layer may come.
+            finished.add(layer)
             continue
-        ranks[i], spent = k + 1, spent + price
+        ranks[layer] = k + 1
+        spent += price
     return ranks

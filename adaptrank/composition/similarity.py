@@ -1,200 +1,261 @@
-"""How several adapters lie to each other, layer by layer: what composition reports. Pure."""
+"""Pairwise similarity and interference of adapters, layer by layer."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
 
-from adaptrank.composition.changes import Change, Product, inner
+from adaptrank.composition.changes import Change, inner
 
-Layers = Mapping[str, Sequence[Change | None]]
-"""Layer -> the change of each adapter, None where it has none."""
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """Measures of two adapters' changes of one layer.
+
+    Args:
+        cos: <D_1, D_2> / (|D_1| |D_2|).
+        product: <D_1, D_2>.
+        square_1: |D_1|^2.
+        square_2: |D_2|^2.
+        entries: m n.
+        one_start: m r, with the smaller rank r.
+        left: overlap of the column spaces.
+        right: overlap of the row spaces.
+        conflict: share of conflicting signs, or None if it was not counted.
+    """
+
+    cos: float
+    product: float
+    square_1: float
+    square_2: float
+    entries: int
+    one_start: int
+    left: float
+    right: float
+    conflict: float | None
 
 
 class Similarity:
-    """Takes one layer after the other, so that no two of them need be in memory, and sums up.
+    """Take the changes of one layer after the other, and sum up.
 
-    Of a pair of adapters and a layer that both change, with c = <D_1, D_2> / (|D_1| |D_2|):
+    No two layers need be in memory together. For a pair of adapters, over the layers that both
+    change, with c = <D_1, D_2> / (|D_1| |D_2|):
 
-    - rms_cos: sqrt(mean of c^2) over the layers, the headline (arXiv:2508.11985 does not state its formula where we could read
-      it: this is ours); signed mean: mean of c, since squares hide that changes cancel;
-    - global_cos: sum of <D_1, D_2> over sqrt(sum |D_1|^2 sum |D_2|^2);
-    - null: sqrt(mean 1 / (m n)), what rms_cos is of independent random changes; null with one start: sqrt(mean 1 / (m r)), of two LoRAs
-      that start from the same A and learn independent B, the larger of the two by far: adapters of one seed are never as orthogonal;
-    - left and right overlap: |U_1^T U_2|^2 / min(r_1, r_2) of orthonormal bases of the outputs and of the inputs, 0 to 1, mean over the
-      layers. Changes may have cosine 0 and overlap 1. Right overlap near 1 tells of one start;
-    - norm ratio: |D_1| / |D_2|; sign conflict: of the entries that are among the largest fifth of both, the share with opposite signs. It
-      takes (m, n) matrices, and is left out unless asked for.
+    - rms_cos: sqrt(mean of c^2), the main figure. (We could not read a formula in arXiv:2508.11985.
+      This one is ours.)
+    - signed_mean: mean of c. Squares hide that changes cancel.
+    - global_cos: sum of <D_1, D_2> over sqrt(sum |D_1|^2 sum |D_2|^2).
+    - null: sqrt(mean 1 / (m n)), the rms_cos of independent random changes.
+    - null_one_start: sqrt(mean 1 / (m r)), the rms_cos of two LoRAs that start from the same A and
+      learn independent B. It is the larger of the two by far, so that adapters of one seed are
+      never as orthogonal as random changes.
+    - left_overlap, right_overlap: |U_1^T U_2|^2 / min(r_1, r_2) of orthonormal bases of the column
+      spaces and of the row spaces, from 0 to 1, mean over layers. Changes may have cosine 0 and
+      overlap 1. A right overlap near 1 comes from one start.
+    - norm_ratio: |D_1| / |D_2| over all layers.
+    - sign_conflict: fraction with opposite signs of the entries that are among the largest fifth of
+      both changes. It takes (m, n) matrices, and is left out unless asked for.
 
-    Of a layer: |D_i|, |D_i| / |W|, and interference 1 - |sum D|^2 / sum |D|^2: 0 where changes are orthogonal, below where they add, 1 where they cancel.
+    For a layer: |D_i|, |D_i| / |W|, and the interference 1 - |sum D|^2 / sum |D|^2. It is 0 where
+    changes are orthogonal, negative where they add up, and 1 where they cancel.
+
+    Args:
+        names: names of the adapters.
+        signs: whether to count conflicts of signs.
     """
 
     def __init__(self, names: Sequence[str], signs: bool = False) -> None:
         self.names, self.signs = list(names), signs
         self.layers: dict[str, dict[str, Any]] = {}
-        self._pairs: dict[tuple[int, int], list[dict[str, float]]] = {
+        self._pairs: dict[tuple[int, int], list[PairMeasures]] = {
             pair: [] for pair in combinations(range(len(names)), 2)
         }
 
     def add(
         self, key: str, changes: Sequence[Change | None], weight_norm: float | None = None
     ) -> None:
-        """The changes of one layer, and |W|."""
-        there = [(i, change) for i, change in enumerate(changes) if change is not None]
-        squares = {i: inner(change, change) for i, change in there}
+        """Take the changes of one layer.
+
+        Args:
+            key: path of the layer.
+            changes: one for each adapter, None for an adapter that does not change the layer.
+            weight_norm: |W|.
+        """
+        present = {i: change for i, change in enumerate(changes) if change is not None}
+        squares = {i: inner(change, change) for i, change in present.items()}
         norms = {i: math.sqrt(max(0.0, square)) for i, square in squares.items()}
-        products = {(i, j): inner(a, b) for (i, a), (j, b) in combinations(there, 2)}
-        whole = sum(squares.values())
-        together = whole + 2 * sum(products.values())
+        products = {(i, j): inner(present[i], present[j]) for i, j in combinations(present, 2)}
+        all_norms = [norms.get(i) for i in range(len(changes))]
+        cosines: dict[str, float] = {}
         self.layers[key] = {
-            "norm": [norms.get(i) for i in range(len(changes))],
-            "relative": [
-                norms[i] / weight_norm if i in norms and weight_norm else None
-                for i in range(len(changes))
-            ],
-            "interference": 1 - together / whole if whole else 0.0,
+            "norm": all_norms,
+            "relative": [_ratio(norm, weight_norm) for norm in all_norms],
+            "interference": _interference(squares.values(), products.values()),
+            "cos": cosines,
         }
-        found = dict(there)
-        cosines = self.layers[key]["cos"] = {}
         for (i, j), product in products.items():
             length = norms[i] * norms[j]
             if not length:
-                continue  # a change of nothing has no direction
+                # A zero change has no direction.
+                continue
             cosines[f"{self.names[i]} + {self.names[j]}"] = product / length
-            self._pairs[i, j].append(
-                _pair(
-                    found[i],
-                    found[j],
-                    product / length,
-                    product,
-                    squares[i],
-                    squares[j],
-                    self.signs,
-                )
+            measures = _measure_pair(
+                present[i], present[j], product, squares[i], squares[j], length, self.signs
             )
+            self._pairs[i, j].append(measures)
 
     def report(self) -> dict[str, Any]:
-        """All of it, as JSON-able data."""
-        pairs = []
+        """Return all figures as JSON-able data."""
+        pairs: list[dict[str, Any]] = []
         for (i, j), layers in self._pairs.items():
-            mean = (
-                {name: sum(one[name] for one in layers) / len(layers) for name in layers[0]}
-                if layers
-                else {}
-            )
-            squares = [sum(one[name] for one in layers) for name in ("square_1", "square_2")]
-            entry: dict[str, Any] = {
-                "adapters": [self.names[i], self.names[j]],
-                "layers": len(layers),
-            }
-            if layers:
-                entry |= {
-                    "rms_cos": math.sqrt(mean["cos2"]),
-                    "signed_mean": mean["cos"],
-                    "global_cos": sum(one["product"] for one in layers)
-                    / math.sqrt(squares[0] * squares[1]),
-                    "null": math.sqrt(mean["null"]),
-                    "null_one_start": math.sqrt(mean["null_one_start"]),
-                    "left_overlap": mean["left"],
-                    "right_overlap": mean["right"],
-                    "norm_ratio": math.sqrt(squares[0] / squares[1]),
-                }
-                if self.signs:
-                    entry["sign_conflict"] = mean["conflict"]
-            pairs.append(entry)
-        means = [pair["rms_cos"] for pair in pairs if "rms_cos" in pair]
+            names = [self.names[i], self.names[j]]
+            pairs.append({"adapters": names, "layers": len(layers), **_sum_up(layers)})
+        figures = [pair["rms_cos"] for pair in pairs if "rms_cos" in pair]
         return {
             "adapters": self.names,
-            "rms_cos": sum(means) / len(means) if means else None,
+            "rms_cos": _mean(figures) if figures else None,
             "pairs": pairs,
             "layers": self.layers,
         }
 
 
-def _pair(
-    a: Change, b: Change, cos: float, product: float, square_1: float, square_2: float, signs: bool
-) -> dict[str, float]:
+def _ratio(norm: float | None, weight_norm: float | None) -> float | None:
+    return norm / weight_norm if norm is not None and weight_norm else None
+
+
+def _interference(squares: Iterable[float], products: Iterable[float]) -> float:
+    """Return 1 - |sum D|^2 / sum |D|^2, from the squares |D_i|^2 and the products <D_i, D_j>."""
+    sum_of_squares = sum(squares)
+    square_of_sum = sum_of_squares + 2 * sum(products)
+    return 1 - square_of_sum / sum_of_squares if sum_of_squares else 0.0
+
+
+def _measure_pair(
+    a: Change,
+    b: Change,
+    product: float,
+    square_1: float,
+    square_2: float,
+    length: float,
+    signs: bool,
+) -> PairMeasures:
     m, n = a.shape
     left, right, rank = _overlap(a, b)
-    found = {
-        "cos": cos,
-        "cos2": cos * cos,
-        "product": product,
-        "square_1": square_1,
-        "square_2": square_2,
-        "null": 1 / (m * n),
-        "null_one_start": 1 / (m * rank),
-        "left": left,
-        "right": right,
+    return PairMeasures(
+        cos=product / length,
+        product=product,
+        square_1=square_1,
+        square_2=square_2,
+        entries=m * n,
+        one_start=m * rank,
+        left=left,
+        right=right,
+        conflict=sign_conflict(a, b) if signs else None,
+    )
+
+
+def _sum_up(layers: Sequence[PairMeasures]) -> dict[str, float]:
+    """Return the figures of one pair over its layers."""
+    if not layers:
+        return {}
+    square_1 = sum(layer.square_1 for layer in layers)
+    square_2 = sum(layer.square_2 for layer in layers)
+    product = sum(layer.product for layer in layers)
+    figures = {
+        "rms_cos": math.sqrt(_mean([layer.cos * layer.cos for layer in layers])),
+        "signed_mean": _mean([layer.cos for layer in layers]),
+        "global_cos": product / math.sqrt(square_1 * square_2),
+        "null": math.sqrt(_mean([1 / layer.entries for layer in layers])),
+        "null_one_start": math.sqrt(_mean([1 / layer.one_start for layer in layers])),
+        "left_overlap": _mean([layer.left for layer in layers]),
+        "right_overlap": _mean([layer.right for layer in layers]),
+        "norm_ratio": math.sqrt(square_1 / square_2),
     }
-    if signs:
-        found["conflict"] = sign_conflict(a, b)
-    return found
+    conflicts = [layer.conflict for layer in layers if layer.conflict is not None]
+    if conflicts:
+        figures["sign_conflict"] = _mean(conflicts)
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _overlap(a: Change, b: Change) -> tuple[float, float, int]:
-    """Of the spaces that the changes reach and read, and the smaller of their dimensions."""
-    (U1, V1), (U2, V2) = (_bases(change) for change in (a, b))
+    """Return the overlaps of column spaces and of row spaces, and the smaller rank."""
+    (U1, V1), (U2, V2) = _bases(a), _bases(b)
     rank = max(1, min(U1.shape[1], U2.shape[1]))
-    return float((U1.T @ U2).square().sum()) / rank, float((V1 @ V2.T).square().sum()) / rank, rank
+    left = float((U1.T @ U2).square().sum()) / rank
+    right = float((V1 @ V2.T).square().sum()) / rank
+    return left, right, rank
 
 
 def _bases(change: Change) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal bases of the column space (m, r) and the row space (r, n), up to rounding."""
-    s = change.spectrum
-    like = change.U if isinstance(change, Product) else change.D
-    tolerance = max(change.shape) * torch.finfo(like.dtype).eps
-    kept = int((tolerance * s.S[:1].clamp_min(1e-300) < s.S).sum()) if len(s.S) else 0
-    return s.U[:, :kept], s.Vh[:kept]
+    """Return orthonormal bases of the column space (m, r) and the row space (r, n).
+
+    The rank r is counted down to machine precision.
+    """
+    spectrum = change.spectrum
+    S = spectrum.S
+    tolerance = max(change.shape) * torch.finfo(change.like.dtype).eps
+    rank = int((tolerance * S[:1].clamp_min(1e-300) < S).sum()) if len(S) else 0
+    return spectrum.U[:, :rank], spectrum.Vh[:rank]
 
 
 def sign_conflict(a: Change, b: Change, share: float = 0.2) -> float:
-    """Of the entries among the largest `share` of both, the fraction with opposite signs; 0 where there is none."""
+    """Return the fraction with opposite signs of the entries that are large in both changes.
+
+    Args:
+        a: (m, n).
+        b: (m, n).
+        share: an entry is large if it is among this fraction of the largest entries.
+    Returns:
+        The fraction, or 0 if no entry is large in both.
+    """
     D1, D2 = a.dense(), b.dense()
     count = max(1, round(share * D1.numel()))
-    large = [D.abs().flatten().topk(count).indices for D in (D1, D2)]
-    both = torch.zeros(D1.numel(), dtype=torch.int8)
-    for index in large:
-        both[index.cpu()] += 1
-    at = (both == 2).nonzero().flatten().to(D1.device)
-    opposite = D1.flatten()[at].sign() != D2.flatten()[at].sign()
-    return float(opposite.double().mean()) if len(at) else 0.0
+    votes = torch.zeros(D1.numel(), dtype=torch.int8)
+    for D in (D1, D2):
+        largest = D.abs().flatten().topk(count).indices
+        votes[largest.cpu()] += 1
+    in_both = (votes == 2).nonzero().flatten().to(D1.device)
+    opposite = D1.flatten()[in_both].sign() != D2.flatten()[in_both].sign()
+    return float(opposite.double().mean()) if len(in_both) else 0.0
 
 
-def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The report of the pairs as a table for the terminal."""
-    head = ["pair", "layers", "rms cos", "null", "one start", "mean cos", "left", "right", "norms"]
+_COLUMNS = {
+    "rms_cos": "rms cos",
+    "null": "null",
+    "null_one_start": "one start",
+    "signed_mean": "mean cos",
+    "left_overlap": "left",
+    "right_overlap": "right",
+}
+"""Figure of a pair -> head of its column."""
+
+
+def pair_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the figures of all pairs as a table for the terminal."""
+    head = ["pair", "layers", *_COLUMNS.values(), "norms"]
     rows = [head]
     for pair in report["pairs"]:
         name = " + ".join(pair["adapters"])
-        if "rms_cos" not in pair:
+        if "rms_cos" in pair:
+            figures = [f"{pair[figure]:.4f}" for figure in _COLUMNS]
+            rows.append([name, str(pair["layers"]), *figures, f"{pair['norm_ratio']:.2f}"])
+        else:
             rows.append([name, "0", *["-"] * (len(head) - 2)])
-            continue
-        rows.append(
-            [
-                name,
-                str(pair["layers"]),
-                *(
-                    f"{pair[k]:.4f}"
-                    for k in (
-                        "rms_cos",
-                        "null",
-                        "null_one_start",
-                        "signed_mean",
-                        "left_overlap",
-                        "right_overlap",
-                    )
-                ),
-                f"{pair['norm_ratio']:.2f}",
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    yield from align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines: the first column aligned left, all others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
-        yield "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]))
+    return lines

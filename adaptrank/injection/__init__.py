@@ -1,28 +1,32 @@
 """Put wrappers around the layers of a model, and take them away again."""
 
-from adaptrank.injection.inject import (
-    ParameterizationCallable,
-    adapt,
-    apply_rank_pattern,
+from adaptrank.injection.fused import join_fused, split_at
+from adaptrank.injection.inject import adapt, describe
+from adaptrank.injection.makers import ParameterizationCallable
+from adaptrank.injection.match import find_modules
+from adaptrank.injection.rank_pattern import apply_rank_pattern
+from adaptrank.injection.switch import (
+    MERGED,
+    check_names,
     delete_adapter,
-    describe,
     disabled,
-    find_modules,
-    join_fused,
+    is_merged,
     select_rows,
     set_enabled,
-    split_at,
-    undone_on_error,
 )
+from adaptrank.injection.transaction import undone_on_error
 
 __all__ = [
+    "MERGED",
     "ParameterizationCallable",
     "adapt",
     "apply_rank_pattern",
+    "check_names",
     "delete_adapter",
     "describe",
     "disabled",
     "find_modules",
+    "is_merged",
     "join_fused",
     "select_rows",
     "set_enabled",

@@ -60,8 +60,7 @@ def run(options: argparse.Namespace) -> None:
     from adaptrank.artifacts import read_adapter
     from adaptrank.cli.loading import find_adapter, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
-    from adaptrank.composition.composing import table, to_json
-    from adaptrank.composition.similarity import lines
+    from adaptrank.composition import layer_lines, pair_lines, report_json
     from adaptrank.reports.figures import draw_composition
 
     out = Path(options.out)
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
     def write(folder: Path) -> None:
         _save(model, folder, base, first if options.merge else None)
-        (folder / "composition.json").write_text(to_json(report), encoding="utf-8")
+        (folder / "composition.json").write_text(report_json(report), encoding="utf-8")
         draw_composition(report, folder / "composition.png")
 
     write_folder(out, write)
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     if options.sequential:
         how = " then ".join(report["order"])
     print(f"Composed {how}: {out}")
-    for line in [*lines(report), *table(report)]:
+    for line in [*pair_lines(report), *layer_lines(report)]:
         print(f"  {line}")
     print(f"  report:   {out / 'composition.json'}, {out / 'composition.png'}")
     if first.is_causal:
@@ -97,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _composed(model: Any, folders: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Compose in the model, and return the report."""
-    from adaptrank.composition.composing import Compression, compose
+    from adaptrank.composition import Compression, compose
 
     given = {name: getattr(options, name) for name in OPERATOR_OPTIONS}
     return compose(

@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from adaptrank.cli.loading import find_adapter
-    from adaptrank.composition.monitor import kind_of, spectra
-    from adaptrank.composition.spectral import lines, summed_up
+    from adaptrank.composition import kind_of, mean_by_kind, spectra, spectral_lines
 
     _check_pattern(options.layers)
     stored = find_adapter(options.adapter, options.base)
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     if not layers:
         raise ConfigError(_why_nothing(stored.adapter, options.layers))
     rows = {path: path if options.each else kind_of(path) for path in layers}
-    summary = summed_up(layers, rows)
+    summary = mean_by_kind(layers, rows)
     data = {
         "adapter": str(stored.adapter),
         "base": stored.source.name,
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         end="",
     )
     print("a kind")
-    for line in lines(summary):
+    for line in spectral_lines(summary):
         print(f"  {line}")
     print(f"  {LEGEND}")
     out = Path(options.out) if options.out else stored.adapter / "inspect"

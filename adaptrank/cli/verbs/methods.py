@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -220,6 +221,13 @@ def _columns(rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _in_two_lines(name: str) -> tuple[str, str]:
+    """Return a class name cut before its last word, so that a column is narrow: Ela, LoRA."""
+    words = re.findall(r"LoRA|[A-Z][a-z]*", name)
+    last = words[-1] if len(words) > 1 and len(words[-1]) > 1 else ""
+    return name.removesuffix(last), last
+
+
 def _pairs_table(pairs: dict[str, dict[str, str]]) -> str:
     """Return the table of pairs: a row for each nest of methods, a column for each allocator."""
     nests = list(next(iter(pairs.values())))
@@ -228,9 +236,14 @@ def _pairs_table(pairs: dict[str, dict[str, str]]) -> str:
     options = sorted(cells - {"", "works"})
     letters = {option: chr(ord("a") + position) for position, option in enumerate(options)}
     marks = {"": "-", "works": "yes", **letters}
-    lines = [f"  {'':{width}} {' '.join(pairs)}"]
+    headers = {allocator: _in_two_lines(allocator) for allocator in pairs}
+    widths = {allocator: max(map(len, header)) for allocator, header in headers.items()}
+    lines = []
+    for line in range(2):
+        row = [f"{headers[allocator][line]:{widths[allocator]}}" for allocator in pairs]
+        lines.append(f"  {'':{width}} {' '.join(row)}".rstrip())
     for nest in nests:
-        row = [f"{marks[works[nest]]:{len(allocator)}}" for allocator, works in pairs.items()]
+        row = [f"{marks[works[nest]]:{widths[allocator]}}" for allocator, works in pairs.items()]
         lines.append(f"  {nest:{width}} {' '.join(row)}".rstrip())
     lines.append(
         "\n  -  has no rank axis, or one that cannot do what the allocator needs; "

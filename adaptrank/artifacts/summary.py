@@ -1,0 +1,168 @@
+"""The summary of a run: parameters by kind of layer, metrics before and after, time and memory."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from adaptrank.artifacts.planning import by_layer
+from adaptrank.axes import rank_axes
+from adaptrank.parameterizations import adapted_part, adapter_parameters, wrapped_layers
+
+
+def base_of(module: LightningModule) -> dict[str, Any]:
+    """Return a module's facts about its frozen model, or {} if it has no `describe_base`."""
+    describe: Callable[[], dict[str, Any]] | None = getattr(module, "describe_base", None)
+    return {} if describe is None else describe()
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
+    """List (kind of layer, number of layers, methods, trainable parameters) in the model's order.
+
+    A kind is the last component of the path. The last rows are modules that train whole. A tied
+    tensor counts in the first row that has it.
+    """
+    trainable = by_layer(model)
+    rows: dict[tuple[str, str], tuple[int, int]] = {}
+    for path, layer in wrapped_layers(model).items():
+        methods = " on ".join(type(wrapper).__name__ for wrapper in reversed(layer.nest))
+        row = path.rsplit(".", 1)[-1], methods
+        layers, parameters = rows.get(row, (0, 0))
+        rows[row] = layers + 1, parameters + trainable.get(path, 0)
+
+    adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in adapter_ids:
+            row = name.rpartition(".")[0], "trained whole"
+            _, parameters = rows.get(row, (0, 0))
+            rows[row] = 1, parameters + parameter.numel()
+    return [(kind, layers, methods, count) for (kind, methods), (layers, count) in rows.items()]
+
+
+def peak_memory() -> int:
+    """Return the most memory that the process has held so far, in bytes.
+
+    It is the accelerator's memory where there is one, else the resident memory.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def summarize(
+    module: LightningModule,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    steps: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the figures of a run, as `summary.json` holds them.
+
+    Args:
+        module: the trained module.
+        before: metrics before training.
+        after: metrics after training.
+        steps: number of optimizer steps.
+        seconds: duration of training.
+    """
+    model = adapted_part(module)
+    layers = [
+        {"kind": kind, "count": count, "method": methods, "trainable": trainable}
+        for kind, count, methods, trainable in parameter_table(model)
+    ]
+    return {
+        "base": base_of(module),
+        "layers": layers,
+        "trainable": sum(row["trainable"] for row in layers),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "ranks": sum(len(axis) for axis in rank_axes(model).values()),
+        "before": dict(before),
+        "after": dict(after),
+        "steps": steps,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+MOST_ROWS = 12
+"""Kinds of layers that a rendered summary lists. Further kinds are one row together."""
+
+
+def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """Return a summary as text: layers, metrics before and after, time and memory.
+
+    It has one screen at most.
+
+    Args:
+        summary: see `summarize`.
+        names: metrics to show. `ranks/*`, which an allocator logs at its events, are left out.
+    """
+    layers = _layer_rows(summary["layers"])
+    metrics = _metric_rows(summary, names)
+    width = max(len(row[0]) for row in [*layers, *metrics])
+    lines = _aligned(layers, "<><>", [width, 6, 24, 12])
+    lines.append(_total_line(summary))
+    if len(metrics) > 1:
+        lines += ["", *_aligned(metrics, "<>>", [width, 10, 10])]
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    memory = summary["peak_memory_bytes"] / 2**30
+    lines.append("")
+    lines.append(
+        f"  {summary['steps']} steps in {minutes}:{seconds:02} min, peak memory {memory:.2f} GiB"
+    )
+    return "\n".join(lines)
+
+
+def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [
+        [row["kind"], f"{row['count']} x", row["method"], f"{row['trainable']:,}"]
+        for row in layers[:MOST_ROWS]
+    ]
+    others = layers[MOST_ROWS:]
+    if others:
+        trainable = sum(row["trainable"] for row in others)
+        rows.append([f"and {len(others)} more kinds", "", "", f"{trainable:,}"])
+    return rows
+
+
+def _metric_rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[str]]:
+    """Return a head, and a row for each metric that was computed after training."""
+    rows = [["", "before", "after"]]
+    for name in names:
+        if name in summary["after"] and not name.startswith("ranks/"):
+            values = (summary["before"].get(name), summary["after"][name])
+            rows.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    return rows
+
+
+def _total_line(summary: Mapping[str, Any]) -> str:
+    trainable, parameters = summary["trainable"], summary["parameters"]
+    share = f" ({trainable / parameters:.2%})" if parameters else ""
+    ranks = f", {summary['ranks']} ranks" if summary["ranks"] else ""
+    return f"  trainable {trainable:,} of {parameters:,} parameters{share}{ranks}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], sides: str, least: Sequence[int]) -> list[str]:
+    """Return rows as lines of aligned columns.
+
+    Args:
+        rows: cells.
+        sides: one character for each column: `<` for text, `>` for figures.
+        least: least width of each column.
+    """
+    if not rows:
+        return []
+    columns = zip(*rows, strict=True)
+    widths = [
+        max(minimum, *map(len, column)) for minimum, column in zip(least, columns, strict=True)
+    ]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths, strict=True)]
+        lines.append("  " + " ".join(cells).rstrip())
+    return lines
