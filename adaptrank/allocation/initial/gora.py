@@ -45,9 +45,9 @@ class GoRA(RankInitializer):
     design. The sign is that of a descent step. The snapshot of the release that was read has no
     minus there, while its own check compares with one.
 
-    Source: arXiv:2502.12171. The rules are from the authors' code: 32 batches, 8 units, 4 to 32, lr 5e-2,
-    alpha 16, union_mean in its scripts and union_norm in its parser. Which of the two the paper
-    means was not verified.
+    Source: arXiv:2502.12171. The rules are from the authors' code: 32 batches, 8 units, 4 to 32,
+    lr 5e-2, alpha 16, union_mean in its scripts and union_norm in its parser. Which of the two the
+    paper means was not verified.
 
     Args:
         batches: training batches to average over.
@@ -61,8 +61,8 @@ class GoRA(RankInitializer):
         lr: learning rate of the step that the start is.
         seed: seed of the generator that initializes new units.
     Raises:
-        UserError: for arguments out of range. At the start of a run: if there are no batches, or a layer is
-            not linear.
+        UserError: for arguments out of range. At the start of a run: if there are no batches, or a
+            layer is not linear.
     """
 
     source = "arXiv:2502.12171"
