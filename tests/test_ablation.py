@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from adaptrank.allocation import AdaLoRA, ElaLoRA
-from adaptrank.allocation.allocator import evaluating
+from adaptrank.allocation.context import evaluating
 from adaptrank.allocation.scores import ablation
 from adaptrank.allocation.scores.ablation import exact, first_order
 from adaptrank.allocation.scores.virtual_gates import gates_at
