@@ -1,6 +1,6 @@
 """Time one training step of this checkout and of another one, interleaved.
 
-    python benchmarks/two_checkouts.py --other FOLDER [--rounds 8] [--methods LoRA HyperAdapt DoRA SVD]
+    python benchmarks/two_checkouts.py --other FOLDER [--rounds 8] [--methods LoRA SVD]
 
 The workload is the stack of training_step.py: 8 layers of SmolLM2-135M's shapes in bf16, 8 x 128
 tokens, all linear layers. Three processes live side by side: this checkout, the other one, and the
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+SUMMARY = "Time one training step of this checkout and of another one, interleaved."
 HERE = Path(__file__).resolve().parents[1]
 
 WORKER = """
@@ -94,7 +95,8 @@ class Worker:
 
     def steps(self, method: str, count: int) -> tuple[float, float]:
         """Return (seconds a step, loss of the last step)."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(f"{method} {count}\n")
         self.process.stdin.flush()
         seconds, loss = self.process.stdout.readline().split()
@@ -102,7 +104,7 @@ class Worker:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--other", type=Path, required=True, help="folder of the other checkout")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="steps of a method in a round")
