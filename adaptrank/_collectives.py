@@ -9,17 +9,17 @@ T = TypeVar("T")
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def first() -> bool:
-    """Whether this is the process that decides."""
+    """Return whether this is the process that decides."""
     return not several() or dist.get_rank() == 0
 
 
 def from_first(value: T) -> T:
-    """What the first process has."""
+    """Return the value of the first process."""
     if not several():
         return value
     box = [value]
@@ -28,7 +28,7 @@ def from_first(value: T) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """What each process has, in their order."""
+    """Return the values of all processes, in their order."""
     if not several():
         return [value]
     values: list[T] = [value] * dist.get_world_size()

@@ -122,11 +122,11 @@ def nests() -> list[tuple[str, ...]]:
 def table(allocators: Mapping[str, type["Participant"]]) -> dict[str, dict[tuple[str, ...], str]]:
     """Return allocator -> nest -> cell of `pair`, for the allocators of the library."""
     rows = nests()
-    return {
-        name: {nest: pair(allocator, *nest) for nest in rows}
-        for name, allocator in allocators.items()
-        if _is_shipped(allocator)
-    }
+    cells: dict[str, dict[tuple[str, ...], str]] = {}
+    for name, allocator in allocators.items():
+        if _is_shipped(allocator):
+            cells[name] = {nest: pair(allocator, *nest) for nest in rows}
+    return cells
 
 
 def example_axes(*methods: str) -> dict[str, RankAxis]:

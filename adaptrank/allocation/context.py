@@ -24,7 +24,7 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass
 class Run:
-    """What a policy may use of the run that it takes part in.
+    """The model, data and progress of a run, as a policy may use them.
 
     Args:
         owner: name of the allocator, for errors.
@@ -170,7 +170,7 @@ class Run:
 
 @dataclass
 class ScoreContext:
-    """What a named importance sees of a run: its data, and the tensors that it tracks.
+    """The view of a run that a named importance gets: data, and the tensors that it tracks.
 
     Args:
         run: the run that is scored.

@@ -1,4 +1,4 @@
-"""What allocators and rank initializers have in common: arguments, words and optional hooks."""
+"""Common base of allocators and rank initializers: arguments, words and optional hooks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -106,12 +106,10 @@ class TrackedTensors:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors as {axis key: {name: {"tensor", "dims"}}}."""
-        stored: dict[str, Any] = {}
-        for key, tensors in self._by_axis.items():
-            stored[key] = {
-                name: {"tensor": tracked.tensor, "dims": [list(dim) for dim in tracked.dims]}
-                for name, tracked in tensors.items()
-            }
+        stored: dict[str, Any] = {key: {} for key in self._by_axis}
+        for key, name, tracked in self.items():
+            dims = [list(dim) for dim in tracked.dims]
+            stored[key][name] = {"tensor": tracked.tensor, "dims": dims}
         return stored
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:

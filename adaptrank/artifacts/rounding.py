@@ -1,4 +1,4 @@
-"""What rounding takes from a change when merged weights are cast to the model's dtype."""
+"""The part that rounding takes from a change when merged weights are cast to the model's dtype."""
 
 import logging
 import math

@@ -73,7 +73,7 @@ class RankAxis:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What every layer of the axis allows beside pruning.
+        """Capabilities that every layer of the axis has beside pruning.
 
         "input_factor" and "input_init" come from the tensor that a method names as its input side.
         """

@@ -35,9 +35,10 @@ class CostModel:
     def total(self, sizes: Mapping[str, float]) -> float: ...
     def total(self, sizes: Mapping[str, float]) -> float:
         """Return the cost of these sizes."""
-        return self.fixed + sum(
-            factor * math.prod(sizes[axis] for axis in axes) for factor, axes in self.terms
-        )
+        cost: float = self.fixed
+        for factor, axes in self.terms:
+            cost += factor * math.prod(sizes[axis] for axis in axes)
+        return cost
 
     def marginal(self, axis: str, sizes: Mapping[str, int]) -> int:
         """Return the cost of one more unit of an axis at these sizes."""

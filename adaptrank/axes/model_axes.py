@@ -31,11 +31,12 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
         key_of_tensor.update(dict.fromkeys(tensors, tied_to))
 
     nests = [layer.nest for layer in layers.values()]
-    nested = {id(wrapper) for nest in nests if len(nest) > 1 for wrapper in nest}
-    return {
-        key: RankAxis(key, group, nested=any(id(wrapper) in nested for wrapper, _ in group))
-        for key, group in groups.items()
-    }
+    nested_wrappers = {id(wrapper) for nest in nests if len(nest) > 1 for wrapper in nest}
+    axes = {}
+    for key, group in groups.items():
+        nested = any(id(wrapper) in nested_wrappers for wrapper, _ in group)
+        axes[key] = RankAxis(key, group, nested)
+    return axes
 
 
 def _keyed_members(

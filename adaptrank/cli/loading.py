@@ -55,7 +55,7 @@ def find_model(name: str, base: str | None) -> StoredModel:
         ConfigError: if the name is none of these.
     """
     from adaptrank import backbones
-    from adaptrank.artifacts.adapter import WEIGHTS
+    from adaptrank.artifacts import WEIGHTS
 
     folder = adapter_folder(name)
     if (folder / WEIGHTS).is_file():
@@ -89,7 +89,7 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
 
 def adapter_folder(name: str) -> Path:
     """Return the folder of a name. A run's folder stands for the adapter in it."""
-    from adaptrank.artifacts.adapter import WEIGHTS
+    from adaptrank.artifacts import WEIGHTS
 
     folder = Path(name).expanduser()
     inside = folder / "adapter"

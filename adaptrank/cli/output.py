@@ -1,4 +1,4 @@
-"""What fit, validate, test and predict print: metrics, predictions, and commands to type next."""
+"""Output of fit, validate, test and predict: metrics, predictions, and commands to type next."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence

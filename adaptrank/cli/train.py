@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
 from adaptrank.allocation import Participant
-from adaptrank.artifacts.adapter import WEIGHTS
+from adaptrank.artifacts import WEIGHTS
 from adaptrank.artifacts.run import (
     JsonlLogger,
     RunFiles,

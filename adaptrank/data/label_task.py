@@ -55,9 +55,9 @@ class LabelTask(TaskData):
         pairs = [row["text_pair"] for row in rows] if is_paired else None
         encoded = self.tokenizer(texts, pairs, **options)
         fields = [field for field in ("input_ids", "token_type_ids") if field in encoded]
-        examples = [
-            {field: as_int32(encoded[field][k]) for field in fields} for k in range(len(rows))
-        ]
+        examples = []
+        for k in range(len(rows)):
+            examples.append({field: as_int32(encoded[field][k]) for field in fields})
         truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
         return examples, truncated
 

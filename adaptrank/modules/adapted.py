@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.allocation.schedules import steps
-from adaptrank.artifacts.adapter import load_adapter, read_adapter, trained_modules
+from adaptrank.artifacts import load_adapter, read_adapter, trained_modules
 from adaptrank.axes import fit_ranks
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules
 from adaptrank.modules.half_precision import train_in_float32

@@ -83,7 +83,7 @@ class SequenceClassification(AdaptedModule):
         return [
             name
             for name, child in backbone.named_children()
-            if name != pretrained and any(True for _ in child.parameters())
+            if name != pretrained and list(child.parameters())
         ]
 
     def describe_base(self) -> dict[str, Any]:

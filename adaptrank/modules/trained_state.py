@@ -1,4 +1,4 @@
-"""What a checkpoint of an adapted module holds: trained tensors and the random state.
+"""Contents of a checkpoint of an adapted module: trained tensors and the random state.
 
 The backbone is left out. The ranks need no entry, because they are the shapes of the tensors.
 """

@@ -1,4 +1,4 @@
-"""What the rank axes of a method allow beside pruning."""
+"""Capabilities that the rank axes of a method have beside pruning."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""What a method declares about itself, as class attributes that the whole library reads."""
+"""Declarations of a method about itself, as class attributes that the whole library reads."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

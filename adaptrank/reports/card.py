@@ -46,7 +46,7 @@ def card(summary: Mapping[str, Any], ranks: Mapping[str, int], config: str) -> s
 def rank_map(ranks: Mapping[str, int]) -> str:
     """Return a Markdown table of units: one row a layer, one column a kind of layer."""
     grid = layer_grid(list(ranks))
-    cells = [["" for _ in grid.kinds] for _ in grid.layers]
+    cells = [[""] * len(grid.kinds) for _ in grid.layers]
     for axis, size in ranks.items():
         row, column = grid.places[axis]
         cells[row][column] = str(size)

@@ -1,4 +1,4 @@
-"""The one callback that completes the gradients of adapters before an optimizer step."""
+"""The callback that completes the gradients of adapters before an optimizer step."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable

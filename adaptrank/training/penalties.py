@@ -3,7 +3,7 @@
 The gradient of the mean penalty is added once an optimizer step. No user's loss is rewritten.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -56,23 +56,27 @@ def _group_key(wrapper: Parameterization) -> Hashable:
         for name, value in vars(wrapper).items()
         if not name.startswith("_") and name not in ("name", "training")
     }
-    plain = all(
-        isinstance(value, int | float | str | tuple | list | dict | None)
-        for value in settings.values()
-    )
-    buffers = [buffer for buffer in wrapper._buffers.values() if buffer is not None]
-    modules = [
-        module
-        for name, module in wrapper._modules.items()
-        if name != "base" and not isinstance(module, nn.Dropout)
-    ]
-    nested = isinstance(wrapper.base, Parameterization)
-    if buffers or modules or wrapper.gates or nested or not plain:
+    if not _is_told_by(wrapper, settings):
         return id(wrapper)
     tensors = [
         (name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in wrapper.own_parameters()
     ]
     return (type(wrapper), repr(settings), *tensors)
+
+
+def _is_told_by(wrapper: Parameterization, settings: Mapping[str, object]) -> bool:
+    """Return whether settings and trained tensors are all that a penalty can depend on."""
+    if wrapper.gates or isinstance(wrapper.base, Parameterization):
+        return False
+    if any(buffer is not None for buffer in wrapper._buffers.values()):
+        return False
+    for name, module in wrapper._modules.items():
+        if name != "base" and not isinstance(module, nn.Dropout):
+            return False
+    return all(
+        isinstance(value, int | float | str | tuple | list | dict | None)
+        for value in settings.values()
+    )
 
 
 class _Penalty(nn.Module):
@@ -103,7 +107,9 @@ def _batched(group: Sequence[Parameterization]) -> tuple[list[Tensor], Gradients
         named = {f"wrapper.{name}": value for name, value in values.items()}
         return cast(Tensor, torch.func.functional_call(module, named, ()))
 
-    stacked = {name: torch.stack([named[name].detach() for named in tensors]) for name in used}
+    stacked = {}
+    for name in used:
+        stacked[name] = torch.stack([named[name].detach() for named in tensors])
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(penalty))(stacked)
     except RuntimeError:  # the penalty looks at values, or draws random numbers

@@ -189,7 +189,7 @@ class BeamLoRA(Policy[BeamState]):
             else:
                 self.share_logits(state, axes[key], copied, logits[key])
         if self.split == "snapshot":
-            targets = {key: [target for _, target in copied] for key, copied in pairs.items()}
+            targets = {key: _split(copied)[1] for key, copied in pairs.items()}
             state.use_snapshot(self.trained_tensors(axes), targets)
         if step >= self.run.phases.end:
             for axis in axes.values():

@@ -68,10 +68,10 @@ class Replay:
         for count in sorted(set(first_blocks.values())):
             if count and self._gives_same_loss(batch, count, clean_loss):
                 usable.append(count)
-        return {
-            key: max(count for count in usable if count <= first)
-            for key, first in first_blocks.items()
-        }
+        longest = {}
+        for key, first in first_blocks.items():
+            longest[key] = max(count for count in usable if count <= first)
+        return longest
 
     def _first_blocks(self) -> dict[str, int]:
         """Return axis -> the first block that holds one of its layers, 0 if one is in no block."""

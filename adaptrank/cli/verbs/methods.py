@@ -49,10 +49,9 @@ def run(options: argparse.Namespace) -> None:
     # Hybrids stand below their parts. A user's own classes, from --import, are in the table, too.
     hybrids = [nest for nest in nests() if len(nest) > 1]
     rows = [*((method["name"],) for method in methods), *hybrids]
-    pairs = {
-        name: {" + ".join(nest): cls.pair(*nest) for nest in rows}
-        for name, cls in ALLOCATORS.items()
-    }
+    pairs: dict[str, dict[str, str]] = {}
+    for name, cls in ALLOCATORS.items():
+        pairs[name] = {" + ".join(nest): cls.pair(*nest) for nest in rows}
     if options.json:
         data = {"parameterizations": methods, "allocators": allocators, "pairs": pairs}
         print(json.dumps(data, indent=2))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.artifacts.adapter import CONFIG, WEIGHTS
+from adaptrank.artifacts import CONFIG, WEIGHTS
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
 

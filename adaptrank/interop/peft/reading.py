@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts.adapter import WEIGHTS
+from adaptrank.artifacts import WEIGHTS
 from adaptrank.injection import adapt, undone_on_error
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts.adapter import trained_modules, write_files
+from adaptrank.artifacts import trained_modules, write_files
 from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
 from adaptrank.interop.peft.conversions import PeftLayer, to_peft
 from adaptrank.interop.peft.keys import (
