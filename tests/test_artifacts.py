@@ -16,7 +16,13 @@ from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import rounding_error
 from adaptrank.axes import generator, rank_axes
 from adaptrank.injection import adapt, set_enabled
-from adaptrank.parameterizations import HyperAdapt, LoRA, Parameterization, wrapped_layers
+from adaptrank.parameterizations import (
+    HyperAdapt,
+    LoRA,
+    Parameterization,
+    formula,
+    wrapped_layers,
+)
 
 NESTS = [[cls] for cls in LINEAR_METHODS] + [
     [HyperAdapt, partial(LoRA, rank=2)],
@@ -415,12 +421,12 @@ class SharedScale(Parameterization):
         nn.init.normal_(self.a)
         self.M = self.zeros(m, rank)
 
-    @property
+    @formula
     def weight(self):
-        return self.base_weight + self.M @ self.a
+        return self.base_weight + self.gated("M") @ self.a
 
     def delta(self, x, y):
-        return x @ self.a.T @ self.M.T
+        return x @ self.a.T @ self.gated("M").T
 
 
 def test_a_tied_tensor_is_written_once_and_tied_again(tmp_path):

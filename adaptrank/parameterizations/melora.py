@@ -95,7 +95,9 @@ class MELoRA(LowRankUpdate):
         of_mini: list[list[int]] = [[] for _ in range(self.minis)]
         if not self.block.is_meta:
             for unit, mini in enumerate(self.block.tolist()):
-                of_mini[mini].append(unit)
+                # A damaged file may name a mini that does not exist; such a unit counts for none.
+                if 0 <= mini < self.minis:
+                    of_mini[mini].append(unit)
         widest = max(1, *map(len, of_mini))
         padding = len(self.block)
         rows = [units + [padding] * (widest - len(units)) for units in of_mini]
