@@ -114,7 +114,7 @@ def main() -> None:
     new = Worker(HERE, options.threads)
     old, control = (Worker(options.other.resolve(), options.threads) for _ in range(2))
     workers = [old, new, control]
-    print(f"{'method':12} {'new / old':>22} {'control / old':>22}  equal losses")
+    print(f"{'method':12} {'new / old':>22} {'control / old':>22}  equal losses", flush=True)
     for method in options.methods:
         for worker in workers:
             worker.steps(method, 1)
@@ -127,7 +127,8 @@ def main() -> None:
             ratios["new"].append(results[id(new)][0] / seconds)
             ratios["control"].append(results[id(control)][0] / seconds)
             equal = equal and results[id(new)][1] == loss
-        print(f"{method:12} {spread(ratios['new']):>22} {spread(ratios['control']):>22}  {equal}")
+        columns = f"{spread(ratios['new']):>22} {spread(ratios['control']):>22}"
+        print(f"{method:12} {columns}  {equal}", flush=True)
     for worker in workers:
         worker.process.kill()
 
