@@ -3,7 +3,8 @@
     python benchmarks/two_checkouts.py --other FOLDER [--rounds 8] [--methods LoRA SVD]
 
 The workload is the stack of training_step.py: 8 layers of SmolLM2-135M's shapes in bf16, 8 x 128
-tokens, all linear layers. Three processes live side by side: this checkout, the other one, and the
+tokens, all linear layers, unless options say otherwise. Three processes live side by side: this
+checkout, the other one, and the
 other one again as a control. In a round each makes the same steps, one process at a time. Ratios
 are taken within a round. A change of speed is real if the ratio of this checkout to the other lies
 outside of the spread of the control. The script prints a table and writes nothing.
@@ -24,6 +25,8 @@ import sys, time, warnings
 warnings.filterwarnings("ignore")
 import torch
 torch.set_num_threads(int(sys.argv[1]))
+dtype = getattr(torch, sys.argv[2])
+size = (int(sys.argv[3]), int(sys.argv[4]), 576)
 from transformers import LlamaConfig, LlamaModel
 import adaptrank
 from adaptrank import adapt
@@ -38,13 +41,13 @@ try:
 except ImportError:
     from adaptrank.regularize import penalty_gradients as add_penalty
 random = torch.Generator().manual_seed(0)
-x = torch.randn(8, 128, 576, generator=random).bfloat16().requires_grad_()
-weights = torch.randn(8, 128, 576, generator=random).bfloat16()
+x = torch.randn(size, generator=random).to(dtype).requires_grad_()
+weights = torch.randn(size, generator=random).to(dtype)
 steps = {}
 
 def prepare(name):
     torch.manual_seed(0)
-    model = adapt(LlamaModel(LlamaConfig(**SHAPES)).bfloat16(), LINEAR, PARAMETERIZATIONS[name])
+    model = adapt(LlamaModel(LlamaConfig(**SHAPES)).to(dtype), LINEAR, PARAMETERIZATIONS[name])
     for module in model.modules():
         if isinstance(module, adaptrank.Parameterization):
             perturb(module, std=0.01)
@@ -80,9 +83,9 @@ for line in sys.stdin:
 class Worker:
     """A process that imports adaptrank from one checkout, and makes steps when it is asked."""
 
-    def __init__(self, checkout: Path, threads: int) -> None:
+    def __init__(self, checkout: Path, settings: list[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
-        command = [sys.executable, "-c", WORKER, str(threads)]
+        command = [sys.executable, "-c", WORKER, *settings]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -109,10 +112,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="steps of a method in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--methods", nargs="+", default=["LoRA", "HyperAdapt", "DoRA", "SVD"])
     options = parser.parse_args()
-    new = Worker(HERE, options.threads)
-    old, control = (Worker(options.other.resolve(), options.threads) for _ in range(2))
+    settings = [str(options.threads), options.dtype, str(options.batch), str(options.tokens)]
+    new = Worker(HERE, settings)
+    old, control = (Worker(options.other.resolve(), settings) for _ in range(2))
     workers = [old, new, control]
     print(f"{'method':12} {'new / old':>22} {'control / old':>22}  equal losses", flush=True)
     for method in options.methods:
