@@ -12,21 +12,30 @@ from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
 from adaptrank.artifacts.contents import describe_adapter
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
+from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
 from adaptrank.artifacts.rounding import RoundingLoss
+from adaptrank.artifacts.strict_json import JsonError, parse_json
+from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "JsonError",
+    "Rollback",
     "RoundingLoss",
+    "StoredTensors",
     "describe_adapter",
     "digest_of",
     "frozen_weights",
     "load_adapter",
     "merge",
+    "open_weights",
+    "parse_json",
     "read_adapter",
     "rounding_error",
     "save_adapter",
     "trained_modules",
+    "unchanged_on_error",
     "unmerge",
     "write_files",
 ]

@@ -19,6 +19,7 @@ from adaptrank.injection.wrap import tie_shared, wrap_layer
 from adaptrank.parameterizations import (
     Parameterization,
     named_layers,
+    plain_parameters,
     replace_layers,
     wrapped_layers,
 )
@@ -96,7 +97,7 @@ def _trained_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that an earlier call of `adapt` left to train."""
     if not wrapped_layers(model):
         return set()
-    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {id(parameter) for parameter in plain_parameters(model) if parameter.requires_grad}
 
 
 def _wrap_layers(
@@ -115,8 +116,8 @@ def _wrap_layers(
 
 
 def _freeze(model: nn.Module, trained: set[int]) -> None:
-    """Freeze all parameters but these, which go on training."""
-    for parameter in model.parameters():
+    """Freeze all parameters outside of wrappers but these, which go on training."""
+    for parameter in plain_parameters(model):
         parameter.requires_grad_(id(parameter) in trained)
 
 

@@ -37,7 +37,9 @@ def wrap_layer(
     if carried:
         _check_same(path, name, built, carried)
         return None
-    return wrapped.train(was_training)
+    for wrapper in built:
+        wrapper.train_own(was_training)
+    return wrapped
 
 
 def _apply(

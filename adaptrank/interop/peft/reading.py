@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts import WEIGHTS
-from adaptrank.injection import adapt, undone_on_error
+from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
+from adaptrank.injection import adapt
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
+from adaptrank.interop.peft.declared import check_declared
 from adaptrank.interop.peft.keys import split_key
-from adaptrank.parameterizations import named_layers, wrapped_layers
+from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,10 +42,14 @@ def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "defau
     folder = Path(folder)
     config, stored = read_peft(folder)
     modules = named_layers(model)
-    with undone_on_error(model, {}):
+    with unchanged_on_error(model) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
+        check_declared(config, trained_whole, parameters, folder)
+        for wrapper in wrappers(model):
+            if wrapper.name == name:
+                rollback.announce(wrapper.own_tensors().values())
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
             converted = READERS[config["peft_type"]](StoredLayer(folder, config, path, tensors))
@@ -63,11 +67,9 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: if a file is damaged, or we cannot read this type of adapter.
     """
     config = read_config(folder)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stored:
-            return config, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged: {error}.") from None
+    with open_weights(folder / WEIGHTS) as stored:
+        stored.check()
+        return config, dict(stored)
 
 
 def _by_layer(
