@@ -85,7 +85,6 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     if not folder.exists():
         raise ConfigError(missing_file(name, "adapter folder"))
     described = read_adapter(folder)["base"]
-    source = find_base(folder, base or described.get("name"))
     auto_class = described.get("auto_class") or "AutoModelForCausalLM"
     if auto_class not in AUTO_CLASSES:
         raise ConfigError(
@@ -93,6 +92,7 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
             f"{' and '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
             f"adaptrank.load_adapter(model, folder)."
         )
+    source = find_base(folder, base or described.get("name"))
     return StoredModel(source, folder, auto_class, described.get("num_labels"))
 
 

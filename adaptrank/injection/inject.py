@@ -77,7 +77,7 @@ def adapt(
         )
     whole_modules = find_modules(model, train_modules)
     split = split_fused_layers(model, makers, split_fused)
-    with undone_on_error(model, split.layers):
+    with undone_on_error(model, split.layers, whole_modules.values()):
         modules = named_layers(model)
         trained = _trained_parameters(model)
         paths = match_layers(modules, targets, makers, exclude, whole_modules)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
 
 
-MOST_TENSORS = 4096
+MOST_TENSORS = 1024
 """Largest number of tensors of one wrapper."""
+
+
+class _Structure:
+    """The version of all nests: another object as soon as a wrapper gets another base."""
+
+    version = object()
+
+
+_structure = _Structure()
 
 
 class Wrapper(Traits, nn.Module, ABC):
@@ -49,6 +58,8 @@ class Wrapper(Traits, nn.Module, ABC):
     init_args: dict[str, Any]
     """Arguments of the constructor but `base`, with defaults. They build the wrapper again."""
     base: nn.Module
+    wraps_a_base: ClassVar[bool] = True
+    """Whether this is a wrapper: what `isinstance` says, at a fraction of its price."""
     depth: int = 1
     """Number of wrappers of the nest up to this one when it was made. An adapter that was deleted
     since still counts."""
@@ -115,20 +126,34 @@ class Wrapper(Traits, nn.Module, ABC):
     @property
     def innermost(self) -> nn.Module:
         """The layer under all wrappers."""
-        layer: nn.Module = self
-        while isinstance(layer, Wrapper):
-            # As `layer.base`, at a tenth of its price.
-            layer = layer._modules["base"]  # type: ignore[assignment]
-        return layer
+        # With hundreds of adapters a walk takes a while, so each wrapper remembers its end.
+        wrapper: Any = self
+        while True:
+            found = wrapper.__dict__.get("_end_of_nest")
+            if found is not None and found[0] is _structure.version:
+                last = found[1]
+                break
+            last, wrapper = wrapper, wrapper._modules["base"]
+            # `isinstance` of an abstract class is slow.
+            if not getattr(type(wrapper), "wraps_a_base", False):
+                break
+        self.__dict__["_end_of_nest"] = (_structure.version, last)
+        return cast(nn.Module, last._modules["base"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Another base is another nest for all wrappers around this one."""
+        if name == "base" and "base" in self._modules:
+            _structure.version = object()
+        super().__setattr__(name, value)
 
     @property
     def nest(self) -> "list[Parameterization]":
         """This wrapper and the wrappers inside of it, innermost first."""
         nest: list[Any] = []
-        layer: nn.Module = self
-        while isinstance(layer, Wrapper):
+        layer: Any = self
+        while getattr(type(layer), "wraps_a_base", False):
             nest.append(layer)
-            layer = layer._modules["base"]  # type: ignore[assignment]
+            layer = layer._modules["base"]
         return nest[::-1]
 
     def named_modules(
