@@ -11,15 +11,7 @@ from adaptrank._errors import UserError
 from adaptrank.artifacts import CONFIG, WEIGHTS
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
-
-UNSUPPORTED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
-"""Settings that none of our classes has -> the value that turns them off."""
+from adaptrank.interop.peft.settings import check_settings
 
 LARGEST = 1 << 20
 """Bound on ranks and factors. A larger number is damage."""
@@ -67,11 +59,7 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} is of PEFT's kind {kind}, which is not imported. LORA (with DoRA), ADALORA "
             "and LOKR are."
         )
-    for name, off in UNSUPPORTED.items():
-        if config.get(name, off) not in (off, None):
-            raise UserError(
-                f"{folder} was trained with {name}={config[name]!r}, which none of our classes has."
-            )
+    check_settings(config, folder)
 
 
 def _check_values(config: Mapping[str, Any], file: Path) -> None:
