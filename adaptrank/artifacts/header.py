@@ -62,6 +62,7 @@ def check(description: Any, file: Path) -> None:
         _check_adapters(description.get("adapters"))
         _check_tables(description)
         _need(_is_list_of_text(description.get("trained_modules")), "trained_modules are no names")
+        _need(_is_map(description.get("run", {}), _is_fact), "run is no table of facts")
     except _DamageError as damage:
         raise UserError(f"{file} is damaged: {damage}.") from None
 
@@ -129,6 +130,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _is_count(value: Any) -> bool:
