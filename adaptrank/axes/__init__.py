@@ -3,12 +3,13 @@
 from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
-from adaptrank.axes.model_axes import fit_ranks, natural, rank_axes
+from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import Optimizers, check_optimizer
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
 
 __all__ = [
+    "CLOSED",
     "PRUNED",
     "CostModel",
     "Gate",

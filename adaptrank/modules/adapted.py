@@ -15,7 +15,15 @@ from torchmetrics import Metric
 from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.allocation.schedules import steps
-from adaptrank.artifacts import load_adapter, read_adapter, trained_modules
+from adaptrank.artifacts import (
+    TENSORS,
+    describe_adapter,
+    load_adapter,
+    locate_tensors,
+    read_adapter,
+    trained_modules,
+)
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.axes import fit_ranks
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules
 from adaptrank.modules.half_precision import train_in_float32
@@ -28,7 +36,9 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
+from adaptrank.training.finite import check_finite, ensure_finite
+from adaptrank.training.peers import ensure_peer_watch
 
 log = logging.getLogger("adaptrank")
 
@@ -191,6 +201,14 @@ class AdaptedModule(LightningModule):
             "auto_class": self.auto_class,
         }
 
+    def chance(self) -> dict[str, float]:
+        """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.
+
+        "accuracy_error" is the standard error of the accuracy, and "vocabulary" says that the
+        classes are tokens.
+        """
+        return {}
+
     # ---- optimizing
 
     def configure_optimizers(self) -> Any:
@@ -218,6 +236,11 @@ class AdaptedModule(LightningModule):
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
     def setup(self, stage: str) -> None:
+        check_launcher(self.trainer)
+        if stage == "fit":
+            ensure_finite(self.trainer)
+            ensure_peer_watch(self.trainer)
+            ensure_checkpoint_files(self.trainer)
         ensure_gradients(self.trainer)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
@@ -244,8 +267,13 @@ class AdaptedModule(LightningModule):
         return select_trained(self, [f"backbone.{name}" for name in trained_modules(self.model)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning asks no callback about a checkpoint of weights alone.
+        check_finite(self.trainer, self)
         checkpoint["state_dict"] = self.trained_state()
         checkpoint["random_state"] = random_state()
+        checkpoint[TENSORS] = locate_tensors(self, self.model)
+        record = checkpoint.setdefault("adaptrank", {})
+        record.setdefault("adapter", describe_adapter(self.model, self.describe_base()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["state_dict"]

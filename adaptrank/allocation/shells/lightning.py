@@ -17,6 +17,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.axes import fit_ranks
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.peers import ensure_peer_watch
 from adaptrank.training.penalties import add_penalty_gradients
 
 
@@ -39,6 +40,12 @@ class LightningShell(Callback):
     def closed(self) -> dict[str, tuple[int, ...]]:
         """Units of each axis that a plan closed, until the next event."""
         return self.engine.progress.closed
+
+    @property
+    def moves_left(self) -> bool:
+        """Whether an event of the run may still come."""
+        participant = self.engine.participant
+        return participant.moves and participant.run.moves_left
 
     # ---- plain calls
 
@@ -103,6 +110,7 @@ class LightningShell(Callback):
             if other is not self:
                 checks.check_beside(self.engine.participant, other.engine.participant)
         _refuse_weight_averaging(trainer)
+        ensure_peer_watch(trainer)
         ensure_gradients(trainer)
         keep_apart(trainer)
 
@@ -158,6 +166,10 @@ class LightningShell(Callback):
         if event is not None:
             _log(pl_module, event)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is undone, before others write the files of the run."""
+        self.engine.say_shortfall()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""
         self.finish()
@@ -166,6 +178,9 @@ class LightningShell(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Finish the run."""
+        if not isinstance(exception, KeyboardInterrupt | SystemExit):
+            # Nothing is saved after an error, so that no budget is missed.
+            self.engine.running = False
         self.finish()
 
     # ---- checkpoints
