@@ -14,7 +14,6 @@ from adaptrank.artifacts.extraction import (
     TENSORS,
     extract_adapter,
     locate_tensors,
-    read_checkpoint,
 )
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
@@ -41,7 +40,6 @@ __all__ = [
     "open_weights",
     "parse_json",
     "read_adapter",
-    "read_checkpoint",
     "rounding_error",
     "save_adapter",
     "trained_modules",
