@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from adaptrank._collectives import from_all, from_first
-from adaptrank.artifacts.extraction import read_checkpoint
+from adaptrank.artifacts.checkpoint_reading import read_checkpoint
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import wrappers
 

@@ -24,7 +24,7 @@ from adaptrank.interop.peft.initializations import (
     subtracted_product,
 )
 from adaptrank.interop.peft.keys import split_key
-from adaptrank.interop.peft.ties import untied_tensors
+from adaptrank.interop.peft.ties import tied_names, untied_tensors
 from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +65,7 @@ def import_peft(
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
-        check_declared(config, trained_whole, parameters, folder)
+        check_declared(config, trained_whole, parameters, tied_names(model), folder)
         for wrapper in wrappers(model):
             if wrapper.name == name:
                 rollback.announce(wrapper.own_tensors().values())
