@@ -10,6 +10,11 @@ from adaptrank.artifacts.adapter import (
 )
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
 from adaptrank.artifacts.contents import describe_adapter
+from adaptrank.artifacts.extraction import (
+    TENSORS,
+    extract_adapter,
+    locate_tensors,
+)
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
 from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
@@ -19,6 +24,7 @@ from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
     "CONFIG",
+    "TENSORS",
     "WEIGHTS",
     "JsonError",
     "Rollback",
@@ -26,8 +32,10 @@ __all__ = [
     "StoredTensors",
     "describe_adapter",
     "digest_of",
+    "extract_adapter",
     "frozen_weights",
     "load_adapter",
+    "locate_tensors",
     "merge",
     "open_weights",
     "parse_json",

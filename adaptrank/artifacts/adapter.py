@@ -1,6 +1,7 @@
 """Save and load adapters: one safetensors file, whose header says how to build them again."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptrank._collectives import first
-from adaptrank._errors import UserError, some
+from adaptrank._errors import RunError, UserError, some
 from adaptrank._files import atomic_file
 from adaptrank.artifacts.adapter_checks import (
     check_allocations,
@@ -27,7 +29,7 @@ from adaptrank.artifacts.header import digest_of, parse
 from adaptrank.artifacts.rollback import unchanged_on_error
 from adaptrank.artifacts.stored_values import load_tensors
 from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
-from adaptrank.axes import compact
+from adaptrank.axes import CLOSED, compact
 from adaptrank.injection import (
     ParameterizationCallable,
     adapt,
@@ -48,8 +50,11 @@ __all__ = [
     "read_adapter",
     "save_adapter",
     "trained_modules",
+    "write_described",
     "write_files",
 ]
+
+log = logging.getLogger("adaptrank")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,6 +69,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     base: Mapping[str, Any] | None = None,
     names: Iterable[str] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapters of a model, and the modules trained with them, to a folder.
 
@@ -77,10 +83,12 @@ def save_adapter(
         folder: made if it does not exist. An adapter in it is replaced.
         base: facts about the frozen model, such as {"name": its id, "source": its origin}.
         names: names of the adapters to save. None means all.
+        run: facts about the run that trained it, such as {"weights": "best", "step": 40}.
     Returns:
         The folder.
     Raises:
-        ValueError: if the model holds no wrapper, or no wrapper of a name.
+        ValueError: if the model holds no wrapper, or no wrapper of a name, or if a tensor is not
+            finite.
     """
     if not wrapped_layers(model):
         raise UserError(
@@ -97,18 +105,60 @@ def save_adapter(
     for entry in adapter_tensors(model, names):
         if entry.key not in tied:
             tensors[entry.key] = entry.value()
-    for name, tensor in trained_modules(model).items():
-        if name not in tied:
-            tensors[name] = tensor.detach().contiguous()
+    adapter_keys = list(tensors)
+    whole = {name: t for name, t in trained_modules(model).items() if name not in tied}
+    tensors |= {name: tensor.detach().contiguous() for name, tensor in whole.items()}
+    if run is not None:
+        description["run"] = dict(run)
+    _say_closed(model)
+    # A buffer of a module that trains whole may be infinite by design, such as a mask.
+    trained = [name for name, tensor in whole.items() if isinstance(tensor, nn.Parameter)]
+    _check_finite({key: tensors[key] for key in [*adapter_keys, *trained]})
+    if first():
+        write_described(Path(folder), description, tensors)
+    return Path(folder)
 
-    folder = Path(folder)
-    if not first():
-        return folder
+
+def write_described(
+    folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter from its description and its tensors, as `save_adapter` does.
+
+    Args:
+        folder: made if it does not exist.
+        description: see `describe_adapter`. Its digest is set here.
+        tensors: of the safetensors file.
+    """
     # Readers compare the digest. They refuse a file that was cut, changed, or mixed from two.
     description["digest"] = digest_of(json.loads(json.dumps(description)), tensors)
     text = json.dumps(description, indent=2)
     write_files(folder, tensors, {HEADER_KEY: text}, text)
-    return folder
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save tensors that are not finite, which no one can train or predict with."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise RunError(
+            f"{len(bad)} of {len(tensors)} tensors of this adapter are not finite "
+            f"({some(bad, 2)}): nothing is saved. Go back to an earlier checkpoint, or train again "
+            f"with a lower learning rate."
+        )
+
+
+def _say_closed(model: nn.Module) -> None:
+    """Log one line if an allocator has closed units of the model that it has not removed yet."""
+    closed = model.__dict__.get(CLOSED)
+    if closed and first():
+        log.warning(
+            "This adapter is saved between two events of its allocator: %d of its units are "
+            "closed, and still in the file.",
+            sum(map(len, closed.values())),
+        )
 
 
 def write_files(

@@ -77,6 +77,7 @@ def check(description: Any, file: Path) -> None:
         _check_tables(description)
         _check_names(description.get("trained_modules"))
         _check_references(description)
+        _need(_is_map(description.get("run", {}), _is_fact), "run is no table of facts")
     except _DamageError as damage:
         raise UserError(f"{file} is damaged: {damage}.") from None
 
@@ -190,6 +191,10 @@ def _check_tables(description: Mapping[str, Any]) -> None:
     for key, fits, required in tables:
         table = description.get(key, None if required else {})
         _need(_is_map(table, fits), f"{key} is not what it should be")
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _is_count(value: Any) -> bool:

@@ -109,6 +109,11 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     file = folder / WEIGHTS
+    if folder.is_file() and folder.suffix == ".ckpt":
+        raise FileNotFoundError(
+            f"{str(folder)!r} is a checkpoint; make an adapter of it: "
+            f"python -m adaptrank extract {folder} --out {folder.with_suffix('')}"
+        )
     if folder.is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
@@ -127,6 +132,12 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
 def _hint_at_other_files(folder: Path) -> str:
     if (folder / "adapter" / WEIGHTS).is_file():
         return f" Did you mean {folder / 'adapter'}?"
-    files = folder.iterdir() if folder.is_dir() else ()
-    pickled = [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    checkpoints = [file for file in files if file.suffix == ".ckpt"]
+    if checkpoints:
+        return (
+            f" {checkpoints[0].name} is a checkpoint: make an adapter of it with "
+            f"python -m adaptrank extract {checkpoints[0]} --out FOLDER."
+        )
+    pickled = [file.name for file in files if file.suffix in (".bin", ".pt")]
     return f" {pickled[0]} is a pickle, which is never loaded as an adapter." if pickled else ""

@@ -11,6 +11,9 @@ from adaptrank.axes.axis import RankAxis
 from adaptrank.axes.slot import Member
 from adaptrank.parameterizations import Parameterization, wrapped_layers, wrappers
 
+CLOSED = "closed_units"
+"""Attribute of a model with closed units, while an allocator trains it: {axis key: units}."""
+
 
 def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
     """Return every rank axis of a model by its key, in natural order of the paths.

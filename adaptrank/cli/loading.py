@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank.cli.errors import ConfigError, missing_file
+from adaptrank.cli.errors import ConfigError, a_checkpoint, missing_file
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +97,16 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
 
 
 def adapter_folder(name: str) -> Path:
-    """Return the folder of a name. A run's folder stands for the adapter in it."""
+    """Return the folder of a name. A run's folder stands for the adapter in it.
+
+    Raises:
+        ConfigError: if the name is a checkpoint.
+    """
     from adaptrank.artifacts import WEIGHTS
 
     folder = Path(name).expanduser()
+    if folder.suffix == ".ckpt" and folder.is_file():
+        raise ConfigError(a_checkpoint(name))
     inside = folder / "adapter"
     is_run = not (folder / WEIGHTS).is_file() and (inside / WEIGHTS).is_file()
     return inside if is_run else folder

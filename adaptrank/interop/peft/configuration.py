@@ -10,15 +10,7 @@ from adaptrank.artifacts import CONFIG, WEIGHTS, JsonError, parse_json
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
 from adaptrank.interop.peft.patterns import is_quick_pattern
-
-UNSUPPORTED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
-"""Settings that none of our classes has -> the value that turns them off."""
+from adaptrank.interop.peft.settings import check_settings
 
 LONGEST_CONFIG = 1 << 24
 """Largest number of bytes of a configuration that is read."""
@@ -70,11 +62,7 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} is of PEFT's kind {kind}, which is not imported. LORA (with DoRA), ADALORA "
             "and LOKR are."
         )
-    for name, off in UNSUPPORTED.items():
-        if config.get(name, off) not in (off, None):
-            raise UserError(
-                f"{folder} was trained with {name}={config[name]!r}, which none of our classes has."
-            )
+    check_settings(config, folder)
 
 
 def _check_values(config: Mapping[str, Any], file: Path) -> None:
