@@ -21,6 +21,7 @@ from adaptrank.injection.wrap import tie_shared, wrap_layer
 from adaptrank.parameterizations import (
     Parameterization,
     named_layers,
+    plain_parameters,
     replace_layers,
     wrapped_layers,
 )
@@ -79,7 +80,7 @@ def adapt(
     _check_sizes(model)
     whole_modules = find_modules(model, train_modules)
     split = split_fused_layers(model, makers, split_fused)
-    with undone_on_error(model, split.layers):
+    with undone_on_error(model, split.layers, whole_modules.values()):
         modules = named_layers(model)
         trained = _trained_parameters(model)
         paths = match_layers(modules, targets, makers, exclude, whole_modules)
@@ -107,7 +108,7 @@ def _trained_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that an earlier call of `adapt` left to train."""
     if not wrapped_layers(model):
         return set()
-    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {id(parameter) for parameter in plain_parameters(model) if parameter.requires_grad}
 
 
 def _wrap_layers(
@@ -126,8 +127,8 @@ def _wrap_layers(
 
 
 def _freeze(model: nn.Module, trained: set[int]) -> None:
-    """Freeze all parameters but these, which go on training."""
-    for parameter in model.parameters():
+    """Freeze all parameters outside of wrappers but these, which go on training."""
+    for parameter in plain_parameters(model):
         parameter.requires_grad_(id(parameter) in trained)
 
 

@@ -10,7 +10,7 @@ from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank.injection.left_out import left_out_weights, rescaled_layers
 from adaptrank.injection.makers import ParameterizationCallable, method_of
 from adaptrank.injection.paths import ends_in, last_name, lies_in
-from adaptrank.parameterizations import Parameterization, named_layers
+from adaptrank.parameterizations import Parameterization, named_layers, plain_modules
 
 
 def match_layers(
@@ -172,9 +172,7 @@ def _output_embeddings(model: nn.Module) -> frozenset[int]:
     module is asked, because the language model may be an attribute of the adapted one.
     """
     heads = set()
-    for module in model.modules():
-        if isinstance(module, Parameterization):
-            continue
+    for module in plain_modules(model):
         get_head = getattr(module, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         if head is not None:

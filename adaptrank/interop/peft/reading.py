@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts import WEIGHTS
-from adaptrank.injection import adapt, undone_on_error
+from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
+from adaptrank.injection import adapt
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
+from adaptrank.interop.peft.declared import check_declared
 from adaptrank.interop.peft.initializations import (
     Product,
     check_initialization,
@@ -25,7 +25,7 @@ from adaptrank.interop.peft.initializations import (
 )
 from adaptrank.interop.peft.keys import split_key
 from adaptrank.interop.peft.ties import untied_tensors
-from adaptrank.parameterizations import named_layers, wrapped_layers
+from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,10 +61,14 @@ def import_peft(
     check_initialization(config, folder, has_initial=initial is not None)
     first_factors = {} if initial is None else _first_factors(Path(initial), config)
     modules = named_layers(model)
-    with undone_on_error(model, {}):
+    with unchanged_on_error(model) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
+        check_declared(config, trained_whole, parameters, folder)
+        for wrapper in wrappers(model):
+            if wrapper.name == name:
+                rollback.announce(wrapper.own_tensors().values())
         trained_whole = untied_tensors(model, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
@@ -89,11 +93,9 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: if a file is damaged, or we cannot read this type of adapter.
     """
     config = read_config(folder)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stored:
-            return config, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged: {error}.") from None
+    with open_weights(folder / WEIGHTS) as stored:
+        stored.check()
+        return config, dict(stored)
 
 
 def _first_factors(initial: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
