@@ -3,10 +3,10 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def import_peft(
     folder = Path(folder)
     config, stored = read_peft(folder)
     check_initialization(config, folder, has_initial=initial is not None)
-    first_factors = None if initial is None else _first_factors(Path(initial), config)
+    first_factors = {} if initial is None else _first_factors(Path(initial), config)
     modules = named_layers(model)
     with unchanged_on_error(model) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
@@ -72,10 +72,11 @@ def import_peft(
         trained_whole = untied_tensors(model, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
-            if first_factors is None:
+            subtracted: Callable[[int, float], Product | None]
+            if initial is None:
                 subtracted = partial(subtracted_product, config, path, layer, folder)
             else:
-                subtracted = partial(_scaled_product, first_factors, path, Path(cast(str, initial)))
+                subtracted = partial(_scaled_product, first_factors, path, Path(initial))
             stored_layer = StoredLayer(folder, config, path, tensors, subtracted)
             converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)
