@@ -132,13 +132,13 @@ TOKENIZERS = [
     of_probable_pieces,
 ]
 TEXTS = {
-    "prose": prose(1500),
-    "one word": "rank" * 2000,
-    "digits": "1234567" * 1000,
-    "spaces": "low" + " " * 4000 + "rank " * 300,
-    "no spaces": "日本語文字列" * 900,
-    "lines": "\n\n".join(prose(12, seed) for seed in range(90)),
-    "half": "matrix" * 500 + " " + prose(600),
+    "prose": prose(300),
+    "one word": "rank" * 400,
+    "digits": "1234567" * 230,
+    "spaces": "low" + " " * 900 + "rank " * 120,
+    "no spaces": "日本語文字列" * 80,
+    "lines": "\n\n".join(prose(12, seed) for seed in range(20)),
+    "half": "matrix" * 120 + " " + prose(140),
 }
 
 
@@ -169,6 +169,9 @@ def with_and_without_cut(data, tokenizer, rows, split, monkeypatch):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_cut_text_gives_the_tokens_of_the_whole_text(text, tokenizer, monkeypatch):
     long = TEXTS[text]
+    # Small windows, so that small texts are long.
+    monkeypatch.setattr("adaptrank.data.shortening.SPARE_CHARACTERS", 64)
+    monkeypatch.setattr("adaptrank.data.shortening.SPARE_TOKENS", 24)
     rows = [
         {"prompt": long, "completion": " yes"},
         {"prompt": "short:", "completion": " " + long},
@@ -176,7 +179,7 @@ def test_a_cut_text_gives_the_tokens_of_the_whole_text(text, tokenizer, monkeypa
         {"prompt": "short:", "completion": " no"},
     ]
     for chat in (False, True):
-        data = CausalLMData("unused.csv", max_length=24, chat=chat)
+        data = CausalLMData("unused.csv", max_length=12, chat=chat)
         for split in ("train", "predict"):
             short, whole = with_and_without_cut(data, tokenizer, rows, split, monkeypatch)
             assert short == whole, (chat, split)
@@ -188,12 +191,12 @@ def test_a_cut_text_gives_the_tokens_of_the_whole_text(text, tokenizer, monkeypa
     )
     assert short == whole
     # A tokenizer keeps every pair of what it cuts off, so that longer pairs need gigabytes.
-    both = (long[:1600], long[-1600:])
-    pairs = [("low", long[:4000]), (long[-4000:], "low"), both, (long, ""), ("low", "rank")]
+    both = (long[:350], long[-350:])
+    pairs = [("low", long), (long, "low"), both, (long, ""), ("low", "rank")]
     rows = [{"text": a, "text_pair": b, "label": 0} for a, b in pairs]
     for side in ("right", "left"):
         tokenizer.truncation_side = side
-        data = ClassificationData("unused.csv", max_length=24)
+        data = ClassificationData("unused.csv", max_length=12)
         short, whole = with_and_without_cut(data, tokenizer, rows, "train", monkeypatch)
         assert short == whole, side
     tokenizer.truncation_side = "right"
