@@ -117,29 +117,6 @@ def _why_nothing(participant: "Participant", run: Run) -> str:
     return f"{methods} has no rank axis; {suggestion}{beside}"
 
 
-def check_resume(participant: "Participant", run: Run, phases: Phases) -> None:
-    """Check that the progress of a checkpoint belongs to this run.
-
-    Raises:
-        ValueError: if phases, budget or axes differ.
-    """
-    stored = run.progress
-    differences = []
-    if stored.phases is not None and stored.phases != phases:
-        differences.append(f"it had {stored.phases}, this run has {phases}")
-    budget = (participant.budget, participant.unit)
-    if stored.budget != budget:
-        differences.append(f"its budget was {list(stored.budget)}, this run's is {list(budget)}")
-    if set(stored.start_sizes) != set(run.axes):
-        differences.append("its axes are not those of this model")
-    if differences:
-        raise UserError(
-            f"The checkpoint's {participant.label} does not fit this run: "
-            f"{'; '.join(differences)}. Resume with the configuration it was saved under, or "
-            f"start a new run from its adapter (model.adapter)."
-        )
-
-
 def check_budget(participant: "Participant", run: Run) -> None:
     """Check that the final budget can be met from the sizes at the start.
 

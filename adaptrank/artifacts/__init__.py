@@ -14,17 +14,22 @@ from adaptrank.artifacts.extraction import (
     TENSORS,
     extract_adapter,
     locate_tensors,
-    read_checkpoint,
 )
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
+from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
 from adaptrank.artifacts.rounding import RoundingLoss
+from adaptrank.artifacts.strict_json import JsonError, parse_json
+from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
     "CONFIG",
     "TENSORS",
     "WEIGHTS",
+    "JsonError",
+    "Rollback",
     "RoundingLoss",
+    "StoredTensors",
     "describe_adapter",
     "digest_of",
     "extract_adapter",
@@ -32,11 +37,13 @@ __all__ = [
     "load_adapter",
     "locate_tensors",
     "merge",
+    "open_weights",
+    "parse_json",
     "read_adapter",
-    "read_checkpoint",
     "rounding_error",
     "save_adapter",
     "trained_modules",
+    "unchanged_on_error",
     "unmerge",
     "write_files",
 ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,19 +20,21 @@ from adaptrank.artifacts.adapter_checks import (
     check_allocations,
     check_digest,
     check_layers,
+    check_numbers,
     warn_of_other_base,
 )
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describe_adapter
 from adaptrank.artifacts.header import digest_of, parse
+from adaptrank.artifacts.rollback import unchanged_on_error
 from adaptrank.artifacts.stored_values import load_tensors
+from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
 from adaptrank.axes import CLOSED, compact
 from adaptrank.injection import (
     ParameterizationCallable,
     adapt,
     check_names,
     split_at,
-    undone_on_error,
 )
 from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
@@ -57,7 +58,6 @@ log = logging.getLogger("adaptrank")
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 HEADER_KEY = "adaptrank"
@@ -198,26 +198,25 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file and the model do not fit. The model is unchanged then.
     """
-    file = _weights_file(folder)
-    description = read_adapter(folder)
-    if name is not None and len(stored_names := adapter_names(description)) > 1:
-        raise UserError(
-            f"{file} holds adapters called {', '.join(sorted(stored_names))}; "
-            f"leave `name` out to load them all."
-        )
-    check_digest(file, description)
-    if name is not None:
-        _rename(description, name)
-    with undone_on_error(model, split_at(model, description.get("split", {}))):
-        layers = named_layers(model)
-        check_layers(layers, description, file)
-        check_allocations(layers, description, file)
-        warn_of_other_base(model, description)
-        for entry in description["adapters"]:
-            _wrap_as_described(model, entry)
-        load_tensors(model, file, description["tied"], adapter_names(description))
-        if pruned := description.get("pruned"):
-            compact(model, pruned)
+    file = find_weights(folder)
+    with open_weights(file) as stored:
+        description = _described(stored)
+        stored.check()
+        check_digest(stored, description)
+        check_numbers(stored, description)
+        if name is not None:
+            _rename(description, name, file)
+        with unchanged_on_error(model) as rollback:
+            split_at(model, description.get("split", {}))
+            layers = named_layers(model)
+            check_layers(layers, description, file)
+            check_allocations(layers, description, file)
+            warn_of_other_base(model, description)
+            for entry in description["adapters"]:
+                _wrap_as_described(model, entry)
+            load_tensors(model, stored, description, rollback)
+            if pruned := description.get("pruned"):
+                compact(model, pruned)
     return model
 
 
@@ -228,58 +227,24 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file is damaged, or was written by another library or a later version.
     """
-    file = _weights_file(folder)
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {error}.") from None
-    if HEADER_KEY not in metadata:
-        raise UserError(f"{file} is no adaptrank adapter: its header does not describe one.")
-    return parse(metadata[HEADER_KEY], file)
+    with open_weights(find_weights(folder)) as stored:
+        return _described(stored)
 
 
-def _weights_file(folder: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file of an adapter's folder, or say what is in its place."""
-    folder = Path(folder)
-    file = folder / WEIGHTS
-    if folder.is_file() and folder.suffix == ".ckpt":
-        raise FileNotFoundError(
-            f"{str(folder)!r} is a checkpoint; make an adapter of it: "
-            f"python -m adaptrank extract {folder} --out {folder.with_suffix('')}"
-        )
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
-        )
-    if file.is_symlink():
-        raise UserError(
-            f"{file} is a symbolic link, which may lead anywhere; copy the file itself."
-        )
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No adapter at {str(folder)!r}: it has no {WEIGHTS}.{_hint_at_other_files(folder)}"
-        )
-    return file
+def _described(stored: StoredTensors) -> dict[str, Any]:
+    """Return the description in the header of an open file, checked."""
+    if HEADER_KEY not in stored.metadata:
+        raise UserError(f"{stored.file} is no adaptrank adapter: its header does not describe one.")
+    return parse(stored.metadata[HEADER_KEY], stored.file)
 
 
-def _hint_at_other_files(folder: Path) -> str:
-    if (folder / "adapter" / WEIGHTS).is_file():
-        return f" Did you mean {folder / 'adapter'}?"
-    files = folder.iterdir() if folder.is_dir() else ()
-    files = list(files)
-    checkpoints = [file for file in files if file.suffix == ".ckpt"]
-    if checkpoints:
-        return (
-            f" {checkpoints[0].name} is a checkpoint: make an adapter of it with "
-            f"python -m adaptrank extract {checkpoints[0]} --out FOLDER."
-        )
-    pickled = [file.name for file in files if file.suffix in (".bin", ".pt")]
-    return f" {pickled[0]} is a pickle, which is never loaded as an adapter." if pickled else ""
-
-
-def _rename(description: Mapping[str, Any], name: str) -> None:
+def _rename(description: Mapping[str, Any], name: str, file: Path) -> None:
     """Give all wrappers of a description another name, in place."""
+    if len(stored_names := adapter_names(description)) > 1:
+        raise UserError(
+            f"{file} holds adapters called {some(sorted(stored_names))}; "
+            f"leave `name` out to load them all."
+        )
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             wrapper["name"] = name

@@ -1,8 +1,6 @@
 """An adapter out of a checkpoint, without its backbone and without running any code."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,28 +88,3 @@ def _tensors(
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Return the contents of a checkpoint, on the CPU. No code of the file is run.
-
-    Raises:
-        UserError: if there is no such file, it is damaged, or it holds pickled objects.
-    """
-    if not file.is_file():
-        raise UserError(f"There is no checkpoint {str(file)!r}.")
-    if not zipfile.is_zipfile(file):
-        raise UserError(f"{file} is no Lightning checkpoint, or it is damaged.")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{file} holds pickled objects, which are not loaded, or it is damaged: {reason}"
-        ) from None
-    except (RuntimeError, OSError, EOFError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} is damaged: {reason}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f"{file} is no Lightning checkpoint: it holds no state_dict.")
-    return checkpoint

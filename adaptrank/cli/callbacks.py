@@ -79,7 +79,8 @@ class StepCheckpoint(ModelCheckpoint):
 class SaveConfig(SaveConfigCallback):
     """Write the complete configuration into the run folder, where it starts the same run again.
 
-    A run that was resumed leaves `ckpt_path` out, so that its file starts from the beginning.
+    A run that was resumed leaves `ckpt_path` and `accept_changes` out, so that its file starts from
+    the beginning.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,5 +91,6 @@ class SaveConfig(SaveConfigCallback):
             return
         config = self.config.clone()
         config["ckpt_path"] = None
+        config["accept_changes"] = False
         with atomic_file(folder / "config.yaml") as file:
             self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from adaptrank._errors import UserError, UserTypeError, nearest
+from adaptrank._errors import ListedError, UserError, UserTypeError, nearest
 
 Key = tuple[str | int, ...]
 """Path of a value in a configuration, as in ("model", "init_args", "adapters", 0, "targets")."""
@@ -47,7 +47,7 @@ def explain(error: BaseException) -> str | None:
     """
     error = unwrap(error)
     if isinstance(error, UserError):
-        return str(error) if isinstance(error, ConfigError) else _sentence(error)
+        return str(error) if isinstance(error, ConfigError | ListedError) else _sentence(error)
     if isinstance(error, OSError) and not isinstance(error, ChildProcessError | BrokenPipeError):
         return _sentence(error)
     # The interpreter names the module of an import that fails. A library's own sentence has none.

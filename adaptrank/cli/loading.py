@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from adaptrank.backbones import Source
 
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+"""Classes of transformers that a file may ask for."""
+
 
 @dataclass
 class StoredModel:
@@ -82,8 +85,14 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     if not folder.exists():
         raise ConfigError(missing_file(name, "adapter folder"))
     described = read_adapter(folder)["base"]
+    auto_class = described.get("auto_class") or "AutoModelForCausalLM"
+    if auto_class not in AUTO_CLASSES:
+        raise ConfigError(
+            f"{folder} was made for transformers' {auto_class!r}. The commands load "
+            f"{' and '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
+            f"adaptrank.load_adapter(model, folder)."
+        )
     source = find_base(folder, base or described.get("name"))
-    auto_class = described.get("auto_class", "AutoModelForCausalLM")
     return StoredModel(source, folder, auto_class, described.get("num_labels"))
 
 

@@ -1,7 +1,6 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI with allocators and a folder for each run."""
 
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,11 +15,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # Their classes are known by name once they are imported.
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
+from adaptrank._errors import UserError
 from adaptrank._files import write_text
 from adaptrank.allocation import Participant
 from adaptrank.artifacts import WEIGHTS
 from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder
+from adaptrank.checkpoints import check_form, read_checkpoint
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
@@ -94,6 +95,8 @@ class AdaptrankCLI(LightningCLI):
         parser.add_subclass_arguments(Participant, "initial_ranks", required=False, help=chooses)
         runs = "Folder that holds the run folders."
         parser.add_argument("--runs", type=str, default="runs", help=runs)
+        accept = "Whether to go on from a ckpt_path that belongs to a run with other settings."
+        parser.add_argument("--accept_changes", type=bool, default=False, help=accept)
         evaluate = "Whether `fit` evaluates before and after."
         parser.add_argument("--evaluate", type=bool, default=True, help=evaluate)
         kinds = Literal["best", "last"] | None
@@ -123,16 +126,18 @@ class AdaptrankCLI(LightningCLI):
             raise mistake.at_its_place(self.args) from mistake
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint's file. Nothing is read from a checkpoint before the run."""
+        """Check the checkpoint's file before minutes of building."""
         path = self.config[self.verb].get("ckpt_path")
         if path in (None, "best", "last", "hpc") or "://" in str(path):
             return
         if not Path(path).is_file():
             raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
-        if not zipfile.is_zipfile(path):
-            raise errors.ConfigError(
-                f"ckpt_path: {path} is no Lightning checkpoint, or it is damaged."
-            )
+        try:
+            weights_only = self.config[self.verb].get("weights_only")
+            checkpoint = read_checkpoint(path, weights_only is not False)
+            check_form(checkpoint, path, resumes=self.verb == "fit")
+        except UserError as error:
+            raise errors.ConfigError(f"ckpt_path: {error}") from error
 
     # ---- building
 
@@ -163,6 +168,8 @@ class AdaptrankCLI(LightningCLI):
         self._parser(self.subcommand).add_instantiator(construct, object, subclasses=True)
         with errors.constructing("The configuration"):
             super().instantiate_classes()
+        if self._get(self.config, "accept_changes"):
+            self.model.accept_changes = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the callbacks and the logger of a run."""

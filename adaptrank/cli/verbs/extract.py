@@ -28,7 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the adapter."""
-    from adaptrank.artifacts import TENSORS, extract_adapter, read_checkpoint
+    from adaptrank.artifacts import TENSORS, extract_adapter
+    from adaptrank.checkpoints import RECORD, read_checkpoint
     from adaptrank.cli.out_folder import check_out, write_folder
 
     file, out = Path(options.checkpoint).expanduser(), Path(options.out)
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(missing_file(options.checkpoint, "checkpoint"))
     check_out(out, options.force, {file.parent: "checkpoint"})
     checkpoint = read_checkpoint(file)
-    description = checkpoint.get("adaptrank", {}).get("adapter")
+    description = checkpoint.get(RECORD, {}).get("adapter")
     if description is not None and TENSORS in checkpoint:
         write_folder(out, lambda folder: extract_adapter(checkpoint, description, file, folder))
     else:
