@@ -365,6 +365,26 @@ def test_a_resumed_run_knows_the_best_step_of_the_run_before(fit, here):  # noqa
     assert equal(tensors(first / "adapter"), tensors(second / "adapter"))
 
 
+def test_a_best_checkpoint_that_cannot_be_read_leaves_the_last_weights(fit, here):  # noqa: F811
+    callbacks = [scores({"2": 1.0}), checkpoint(dirpath=str(here / "kept"), filename="best")]
+    code, _, err, folder = fit(*callbacks, spoil(here), options=QUICK)
+    assert code == 0, err
+    assert "best.ckpt could not be read" in err
+    assert "the adapter holds the last step, 8" in err
+    assert json.loads((folder / "summary.json").read_text())["saved"]["weights"] == "last"
+
+
+def spoil(here):  # noqa: F811
+    (here / "spoiling.py").write_text(
+        "from pathlib import Path\n"
+        "from lightning.pytorch import Callback\n"
+        "class Spoil(Callback):\n"
+        "    def on_train_end(self, *_):\n"
+        "        Path('kept/best.ckpt').write_bytes(b'torn')\n"
+    )
+    return {"class_path": "spoiling.Spoil"}
+
+
 def test_best_needs_a_metric(fit):
     code, _, err, folder = fit(options=("--save", "best"))
     assert code == 2
