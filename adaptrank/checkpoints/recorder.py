@@ -12,15 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from adaptrank._errors import UserError
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints.accepted import accept_optimizers
-from adaptrank.checkpoints.comparison import (
+from adaptrank.checkpoints.checkpoint_file import check_form, explain_damage
+from adaptrank.checkpoints.differences import Difference, refuse
+from adaptrank.checkpoints.other_runs import (
     WORDED_BY_THE_ENGINE,
     changed_length,
     compare_allocators,
     compare_models,
     compare_training,
 )
-from adaptrank.checkpoints.differences import Difference, refuse
-from adaptrank.checkpoints.reading import check_form, explain_damage
 from adaptrank.checkpoints.record import (
     FORMAT,
     RECORD,

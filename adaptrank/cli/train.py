@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # Their classes are known by name once they are imported.
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
-from adaptrank._errors import UserError
 from adaptrank.allocation import Participant
 from adaptrank.artifacts import WEIGHTS
 from adaptrank.artifacts.run import (
@@ -30,9 +29,9 @@ from adaptrank.artifacts.run import (
     write_json,
 )
 from adaptrank.axes import rank_axes
-from adaptrank.checkpoints import check_form, read_checkpoint
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
+from adaptrank.cli.checkpoint_path import check_checkpoint_path, explain_restoring
 from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
@@ -134,17 +133,9 @@ class AdaptrankCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint's file before minutes of building."""
-        path = self.config[self.verb].get("ckpt_path")
-        if path in (None, "best", "last", "hpc") or "://" in str(path):
-            return
-        if not Path(path).is_file():
-            raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
-        try:
-            weights_only = self.config[self.verb].get("weights_only")
-            checkpoint = read_checkpoint(path, weights_only is not False)
-            check_form(checkpoint, path, resumes=self.verb == "fit")
-        except UserError as error:
-            raise errors.ConfigError(f"ckpt_path: {error}") from error
+        options = self.config[self.verb]
+        weights_only = options.get("weights_only") is not False
+        check_checkpoint_path(options.get("ckpt_path"), weights_only, self.verb == "fit")
 
     # ---- building
 
@@ -381,7 +372,7 @@ def run(verb: str, args: Sequence[str]) -> None:
         except Exception as error:
             if not cli.began:
                 discard_unbegun(cli.run_folder)
-            text = None if cli.began else errors.explain(error)
+            text = None if cli.began else errors.explain(error) or explain_restoring(error)
             if text is None or debug:
                 raise
             errors.fail(text)
