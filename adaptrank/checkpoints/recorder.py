@@ -221,7 +221,7 @@ def _load_checkpoint(
     """Load a checkpoint as the strategy does, and say in a sentence what is wrong with the file."""
     try:
         checkpoint = type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
-    except (OSError, UserError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
         raise
     except Exception as error:
         raise explain_damage(path, error) from error
