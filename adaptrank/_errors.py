@@ -15,6 +15,10 @@ class UserTypeError(UserError, TypeError):
     """A user's mistake about a type: a layer of the wrong kind, an argument of the wrong class."""
 
 
+class RunError(UserError, RuntimeError):
+    """A run that cannot go on: the command prints its sentence, although training has begun."""
+
+
 class ListedError(UserError):
     """A mistake whose sentence lists several details. The command line prints all of it."""
 

@@ -211,3 +211,27 @@ def check_beside(participant: "Participant", other: "Participant") -> None:
         raise UserError(f"{name} and {second} would both move the ranks of this model; keep one.")
     if participant.chooses_ranks and other.chooses_ranks:
         raise UserError(f"{name} and {second} would both choose the ranks to start from; keep one.")
+
+
+def shortfall(participant: "Participant") -> str:
+    """Return one sentence about a run that is over before its last event, "" if all is well.
+
+    It is about units that are closed and still there, and about a budget that is exceeded.
+    """
+    run = participant.run
+    if not (participant.moves and run.moves_left):
+        return ""
+    closed = sum(map(len, run.progress.closed.values()))
+    sizes = run.sizes()
+    target = participant.budget_at(run.phases.end)
+    cost = run.cost().total(sizes)
+    exceeds = target is not None and cost > target
+    if not (closed or exceeds):
+        return ""
+    units = sum(sizes.values())
+    budget = f", and its budget of {target} {run.unit} is exceeded by {cost - target}" * exceeds
+    return (
+        f"{participant.label} was stopped at step {run.steps_done}, before its last event at step "
+        f"{run.phases.end}: the adapter holds {units} units, {closed} of them closed{budget}. "
+        f"Resume the run to its end, or shorten the phases of the allocator."
+    )

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import first, from_first
+from adaptrank._errors import RunError
 from adaptrank.allocation import checks, resuming
 from adaptrank.allocation.beginning import begin
 from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
-from adaptrank.axes import check_optimizer
+from adaptrank.axes import CLOSED, check_optimizer
 from adaptrank.parameterizations import adapted_part
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Engine:
         self.state = TrackedTensors()
         self.progress = Progress(budget=(participant.budget, participant.unit))
         self._run: Run | None = None
+        self._told = False
         self._has_seen_state = False
 
     @property
@@ -112,6 +114,7 @@ class Engine:
         participant.install(self.state, run.axes)
         self._before_pass()
         self.running = True
+        self._told = False
 
     def before_step(self, scale: float = 1.0) -> None:
         """Update the state once the gradients of an optimizer step are complete.
@@ -131,7 +134,7 @@ class Engine:
         if not self._gradients_are_finite(scale):
             progress.bad_steps += 1
             if progress.bad_steps == MOST_BAD_STEPS:
-                raise RuntimeError(
+                raise RunError(
                     f"Gradients were not finite for {MOST_BAD_STEPS} optimizer steps in a row; "
                     f"lower the learning rate."
                 )
@@ -182,12 +185,21 @@ class Engine:
         return event
 
     def finish(self) -> None:
-        """Remove the hooks of the participant."""
+        """Remove the hooks of the participant, and say what an early end leaves undone."""
+        self.say_shortfall()
         if self._run is not None:
             for handle in self._run.handles:
                 handle.remove()
             self._run.handles.clear()
         self.running = False
+
+    def say_shortfall(self) -> None:
+        """Log one line, once, if the run ended before its last event and misses its budget."""
+        if self.running and self._run is not None and self.progress.steps_done:
+            self._run.model.__dict__.pop(CLOSED, None)
+            if first() and not self._told and (text := checks.shortfall(self.participant)):
+                log.warning(text)
+            self._told = True
 
     def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
         """Return (step, budget) of every event of a run, from the shapes of a model alone.
@@ -259,6 +271,7 @@ class Engine:
         closed = {key: c.units for key, c in plan.items() if isinstance(c, Close)}
         done = execute(plan, run.axes, self.state, run.optimizers, self.participant.seed, step)
         self.progress.closed = closed
+        run.model.__dict__[CLOSED] = closed
         return done
 
     @property

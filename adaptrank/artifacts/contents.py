@@ -60,9 +60,8 @@ def adapter_tensors(model: nn.Module, names: Collection[str] | None) -> list[Sto
     for path, layer in wrapped_layers(model).items():
         for position, wrapper in enumerate(wrappers_named(layer, names)):
             prefix = f"{path}.{position}" if path else f"{position}"
-            for name in wrapper.state_dict(keep_vars=True):
-                if not name.startswith("base."):
-                    tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
+            for name in wrapper.own_tensors():
+                tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
     return tensors
 
 

@@ -3,7 +3,7 @@
 from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
-from adaptrank.axes.model_axes import fit_ranks, natural, rank_axes
+from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import shift_copies
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
@@ -18,6 +18,7 @@ from adaptrank.axes.state_roles import (
 )
 
 __all__ = [
+    "CLOSED",
     "PRUNED",
     "STATE_ROLES",
     "CostModel",

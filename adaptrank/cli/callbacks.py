@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
+from adaptrank._files import atomic_file
 from adaptrank.artifacts.run import RunFiles
 
 INTERRUPTED = "interrupted.ckpt"
@@ -91,5 +92,5 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None
         config["accept_changes"] = False
-        file = folder / "config.yaml"
-        self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)
+        with atomic_file(folder / "config.yaml") as file:
+            self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)

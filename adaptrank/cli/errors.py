@@ -1,6 +1,7 @@
 """Tell a user's mistake from a bug, and print the mistake in one to three lines."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,3 +119,13 @@ def missing_file(path: str, kind: str) -> str:
     near = nearest(where.name, names)
     hint = f" Did you mean {str(parent / near)!r}?" if near else ""
     return f"There is no {kind} {path!r}.{hint}"
+
+
+def a_checkpoint(path: str) -> str:
+    """Return the sentence for a checkpoint where an adapter belongs."""
+    file = Path(path)
+    out = shlex.quote(str(file.with_suffix("")))
+    return (
+        f"{path!r} is a checkpoint. Make an adapter of it first: "
+        f"python -m adaptrank extract {shlex.quote(path)} --out {out}"
+    )

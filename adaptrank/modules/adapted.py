@@ -16,7 +16,15 @@ from torchmetrics import Metric
 from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.allocation.schedules import steps
-from adaptrank.artifacts import frozen_weights, load_adapter, read_adapter, trained_modules
+from adaptrank.artifacts import (
+    TENSORS,
+    frozen_weights,
+    load_adapter,
+    locate_tensors,
+    read_adapter,
+    trained_modules,
+)
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.axes import fit_ranks
 from adaptrank.checkpoints import (
     RECORD,
@@ -43,7 +51,9 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
+from adaptrank.training.finite import check_finite, ensure_finite
+from adaptrank.training.peers import ensure_peer_watch
 
 log = logging.getLogger("adaptrank")
 
@@ -213,6 +223,14 @@ class AdaptedModule(LightningModule):
             "auto_class": self.auto_class,
         }
 
+    def chance(self) -> dict[str, float]:
+        """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.
+
+        "accuracy_error" is the standard error of the accuracy, and "vocabulary" says that the
+        classes are tokens.
+        """
+        return {}
+
     # ---- optimizing
 
     def configure_optimizers(self) -> Any:
@@ -252,6 +270,11 @@ class AdaptedModule(LightningModule):
         }
 
     def setup(self, stage: str) -> None:
+        check_launcher(self.trainer)
+        if stage == "fit":
+            ensure_finite(self.trainer)
+            ensure_peer_watch(self.trainer)
+            ensure_checkpoint_files(self.trainer)
         ensure_gradients(self.trainer)
         ensure_recorder(self.trainer)
         if stage == "fit":
@@ -281,10 +304,13 @@ class AdaptedModule(LightningModule):
         return select_trained(self, [f"backbone.{name}" for name in trained_modules(self.model)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            # Lightning asks no callback about a checkpoint of weights alone.
+            check_finite(self._trainer, self)
         # Callbacks have been here before, and may have put averaged weights into it.
         filter_weights(checkpoint, self.trained_state())
         checkpoint["random_state"] = random_state()
-        # Where weights alone are saved, no callback is asked.
+        checkpoint[TENSORS] = locate_tensors(self, self.model)
         if RECORD not in checkpoint:
             checkpoint[RECORD] = make_record(self._trainer, self, self.base_fingerprint)
 

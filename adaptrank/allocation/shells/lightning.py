@@ -20,6 +20,7 @@ from adaptrank.axes import fit_ranks
 from adaptrank.checkpoints import ensure_recorder
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.peers import ensure_peer_watch
 from adaptrank.training.penalties import add_penalty_gradients
 
 log = logging.getLogger("adaptrank")
@@ -51,6 +52,12 @@ class LightningShell(Callback):
     def closed(self) -> dict[str, tuple[int, ...]]:
         """Units of each axis that a plan closed, until the next event."""
         return self.engine.progress.closed
+
+    @property
+    def moves_left(self) -> bool:
+        """Whether an event of the run may still come."""
+        participant = self.engine.participant
+        return participant.moves and participant.run.moves_left
 
     # ---- plain calls
 
@@ -119,6 +126,7 @@ class LightningShell(Callback):
             if other is not self:
                 checks.check_beside(self.engine.participant, other.engine.participant)
         _refuse_weight_averaging(trainer)
+        ensure_peer_watch(trainer)
         ensure_gradients(trainer)
         ensure_recorder(trainer)
         keep_apart(trainer)
@@ -208,9 +216,13 @@ class LightningShell(Callback):
             _log(pl_module, event)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Carry out the last event if fewer steps were made than planned, and none was stopped."""
+        """Carry out a last event that training did not reach, and say what is undone.
+
+        The event is left out where something stopped the run, such as early stopping.
+        """
         if self.engine.running and not trainer.should_stop:
             self.engine.catch_up()
+        self.engine.say_shortfall()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""
@@ -220,6 +232,9 @@ class LightningShell(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Finish the run."""
+        if not isinstance(exception, KeyboardInterrupt | SystemExit):
+            # Nothing is saved after an error, so that no budget is missed.
+            self.engine.running = False
         self.finish()
 
     # ---- checkpoints
