@@ -1,5 +1,6 @@
 """Common base of allocators and rank initializers: arguments, words and optional hooks."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -7,11 +8,12 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import Range, check_arguments
 from adaptrank.allocation import compatibility
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import steps
+from adaptrank.allocation.schedules import check_length
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
@@ -49,6 +51,9 @@ class Participant(LightningShell):
 
     source: ClassVar[str] = ""
     """arXiv id of the method."""
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Numeric argument -> the values that make sense, beside those that the constructor checks. Any
+    other number has to be finite, and whole where its annotation says so."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities that an axis must have beside pruning, such as "grow"."""
     options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -69,6 +74,18 @@ class Participant(LightningShell):
         if registered:
             ALLOCATORS.add(cls)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Participant":
+        """Check every number before a constructor computes with it."""
+        # Copying and unpickling call __new__ without arguments.
+        if args or kwargs:
+            try:
+                bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+            except TypeError:
+                # The constructor names the argument that is wrong.
+                return super().__new__(cls)
+            check_arguments(cls, bound.arguments)
+        return super().__new__(cls)
+
     def __init__(
         self,
         budget: int | None,
@@ -88,8 +105,8 @@ class Participant(LightningShell):
                 f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, "
                 f"and cap at least floor."
             )
-        for length in (warmup, final):
-            steps(length, 0)  # refuses a length that makes no sense
+        check_length("warmup", warmup)
+        check_length("final", final)
         self.budget, self.unit, self.every = budget, unit, every
         self.warmup, self.final = warmup, final
         self.floor, self.cap, self.seed = floor, cap, seed
