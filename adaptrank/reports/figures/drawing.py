@@ -22,7 +22,7 @@ LABELLED_ROWS = 16
 LABELLED_COLUMNS = 40
 """Number of columns up to which every column has a label."""
 LONGEST_LABEL, LONGEST_TITLE = 24, 80
-"""Characters of a label and of a title. The pictures would otherwise grow with the names in a file."""
+"""Characters of a label and of a title. Pictures would otherwise grow with the names in a file."""
 MOST_WRITTEN_CELLS = 1500
 """Number of cells up to which a map has the numbers written into them."""
 LARGEST_FIGURE = 32.0
