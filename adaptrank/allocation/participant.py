@@ -1,9 +1,8 @@
 """Common base of allocators and rank initializers: arguments, words and optional hooks."""
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -13,10 +12,11 @@ from adaptrank.allocation import compatibility
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import check_length
+from adaptrank.allocation.schedules import Phases, check_length
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
+from adaptrank.checkpoints import constructor_arguments, constructor_defaults
 from adaptrank.registry import Registry
 
 ALLOCATORS: Registry["Participant"] = Registry("allocator")
@@ -68,23 +68,26 @@ class Participant(LightningShell):
     short_form: ClassVar[bool] = False
     """Whether it is written in the short form; see `Allocator`."""
 
+    accept_changes: bool = False
+    """Whether it goes on from a checkpoint of a run with other arguments or another schedule."""
+    init_args: dict[str, Any]
+    """Arguments of the constructor as plain values, with defaults, for checkpoints."""
+
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         """Add the class to `ALLOCATORS`, unless it is a contract: `registered=False`."""
         super().__init_subclass__(**kwargs)
         if registered:
             ALLOCATORS.add(cls)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Participant":
-        """Check every number before a constructor computes with it."""
+    # Constructors do not hand all of their arguments up. Python passes them to __new__.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the arguments, and check every number before a constructor computes with it."""
+        self = super().__new__(cls)
+        self.__dict__["init_args"] = constructor_arguments(cls, *args, **kwargs)
         # Copying and unpickling call __new__ without arguments.
         if args or kwargs:
-            try:
-                bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
-            except TypeError:
-                # The constructor names the argument that is wrong.
-                return super().__new__(cls)
-            check_arguments(cls, bound.arguments)
-        return super().__new__(cls)
+            check_arguments(cls, self.__dict__["init_args"])
+        return self
 
     def __init__(
         self,
@@ -122,9 +125,26 @@ class Participant(LightningShell):
         return self.engine.run
 
     @property
+    def phases(self) -> Phases:
+        """Phases of the run, in steps of the optimizer that moves the axes."""
+        return self.run.phases
+
+    @property
     def label(self) -> str:
         """Name in errors, tables and reports."""
         return type(self).__name__
+
+    def argument_defaults(self) -> dict[str, Any]:
+        """Return the default values of the constructor's arguments."""
+        return constructor_defaults(type(self))
+
+    def describe_allocator(self) -> dict[str, Any]:
+        """Return class, arguments and their defaults, for the record of a run."""
+        return {
+            "class": self.label,
+            "init_args": self.init_args,
+            "defaults": self.argument_defaults(),
+        }
 
     @property
     def chooses_ranks(self) -> bool:

@@ -3,6 +3,7 @@
 The evaluation measures loss, perplexity, exact match of generated answers, and multiple choice.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
@@ -189,6 +190,10 @@ class CausalLM(AdaptedModule):
         is_target, targets = is_target[:, columns], targets[:, columns]
         logits = at_least_float32(logits[is_target])
         return F.cross_entropy(logits, targets[is_target], reduction="none"), own_terms
+
+    def chance(self) -> dict[str, float]:
+        tokens = self.model.get_input_embeddings().num_embeddings
+        return {"loss": math.log(tokens), "vocabulary": float(tokens)}
 
     # ---- steps
 

@@ -29,6 +29,7 @@ from adaptrank.modules.batch_keys import (
     read_inputs,
     read_labels,
 )
+from adaptrank.modules.label_counts import LabelCounts, LabelSpread
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
@@ -67,6 +68,7 @@ class SequenceClassification(AdaptedModule):
         self.mean_loss = MeanMetric()
         self.scores: MetricCollection | None = None
         self._unsupervised = torch.tensor(False)
+        self.labels_seen: LabelCounts | LabelSpread | None = None
 
     # ---- building
 
@@ -78,6 +80,7 @@ class SequenceClassification(AdaptedModule):
         default: list[MetricName] = ["pearson", "spearman"] if labels == 1 else ["accuracy"]
         names = self.metric_names or default
         self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
+        self.labels_seen = LabelSpread() if labels == 1 else LabelCounts(labels)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -137,6 +140,9 @@ class SequenceClassification(AdaptedModule):
     def _is_regression(self) -> bool:
         return self._count_labels() == 1
 
+    def chance(self) -> dict[str, float]:
+        return self.labels_seen.chance() if self.labels_seen is not None else {}
+
     # ---- steps
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -177,6 +183,7 @@ class SequenceClassification(AdaptedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None
+        assert self.labels_seen is not None
         output, labels = self(batch), read_labels(batch)
         count = count_supervised(labels)
         size = len(labels)
@@ -187,6 +194,7 @@ class SequenceClassification(AdaptedModule):
             output, labels = output[labels != IGNORED], labels[labels != IGNORED]
         if len(labels):
             self.scores.update(self._predict(output), labels)
+            self.labels_seen.update(labels)
         self.log("loss", self.mean_loss, batch_size=size)
         self.log_dict(self.scores, prog_bar=True, batch_size=size)
 

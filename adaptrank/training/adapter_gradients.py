@@ -43,11 +43,13 @@ class AdapterGradients(Callback):
     ) -> None:
         """Take the mean over all targets of the step, and add the gradient of the mean penalty.
 
-        The means of the losses and the penalty are logged.
+        Each of several optimizers gets the penalty's gradient for its own tensors, and gets it
+        once. The means of the losses and the penalty are logged.
         """
         if self._acts(trainer):
             self._take_step_mean(trainer, pl_module)
-            value = add_penalty_gradients(pl_module)
+            moved = None if len(trainer.optimizers) == 1 else _tensors_of(optimizer)
+            value = add_penalty_gradients(pl_module, moved)
             if value is not None:
                 pl_module.log("penalty", value)
 
@@ -82,6 +84,11 @@ def _instances(trainer: Trainer) -> Iterator[AdapterGradients]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdapterGradients):
             yield callback
+
+
+def _tensors_of(optimizer: Any) -> set[int]:
+    """Return the ids of the parameters that an optimizer moves."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _gates(trainer: Trainer) -> Iterator[Tensor]:
