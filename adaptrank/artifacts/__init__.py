@@ -10,6 +10,14 @@ from adaptrank.artifacts.adapter import (
 )
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
 from adaptrank.artifacts.contents import describe_adapter
+from adaptrank.artifacts.conventions import (
+    conventions_of,
+    finish_configuration,
+    prompt_conventions,
+    record_conventions,
+    stop_ids_of,
+    use_chat_template,
+)
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
 from adaptrank.artifacts.rounding import RoundingLoss
@@ -18,15 +26,21 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "RoundingLoss",
+    "conventions_of",
     "describe_adapter",
     "digest_of",
+    "finish_configuration",
     "frozen_weights",
     "load_adapter",
     "merge",
+    "prompt_conventions",
     "read_adapter",
+    "record_conventions",
     "rounding_error",
     "save_adapter",
+    "stop_ids_of",
     "trained_modules",
     "unmerge",
+    "use_chat_template",
     "write_files",
 ]

@@ -19,7 +19,10 @@ FORMAT_VERSION = 2
 """Version 2 has a digest. Files of version 1, which have none, are read as well."""
 
 MOST_PARTS = 64
-"""Largest number of parts of a fused layer."""
+"""Largest number of parts of a fused layer, and of stop tokens."""
+
+LONGEST_TEXT = 1 << 17
+"""Characters of the longest chat template or prompt template."""
 
 
 def digest_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -61,6 +64,7 @@ def check(description: Any, file: Path) -> None:
         _check_base(description.get("base"))
         _check_adapters(description.get("adapters"))
         _check_tables(description)
+        _check_conventions(description.get("conventions", {}))
         _need(_is_list_of_text(description.get("trained_modules")), "trained_modules are no names")
     except _DamageError as damage:
         raise UserError(f"{file} is damaged: {damage}.") from None
@@ -93,6 +97,8 @@ def _check_base(base: Any) -> None:
     _need(known, "it does not say what base it was made for")
     for key in ("name", "source", "auto_class"):
         _need(base.get(key) is None or isinstance(base[key], str), f"base.{key} is no text")
+    rows = base.get("vocabulary")
+    _need(rows is None or _is_count(rows), "base.vocabulary is no number")
     labels = base.get("num_labels")
     _need(labels is None or _is_count(labels), "base.num_labels is no number")
 
@@ -121,6 +127,23 @@ def _check_tables(description: Mapping[str, Any]) -> None:
     for key, fits, required in tables:
         table = description.get(key, None if required else {})
         _need(_is_map(table, fits), f"{key} is not what it should be")
+
+
+def _check_conventions(conventions: Any) -> None:
+    _need(isinstance(conventions, dict), "its conventions are no table of keys")
+    for key in ("chat_template", "system", "prompt"):
+        value = conventions.get(key, "")
+        _need(_is_text(value) and len(value) <= LONGEST_TEXT, f"conventions.{key} is no short text")
+    _need(isinstance(conventions.get("chat", False), bool), "conventions.chat is no yes or no")
+    for key in ("stop_tokens", "pad_token"):
+        tokens = conventions.get(key, {})
+        _need(
+            _is_map(tokens, _is_count) and len(tokens) <= MOST_PARTS,
+            f"conventions.{key} are no tokens with their ids",
+        )
+    names = conventions.get("class_names", [])
+    fits = _is_list_of_text(names) and len(set(names)) == len(names)
+    _need(fits, "conventions.class_names are no different names")
 
 
 def _is_text(value: Any) -> bool:

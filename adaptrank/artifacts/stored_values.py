@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.artifacts.contents import StoredTensor, adapter_tensors
 from adaptrank.axes import fit_ranks
-from adaptrank.parameterizations import wrappers
+from adaptrank.parameterizations import plain_name, wrappers
 
 
 def load_tensors(
@@ -27,8 +27,8 @@ def load_tensors(
         ValueError: for a tensor that is missing, unexpected, or of another shape or kind.
     """
     adapters = adapter_tensors(model, names)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    other_tensors = parameters | dict(model.named_buffers())
+    parameters = _by_plain_name(model, model.named_parameters(remove_duplicate=False))
+    other_tensors = parameters | _by_plain_name(model, model.named_buffers())
     with safe_open(file, framework="pt") as stored:
         keys = set(stored.keys())
         adapter_keys = dict.fromkeys(entry.key for entry in adapters)
@@ -52,6 +52,11 @@ def load_tensors(
         other_tensors[key].requires_grad_(trains)
     for wrapper in wrappers(model):
         wrapper.refresh()
+
+
+def _by_plain_name(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors by their names in files, without those of modules that enclose others."""
+    return {plain_name(model, name): tensor for name, tensor in named}
 
 
 def _check_keys(

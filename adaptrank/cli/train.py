@@ -35,6 +35,7 @@ from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoin
 from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
+    class_names,
     metric_names,
     next_commands,
     numbers,
@@ -292,7 +293,7 @@ class AdaptrankCLI(LightningCLI):
         if (folder / "adapter").is_dir():
             self._write_card(folder, summary)
         say("\n" + render(summary, metric_names(self.model, after)))
-        say("\n" + next_commands(folder, self.model))
+        say("\n" + next_commands(folder, self.model, self.datamodule))
 
     def _write_card(self, folder: Path, summary: dict[str, Any]) -> None:
         axes = rank_axes(adapted_part(self.model))
@@ -314,7 +315,7 @@ class AdaptrankCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and print or write one line of JSON for each example."""
         batches = self.trainer.predict(**kwargs) or []
-        names = getattr(self.datamodule, "class_names", None)
+        names = class_names(self.model, self.datamodule)
         lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
         out = self._get(self.config, "out")
         if not self.trainer.is_global_zero:

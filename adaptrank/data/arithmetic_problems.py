@@ -46,6 +46,10 @@ THINGS = (
     "toys",
 )
 
+PROMPT = "Question: {question}\nAnswer:"
+"""Format of all prompts."""
+EXAMPLE = "Ann has 12 pears and buys 7 more. How many pears does Ann have now?"
+
 FORMS: dict[str, Callable[[int, int, int], int]] = {
     "{a} + {b}": lambda a, b, c: a + b,
     "{a} - {b}": lambda a, b, c: a - b,
@@ -159,6 +163,14 @@ class ArithmeticProblems(CompletionTask):
         self.train_size = train_size
         self.val_size = val_size
 
+    @property
+    def prompt_template(self) -> str:
+        return PROMPT
+
+    @property
+    def example_prompt(self) -> str:
+        return PROMPT.format(question=EXAMPLE)
+
     def rows(self, split: Split) -> list[Row] | None:
         if split == "train":
             return self._draw(split, TRAIN_PROBLEMS, self.train_size)
@@ -179,7 +191,7 @@ class ArithmeticProblems(CompletionTask):
             question = text.format(a=a, b=b, c=c, name=name, other=other, thing=thing)
             answer = str(FORMS[form](a, b, c))
             return {
-                "prompt": f"Question: {question}\nAnswer:",
+                "prompt": PROMPT.format(question=question),
                 "completion": f" {form.format(a=a, b=b, c=c)} = {answer}",
                 "answer": answer,
             }

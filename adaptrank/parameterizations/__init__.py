@@ -10,6 +10,7 @@ from adaptrank.parameterizations.base import (
     on_example,
 )
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.enclosing import enclosed, plain_name, pretrained_part
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.module import ModuleWrapper
@@ -42,9 +43,12 @@ __all__ = [
     "Parameterization",
     "adapted_part",
     "adapter_parameters",
+    "enclosed",
     "formula",
     "named_layers",
     "on_example",
+    "plain_name",
+    "pretrained_part",
     "replace_layer",
     "replace_layers",
     "wrapped_layers",

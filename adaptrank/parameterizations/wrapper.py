@@ -15,6 +15,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.parameterizations.renamed import renamed_use
 from adaptrank.parameterizations.traits import Traits
+from adaptrank.parameterizations.unmerged_saving import guard_save_pretrained
 
 if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
@@ -60,6 +61,11 @@ class Wrapper(Traits, nn.Module, ABC):
         if not isinstance(base, Wrapper):
             _freeze(base)
         self.base = base
+        guard_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_save_pretrained()
 
     # ---- attributes
 
