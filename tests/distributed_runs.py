@@ -31,6 +31,7 @@ from adaptrank.allocation import (
 )
 from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
+from adaptrank.training.finite import FiniteWeights, NotFiniteError
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -186,10 +187,31 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class OneIsNaN(Callback):
+    """The gradients of the second process become NaN, after they were averaged."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if RANK == 1 and trainer.global_step == 5:
+            for p in pl_module.parameters():
+                if p.grad is not None:
+                    p.grad.fill_(torch.nan)
+
+
+def stops():
+    """Both processes stop with one sentence."""
+    callbacks = (ALL["AdaLoRA"](), OneIsNaN(), FiniteWeights())
+    try:
+        fit(Shared(), *callbacks, log_every_n_steps=6, **settings())
+    except NotFiniteError as error:
+        print(f"stopped: {error}", flush=True)
+
+
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
     for name in names:
-        if name == "dies":
+        if name == "stops":
+            stops()
+        elif name == "dies":
             fit(Shared(), ALL["AdaLoRA"](), Dies(), **settings())
         else:
             run(Path(folder), name)

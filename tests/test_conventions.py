@@ -370,6 +370,24 @@ def test_more_new_classes_than_places_are_refused(decoder, tmp_path):
         fit(warm, data)
 
 
+def test_a_checkpoint_does_not_go_on_with_other_classes(decoder, tmp_path):
+    data = ClassificationData(labelled(tmp_path / "a.jsonl", "x", "Q"))
+    trainer = Trainer(**QUIET, max_steps=1, limit_val_batches=0)
+    trainer.fit(classifier(decoder), data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    file = labelled(tmp_path / "b.jsonl", "x", "Q")
+    for act in ("validate", "fit"):
+        other = ClassificationData(file, classes=["x", "Q"])
+        with pytest.raises(ValueError, match=r"classes are \[x, Q\] here and \[Q, x\] in the"):
+            getattr(Trainer(**QUIET, max_steps=2), act)(
+                classifier(decoder), other, ckpt_path=tmp_path / "run.ckpt", weights_only=True
+            )
+    same = ClassificationData(file, classes=["Q", "x"])
+    Trainer(**QUIET).validate(
+        classifier(decoder), same, ckpt_path=tmp_path / "run.ckpt", weights_only=True, verbose=False
+    )
+
+
 def test_prediction_needs_no_training_rows_and_names_the_classes_of_training(decoder, tmp_path):
     data = ClassificationData(labelled(tmp_path / "a.jsonl", "x", "Q"))
     module = fit(classifier(decoder), data)

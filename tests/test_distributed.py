@@ -154,8 +154,17 @@ def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path):
-    results = finished(launch(tmp_path, ["dies"], 2, DIES=str(dies)), seconds=120)
+    processes = launch(tmp_path, ["stops", "dies"], 2, DIES=str(dies))
+    killed = processes[dies].pid
+    results = finished(processes, seconds=120)
     assert results[dies][1] == -9
     output, code = results[1 - dies]
     assert code not in (0, None)
     assert "Error" in output
+    assert f"Rank {dies} (process {killed}) of this run is gone: it was killed" in output
+    assert f"Rank {1 - dies} cannot go on alone" in output
+    # Before that, the NaN of one process stopped both.
+    for output, _ in results:
+        (sentence,) = [line for line in output.splitlines() if line.startswith("stopped: ")]
+        assert "trained tensors are not finite" in sentence
+        assert "between step 0 and step 6" in sentence

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -11,10 +11,11 @@ from adaptrank.allocation import compatibility
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import steps
+from adaptrank.allocation.schedules import Phases, steps
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
+from adaptrank.checkpoints import constructor_arguments, constructor_defaults
 from adaptrank.registry import Registry
 
 ALLOCATORS: Registry["Participant"] = Registry("allocator")
@@ -63,11 +64,22 @@ class Participant(LightningShell):
     short_form: ClassVar[bool] = False
     """Whether it is written in the short form; see `Allocator`."""
 
+    accept_changes: bool = False
+    """Whether it goes on from a checkpoint of a run with other arguments or another schedule."""
+    init_args: dict[str, Any]
+    """Arguments of the constructor as plain values, with defaults, for checkpoints."""
+
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         """Add the class to `ALLOCATORS`, unless it is a contract: `registered=False`."""
         super().__init_subclass__(**kwargs)
         if registered:
             ALLOCATORS.add(cls)
+
+    # Constructors do not hand all of their arguments up. Python passes them to __new__.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        self.__dict__["init_args"] = constructor_arguments(cls, *args, **kwargs)
+        return self
 
     def __init__(
         self,
@@ -105,9 +117,26 @@ class Participant(LightningShell):
         return self.engine.run
 
     @property
+    def phases(self) -> Phases:
+        """Phases of the run, in steps of the optimizer that moves the axes."""
+        return self.run.phases
+
+    @property
     def label(self) -> str:
         """Name in errors, tables and reports."""
         return type(self).__name__
+
+    def argument_defaults(self) -> dict[str, Any]:
+        """Return the default values of the constructor's arguments."""
+        return constructor_defaults(type(self))
+
+    def describe_allocator(self) -> dict[str, Any]:
+        """Return class, arguments and their defaults, for the record of a run."""
+        return {
+            "class": self.label,
+            "init_args": self.init_args,
+            "defaults": self.argument_defaults(),
+        }
 
     @property
     def chooses_ranks(self) -> bool:

@@ -40,6 +40,10 @@ class Phases:
         """Return the steps of all events of the run."""
         return [step for step in range(self.warmup + 1, self.end + 1) if self.is_event(step)]
 
+    def events_between(self, before: int, step: int) -> list[int]:
+        """Return the steps of the events after step `before` and up to `step`."""
+        return [due for due in range(before + 1, step + 1) if self.is_event(due)]
+
     def progress(self, step: int) -> float:
         """Return 0 until the warm-up ends, 1 from `end` on, and a linear value between."""
         span = self.end - self.warmup

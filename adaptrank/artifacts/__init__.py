@@ -18,21 +18,37 @@ from adaptrank.artifacts.conventions import (
     stop_ids_of,
     use_chat_template,
 )
+from adaptrank.artifacts.extraction import (
+    TENSORS,
+    extract_adapter,
+    locate_tensors,
+)
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import merge, rounding_error, unmerge
+from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
 from adaptrank.artifacts.rounding import RoundingLoss
+from adaptrank.artifacts.strict_json import JsonError, parse_json
+from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
     "CONFIG",
+    "TENSORS",
     "WEIGHTS",
+    "JsonError",
+    "Rollback",
     "RoundingLoss",
+    "StoredTensors",
     "conventions_of",
     "describe_adapter",
     "digest_of",
+    "extract_adapter",
     "finish_configuration",
     "frozen_weights",
     "load_adapter",
+    "locate_tensors",
     "merge",
+    "open_weights",
+    "parse_json",
     "prompt_conventions",
     "read_adapter",
     "record_conventions",
@@ -40,6 +56,7 @@ __all__ = [
     "save_adapter",
     "stop_ids_of",
     "trained_modules",
+    "unchanged_on_error",
     "unmerge",
     "use_chat_template",
     "write_files",

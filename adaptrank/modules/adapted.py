@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -16,14 +17,32 @@ from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.allocation.schedules import steps
 from adaptrank.artifacts import (
+    TENSORS,
+    frozen_weights,
     load_adapter,
+    locate_tensors,
     read_adapter,
     trained_modules,
     use_chat_template,
 )
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.axes import fit_ranks
+from adaptrank.checkpoints import (
+    RECORD,
+    STEPS_OF_SCHEDULE,
+    compare_model,
+    ensure_recorder,
+    make_record,
+    model_differences,
+)
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules
 from adaptrank.modules.agreement import agree, trained_conventions
+from adaptrank.modules.averaging import (
+    average_trained_only,
+    averaged_models,
+    fill_frozen,
+    filter_weights,
+)
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
 from adaptrank.modules.settings import Adapter, read_rank_pattern
@@ -34,7 +53,9 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
+from adaptrank.training.finite import check_finite, ensure_finite
+from adaptrank.training.peers import ensure_peer_watch
 
 log = logging.getLogger("adaptrank")
 
@@ -64,6 +85,8 @@ class AdaptedModule(LightningModule):
             Both then train whole, and are saved with the adapter.
     """
 
+    accept_changes: bool = False
+    """Whether to go on from a checkpoint of a run with other settings, which are logged."""
     auto_class: ClassVar[str]
     """Class of transformers that loads the backbone with the head of the task."""
     metrics_shown: ClassVar[Sequence[str]] = ()
@@ -86,6 +109,7 @@ class AdaptedModule(LightningModule):
         resize_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]
         if not adapters and adapter is None:
             raise UserError(
                 "Nothing to train: give `adapters` to make, or an `adapter` folder to start from."
@@ -112,7 +136,9 @@ class AdaptedModule(LightningModule):
         self.vocabulary: int | None = None
         # Differences between data and adapter that the log has named.
         self.warned: set[tuple[str, int]] = set()
+        self.base_fingerprint: str | None = None
         self._resumed_random_state: dict[str, Any] | None = None
+        self._steps_of_schedule: int | None = None
 
     @cached_property
     def source(self) -> backbones.Source:
@@ -172,6 +198,8 @@ class AdaptedModule(LightningModule):
         # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
         backbone.train()
         self.backbone = backbone
+        # The base is identified before its weights are sharded or pruned.
+        self.base_fingerprint = backbones.fingerprint(frozen_weights(backbone))
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
@@ -227,6 +255,14 @@ class AdaptedModule(LightningModule):
         }
         return described | ({"vocabulary": self.vocabulary} if self.vocabulary else {})
 
+    def chance(self) -> dict[str, float]:
+        """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.
+
+        "accuracy_error" is the standard error of the accuracy, and "vocabulary" says that the
+        classes are tokens.
+        """
+        return {}
+
     # ---- optimizing
 
     def configure_optimizers(self) -> Any:
@@ -244,6 +280,8 @@ class AdaptedModule(LightningModule):
                 "train longer."
             )
         scheduler = get_scheduler(self.schedule_name(), optimizer, warmup, total)
+        depends_on_total = self.schedule != "constant" or isinstance(self.warmup, float)
+        self._steps_of_schedule = total if depends_on_total else None
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -253,8 +291,26 @@ class AdaptedModule(LightningModule):
         """Return the name that the schedule has in transformers."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the steps of training depend on, for the record of a run."""
+        return {
+            "dtype": str(self.frozen_dtype),
+            "lora_plus_ratio": self.lora_plus_ratio,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            STEPS_OF_SCHEDULE: self._steps_of_schedule,
+        }
+
     def setup(self, stage: str) -> None:
+        check_launcher(self.trainer)
+        if stage == "fit":
+            ensure_finite(self.trainer)
+            ensure_peer_watch(self.trainer)
+            ensure_checkpoint_files(self.trainer)
         ensure_gradients(self.trainer)
+        ensure_recorder(self.trainer)
+        if stage == "fit":
+            average_trained_only(self.trainer, self)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
                 "precision=%s trains the adapters in half precision, where small steps vanish. "
@@ -280,13 +336,25 @@ class AdaptedModule(LightningModule):
         return select_trained(self, [f"backbone.{name}" for name in trained_modules(self.model)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = self.trained_state()
+        if self._trainer is not None:
+            # Lightning asks no callback about a checkpoint of weights alone.
+            check_finite(self._trainer, self)
+        # Callbacks have been here before, and may have put averaged weights into it.
+        filter_weights(checkpoint, self.trained_state())
         checkpoint["random_state"] = random_state()
+        checkpoint[TENSORS] = locate_tensors(self, self.model)
+        if RECORD not in checkpoint:
+            checkpoint[RECORD] = make_record(self._trainer, self, self.base_fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["state_dict"]
-        fit_ranks(self, stored)
-        check_same_keys(self.trained_state(), stored)
+        check_same_keys(self.trained_state(), stored, model_differences(self, checkpoint))
+        trainer = self._trainer
+        # A run that resumes is compared as a whole, by `RunRecorder`.
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            compare_model(self, checkpoint)
+        for model in (self, *averaged_models(trainer)):
+            fit_ranks(model, stored)
         self._resumed_random_state = checkpoint.get("random_state")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

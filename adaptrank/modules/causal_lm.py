@@ -4,6 +4,7 @@ The evaluation measures loss, perplexity, exact match of generated answers, and 
 """
 
 import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -141,6 +142,10 @@ class CausalLM(AdaptedModule):
             logits = output.logits[:, columns]
         is_target, targets = is_target[:, columns], targets[:, columns]
         return F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
+
+    def chance(self) -> dict[str, float]:
+        tokens = self.model.get_input_embeddings().num_embeddings
+        return {"loss": math.log(tokens), "vocabulary": float(tokens)}
 
     # ---- steps
 

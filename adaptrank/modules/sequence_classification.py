@@ -19,6 +19,7 @@ from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.agreement import trained_conventions
+from adaptrank.modules.label_counts import LabelCounts, LabelSpread
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
@@ -55,6 +56,7 @@ class SequenceClassification(AdaptedModule):
         self.metric_names = metrics
         self.mean_loss = MeanMetric()
         self.scores: MetricCollection | None = None
+        self.labels_seen: LabelCounts | LabelSpread | None = None
 
     # ---- building
 
@@ -66,6 +68,7 @@ class SequenceClassification(AdaptedModule):
         default: list[MetricName] = ["pearson", "spearman"] if labels == 1 else ["accuracy"]
         names = self.metric_names or default
         self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
+        self.labels_seen = LabelSpread() if labels == 1 else LabelCounts(labels)
 
     def load_backbone(self) -> Any:
         import transformers
@@ -115,6 +118,9 @@ class SequenceClassification(AdaptedModule):
     def _is_regression(self) -> bool:
         return self._count_labels() == 1
 
+    def chance(self) -> dict[str, float]:
+        return self.labels_seen.chance() if self.labels_seen is not None else {}
+
     # ---- steps
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -139,11 +145,13 @@ class SequenceClassification(AdaptedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None
+        assert self.labels_seen is not None
         output, labels = self(batch), batch["labels"]
         if self._is_regression:
             labels = labels.float()
         self.mean_loss.update(self._loss(output, labels), weight=len(labels))
         self.scores.update(self._predict(output), labels)
+        self.labels_seen.update(labels)
         self.log("loss", self.mean_loss, batch_size=len(labels))
         self.log_dict(self.scores, prog_bar=True, batch_size=len(labels))
 

@@ -100,6 +100,8 @@ class AttentionScale(ModuleWrapper):
     @property
     def base_weight(self) -> Tensor:
         """The weight of the query projection, (m, n)."""
+        if self._given_weight is not None:
+            return self._given_weight
         if isinstance(self.base, Parameterization):
             return self.base.dense()
         query = self.innermost.get_submodule(self._query_name())

@@ -144,6 +144,9 @@ class MiSS(LowRankUpdate):
     def max_units(self, axis: str) -> int:
         return self.period
 
+    def index_ranges(self) -> dict[str, range]:
+        return {} if self.variant == "bat" else {"slots": range(self.period)}
+
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         used = set(self.slots.tolist())
         unused = torch.tensor([slot for slot in range(self.period) if slot not in used])

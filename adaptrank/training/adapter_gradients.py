@@ -36,9 +36,13 @@ class AdapterGradients(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Add the gradient of the mean penalty, and log the penalty."""
+        """Add the gradient of the mean penalty to what this optimizer moves, and log the penalty.
+
+        Each of several optimizers gets the gradient of its own tensors, and gets it once.
+        """
         if self._acts(trainer):
-            value = add_penalty_gradients(pl_module)
+            moved = None if len(trainer.optimizers) == 1 else _tensors_of(optimizer)
+            value = add_penalty_gradients(pl_module, moved)
             if value is not None:
                 pl_module.log("penalty", value)
 
@@ -64,6 +68,11 @@ def _instances(trainer: Trainer) -> Iterator[AdapterGradients]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdapterGradients):
             yield callback
+
+
+def _tensors_of(optimizer: Any) -> set[int]:
+    """Return the ids of the parameters that an optimizer moves."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _gates(trainer: Trainer) -> Iterator[Tensor]:
