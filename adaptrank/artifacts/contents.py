@@ -60,9 +60,8 @@ def adapter_tensors(model: nn.Module, names: Collection[str] | None) -> list[Sto
     for path, layer in wrapped_layers(model).items():
         for position, wrapper in enumerate(wrappers_named(layer, names)):
             prefix = f"{path}.{position}" if path else f"{position}"
-            for name in wrapper.state_dict(keep_vars=True):
-                if not name.startswith("base."):
-                    tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
+            for name in wrapper.own_tensors():
+                tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
     return tensors
 
 
@@ -74,7 +73,10 @@ def wrappers_named(
 
 
 def describe_adapter(
-    model: nn.Module, base: Mapping[str, Any] | None = None, names: Collection[str] | None = None
+    model: nn.Module,
+    base: Mapping[str, Any] | None = None,
+    names: Collection[str] | None = None,
+    base_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Describe adapters as JSON-able data from which they can be built again.
 
@@ -82,11 +84,14 @@ def describe_adapter(
         model: any module that holds wrappers.
         base: facts about the frozen model, such as its name.
         names: names of the adapters. None means all.
+        base_fingerprint: fingerprint of the frozen model, where it is known already.
     """
     trained = trained_modules(model)
+    if base_fingerprint is None:
+        base_fingerprint = fingerprint(frozen_weights(model))
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "base": {**(base or {}), "fingerprint": fingerprint(frozen_weights(model))},
+        "base": {**(base or {}), "fingerprint": base_fingerprint},
         "adapters": _describe_nests(model, names),
         "ranks": _describe_ranks(model, names),
         "trained_modules": sorted(trained),

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank.cli.errors import ConfigError, missing_file
+from adaptrank.cli.errors import ConfigError, a_checkpoint, missing_file
 
 if TYPE_CHECKING:
     import torch
 
     from adaptrank.backbones import Source
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+"""Classes of transformers that a file may ask for."""
 
 
 @dataclass
@@ -82,16 +85,28 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     if not folder.exists():
         raise ConfigError(missing_file(name, "adapter folder"))
     described = read_adapter(folder)["base"]
+    auto_class = described.get("auto_class") or "AutoModelForCausalLM"
+    if auto_class not in AUTO_CLASSES:
+        raise ConfigError(
+            f"{folder} was made for transformers' {auto_class!r}. The commands load "
+            f"{' and '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
+            f"adaptrank.load_adapter(model, folder)."
+        )
     source = find_base(folder, base or described.get("name"))
-    auto_class = described.get("auto_class", "AutoModelForCausalLM")
     return StoredModel(source, folder, auto_class, described.get("num_labels"))
 
 
 def adapter_folder(name: str) -> Path:
-    """Return the folder of a name. A run's folder stands for the adapter in it."""
+    """Return the folder of a name. A run's folder stands for the adapter in it.
+
+    Raises:
+        ConfigError: if the name is a checkpoint.
+    """
     from adaptrank.artifacts import WEIGHTS
 
     folder = Path(name).expanduser()
+    if folder.suffix == ".ckpt" and folder.is_file():
+        raise ConfigError(a_checkpoint(name))
     inside = folder / "adapter"
     is_run = not (folder / WEIGHTS).is_file() and (inside / WEIGHTS).is_file()
     return inside if is_run else folder

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.data.batch_order import BatchOrder
 from adaptrank.data.collate import Batch
+from adaptrank.data.content import content_hash
 from adaptrank.data.lazy import LazyExamples
 from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.seeding import seeded_random
@@ -302,6 +303,21 @@ class TaskData(LightningDataModule, ABC):
             lazy=is_lazy,
         )
         return ResumableLoader(examples, self.collate(split), order, num_workers=self.num_workers)
+
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the training batches and their order depend on, for the record of a run.
+
+        Workers, processes and the place of files are left out.
+        """
+        examples = self.examples("train")
+        return {
+            "class": type(self).__name__,
+            "content": content_hash(examples),
+            "examples": len(examples),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+        }
 
     # ---- resuming: see `adaptrank.data.loader` for why the loader and the data both keep a state
 

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from adaptrank._errors import UserError
 from adaptrank.axes import rank_axes
 from adaptrank.injection.fused import split_fused_layers
+from adaptrank.injection.left_out import left_out_weights, summary, warn_of_left_out
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules, match_layers
 from adaptrank.injection.paths import last_name
@@ -19,6 +21,7 @@ from adaptrank.injection.wrap import tie_shared, wrap_layer
 from adaptrank.parameterizations import (
     Parameterization,
     named_layers,
+    plain_parameters,
     replace_layers,
     wrapped_layers,
 )
@@ -74,9 +77,10 @@ def adapt(
             "This model is merged, with its originals kept; "
             "unmerge() it before it gets further adapters."
         )
+    _check_sizes(model)
     whole_modules = find_modules(model, train_modules)
     split = split_fused_layers(model, makers, split_fused)
-    with undone_on_error(model, split.layers):
+    with undone_on_error(model, split.layers, whole_modules.values()):
         modules = named_layers(model)
         trained = _trained_parameters(model)
         paths = match_layers(modules, targets, makers, exclude, whole_modules)
@@ -89,14 +93,22 @@ def adapt(
             module.requires_grad_(True)
         if rank_pattern:
             _resize_new_axes(model, wrapped, name, rank_pattern, seed)
+    warn_of_left_out(named_layers(model), targets, wrapped.values())
     return model
+
+
+def _check_sizes(model: nn.Module) -> None:
+    """Refuse a model with lazy layers, whose tensors have no size before the first batch."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(f"{name} has no size yet; pass one batch through the model first.")
 
 
 def _trained_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that an earlier call of `adapt` left to train."""
     if not wrapped_layers(model):
         return set()
-    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {id(parameter) for parameter in plain_parameters(model) if parameter.requires_grad}
 
 
 def _wrap_layers(
@@ -115,8 +127,8 @@ def _wrap_layers(
 
 
 def _freeze(model: nn.Module, trained: set[int]) -> None:
-    """Freeze all parameters but these, which go on training."""
-    for parameter in model.parameters():
+    """Freeze all parameters outside of wrappers but these, which go on training."""
+    for parameter in plain_parameters(model):
         parameter.requires_grad_(id(parameter) in trained)
 
 
@@ -144,7 +156,8 @@ def _resize_new_axes(
 def describe(model: nn.Module) -> str:
     """Return one line for each kind of wrapped layer: its name, its count and its methods.
 
-    A kind is the last component of the path.
+    A kind is the last component of the path. Further lines list weights that cannot be wrapped,
+    such as those of experts, with their share of the parameters.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for path, layer in wrapped_layers(model).items():
@@ -153,4 +166,6 @@ def describe(model: nn.Module) -> str:
         counts[kind, methods] += 1
     width = max((len(kind) for kind, _ in counts), default=0)
     lines = [f"{kind:{width}}  {count:3} x {methods}" for (kind, methods), count in counts.items()]
+    if counts:
+        lines += summary(left_out_weights(named_layers(model)), model)
     return "\n".join(lines)

@@ -11,12 +11,15 @@ from adaptrank.parameterizations.base import (
 )
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
     named_layers,
+    plain_modules,
+    plain_parameters,
     replace_layer,
     replace_layers,
     wrapped_layers,
@@ -42,9 +45,13 @@ __all__ = [
     "Parameterization",
     "adapted_part",
     "adapter_parameters",
+    "check_indices",
     "formula",
+    "is_index",
     "named_layers",
     "on_example",
+    "plain_modules",
+    "plain_parameters",
     "replace_layer",
     "replace_layers",
     "wrapped_layers",
