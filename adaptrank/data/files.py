@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.arrow_tables import ArrowPart, DatasetPart
@@ -139,7 +140,8 @@ def _take(whole: Table, path: str, name: str, instruction: str) -> Table:
     if instruction == name:
         return whole
     try:
-        slices = ReadInstruction.from_spec(instruction).to_absolute({name: len(whole)})
+        parsed: Any = ReadInstruction.from_spec(instruction)  # type: ignore[no-untyped-call]
+        slices = parsed.to_absolute({name: len(whole)})
     except (ValueError, AssertionError) as error:
         raise UserError(f"No rows come from {path!r} as split {instruction!r}: {error}") from error
     ranges = [(part.from_ or 0, len(whole) if part.to is None else part.to) for part in slices]
@@ -236,7 +238,7 @@ def _exact_parts_of_hub(source: Source, name: str) -> list[Part] | None:
     from datasets.load import load_dataset_builder
 
     builder = load_dataset_builder(source.path, source.name)
-    config = builder.config
+    config: Any = builder.config
     usual = {"encoding": (None, "utf-8"), "quotechar": ('"',), "header": ("infer", 0)}
     fields = ("features", "field", "names", "skiprows", "encoding", "quotechar", "header")
     is_usual = all(
@@ -246,7 +248,7 @@ def _exact_parts_of_hub(source: Source, name: str) -> list[Part] | None:
     if not is_usual or separator not in (",", "\t"):
         return None
     kind = "tsv" if separator == "\t" else builder.name
-    manager = DownloadManager(dataset_name=builder.dataset_name)
+    manager: Any = DownloadManager(dataset_name=builder.dataset_name)
     files = manager.download(list(config.data_files[name]))
     return [_part(Path(file), kind) for file in files]
 
