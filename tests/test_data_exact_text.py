@@ -529,3 +529,23 @@ def test_a_damaged_saved_data_set_is_one_sentence(tmp_path):
     assert "cannot be read as a saved data set" in problem(lambda: prompts_and_completions(path))
     (tmp_path / "one" / "state.json").write_text("{")
     assert "cannot be read as a saved data set" in problem(lambda: prompts_and_completions(path))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_text_files_of_the_hub_are_read_exactly(kind, tmp_path, monkeypatch, caplog):
+    """A folder stands for a data set on the Hub."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", False)
+    monkeypatch.setattr("adaptrank.data.files.is_local", lambda path: False)
+    monkeypatch.setattr("adaptrank.data.mixing.is_file", lambda path: False)
+    rows = [{"prompt": f"0{i}", "completion": "2.50"} for i in range(3)]
+    (tmp_path / "films").mkdir()
+    store(tmp_path / f"films/train.{kind}", rows)
+    store(tmp_path / f"films/validation.{kind}", rows[:1])
+    data = CausalLMData(str(tmp_path / "films"))
+    read = [(row["prompt"], row["completion"]) for row in data.rows("train")]
+    assert read == [("00", "2.50"), ("01", "2.50"), ("02", "2.50")]
+    assert [row["prompt"] for row in data.rows("val")] == ["00"]
+    part = Source(str(tmp_path / "films"), split="train[1:]")
+    assert [row["prompt"] for row in CausalLMData([part], [part]).rows("train")] == ["01", "02"]
+    assert not caplog.text

@@ -19,7 +19,6 @@ from adaptrank.data.text_files import opened, unreadable
 from adaptrank.data.values import JSON, Unquoted
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets.arrow_dataset import Dataset
 
 ROWS_AT_ONCE = 1000
@@ -32,7 +31,7 @@ Convert = Callable[[Any], Any]
 # ---- values
 
 
-def converter(kind: "pa.DataType", column: str, where: str) -> Convert:
+def converter(kind: Any, column: str, where: str) -> Convert:
     """Return the function that turns a value of an Arrow type into characters.
 
     Args:
@@ -43,7 +42,7 @@ def converter(kind: "pa.DataType", column: str, where: str) -> Convert:
     Raises:
         UserError: if values of this type have no characters.
     """
-    from pyarrow import types
+    import pyarrow.types as types
 
     if hasattr(kind, "storage_type"):
         if kind.extension_name == "arrow.json":
@@ -72,9 +71,9 @@ def _unless_null(convert: Convert) -> Convert:
     return lambda value: None if value is None else convert(value)
 
 
-def _scalar_converter(kind: "pa.DataType") -> Convert | None:
+def _scalar_converter(kind: Any) -> Convert | None:
     """Return the function for a type without parts, or None if its values are no text."""
-    from pyarrow import types
+    import pyarrow.types as types
 
     narrow = {"float": np.float32, "halffloat": np.float16}.get(str(kind))
     tests: list[tuple[Callable[[Any], bool], Convert]] = [
@@ -89,7 +88,7 @@ def _scalar_converter(kind: "pa.DataType") -> Convert | None:
     return next((convert for test, convert in tests if test(kind)), None)
 
 
-def _is_string(kind: "pa.DataType") -> bool:
+def _is_string(kind: Any) -> bool:
     return str(kind) in ("string", "large_string", "string_view")
 
 
@@ -157,18 +156,19 @@ class ArrowPart(Part):
 @contextmanager
 def _reader(file: Path, kind: str) -> Iterator[Any]:
     """Open a Parquet or an Arrow file, and say errors in one sentence."""
-    import pyarrow as pa
-    from pyarrow import parquet
+    import pyarrow.ipc as ipc
+    import pyarrow.parquet as parquet
+    from pyarrow.lib import ArrowException
 
     try:
         with opened(file, kind) as stream:
             if kind == "parquet":
-                yield parquet.ParquetFile(stream)
+                yield parquet.ParquetFile(stream)  # type: ignore[no-untyped-call]
                 return
             is_stream = stream.read(6) != b"ARROW1"
             stream.seek(0)
-            yield pa.ipc.open_stream(stream) if is_stream else pa.ipc.open_file(stream)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+            yield ipc.open_stream(stream) if is_stream else ipc.open_file(stream)
+    except (ArrowException, UnicodeDecodeError) as error:
         first_line = str(error).partition("\n")[0].rstrip(".")
         reason = f"it is damaged, cut off or of another kind ({first_line})"
         raise unreadable(file, kind, reason) from error

@@ -146,17 +146,24 @@ def _settle_messages(messages: Any, where: str, null_is_empty: bool) -> list[Row
     for k, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"{where}: turn {k} of messages has no role. Write {example}.")
-        turn = {key: as_plain(value) for key, value in message.items() if value is not None}
-        content = message.get("content")
-        if content is None and not (null_is_empty or turn.get("tool_calls")):
-            raise UserError(
-                f"{where}: the content of turn {k} of messages is null. Remove or fill it, or set "
-                "`null_is_empty: true`."
-            )
-        if content is None or isinstance(content, str | bool):
-            turn["content"] = "" if content is None else as_text(content)
-        turns.append(turn)
+        turns.append(_settle_turn(message, f"{where}: the content of turn {k}", null_is_empty))
     return turns
+
+
+def _settle_turn(message: Row, what: str, null_is_empty: bool) -> Row:
+    """Return one turn of a conversation."""
+    turn = {key: as_plain(value) for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if content is None:
+        # A turn that calls a tool may say nothing.
+        if not (null_is_empty or turn.get("tool_calls")):
+            raise UserError(
+                f"{what} of messages is null. Remove or fill it, or set `null_is_empty: true`."
+            )
+        turn["content"] = ""
+    elif isinstance(content, str | bool):
+        turn["content"] = as_text(content)
+    return turn
 
 
 def _settle_choices(row: Row, where: str) -> None:

@@ -224,6 +224,13 @@ def sort_labels(labels: Sequence[str]) -> list[str]:
     if has_numbers and not are_integers and not set(labels) <= set(BOOLEANS):
         shown = sorted(str(label) for label in labels)
         raise UserError(f"Some labels are names and some are numbers ({shown}). Use one kind.")
+    _warn_of_fractions(labels)
+    ordered = sorted(labels, key=int) if are_integers else sorted(labels)
+    return [str(label) for label in ordered]
+
+
+def _warn_of_fractions(labels: Sequence[str]) -> None:
+    """Warn if all labels spell numbers, and some of them fractions."""
     are_numbers = all(NUMBER.fullmatch(label) for label in labels)
     if are_numbers and any("." in label for label in labels):
         log.warning(
@@ -232,8 +239,6 @@ def sort_labels(labels: Sequence[str]) -> list[str]:
             str(labels[0]),
             len(labels),
         )
-    ordered = sorted(labels, key=int) if are_integers else sorted(labels)
-    return [str(label) for label in ordered]
 
 
 def _check_all_or_no_pairs(path_by_pairs: dict[bool, str]) -> None:

@@ -1,8 +1,10 @@
 """Load data sets from files, folders and the Hub as tables of exact texts."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.arrow_tables import ArrowPart, DatasetPart
@@ -27,6 +29,8 @@ from adaptrank.data.text_files import (
     unreadable,
 )
 from adaptrank.data.values import JSON, as_text
+
+log = logging.getLogger(__name__)
 
 READERS: dict[str, Reader] = {
     "csv": read_csv,
@@ -136,7 +140,8 @@ def _take(whole: Table, path: str, name: str, instruction: str) -> Table:
     if instruction == name:
         return whole
     try:
-        slices = ReadInstruction.from_spec(instruction).to_absolute({name: len(whole)})
+        parsed: Any = ReadInstruction.from_spec(instruction)  # type: ignore[no-untyped-call]
+        slices = parsed.to_absolute({name: len(whole)})
     except (ValueError, AssertionError) as error:
         raise UserError(f"No rows come from {path!r} as split {instruction!r}: {error}") from error
     ranges = [(part.from_ or 0, len(whole) if part.to is None else part.to) for part in slices]
@@ -210,7 +215,42 @@ def _load_from_hub(source: Source, split: str) -> Table | None:
             f"As the name of a Hub data set it fails with: {error}"
         ) from error
     assert isinstance(data, Dataset)
+    if data.info.builder_name in ("csv", "json"):
+        name = split.partition("[")[0]
+        parts = _exact_parts_of_hub(source, name)
+        if parts is not None:
+            return _take(Table(parts), source.path, name, split)
+        log.warning(
+            "%r has files of %s with settings of their own. The library `datasets` reads them, and "
+            "may take a text for a number or a date.",
+            source.path,
+            data.info.builder_name,
+        )
     return Table([DatasetPart(data, source.path)])
+
+
+def _exact_parts_of_hub(source: Source, name: str) -> list[Part] | None:
+    """Return the text files of a split on the Hub, or None if they have settings of their own.
+
+    The library `datasets` guesses the types of values in such files.
+    """
+    from datasets.download.download_manager import DownloadManager
+    from datasets.load import load_dataset_builder
+
+    builder = load_dataset_builder(source.path, source.name)
+    config: Any = builder.config
+    usual = {"encoding": (None, "utf-8"), "quotechar": ('"',), "header": ("infer", 0)}
+    fields = ("features", "field", "names", "skiprows", "encoding", "quotechar", "header")
+    is_usual = all(
+        getattr(config, field, None) in (None, *usual.get(field, ())) for field in fields
+    )
+    separator = getattr(config, "sep", ",")
+    if not is_usual or separator not in (",", "\t"):
+        return None
+    kind = "tsv" if separator == "\t" else builder.name
+    manager: Any = DownloadManager(dataset_name=builder.dataset_name)
+    files = manager.download(list(config.data_files[name]))
+    return [_part(Path(file), kind) for file in files]
 
 
 # ---- names of classes

@@ -28,6 +28,9 @@ SPLIT_NAMES = {
 }
 """Split -> the words with which the names of its files begin."""
 
+KNOWN_WORDS = [word for words in SPLIT_NAMES.values() for word in words]
+"""Words with which the names of files begin that belong to a split."""
+
 LABELS_FILE = "labels.json"
 """File beside the data that lists the names of the classes."""
 
@@ -89,14 +92,7 @@ def _files_of_pattern(path: str, pattern: Path) -> list[Path]:
 
 
 def _files_of_folder(path: str, folder: Path, split: str) -> list[Path]:
-    known_words = [word for words in SPLIT_NAMES.values() for word in words]
-    files = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.startswith(".") and kind_of(file)
-    ]
-    # A plain text beside the data is mostly a description of them.
-    files = [file for file in files if kind_of(file) != "text" or _is_named(file, known_words)]
+    files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
     if not files:
         raise FileNotFoundError(
             f"The folder {path!r} has no data file. Files read here end in {sorted(KINDS)}."
@@ -104,7 +100,16 @@ def _files_of_folder(path: str, folder: Path, split: str) -> list[Path]:
     named = [file for file in files if _is_named(file, SPLIT_NAMES.get(split, (split,)))]
     if named or split != "train":
         return named
-    return [file for file in files if not _is_named(file, known_words)]
+    return [file for file in files if not _is_named(file, KNOWN_WORDS)]
+
+
+def _is_data(file: Path) -> bool:
+    """Tell whether a file in a folder holds rows."""
+    kind = kind_of(file)
+    if kind is None or file.name.startswith(".") or not file.is_file():
+        return False
+    # A plain text beside the data is mostly a description of them.
+    return kind != "text" or _is_named(file, KNOWN_WORDS)
 
 
 def _is_named(file: Path, words: Sequence[str]) -> bool:
