@@ -1,7 +1,6 @@
 """The best checkpoint of a run, by the metric that a ModelCheckpoint monitors."""
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +129,10 @@ def load_best(module: LightningModule, best: Best) -> int:
 def _weights_of(file: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise UserError(f"{file} could not be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Any exception is about the file: the unpickler of a damaged one raises many kinds.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{file} could not be read: {reason}") from error
     return {key: checkpoint[key] for key in ("state_dict", "global_step")}
 
 
