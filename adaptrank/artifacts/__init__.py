@@ -9,6 +9,7 @@ from adaptrank.artifacts.adapter import (
     write_files,
 )
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.checkpoint_reading import check_form, explain_damage, read_checkpoint
 from adaptrank.artifacts.contents import describe_adapter
 from adaptrank.artifacts.extraction import (
     TENSORS,
@@ -30,8 +31,10 @@ __all__ = [
     "Rollback",
     "RoundingLoss",
     "StoredTensors",
+    "check_form",
     "describe_adapter",
     "digest_of",
+    "explain_damage",
     "extract_adapter",
     "frozen_weights",
     "load_adapter",
@@ -40,6 +43,7 @@ __all__ = [
     "open_weights",
     "parse_json",
     "read_adapter",
+    "read_checkpoint",
     "rounding_error",
     "save_adapter",
     "trained_modules",

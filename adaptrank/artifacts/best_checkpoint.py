@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from adaptrank._collectives import from_all, from_first
-from adaptrank._errors import UserError
+from adaptrank.artifacts.checkpoint_reading import read_checkpoint
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import wrappers
 
@@ -127,12 +126,7 @@ def load_best(module: LightningModule, best: Best) -> int:
 
 
 def _weights_of(file: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Any exception is about the file: the unpickler of a damaged one raises many kinds.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{file} could not be read: {reason}") from error
+    checkpoint = read_checkpoint(file)
     return {key: checkpoint[key] for key in ("state_dict", "global_step")}
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts import check_form, explain_damage
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints.accepted import accept_optimizers
 from adaptrank.checkpoints.comparison import (
@@ -20,7 +21,6 @@ from adaptrank.checkpoints.comparison import (
     compare_training,
 )
 from adaptrank.checkpoints.differences import Difference, refuse
-from adaptrank.checkpoints.reading import check_form, explain_damage
 from adaptrank.checkpoints.record import (
     FORMAT,
     RECORD,
