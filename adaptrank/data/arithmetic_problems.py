@@ -53,6 +53,10 @@ THINGS = (
     "toys",
 )
 
+PROMPT = "Question: {question}\nAnswer:"
+"""Format of all prompts."""
+EXAMPLE = "Ann has 12 pears and buys 7 more. How many pears does Ann have now?"
+
 FORMS: dict[str, Callable[[int, int, int], int]] = {
     "{a} + {b}": lambda a, b, c: a + b,
     "{a} - {b}": lambda a, b, c: a - b,
@@ -178,6 +182,14 @@ class ArithmeticProblems(CompletionTask):
         self.train_size = train_size
         self.val_size = val_size
 
+    @property
+    def prompt_template(self) -> str:
+        return PROMPT
+
+    @property
+    def example_prompt(self) -> str:
+        return PROMPT.format(question=EXAMPLE)
+
     def rows(self, split: Split) -> Sequence[Row] | None:
         if split == "train":
             return self._problems(split, TRAIN_PROBLEMS, self.train_size)
@@ -246,7 +258,7 @@ def make_row(form: str, text: str, operands: Operands, name: str, other: str, th
     question = text.format(a=a, b=b, c=c, name=name, other=other, thing=thing)
     answer = str(FORMS[form](a, b, c))
     return {
-        "prompt": f"Question: {question}\nAnswer:",
+        "prompt": PROMPT.format(question=question),
         "completion": f" {form.format(a=a, b=b, c=c)} = {answer}",
         "answer": answer,
     }

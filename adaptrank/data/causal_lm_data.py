@@ -6,6 +6,7 @@ from adaptrank._errors import UserError
 from adaptrank.data.columns import read_fields
 from adaptrank.data.completion_task import CompletionTask
 from adaptrank.data.mixing import SourceMix
+from adaptrank.data.prompts import gaps_of
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -74,6 +75,13 @@ class CausalLMData(CompletionTask):
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings
         )
+
+    @property
+    def prompt_template(self) -> str | None:
+        """The format string of all training sources, or None if they differ or name columns."""
+        templates = {source.prompt for source in self._sources.training}
+        template = templates.pop() if len(templates) == 1 else None
+        return template if template is not None and gaps_of(template) else None
 
     def rows(self, split: Split) -> list[Row] | None:
         def read(table: Table, source: Source) -> list[Row]:

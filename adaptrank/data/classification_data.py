@@ -37,7 +37,8 @@ class ClassificationData(LabelTask):
     classes. The names of the classes are `classes`, or those in the `labels.json` (a list) beside
     the file, or those that the data set declares, or else the sorted different labels of the
     training rows. A label is the characters in the data, so that 01 and 1 are two classes. If it is
-    none of the names, the characters of an integer are an index.
+    none of the names, the characters of an integer are an index. Where a trained adapter goes on,
+    its classes keep their numbers, by name.
 
     Sources with pairs and sources without are not mixed unasked, because a pair in a column of
     another name looks just like no pair. A source of single texts among pairs says so by
@@ -106,12 +107,16 @@ class ClassificationData(LabelTask):
         return 1 if self.regression else super().num_classes
 
     def setup(self, stage: str | None = None) -> None:
-        self._find_classes()
+        module = getattr(self.trainer, "lightning_module", None)
+        # A trained model knows its classes. Prediction then needs no look at the training rows.
+        if stage != "predict" or getattr(module, "class_names", None) is None:
+            self._find_classes()
         super().setup(stage)
 
     def rows(self, split: Split) -> list[Row] | None:
-        self._find_classes()
         is_labelled = split != "predict"
+        if is_labelled:
+            self._find_classes()
         # Whether rows have pairs -> path of the first source where that is so.
         path_by_pairs: dict[bool, str] = {}
 

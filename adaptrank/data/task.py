@@ -145,6 +145,18 @@ class TaskData(LightningDataModule, ABC):
         """Number of classes, known after `setup`. None if the task has no classes."""
         return None if self.class_names is None else len(self.class_names)
 
+    def conventions(self) -> dict[str, Any]:
+        """Return conventions of the data that a trained model needs in use, known after `setup`.
+
+        See `adaptrank.artifacts.conventions` for the keys.
+        """
+        return {}
+
+    def token_table(self, *tokens: str) -> dict[str, int]:
+        """Return {token: id} of tokens of the tokenizer."""
+        assert self.tokenizer is not None
+        return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+
     # ---- rows and tokens
 
     def examples(self, split: Split) -> Sequence[Row]:
@@ -163,6 +175,11 @@ class TaskData(LightningDataModule, ABC):
             else:
                 self._examples[split] = self._lazy_examples(rows, split)
         return self._examples[split]
+
+    @property
+    def encoded(self) -> dict[Split, Sequence[Row]]:
+        """Splits that are tokenized by now, with their examples."""
+        return dict(self._examples)
 
     def _lazy_examples(self, rows: Sequence[Row], split: Split) -> LazyExamples:
         """Return examples that are tokenized when they are read."""
