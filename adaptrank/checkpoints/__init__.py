@@ -1,6 +1,6 @@
 """What a checkpoint says of its run, how another run differs, and which files are no checkpoint."""
 
-from adaptrank.checkpoints.checkpoint_file import check_form, read_checkpoint
+from adaptrank.artifacts import check_form, read_checkpoint
 from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
 from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts import check_form, explain_damage
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints.accepted import accept_optimizers
-from adaptrank.checkpoints.checkpoint_file import check_form, explain_damage
 from adaptrank.checkpoints.differences import Difference, refuse
 from adaptrank.checkpoints.other_runs import (
     WORDED_BY_THE_ENGINE,

@@ -47,7 +47,7 @@ def finish(cli: "AdaptrankCLI") -> None:
     say("\n" + render(summary, metric_names(cli.model, after)))
     if warning:
         log.warning("\n%s", warning)
-    say("\n" + next_commands(folder, cli.model))
+    say("\n" + next_commands(folder, cli.model, cli.datamodule))
 
 
 def _logged(metrics: dict[str, float], files: RunFiles) -> dict[str, float]:

@@ -27,6 +27,7 @@ from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
+    class_names,
     metric_names,
     predictions,
     run_name,
@@ -302,7 +303,7 @@ class AdaptrankCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and print or write one line of JSON for each example."""
         batches = self.trainer.predict(**kwargs) or []
-        names = getattr(self.datamodule, "class_names", None)
+        names = class_names(self.model, self.datamodule)
         lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
         out = self._get(self.config, "out")
         if not self.trainer.is_global_zero:

@@ -49,8 +49,8 @@ def explain_damage(path: str | Path, error: BaseException) -> UserError:
     if isinstance(error, pickle.UnpicklingError) and forbidden:
         return UserError(
             f"{path} holds a pickled object, {forbidden.group(1)}, which may run code when it is "
-            "loaded. If you trust the file, allow it: --weights_only false, in Python "
-            "weights_only=False."
+            "loaded. If you trust the file, `fit` and `test` take it with --weights_only false, "
+            "and Trainer.fit with weights_only=False."
         )
     return UserError(f"{path} is no Lightning checkpoint, or it is damaged ({_short(error)}).")
 
