@@ -28,12 +28,13 @@ def untied_tensors(
     Raises:
         UserError: if the model ties parameters that the adapter holds apart.
     """
-    names = _names_by_parameter(model)
+    names = tied_names(model)
     kept: dict[str, Tensor] = {}
     for name, value in tensors.items():
         first, *others = names.get(name, [name])
-        if len(others) and not config.get("ensure_weight_tying"):
-            for other in (first, *others):
+        for other in (first, *others):
+            keeps_tie = bool(config.get("ensure_weight_tying")) and other not in tensors
+            if not keeps_tie:
                 _check_tied(name, other, tensors, folder)
         kept[first] = value
     return kept
@@ -56,7 +57,7 @@ def _check_tied(name: str, other: str, tensors: Mapping[str, Tensor], folder: Pa
     )
 
 
-def _names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return name of a parameter -> all names of it, the one in `named_parameters()` first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
