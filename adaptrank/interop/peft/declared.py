@@ -1,6 +1,6 @@
 """Tensors of the base in a PEFT file: only those that its configuration declares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ def declared_tensors(
     config: Mapping[str, Any],
     trained_whole: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
-    tied: Mapping[str, Sequence[str]],
+    tied: Mapping[str, list[str]],
     folder: Path,
 ) -> dict[str, Tensor]:
     """Return the tensors of modules that `modules_to_save` names, and refuse any other.
@@ -26,7 +26,7 @@ def declared_tensors(
         config: configuration of the adapter.
         trained_whole: name -> tensor of the file.
         present: name -> tensor of the model.
-        tied: name of a parameter -> all names of it.
+        tied: name -> all names of this tensor, where the model ties parameters.
         folder: folder of the adapter, which errors name.
     Returns:
         name -> tensor.
@@ -38,8 +38,7 @@ def declared_tensors(
     if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
         raise UserError(f"{folder} has modules_to_save={declared!r}, which are no names.")
     for key, value in trained_whole.items():
-        aliases = tied.get(key, [key]) if config.get("ensure_weight_tying") else [key]
-        if any(_lies_in(alias, name) for alias in aliases for name in declared):
+        if _is_declared([key, *tied.get(key, [])], declared):
             kept[key] = value
             continue
         own = present.get(tied.get(key, [key])[0])
@@ -49,6 +48,10 @@ def declared_tensors(
                 f"the base without a word."
             )
     return kept
+
+
+def _is_declared(keys: list[str], declared: list[str]) -> bool:
+    return any(_lies_in(key, name) for key in keys for name in declared)
 
 
 def _lies_in(key: str, name: str) -> bool:

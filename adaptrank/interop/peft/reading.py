@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
-from adaptrank.injection import adapt
+from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
 from adaptrank.interop.peft.declared import declared_tensors
@@ -96,7 +96,8 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config = read_config(folder)
     with open_weights(folder / WEIGHTS) as stored:
-        stored.check()
+        # AdaLoRA may leave a layer without a unit.
+        stored.check(may_be_empty=True)
         return config, dict(stored)
 
 
@@ -168,7 +169,7 @@ def _check_size(converted: OurLayer, path: str, layer: nn.Module, folder: Path) 
 
 def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: Path) -> None:
     """Wrap the layer at a path and copy the stored tensors into the wrapper."""
-    adapt(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
+    wrap_targets(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
     wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
     for attribute, value in converted.tensors.items():
         target = getattr(wrapper, attribute)

@@ -34,7 +34,7 @@ def untied_tensors(
         first, *others = names.get(name, [name])
         for other in (first, *others):
             keeps_tie = bool(config.get("ensure_weight_tying")) and other not in tensors
-            if not keeps_tie:
+            if other != name and not keeps_tie:
                 _check_tied(name, other, tensors, folder)
         kept[first] = value
     return kept
