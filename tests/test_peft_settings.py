@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adaptrank import load_adapter, save_adapter
 from adaptrank._errors import UserError
 from adaptrank.interop.peft import import_peft
-from adaptrank.interop.peft.settings import OFF, UNDERSTOOD
+from adaptrank.interop.peft.allow_list import OFF, UNDERSTOOD
 from adaptrank.parameterizations import DoRA, LoRA, wrapped_layers
 
 with warnings.catch_warnings():
