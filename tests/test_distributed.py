@@ -169,7 +169,7 @@ def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path)
     processes = launch(tmp_path, ["stops", "dies"], 2, DIES=str(dies))
     killed = processes[dies].pid
     results = finished(processes, seconds=120)
-    assert results[dies][1] == -9
+    assert results[dies][1] == -9, results
     output, code = results[1 - dies]
     assert code not in (0, None)
     assert "Error" in output

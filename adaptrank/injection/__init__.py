@@ -1,7 +1,7 @@
 """Put wrappers around the layers of a model, and take them away again."""
 
 from adaptrank.injection.fused import join_fused, split_at
-from adaptrank.injection.inject import adapt, describe
+from adaptrank.injection.inject import adapt, describe, wrap_targets
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules
 from adaptrank.injection.rank_pattern import apply_rank_pattern
@@ -33,4 +33,5 @@ __all__ = [
     "set_enabled",
     "split_at",
     "undone_on_error",
+    "wrap_targets",
 ]

@@ -21,6 +21,7 @@ from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank._options import COUNT, check_number
 from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.agreement import trained_conventions
 from adaptrank.modules.batch_keys import (
     IGNORED,
     at_least_float32,
@@ -43,7 +44,8 @@ class SequenceClassification(AdaptedModule):
     The head is new and trains with the adapters.
 
     Args:
-        num_labels: number of classes, by default that of the data module. 1 is a regression.
+        num_labels: number of classes, by default that of the `adapter`, or of the data module. 1 is
+            a regression.
         metrics: metrics beside the loss, by default accuracy, or for a regression Pearson and
             Spearman correlation. F1 is that of class 1 for two classes, and the macro average for
             more.
@@ -107,8 +109,8 @@ class SequenceClassification(AdaptedModule):
         backbone = backbones.load_model(
             self.source, auto_class, self.frozen_dtype, num_labels=self._count_labels()
         )
-        # A decoder finds the last token of a text by its padding.
-        if backbone.config.pad_token_id is None:
+        # A decoder finds the last token of a text by its padding, which the tokenizer writes.
+        if self.tokenizer.pad_token_id is not None:
             backbone.config.pad_token_id = self.tokenizer.pad_token_id
         return backbone
 
@@ -124,10 +126,18 @@ class SequenceClassification(AdaptedModule):
     def describe_base(self) -> dict[str, Any]:
         return {**super().describe_base(), "num_labels": self._count_labels()}
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes that the model was trained on, or None if they are not known."""
+        names: list[str] | None = trained_conventions(self).get("class_names")
+        return names
+
     def _count_labels(self) -> int:
-        """Return the number of classes, from `num_labels` or else from the data module."""
+        """Return the number of classes: `num_labels`, the trained model's, or the data module's."""
         if self.num_labels is not None:
             return self.num_labels
+        if self.class_names is not None:
+            return len(self.class_names)
         data = getattr(self._trainer, "datamodule", None)
         num_classes = getattr(data, "num_classes", None)
         if num_classes is None:

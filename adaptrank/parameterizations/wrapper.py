@@ -22,6 +22,7 @@ from adaptrank.parameterizations.deep_nests import (
 )
 from adaptrank.parameterizations.renamed import renamed_use
 from adaptrank.parameterizations.traits import Traits
+from adaptrank.parameterizations.unmerged_saving import guard_save_pretrained
 
 if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
@@ -92,6 +93,11 @@ class Wrapper(Traits, nn.Module, ABC):
         else:
             _freeze(base)
         self.base = base
+        guard_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_save_pretrained()
 
     # ---- attributes
 
