@@ -334,10 +334,10 @@ class AdaptedModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
+        check_clipping(self.trainer)
         self.step_mean.reset()
         self._warned_unsupervised.clear()
         check_launcher(self.trainer)
-        check_clipping(self.trainer)
         if stage == "fit":
             ensure_finite(self.trainer)
             ensure_peer_watch(self.trainer)
