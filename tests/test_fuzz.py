@@ -505,7 +505,7 @@ def written(subject, changes, draw, file):
     for change in changes:
         try:
             text = change(subject, draw, description, tensors) or text
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError):
             # The change before has taken away what this one would change.
             continue
     try:

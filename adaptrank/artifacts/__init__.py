@@ -9,6 +9,7 @@ from adaptrank.artifacts.adapter import (
     write_files,
 )
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.checkpoint_reading import check_form, explain_damage, read_checkpoint
 from adaptrank.artifacts.contents import describe_adapter
 from adaptrank.artifacts.conventions import (
     conventions_of,
@@ -38,9 +39,11 @@ __all__ = [
     "Rollback",
     "RoundingLoss",
     "StoredTensors",
+    "check_form",
     "conventions_of",
     "describe_adapter",
     "digest_of",
+    "explain_damage",
     "extract_adapter",
     "finish_configuration",
     "frozen_weights",
@@ -51,6 +54,7 @@ __all__ = [
     "parse_json",
     "prompt_conventions",
     "read_adapter",
+    "read_checkpoint",
     "record_conventions",
     "rounding_error",
     "save_adapter",

@@ -247,7 +247,7 @@ def _are_names(value: Any) -> bool:
         isinstance(value, list)
         and 1 <= len(value) <= MOST_PARTS
         and len(set(map(str, value))) == len(value)
-        and all(isinstance(name, str) and name.isidentifier() for name in value)
+        and all(is_plain_text(name, 64) and name.isidentifier() for name in value)
         and not any(name in TAKEN_NAMES or hasattr(nn.Module, name) for name in value)
     )
 

@@ -13,6 +13,7 @@ from adaptrank.data.collate import (
     validation_batch,
 )
 from adaptrank.data.segments import Segment, as_int32, cut, encode_segments, token_ids
+from adaptrank.data.shortening import Shortener
 from adaptrank.data.task import Row, Split, TaskData
 from adaptrank.data.templates import chat_segments, chat_template_of, render_chat
 
@@ -165,10 +166,11 @@ class CompletionTask(TaskData):
         """Tokenize prompts for generation: `prompt_ids` (L,), and the text `prompt`."""
         assert self.tokenizer is not None
         bos = self.tokenizer.bos_token_id
+        shortener = Shortener(self.tokenizer, self.max_length)
         prompts = [self._prompt(row) for row in rows]
         examples: list[Row] = [{} for _ in rows]
         for is_chat, indices in self._indices_by_kind(rows):
-            texts = [prompts[i] for i in indices]
+            texts = [shortener.prompt(prompts[i], special=not is_chat) for i in indices]
             encoded = token_ids(self.tokenizer, texts, special=not is_chat)
             for i, ids in zip(indices, encoded, strict=True):
                 kept, _, _ = cut(ids, [IGNORED] * len(ids), self.max_length, bos)
@@ -180,10 +182,12 @@ class CompletionTask(TaskData):
         """Tokenize prompts with completions: `input_ids` and `labels`, each (L,)."""
         assert self.tokenizer is not None
         bos = self.tokenizer.bos_token_id
+        shortener = Shortener(self.tokenizer, self.max_length)
         examples: list[Row] = [{} for _ in rows]
         cuts = {"prompt": 0, "completion": 0}
         for is_chat, indices in self._indices_by_kind(rows):
-            segments = [self._segments(rows[i]) for i in indices]
+            whole = (self._segments(rows[i]) for i in indices)
+            segments = [shortener.segments(row, special=not is_chat) for row in whole]
             encoded = encode_segments(self.tokenizer, segments, special=not is_chat)
             for i, (ids, labels) in zip(indices, encoded, strict=True):
                 end = self._end_ids(ids if is_chat else [])
@@ -224,8 +228,11 @@ class CompletionTask(TaskData):
     def _encode_choices(self, row: Row) -> Row:
         """Tokenize every choice of a row, after its prompt."""
         assert self.tokenizer is not None
-        segments = [self._choice_segments(row, choice) for choice in row["choices"]]
-        encoded = encode_segments(self.tokenizer, segments, special=not self._is_chat(row))
+        special = not self._is_chat(row)
+        shortener = Shortener(self.tokenizer, self.max_length)
+        whole = (self._choice_segments(row, choice) for choice in row["choices"])
+        segments = [shortener.segments(choice, special=special) for choice in whole]
+        encoded = encode_segments(self.tokenizer, segments, special=special)
         choices = []
         for text, (ids, labels) in zip(row["choices"], encoded, strict=True):
             ids, labels, _ = cut(ids, labels, self.max_length, self.tokenizer.bos_token_id)

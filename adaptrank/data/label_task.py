@@ -7,7 +7,8 @@ from typing import Any
 from adaptrank._errors import UserError
 from adaptrank.data.class_names import merge_classes
 from adaptrank.data.collate import Batch, class_batch
-from adaptrank.data.segments import as_int32
+from adaptrank.data.segments import as_int32, portions
+from adaptrank.data.shortening import Shortener
 from adaptrank.data.task import Row, Split, TaskData
 
 
@@ -103,15 +104,26 @@ class LabelTask(TaskData):
             "max_length": self.max_length,
             "verbose": False,
         }
-        texts = [row["text"] for row in rows]
-        pairs = [row["text_pair"] for row in rows] if is_paired else None
-        encoded = self.tokenizer(texts, pairs, **options)
-        fields = [field for field in ("input_ids", "token_type_ids") if field in encoded]
+        texts = self._shortened([row["text"] for row in rows])
+        columns = [texts]
+        if is_paired:
+            columns.append(self._shortened([row["text_pair"] for row in rows]))
         examples = []
-        for k in range(len(rows)):
-            examples.append({field: as_int32(encoded[field][k]) for field in fields})
-        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
+        truncated = 0
+        for start, stop in portions(*columns):
+            encoded = self.tokenizer(*(column[start:stop] for column in columns), **options)
+            fields = [field for field in ("input_ids", "token_type_ids") if field in encoded]
+            for k in range(stop - start):
+                examples.append({field: as_int32(encoded[field][k]) for field in fields})
+            truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
         return examples, truncated
+
+    def _shortened(self, texts: list[str]) -> list[str]:
+        """Return texts of which the tokenizer keeps the same tokens."""
+        assert self.tokenizer is not None
+        shortener = Shortener(self.tokenizer, self.max_length)
+        shorten = shortener.tail if self.tokenizer.truncation_side == "left" else shortener.head
+        return [shorten(text) for text in texts]
 
 
 def _check_all_or_no_pairs(rows: list[Row], split: Split) -> None:

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from adaptrank import backbones
 from adaptrank._errors import UserError
+from adaptrank._options import check_maker
 from adaptrank.allocation.schedules import steps
 from adaptrank.artifacts import (
     TENSORS,
@@ -35,7 +36,7 @@ from adaptrank.checkpoints import (
     make_record,
     model_differences,
 )
-from adaptrank.injection import adapt, apply_rank_pattern, find_modules
+from adaptrank.injection import adapt, apply_rank_pattern, as_makers, find_modules
 from adaptrank.modules.agreement import agree, trained_conventions
 from adaptrank.modules.averaging import (
     average_trained_only,
@@ -45,6 +46,11 @@ from adaptrank.modules.averaging import (
 )
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
+from adaptrank.modules.option_checks import (
+    check_clipping,
+    check_optimizer_options,
+    check_options,
+)
 from adaptrank.modules.settings import Adapter, read_rank_pattern
 from adaptrank.modules.trained_state import (
     check_same_keys,
@@ -56,6 +62,7 @@ from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
 from adaptrank.training.finite import check_finite, ensure_finite
 from adaptrank.training.peers import ensure_peer_watch
+from adaptrank.training.step_mean import StepMean
 
 log = logging.getLogger("adaptrank")
 
@@ -125,8 +132,11 @@ class AdaptedModule(LightningModule):
         self.frozen_dtype = backbones.auto_dtype(dtype)
         self.optimizer = optimizer
         self.schedule = schedule
-        # Only the range is checked here. The number of all steps is not known yet.
-        steps(warmup, 0)
+        check_options(schedule, warmup, lora_plus_ratio, seed)
+        check_optimizer_options(optimizer)
+        for entry in self.adapters:
+            for make in as_makers(entry.parameterization):
+                check_maker(make)
         self.warmup = warmup
         self.lora_plus_ratio = lora_plus_ratio
         self.gradient_checkpointing = gradient_checkpointing
@@ -139,6 +149,8 @@ class AdaptedModule(LightningModule):
         self.base_fingerprint: str | None = None
         self._resumed_random_state: dict[str, Any] | None = None
         self._steps_of_schedule: int | None = None
+        self.step_mean = StepMean()
+        self._warned_unsupervised: set[str] = set()
 
     @cached_property
     def source(self) -> backbones.Source:
@@ -301,8 +313,31 @@ class AdaptedModule(LightningModule):
             STEPS_OF_SCHEDULE: self._steps_of_schedule,
         }
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate the loss of a batch with its weight in the optimizer step."""
+        if self._trainer is not None:
+            loss = self.step_mean.weigh(loss, self._trainer.accumulate_grad_batches)
+        super().backward(loss, *args, **kwargs)
+
+    def warn_unsupervised(self, what: str) -> None:
+        """Warn once in a run that nothing is trained on in a batch.
+
+        Args:
+            what: the data without a label, for the message.
+        """
+        if what not in self._warned_unsupervised:
+            self._warned_unsupervised.add(what)
+            log.warning(
+                "A %s has no label to train on: each is -100. Its loss counts as zero. Look at the "
+                "template and at max_length, which may cut off every completion.",
+                what,
+            )
+
     def setup(self, stage: str) -> None:
+        self.step_mean.reset()
+        self._warned_unsupervised.clear()
         check_launcher(self.trainer)
+        check_clipping(self.trainer)
         if stage == "fit":
             ensure_finite(self.trainer)
             ensure_peer_watch(self.trainer)

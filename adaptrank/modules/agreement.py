@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from adaptrank._errors import UserError
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from adaptrank.modules.adapted import AdaptedModule
 
 log = logging.getLogger("adaptrank")
+
+READ_AT_MOST = 10_000
+"""Number of lazily generated examples whose tokens are compared with the model."""
 
 COMPARED = ("chat", "system", "prompt")
 """Conventions that are settings of the data. A model trained with others gives worse answers."""
@@ -86,7 +90,9 @@ def _token_ids(data: Any) -> Iterator[int]:
     """Yield the padding's id, and the largest id of each encoded text."""
     yield data.pad_id
     for examples in data.encoded.values():
-        for example in examples:
+        # Examples that are generated when they are read may be a hundred million.
+        read = examples if isinstance(examples, list) else islice(examples, READ_AT_MOST)
+        for example in read:
             texts = [example, *example.get("choices", ())]
             for text in texts:
                 for key in ("input_ids", "prompt_ids"):

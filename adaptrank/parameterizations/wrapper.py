@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
+from adaptrank._options import OptionProbe, OptionsFit, check_arguments
 from adaptrank.parameterizations.deep_nests import (
     FEW_WRAPPERS,
     allow_recursion,
@@ -79,6 +80,9 @@ class Wrapper(Traits, nn.Module, ABC):
         # Copying and unpickling call __new__ without arguments, and restore init_args themselves.
         if args or kwargs:
             self.__dict__["init_args"] = _arguments(cls, self, *args, **kwargs)
+            check_arguments(cls, self.init_args)
+            if any(isinstance(value, OptionProbe) for value in (*args, *kwargs.values())):
+                raise OptionsFit
         return self
 
     def __init__(self, base: nn.Module) -> None:
