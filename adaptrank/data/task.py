@@ -188,7 +188,10 @@ class TaskData(LightningDataModule, ABC):
         task.trainer = None
         task._examples = {}
         self._lazy.add(split)
-        return LazyExamples(rows, partial(task.encode, split=split))
+        examples = LazyExamples(rows, partial(task.encode, split=split))
+        # The first example shows the conventions of all. The copy shares what it collects.
+        examples[0]
+        return examples
 
     def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Keep the first rows after a seeded shuffle, if there is a limit below their number."""
