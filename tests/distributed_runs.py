@@ -179,6 +179,24 @@ def run(folder, name):
     left(folder, f"{name} resumed", model, trainer, allocator)
 
 
+def tokens(folder):
+    """Rows of unequal length: each process takes its rows of every batch, one of them no label."""
+    from test_step_mean import LENGTHS, TinyCausal, rows, train
+
+    batches = []
+    for seed, lengths in enumerate(LENGTHS[:4]):
+        lengths = (*lengths, 8) if len(lengths) % 2 else lengths
+        batch = rows(lengths, seed)
+        batch["labels"][1::WORLD_OF_ROWS] = -100 if seed == 1 else batch["labels"][1::WORLD_OF_ROWS]
+        batches.append({key: value[RANK::WORLD] for key, value in batch.items()})
+    state, watch, _ = train(TinyCausal, batches, accumulate_grad_batches=3, **settings())
+    torch.save((state, watch.losses), folder / f"tokens.{WORLD}.{RANK}.pt")
+
+
+WORLD_OF_ROWS = 2
+"""Every second row belongs to the second process, if there is one."""
+
+
 class Dies(Callback):
     """The second process is killed in the middle."""
 
@@ -213,5 +231,7 @@ if __name__ == "__main__":
             stops()
         elif name == "dies":
             fit(Shared(), ALL["AdaLoRA"](), Dies(), **settings())
+        elif name == "tokens":
+            tokens(Path(folder))
         else:
             run(Path(folder), name)

@@ -1,12 +1,18 @@
 """What a run leaves when it ends: the weights that were meant, or a sentence about why not."""
 
+import copy
 import json
+import os
 import re
+import subprocess
+import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from test_cli import cli, here, write  # noqa: F401
 from torch import nn
@@ -14,9 +20,15 @@ from torch.utils.data import DataLoader
 
 from adaptrank import _files, adapt, save_adapter
 from adaptrank._errors import UserError
+from adaptrank.allocation import AdaLoRA
 from adaptrank.artifacts import read_adapter
 from adaptrank.artifacts.checkpoint_files import CheckpointFiles, ensure_checkpoint_files
+from adaptrank.cli.chance import no_better_than_chance
+from adaptrank.modules import AdaptedModule, CausalLM
+from adaptrank.modules.label_counts import LabelCounts, LabelSpread
+from adaptrank.parameterizations import SVD as SVDForm
 from adaptrank.parameterizations import LoRA
+from adaptrank.training import peers
 from adaptrank.training.finite import MOST_BAD_LOSSES, FiniteWeights, NotFiniteError
 
 CALLBACKS = '''
@@ -66,7 +78,7 @@ def fit(here, cli, tiny_llama, monkeypatch):  # noqa: F811
     (here / "ending_callbacks.py").write_text(CALLBACKS)
     monkeypatch.syspath_prepend(str(here))
 
-    def run(*callbacks, options=(), trainer=(), **changes):
+    def run(*callbacks, options=(), trainer=(), generate=True, **changes):
         settings = {
             "max_steps": 8,
             "accelerator": "cpu",
@@ -78,8 +90,8 @@ def fit(here, cli, tiny_llama, monkeypatch):  # noqa: F811
         }
         changes = {"allocator": None, **changes, "trainer": settings}
         write(here, tiny_llama, **changes)
-        generate = ["--model.generate", "false"]
-        code, out, err = cli("fit", "--config", "tiny.yaml", *generate, *options)
+        options = [*options, *(["--model.generate", "false"] if generate else [])]
+        code, out, err = cli("fit", "--config", "tiny.yaml", *options)
         folders = sorted((here / "runs" / "tiny").glob("*"), key=lambda f: int(f.name))
         return code, out, err, folders[-1] if folders else None
 
@@ -183,7 +195,6 @@ class Small(nn.Module):
 
 def module_of(loss, **arguments):
     """A LightningModule whose loss is a function of (batch number, outputs)."""
-    from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
         def __init__(self):
@@ -354,6 +365,26 @@ def test_a_resumed_run_knows_the_best_step_of_the_run_before(fit, here):  # noqa
     assert equal(tensors(first / "adapter"), tensors(second / "adapter"))
 
 
+def test_a_best_checkpoint_that_cannot_be_read_leaves_the_last_weights(fit, here):  # noqa: F811
+    callbacks = [scores({"2": 1.0}), checkpoint(dirpath=str(here / "kept"), filename="best")]
+    code, _, err, folder = fit(*callbacks, spoil(here), options=QUICK)
+    assert code == 0, err
+    assert "best.ckpt could not be read" in err
+    assert "the adapter holds the last step, 8" in err
+    assert json.loads((folder / "summary.json").read_text())["saved"]["weights"] == "last"
+
+
+def spoil(here):  # noqa: F811
+    (here / "spoiling.py").write_text(
+        "from pathlib import Path\n"
+        "from lightning.pytorch import Callback\n"
+        "class Spoil(Callback):\n"
+        "    def on_train_end(self, *_):\n"
+        "        Path('kept/best.ckpt').write_bytes(b'torn')\n"
+    )
+    return {"class_path": "spoiling.Spoil"}
+
+
 def test_best_needs_a_metric(fit):
     code, _, err, folder = fit(options=("--save", "best"))
     assert code == 2
@@ -455,8 +486,8 @@ def test_a_checkpoint_where_an_adapter_belongs(here, cli, command):  # noqa: F81
     ("contents", "reason"),
     [
         (b"nothing", "is no Lightning checkpoint, or it is damaged"),
-        ({"a": 1}, "it holds no state_dict"),
-        ({"state_dict": {}, "object": Path("x")}, "holds pickled objects, which are not loaded"),
+        ({"a": 1}, "it has no 'state_dict'"),
+        ({"state_dict": {}, "object": Path("x")}, "holds a pickled object"),
     ],
 )
 def test_files_that_are_no_checkpoint(here, cli, contents, reason):  # noqa: F811
@@ -619,11 +650,146 @@ def test_the_plugin_is_set_for_modules_of_the_library_and_not_over_another_one(t
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_strategies_that_train_in_child_processes_are_refused(fit, monkeypatch, strategy):
-    from adaptrank.modules import CausalLM
-
     monkeypatch.setattr(CausalLM, "load_backbone", lambda self: pytest.fail("it loaded"))
     code, _, err, folder = fit(options=("--trainer.strategy", strategy, "--trainer.devices", "2"))
     assert code == 2
     assert "use strategy=ddp" in err
     assert len(err.strip().splitlines()) == 1
     assert folder is None
+
+
+def test_a_process_that_would_wait_for_a_lost_one_is_ended(monkeypatch, caplog):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set() if code else None)
+    monkeypatch.setattr(peers, "EVERY", 0.01)
+    monkeypatch.setattr(peers, "PATIENCE", 0.05)
+    child = subprocess.Popen(["sleep", "60"])
+    watch = peers.PeerWatch()
+    host, ours = peers._host(), peers._this_process()
+    theirs = peers.Process(host, child.pid, peers._status(child.pid)[1])
+    elsewhere = peers.Process("another machine", 1, "0")
+    monkeypatch.setattr(peers, "several", lambda: True)
+    monkeypatch.setattr(peers, "from_all", lambda value: [ours, theirs, elsewhere])
+    trainer = SimpleNamespace(global_rank=0, global_step=7)
+    watch.on_train_start(trainer, None)
+    assert not ended.wait(0.2)
+    child.kill()
+    assert ended.wait(5)
+    child.wait()
+    (record,) = caplog.records
+    assert f"Rank 1 (process {child.pid}) of this run is gone" in record.getMessage()
+    assert "after step 7" in record.getMessage()
+    # Another process that got the number does not count.
+    assert not peers.Process(host, os.getpid(), "1").runs()
+    assert ours.runs()
+
+
+def test_a_peer_may_end_once_no_process_trains(monkeypatch, caplog):
+    monkeypatch.setattr(peers, "EVERY", 0.01)
+    watch = peers.PeerWatch()
+    gone = peers.Process(peers._host(), 1 << 30, "")
+    monkeypatch.setattr(peers, "several", lambda: True)
+    monkeypatch.setattr(peers, "from_all", lambda value: [peers._this_process(), gone])
+    monkeypatch.setattr(peers.PeerWatch, "_gone", lambda self: [])
+    watch.on_train_start(SimpleNamespace(global_rank=0, global_step=0), None)
+    watch.on_train_end(None, None)
+    monkeypatch.undo()
+    assert watch._gone() == [1]
+    watch.on_exception(None, None, RuntimeError("gloo"))
+    assert watch.lost is None
+    assert not caplog.records
+
+
+# ---- chance
+
+
+class Guessing(AdaptedModule):
+    def __init__(self, metric, *labels):
+        LightningModule.__init__(self)
+        self.metric = metric
+        for batch in labels:
+            metric.update(torch.tensor(batch))
+
+    def chance(self):
+        return self.metric.chance()
+
+
+BALANCED = (LabelCounts(2), [0, 1] * 8, [0, 1, 0, 1])
+SKEWED = (LabelCounts(3), [2] * 18 + [0, 1])
+SPREAD = (LabelSpread(), [0.0, 2.0, 4.0], [2.0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "after", "warning"),
+    [
+        (BALANCED, {"loss": 0.70, "accuracy": 0.5}, "guessing has 0.6931; the accuracy is 0.5"),
+        (BALANCED, {"loss": 0.69, "accuracy": 0.6}, "most frequent class has 0.5000"),
+        (BALANCED, {"loss": 0.30, "accuracy": 0.9}, None),
+        (BALANCED, {"loss": 0.80, "accuracy": 0.9}, None),
+        (SKEWED, {"loss": 0.3, "accuracy": 0.9}, "most frequent class has 0.9000"),
+        (SKEWED, {"loss": 0.1, "accuracy": 0.95}, None),
+        (SPREAD, {"loss": 2.0}, "No better than chance: the loss is 2.0000, and guessing has 2.00"),
+        (SPREAD, {"loss": 1.0}, None),
+        (BALANCED, {"loss": float("nan"), "accuracy": 0.5}, "is not a number"),
+        (BALANCED, {}, None),
+    ],
+)
+def test_what_guessing_would_reach(labels, after, warning):
+    metric, *batches = labels
+    text = no_better_than_chance(Guessing(copy.deepcopy(metric), *batches), {}, after)
+    assert text is None if warning is None else warning in text
+
+
+def test_a_language_model_is_compared_with_its_vocabulary_and_with_its_start():
+    module = Guessing(SimpleNamespace(chance=lambda: {"loss": 4.0, "vocabulary": 54.6}))
+    assert "guessing has 4.0000" in no_better_than_chance(module, {}, {"loss": 4.0})
+    assert "guessing has 4.0000" in no_better_than_chance(module, {}, {"train_loss": 4.1})
+    assert no_better_than_chance(module, {}, {"loss": 3.99}) is None
+    before = {"loss": 3.0}
+    assert "3.0000 before it" in no_better_than_chance(module, before, {"loss": 3.00001})
+    assert no_better_than_chance(module, before, {"loss": 2.9}) is None
+
+
+def test_a_classifier_that_does_not_train_says_so(fit, tiny_bert):
+    model = {
+        "class_path": "SequenceClassification",
+        "init_args": {
+            "backbone": tiny_bert,
+            "dtype": "fp32",
+            "adapters": [{"targets": ["query"], "parameterization": ["LoRA"]}],
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+        },
+    }
+    data = {"class_path": "GeneratedQuestions", "init_args": {"train_size": 8, "val_size": 60}}
+    trainer = {"max_steps": 1, "limit_val_batches": 1.0}
+    code, _, err, folder = fit(model=model, data=data, trainer=trainer, generate=False)
+    assert code == 0, err
+    assert "No better than chance" in err
+    assert "guessing has 1.7918" in err
+    assert len(json.loads((folder / "summary.json").read_text())["warnings"]) == 1
+
+
+# ---- plain calls
+
+
+def test_plain_calls_say_what_an_early_end_leaves(caplog, tmp_path):
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(Small()), parameterization=partial(SVDForm, rank=4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    allocator = AdaLoRA(budget=2, every=2, warmup=1, final=2)
+    allocator.start(model, optimizer, 12)
+    for _ in range(6):
+        model(torch.ones(3, 6)).square().mean().backward()
+        allocator.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        allocator.step()
+    assert allocator.closed
+    save_adapter(model, tmp_path / "amid")
+    assert "saved between two events of its allocator" in caplog.text
+    caplog.clear()
+    allocator.finish()
+    allocator.finish()
+    assert caplog.text.count("AdaLoRA was stopped at step 6, before its last event at step 10") == 1
+    save_adapter(model, tmp_path / "after")
+    assert "between two events" not in caplog.text

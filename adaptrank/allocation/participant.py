@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal, Self
 from torch import nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import Range, check_arguments
 from adaptrank.allocation import compatibility
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import Phases, steps
+from adaptrank.allocation.schedules import Phases, check_length
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
@@ -50,6 +51,9 @@ class Participant(LightningShell):
 
     source: ClassVar[str] = ""
     """arXiv id of the method."""
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Numeric argument -> the values that make sense, beside those that the constructor checks. Any
+    other number has to be finite, and whole where its annotation says so."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities that an axis must have beside pruning, such as "grow"."""
     options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -77,8 +81,12 @@ class Participant(LightningShell):
 
     # Constructors do not hand all of their arguments up. Python passes them to __new__.
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the arguments, and check every number before a constructor computes with it."""
         self = super().__new__(cls)
         self.__dict__["init_args"] = constructor_arguments(cls, *args, **kwargs)
+        # Copying and unpickling call __new__ without arguments.
+        if args or kwargs:
+            check_arguments(cls, self.__dict__["init_args"])
         return self
 
     def __init__(
@@ -100,8 +108,8 @@ class Participant(LightningShell):
                 f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, "
                 f"and cap at least floor."
             )
-        for length in (warmup, final):
-            steps(length, 0)  # refuses a length that makes no sense
+        check_length("warmup", warmup)
+        check_length("final", final)
         self.budget, self.unit, self.every = budget, unit, every
         self.warmup, self.final = warmup, final
         self.floor, self.cap, self.seed = floor, cap, seed

@@ -26,20 +26,24 @@ from adaptrank.artifacts.adapter_checks import (
 )
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describe_adapter
+from adaptrank.artifacts.conventions import record_conventions
 from adaptrank.artifacts.header import digest_of, parse
+from adaptrank.artifacts.placing import place
 from adaptrank.artifacts.rollback import unchanged_on_error
+from adaptrank.artifacts.saving_checks import check_target, check_values, warn_of_disabled
 from adaptrank.artifacts.stored_values import load_tensors
 from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
 from adaptrank.axes import CLOSED, compact
 from adaptrank.injection import (
     ParameterizationCallable,
-    adapt,
     check_names,
     split_at,
+    wrap_targets,
 )
 from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
     Parameterization,
+    enclosed,
     named_layers,
     wrapped_layers,
 )
@@ -80,17 +84,21 @@ def save_adapter(
     this function, because weights may be sharded.
 
     Args:
-        model: any module that holds wrappers.
-        folder: made if it does not exist. An adapter in it is replaced.
-        base: facts about the frozen model, such as {"name": its id, "source": its origin}.
+        model: any module that holds wrappers. `torch.compile`, DataParallel and their like around
+            it leave no trace in the file.
+        folder: made if it does not exist. An adapter in it is replaced. All other files stay.
+        base: facts about the frozen model, such as {"name": its id, "source": its origin}. The
+            name defaults to that in the model's own configuration.
         names: names of the adapters to save. None means all.
         run: facts about the run that trained it, such as {"weights": "best", "step": 40}.
     Returns:
         The folder.
     Raises:
-        ValueError: if the model holds no wrapper, or no wrapper of a name, or if a tensor is not
-            finite.
+        ValueError: if the model holds no wrapper, or no wrapper of a name, or no values, or values
+            that are not finite, or if the folder is a file or holds an adapter of another library.
+        OSError: if the folder cannot be written.
     """
+    model = enclosed(model)
     if not wrapped_layers(model):
         raise UserError(
             "This model holds no adapter to save; call adapt() first, or unmerge() if it is merged."
@@ -98,6 +106,10 @@ def save_adapter(
     if names is not None:
         names = frozenset([names] if isinstance(names, str) else names)
         check_names(model, sorted(names))
+    folder = Path(folder)
+    check_target(folder, folder / WEIGHTS, folder / CONFIG, HEADER_KEY)
+    check_values(model)
+    warn_of_disabled(model, names)
 
     description = describe_adapter(model, base, names)
     # A tied tensor is written once.
@@ -187,10 +199,11 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     A layer that already carries an adapter of that name is loaded into, if its nest is the same.
     Adapters of other names stay, and the loaded adapter is put around them. If the base has other
     weights than the adapter was trained on, the log says so in one line. Groups of the base that
-    were pruned with the adapter are cut out of it.
+    were pruned with the adapter are cut out of it. Recorded conventions of training (class names,
+    stop tokens, padding) go into the model's configuration.
 
     Args:
-        model: the base, which may hold adapters of other names.
+        model: the base, which may hold adapters of other names. A module around it will do.
         folder: a folder that `save_adapter` wrote.
         name: name of the adapter in this model. None means its name in the file.
     Returns:
@@ -208,17 +221,19 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         check_numbers(stored, description)
         if name is not None:
             _rename(description, name, file)
-        with unchanged_on_error(model) as rollback:
-            split_at(model, description.get("split", {}))
-            layers = named_layers(model)
+        root = place(model, description)
+        with unchanged_on_error(root) as rollback:
+            split_at(root, description.get("split", {}))
+            layers = named_layers(root)
             check_layers(layers, description, file)
             check_allocations(layers, description, file)
-            warn_of_other_base(model, description)
+            warn_of_other_base(root, description)
             for entry in description["adapters"]:
-                _wrap_as_described(model, entry)
-            load_tensors(model, stored, description, rollback)
+                _wrap_as_described(root, entry)
+            load_tensors(root, stored, description, rollback)
             if pruned := description.get("pruned"):
-                compact(model, pruned)
+                compact(root, pruned)
+    record_conventions(root, description.get("conventions", {}), adapter_names(description))
     return model
 
 
@@ -259,7 +274,7 @@ def _wrap_as_described(model: nn.Module, entry: Mapping[str, Any]) -> None:
         bare = [path for path in entry["layers"] if not _carries(layers[path], name)]
         if bare:
             expression = "|".join(re.escape(path) for path in bare)
-            adapt(model, expression, makers, name=name, split_fused=False)
+            wrap_targets(model, expression, makers, name=name, split_fused=False)
 
 
 def _adapters_of(

@@ -1,16 +1,18 @@
 """The best checkpoint of a run, by the metric that a ModelCheckpoint monitors."""
 
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from adaptrank._collectives import from_all, from_first
-from adaptrank.artifacts.extraction import read_checkpoint
+from adaptrank._errors import UserError
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import wrappers
 
@@ -106,7 +108,11 @@ def _is_there(score: float, path: str) -> bool:
 
 
 def load_best(module: LightningModule, best: Best) -> int:
-    """Load the weights of a checkpoint into the module of its run, and return their step."""
+    """Load the weights of a checkpoint into the module of its run, and return their step.
+
+    Raises:
+        UserError: if it cannot be read without running code in it. The module is unchanged then.
+    """
     everywhere = all(from_all(best.file.is_file()))
     checkpoint: dict[str, Any] = {}
     if everywhere:
@@ -122,7 +128,10 @@ def load_best(module: LightningModule, best: Best) -> int:
 
 
 def _weights_of(file: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(file)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise UserError(f"{file} could not be read: {str(error).splitlines()[0]}") from error
     return {key: checkpoint[key] for key in ("state_dict", "global_step")}
 
 

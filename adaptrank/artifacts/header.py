@@ -21,7 +21,10 @@ FORMAT_VERSION = 2
 """Version 2 has a digest. Files of version 1, which have none, are read as well."""
 
 MOST_PARTS = 64
-"""Largest number of parts of a fused layer."""
+"""Largest number of parts of a fused layer, and of stop tokens."""
+
+LONGEST_TEXT = 1 << 17
+"""Characters of the longest chat template or prompt template."""
 
 DEEPEST_NEST = 16
 """Largest number of classes that one adapter puts on one layer."""
@@ -77,6 +80,7 @@ def check(description: Any, file: Path) -> None:
         _check_tables(description)
         _check_names(description.get("trained_modules"))
         _check_references(description)
+        _check_conventions(description.get("conventions", {}))
         _need(_is_map(description.get("run", {}), _is_fact), "run is no table of facts")
     except _DamageError as damage:
         raise UserError(f"{file} is damaged: {damage}.") from None
@@ -110,6 +114,8 @@ def _check_base(base: Any) -> None:
     for key in ("name", "source", "auto_class", "fingerprint"):
         fits = base.get(key) is None or is_plain_text(base[key], LONGEST_NAME)
         _need(fits, f"base.{key} is no text of one line")
+    rows = base.get("vocabulary")
+    _need(rows is None or _is_count(rows), "base.vocabulary is no number")
     labels = base.get("num_labels")
     _need(labels is None or _is_count(labels), "base.num_labels is no number")
 
@@ -191,6 +197,22 @@ def _check_tables(description: Mapping[str, Any]) -> None:
     for key, fits, required in tables:
         table = description.get(key, None if required else {})
         _need(_is_map(table, fits), f"{key} is not what it should be")
+
+
+def _check_conventions(conventions: Any) -> None:
+    _need(isinstance(conventions, dict), "its conventions are no table of keys")
+    for key in ("chat_template", "system", "prompt"):
+        text = conventions.get(key, "")
+        fits = isinstance(text, str) and len(text) <= LONGEST_TEXT
+        _need(fits, f"conventions.{key} is no short text")
+    _need(isinstance(conventions.get("chat", False), bool), "conventions.chat is no yes or no")
+    for key in ("stop_tokens", "pad_token"):
+        tokens = conventions.get(key, {})
+        fits = _is_map(tokens, _is_count) and len(tokens) <= MOST_PARTS
+        _need(fits, f"conventions.{key} are no tokens with their ids")
+    names = conventions.get("class_names", [])
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    _need(fits and len(set(names)) == len(names), "conventions.class_names are no different names")
 
 
 def _is_fact(value: Any) -> bool:

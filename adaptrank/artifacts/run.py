@@ -193,19 +193,23 @@ class RunFiles(Callback):
         assert callback is not None
         best = best_checkpoint(trainer, self._inherited)
         if best is None:
-            where = "" if not self._moving else " after the allocator's last event"
-            if trainer.is_global_zero:
-                log.warning(
-                    "No step%s was ranked by %s: the adapter holds the last step, %d.",
-                    where,
-                    callback.monitor,
-                    trainer.global_step,
-                )
-            self._save(trainer, pl_module, "last")
+            where = " after the allocator's last event" if self._moving else ""
+            self._save_last_instead(
+                trainer, pl_module, f"No step{where} was ranked by {callback.monitor}"
+            )
             return
-        step = load_best(pl_module, best)
+        try:
+            step = load_best(pl_module, best)
+        except UserError as error:
+            self._save_last_instead(trainer, pl_module, str(error))
+            return
         metric = {"monitor": best.monitor, "mode": best.mode, "value": best.value}
         self._save(trainer, pl_module, "best", step, metric)
+
+    def _save_last_instead(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
+        if trainer.is_global_zero:
+            log.warning("%s: the adapter holds the last step, %d.", reason, trainer.global_step)
+        self._save(trainer, pl_module, "last")
 
     def _save(
         self,

@@ -24,6 +24,7 @@ from adaptrank.parameterizations import (
     Parameterization,
     check_indices,
     is_index,
+    plain_name,
     wrapped_layers,
     wrappers,
 )
@@ -43,6 +44,7 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         unsaved = module._non_persistent_buffers_set
+        path = plain_name(model, path)
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) not in of_wrappers and name not in unsaved:

@@ -1,10 +1,10 @@
 """What a checkpoint says of its run, how another run differs, and which files are no checkpoint."""
 
-from adaptrank.checkpoints.comparison import STEPS_OF_SCHEDULE
+from adaptrank.artifacts import check_form, read_checkpoint
 from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
+from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE
 from adaptrank.checkpoints.plain_values import constructor_arguments, constructor_defaults, plain
-from adaptrank.checkpoints.reading import check_form, read_checkpoint
 from adaptrank.checkpoints.record import RECORD, make_record
 from adaptrank.checkpoints.recorder import (
     RunRecorder,

@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
-from adaptrank.checkpoints.comparison import same_groups
 from adaptrank.checkpoints.differences import compare_settings
+from adaptrank.checkpoints.other_runs import same_groups
 
 
 def accept_optimizers(

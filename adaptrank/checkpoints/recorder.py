@@ -10,17 +10,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts import check_form, explain_damage
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints.accepted import accept_optimizers
-from adaptrank.checkpoints.comparison import (
+from adaptrank.checkpoints.differences import Difference, refuse
+from adaptrank.checkpoints.other_runs import (
     WORDED_BY_THE_ENGINE,
     changed_length,
     compare_allocators,
     compare_models,
     compare_training,
 )
-from adaptrank.checkpoints.differences import Difference, refuse
-from adaptrank.checkpoints.reading import check_form, explain_damage
 from adaptrank.checkpoints.record import (
     FORMAT,
     RECORD,
@@ -221,7 +221,7 @@ def _load_checkpoint(
     """Load a checkpoint as the strategy does, and say in a sentence what is wrong with the file."""
     try:
         checkpoint = type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
-    except (OSError, UserError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
         raise
     except Exception as error:
         raise explain_damage(path, error) from error

@@ -12,6 +12,7 @@ from adaptrank.artifacts.run import RunFiles, discard_unbegun, render, summarize
 from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.chance import no_better_than_chance
+from adaptrank.cli.checkpoint_path import explain_restoring
 from adaptrank.cli.output import metric_names, next_commands, numbers, resume_command, say
 from adaptrank.parameterizations import adapted_part
 from adaptrank.reports.card import write_card
@@ -46,7 +47,7 @@ def finish(cli: "AdaptrankCLI") -> None:
     say("\n" + render(summary, metric_names(cli.model, after)))
     if warning:
         log.warning("\n%s", warning)
-    say("\n" + next_commands(folder, cli.model))
+    say("\n" + next_commands(folder, cli.model, cli.datamodule))
 
 
 def _logged(metrics: dict[str, float], files: RunFiles) -> dict[str, float]:
@@ -71,7 +72,9 @@ def explain(cli: "AdaptrankCLI", error: Exception) -> str | None:
     Once training has begun, the library's own errors alone are known to be no bugs.
     """
     is_own = isinstance(errors.unwrap(error), UserError)
-    return errors.explain(error) if is_own or not cli.began else None
+    if cli.began and not is_own:
+        return None
+    return errors.explain(error) or explain_restoring(error)
 
 
 def lost(cli: "AdaptrankCLI") -> bool:

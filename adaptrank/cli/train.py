@@ -15,19 +15,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # Their classes are known by name once they are imported.
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
-from adaptrank._errors import UserError
 from adaptrank._files import write_text
 from adaptrank.allocation import Participant
 from adaptrank.artifacts import WEIGHTS
 from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder
-from adaptrank.checkpoints import check_form, read_checkpoint
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
+from adaptrank.cli.checkpoint_path import check_checkpoint_path
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
+    class_names,
     metric_names,
     predictions,
     run_name,
@@ -127,17 +127,9 @@ class AdaptrankCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint's file before minutes of building."""
-        path = self.config[self.verb].get("ckpt_path")
-        if path in (None, "best", "last", "hpc") or "://" in str(path):
-            return
-        if not Path(path).is_file():
-            raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
-        try:
-            weights_only = self.config[self.verb].get("weights_only")
-            checkpoint = read_checkpoint(path, weights_only is not False)
-            check_form(checkpoint, path, resumes=self.verb == "fit")
-        except UserError as error:
-            raise errors.ConfigError(f"ckpt_path: {error}") from error
+        options = self.config[self.verb]
+        weights_only = options.get("weights_only") is not False
+        check_checkpoint_path(options.get("ckpt_path"), weights_only, self.verb == "fit")
 
     # ---- building
 
@@ -311,7 +303,7 @@ class AdaptrankCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and print or write one line of JSON for each example."""
         batches = self.trainer.predict(**kwargs) or []
-        names = getattr(self.datamodule, "class_names", None)
+        names = class_names(self.model, self.datamodule)
         lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
         out = self._get(self.config, "out")
         if not self.trainer.is_global_zero:

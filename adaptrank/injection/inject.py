@@ -13,6 +13,7 @@ from adaptrank.injection.fused import split_fused_layers
 from adaptrank.injection.left_out import left_out_weights, summary, warn_of_left_out
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules, match_layers
+from adaptrank.injection.outside_base import warn_of_frozen_heads
 from adaptrank.injection.paths import last_name
 from adaptrank.injection.rank_pattern import RankPattern, resize_by_pattern
 from adaptrank.injection.switch import is_merged
@@ -44,7 +45,8 @@ def adapt(
     """Freeze `model`, and wrap the layers that `targets` names.
 
     A second call with the same arguments changes nothing. After an error the model is unchanged.
-    `describe(model)` lists the wrapped layers.
+    `describe(model)` lists the wrapped layers. A frozen module outside of the pretrained part of a
+    transformers model, such as a new classifier, is named in the log.
 
     Args:
         model: any module. The library need not know its class.
@@ -71,6 +73,34 @@ def adapt(
             in another form.
         TypeError: if a method cannot wrap a matched layer.
     """
+    wrap_targets(
+        model,
+        targets,
+        parameterization,
+        exclude=exclude,
+        name=name,
+        train_modules=train_modules,
+        rank_pattern=rank_pattern,
+        split_fused=split_fused,
+        seed=seed,
+    )
+    warn_of_frozen_heads(model)
+    return model
+
+
+def wrap_targets(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    parameterization: ParameterizationCallable | Sequence[ParameterizationCallable],
+    *,
+    exclude: str | Sequence[str] = (),
+    name: str = "default",
+    train_modules: Sequence[str] = (),
+    rank_pattern: RankPattern | None = None,
+    split_fused: bool | Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+) -> None:
+    """Do what `adapt` does, without a look at modules outside of the pretrained part."""
     makers = as_makers(parameterization)
     if is_merged(model):
         raise UserError(
@@ -94,7 +124,6 @@ def adapt(
         if rank_pattern:
             _resize_new_axes(model, wrapped, name, rank_pattern, seed)
     warn_of_left_out(named_layers(model), targets, wrapped.values())
-    return model
 
 
 def _check_sizes(model: nn.Module) -> None:

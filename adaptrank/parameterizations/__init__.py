@@ -10,6 +10,7 @@ from adaptrank.parameterizations.base import (
     on_example,
 )
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.enclosing import enclosed, plain_name, pretrained_part
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
@@ -46,12 +47,15 @@ __all__ = [
     "adapted_part",
     "adapter_parameters",
     "check_indices",
+    "enclosed",
     "formula",
     "is_index",
     "named_layers",
     "on_example",
     "plain_modules",
+    "plain_name",
     "plain_parameters",
+    "pretrained_part",
     "replace_layer",
     "replace_layers",
     "wrapped_layers",

@@ -5,18 +5,21 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from adaptrank.parameterizations.base import Parameterization
+from adaptrank.parameterizations.enclosing import enclosed
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return path before wrapping -> module, for every module of a model, in its order.
 
     A wrapped module is given by its outermost wrapper. A module that is used at several places is
-    listed at the first one.
+    listed at the first one. Modules such as those of `torch.compile` and DataParallel have no path
+    of their own: the module that they enclose has it.
     """
     modules: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, path: str) -> None:
+        module = enclosed(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -93,6 +96,7 @@ def adapted_part(module: nn.Module) -> nn.Module:
 
     This is `module.backbone` if it holds all wrappers, and the module itself otherwise.
     """
+    module = enclosed(module)
     backbone = getattr(module, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return module

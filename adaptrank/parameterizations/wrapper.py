@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
+from adaptrank._options import OptionProbe, OptionsFit, check_arguments
 from adaptrank.parameterizations.deep_nests import (
     FEW_WRAPPERS,
     allow_recursion,
@@ -23,6 +24,7 @@ from adaptrank.parameterizations.deep_nests import (
 )
 from adaptrank.parameterizations.renamed import renamed_use
 from adaptrank.parameterizations.traits import Traits
+from adaptrank.parameterizations.unmerged_saving import guard_save_pretrained
 
 if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
@@ -71,6 +73,9 @@ class Wrapper(Traits, nn.Module, ABC):
         # Copying and unpickling call __new__ without arguments, and restore init_args themselves.
         if args or kwargs:
             self.__dict__["init_args"] = _arguments(cls, self, *args, **kwargs)
+            check_arguments(cls, self.init_args)
+            if any(isinstance(value, OptionProbe) for value in (*args, *kwargs.values())):
+                raise OptionsFit
         return self
 
     def __init__(self, base: nn.Module) -> None:
@@ -81,6 +86,11 @@ class Wrapper(Traits, nn.Module, ABC):
         else:
             _freeze(base)
         self.base = base
+        guard_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_save_pretrained()
 
     # ---- attributes
 

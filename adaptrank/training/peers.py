@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from adaptrank._errors import RunError
 
 log = logging.getLogger("adaptrank")
 
-EVERY = 1.0
+EVERY = 0.25
 """Seconds from one look at the other processes to the next."""
 PATIENCE = 20.0
 """Seconds that a process may go on after another one is gone, before it is ended."""
@@ -58,8 +57,9 @@ class PeerWatch(Callback):
     """Say which process of a run is gone, and end a process that would wait for it.
 
     A collective operation fails, or waits for long, when another process is gone. A thread looks
-    once a second whether the processes on this machine still run. If one does not, this process
-    gets the time to fail by itself, and is ended after that. A process on another machine is known
+    several times a second whether the processes on this machine still run. If one does not, it says
+    so at once, since a launcher may end this process soon. Otherwise this process gets the time to
+    fail by itself, and is ended after that. A process on another machine is known
     by the failing operation alone.
     """
 
@@ -106,8 +106,7 @@ class PeerWatch(Callback):
             time.sleep(0.1)
             gone = self._gone()
         if gone or _is_collective(exception):
-            self.lost = self._sentence(gone)
-            log.error(self.lost)
+            self._say(gone)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop to look."""
@@ -129,16 +128,21 @@ class PeerWatch(Callback):
             f"Rank {self._rank} cannot go on alone, and ends. Resume from the last checkpoint."
         )
 
+    def _say(self, gone: list[int]) -> None:
+        """Log the sentence, once."""
+        if self.lost is None:
+            self.lost = self._sentence(gone)
+            log.error(self.lost)
+
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(EVERY):
             gone = self._gone()
-            if not gone:
-                continue
-            if not over.wait(PATIENCE):
-                # The main thread waits inside of a collective, where no exception reaches it.
-                print(self._sentence(gone), file=sys.stderr, flush=True)
-                os._exit(1)
-            return
+            if gone:
+                self._say(gone)
+                if not over.wait(PATIENCE):
+                    # The main thread waits in a collective, where no exception reaches it.
+                    os._exit(1)
+                return
 
 
 def ensure_peer_watch(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from adaptrank.allocation.copying import Pair, copies, kinds_of
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.schedules import check_length
 from adaptrank.allocation.scores.elements import elements, zeros
 from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator, shift_copies, states_of
@@ -115,6 +116,7 @@ class BeamLoRA(Policy[BeamState]):
                 f"p0={p0}, tau={tau}, gate_lr_ratio={gate_lr_ratio}: 0 < p0 <= 1, the others "
                 f"above 0."
             )
+        check_length("until", until)
         if split not in ("snapshot", "exact"):
             raise UserError(f"split={split!r}; use 'snapshot' (as released) or 'exact'.")
         self.p0, self.tau, self.until, self.split = p0, tau, until, split

@@ -14,6 +14,7 @@ def check_declared(
     config: Mapping[str, Any],
     trained_whole: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
+    tied: Mapping[str, list[str]],
     folder: Path,
 ) -> None:
     """Refuse a tensor of the base that `modules_to_save` does not name.
@@ -25,6 +26,7 @@ def check_declared(
         config: configuration of the adapter.
         trained_whole: name -> tensor of the file.
         present: name -> tensor of the model.
+        tied: name -> all names of this tensor, where the model ties parameters.
         folder: folder of the adapter, which errors name.
     Raises:
         UserError: names the tensor.
@@ -33,7 +35,7 @@ def check_declared(
     if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
         raise UserError(f"{folder} has modules_to_save={declared!r}, which are no names.")
     for key, value in trained_whole.items():
-        if any(_lies_in(key, name) for name in declared):
+        if _is_declared([key, *tied.get(key, [])], declared):
             continue
         own = present.get(key)
         if own is None or own.shape != value.shape or not _equal(own, value):
@@ -41,6 +43,10 @@ def check_declared(
                 f"{folder} holds {key}, which its modules_to_save does not name; it would change "
                 f"the base without a word."
             )
+
+
+def _is_declared(keys: list[str], declared: list[str]) -> bool:
+    return any(_lies_in(key, name) for key in keys for name in declared)
 
 
 def _lies_in(key: str, name: str) -> bool:

@@ -3,10 +3,10 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
-from adaptrank.injection import adapt
+from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
 from adaptrank.interop.peft.declared import check_declared
@@ -24,7 +24,7 @@ from adaptrank.interop.peft.initializations import (
     subtracted_product,
 )
 from adaptrank.interop.peft.keys import split_key
-from adaptrank.interop.peft.ties import untied_tensors
+from adaptrank.interop.peft.ties import tied_names, untied_tensors
 from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,23 +59,24 @@ def import_peft(
     folder = Path(folder)
     config, stored = read_peft(folder)
     check_initialization(config, folder, has_initial=initial is not None)
-    first_factors = None if initial is None else _first_factors(Path(initial), config)
+    first_factors = {} if initial is None else _first_factors(Path(initial), config)
     modules = named_layers(model)
     with unchanged_on_error(model) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
-        check_declared(config, trained_whole, parameters, folder)
+        check_declared(config, trained_whole, parameters, tied_names(model), folder)
         for wrapper in wrappers(model):
             if wrapper.name == name:
                 rollback.announce(wrapper.own_tensors().values())
         trained_whole = untied_tensors(model, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
-            if first_factors is None:
+            subtracted: Callable[[int, float], Product | None]
+            if initial is None:
                 subtracted = partial(subtracted_product, config, path, layer, folder)
             else:
-                subtracted = partial(_scaled_product, first_factors, path, Path(cast(str, initial)))
+                subtracted = partial(_scaled_product, first_factors, path, Path(initial))
             stored_layer = StoredLayer(folder, config, path, tensors, subtracted)
             converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)
@@ -166,7 +167,7 @@ def _check_size(converted: OurLayer, path: str, layer: nn.Module, folder: Path) 
 
 def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: Path) -> None:
     """Wrap the layer at a path and copy the stored tensors into the wrapper."""
-    adapt(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
+    wrap_targets(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
     wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
     for attribute, value in converted.tensors.items():
         target = getattr(wrapper, attribute)

@@ -5,7 +5,7 @@ that turns it off. An adapter that uses anything else is refused by the setting'
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +149,7 @@ def _is_default_of_peft(kind: str, name: str, value: Any) -> bool:
         if field.name != name:
             continue
         if field.default_factory is not dataclasses.MISSING:
-            return bool(cast(Callable[[], Any], field.default_factory)() == value)
+            return bool(field.default_factory() == value)
         return bool(field.default == value)
     return False
 

@@ -28,7 +28,7 @@ def untied_tensors(
     Raises:
         UserError: if the model ties parameters that the adapter holds apart.
     """
-    names = _names_by_parameter(model)
+    names = tied_names(model)
     kept: dict[str, Tensor] = {}
     for name, value in tensors.items():
         first, *others = names.get(name, [name])
@@ -56,7 +56,7 @@ def _check_tied(name: str, other: str, tensors: Mapping[str, Tensor], folder: Pa
     )
 
 
-def _names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return name of a parameter -> all names of it, the one in `named_parameters()` first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

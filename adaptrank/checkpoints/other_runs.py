@@ -16,7 +16,7 @@ STEPS_OF_SCHEDULE = "steps_of_schedule"
 
 
 def compare_models(here: Record, stored: Record) -> list[Difference]:
-    """Return how two adapted models differ: nests, modules that train whole, and the base."""
+    """Return how two adapted models differ: nests, modules that train whole, classes, and base."""
     new, old = here["adapter"], stored["adapter"]
     differences = compare_nests(new["adapters"], old["adapters"])
     trained_new, trained_old = set(new["trained_modules"]), set(old["trained_modules"])
@@ -26,6 +26,13 @@ def compare_models(here: Record, stored: Record) -> list[Difference]:
             f"{_listed(trained_old)} in the checkpoint"
         )
         differences.append(Difference("train_modules", clause))
+    names_new, names_old = (each.get("conventions", {}).get("class_names") for each in (new, old))
+    if names_new and names_old and names_new != names_old:
+        clause = (
+            f"the classes are {_in_order(names_new)} here and {_in_order(names_old)} in the "
+            f"checkpoint (data.classes sets them)"
+        )
+        differences.append(Difference("data.classes", clause))
     base_new, base_old = new["base"], old["base"]
     prints = base_new.get("fingerprint"), base_old.get("fingerprint")
     if all(prints) and prints[0] != prints[1] and trained_new == trained_old:
@@ -36,6 +43,10 @@ def compare_models(here: Record, stored: Record) -> list[Difference]:
         )
         differences.append(Difference("backbone", clause))
     return differences
+
+
+def _in_order(names: Sequence[str]) -> str:
+    return f"[{some(names, 12)}]"
 
 
 def _listed(names: set[str]) -> str:

@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
         raise UserError(f"{path} is no Lightning checkpoint, or it is damaged.")
     try:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
         raise explain_damage(path, error) from error
@@ -45,12 +45,12 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
 
 def explain_damage(path: str | Path, error: BaseException) -> UserError:
     """Return the error of a file that could not be loaded, as one sentence."""
-    forbidden = re.search(r"(?:GLOBAL|Unsupported global:)\s*(\S+)", str(error))
+    forbidden = re.search(r"[Uu]nsupported global:(?: GLOBAL)? (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and forbidden:
         return UserError(
             f"{path} holds a pickled object, {forbidden.group(1)}, which may run code when it is "
-            "loaded. If you trust the file, allow it: --weights_only false, in Python "
-            "weights_only=False."
+            "loaded. If you trust the file, `fit` and `test` take it with --weights_only false, "
+            "and Trainer.fit with weights_only=False."
         )
     return UserError(f"{path} is no Lightning checkpoint, or it is damaged ({_short(error)}).")
 
