@@ -56,8 +56,7 @@ class Wrapper(Traits, nn.Module, ABC):
     wraps_a_base: ClassVar[bool] = True
     """Whether this is a wrapper: what `isinstance` says, at a fraction of its price."""
     depth: int = 1
-    """Number of wrappers of the nest up to this one when it was made. An adapter that was deleted
-    since still counts."""
+    """Number of wrappers of the nest up to this one when it was made."""
     _given_weight: Tensor | None = None
     _gates_read: frozenset[str] = frozenset()
 
