@@ -43,3 +43,12 @@ def mean(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def total(tensor: Tensor) -> tuple[Tensor, int]:
+    """The sum over all processes, on each, and their number."""
+    if not several():
+        return tensor, 1
+    result = tensor.detach().clone()
+    dist.all_reduce(result)
+    return result, dist.get_world_size()

@@ -15,6 +15,14 @@ class UserTypeError(UserError, TypeError):
     """A user's mistake about a type: a layer of the wrong kind, an argument of the wrong class."""
 
 
+class RunError(UserError, RuntimeError):
+    """A run that cannot go on: the command prints its sentence, although training has begun."""
+
+
+class ListedError(UserError):
+    """A mistake whose sentence lists several details. The command line prints all of it."""
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Return the most similar name, ignoring case, or None if no name is similar.
 

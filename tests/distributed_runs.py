@@ -31,6 +31,7 @@ from adaptrank.allocation import (
 )
 from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
+from adaptrank.training.finite import FiniteWeights, NotFiniteError
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -178,6 +179,24 @@ def run(folder, name):
     left(folder, f"{name} resumed", model, trainer, allocator)
 
 
+def tokens(folder):
+    """Rows of unequal length: each process takes its rows of every batch, one of them no label."""
+    from test_step_mean import LENGTHS, TinyCausal, rows, train
+
+    batches = []
+    for seed, lengths in enumerate(LENGTHS[:4]):
+        lengths = (*lengths, 8) if len(lengths) % 2 else lengths
+        batch = rows(lengths, seed)
+        batch["labels"][1::WORLD_OF_ROWS] = -100 if seed == 1 else batch["labels"][1::WORLD_OF_ROWS]
+        batches.append({key: value[RANK::WORLD] for key, value in batch.items()})
+    state, watch, _ = train(TinyCausal, batches, accumulate_grad_batches=3, **settings())
+    torch.save((state, watch.losses), folder / f"tokens.{WORLD}.{RANK}.pt")
+
+
+WORLD_OF_ROWS = 2
+"""Every second row belongs to the second process, if there is one."""
+
+
 class Dies(Callback):
     """The second process is killed in the middle."""
 
@@ -186,10 +205,33 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class OneIsNaN(Callback):
+    """The gradients of the second process become NaN, after they were averaged."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if RANK == 1 and trainer.global_step == 5:
+            for p in pl_module.parameters():
+                if p.grad is not None:
+                    p.grad.fill_(torch.nan)
+
+
+def stops():
+    """Both processes stop with one sentence."""
+    callbacks = (ALL["AdaLoRA"](), OneIsNaN(), FiniteWeights())
+    try:
+        fit(Shared(), *callbacks, log_every_n_steps=6, **settings())
+    except NotFiniteError as error:
+        print(f"stopped: {error}", flush=True)
+
+
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
     for name in names:
-        if name == "dies":
+        if name == "stops":
+            stops()
+        elif name == "dies":
             fit(Shared(), ALL["AdaLoRA"](), Dies(), **settings())
+        elif name == "tokens":
+            tokens(Path(folder))
         else:
             run(Path(folder), name)

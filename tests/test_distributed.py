@@ -83,7 +83,8 @@ def finished(processes, seconds=240):
 def folder(tmp_path_factory):
     """What all scenarios leave, of one process and of two."""
     folder = tmp_path_factory.mktemp("runs")
-    for output, code in finished([*launch(folder, NAMES, 2), *launch(folder, NAMES, 1)]):
+    names = [*NAMES, "tokens"]
+    for output, code in finished([*launch(folder, names, 2), *launch(folder, names, 1)]):
         assert code == 0, output
     return folder
 
@@ -110,6 +111,17 @@ def test_two_processes_are_one_with_the_whole_batch(folder, name, resumed):
         torch.testing.assert_close(
             first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+def test_a_step_is_the_mean_over_the_tokens_of_both_processes(folder):
+    """Batches of unequal length are accumulated, and one process has a batch without a label."""
+    want, losses = load(folder, "tokens", 1, 0)
+    for rank in (0, 1):
+        have, its_losses = load(folder, "tokens", 2, rank)
+        assert len(its_losses) == 2
+        assert its_losses == pytest.approx(losses, rel=1e-6)
+        for key, value in want.items():
+            torch.testing.assert_close(have[key], value, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,8 +166,17 @@ def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path):
-    results = finished(launch(tmp_path, ["dies"], 2, DIES=str(dies)), seconds=120)
-    assert results[dies][1] == -9
+    processes = launch(tmp_path, ["stops", "dies"], 2, DIES=str(dies))
+    killed = processes[dies].pid
+    results = finished(processes, seconds=120)
+    assert results[dies][1] == -9, results
     output, code = results[1 - dies]
     assert code not in (0, None)
     assert "Error" in output
+    assert f"Rank {dies} (process {killed}) of this run is gone: it was killed" in output
+    assert f"Rank {1 - dies} cannot go on alone" in output
+    # Before that, the NaN of one process stopped both.
+    for output, _ in results:
+        (sentence,) = [line for line in output.splitlines() if line.startswith("stopped: ")]
+        assert "trained tensors are not finite" in sentence
+        assert "between step 0 and step 6" in sentence

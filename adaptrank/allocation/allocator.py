@@ -12,7 +12,6 @@ from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.participant import Choice
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis
 
@@ -132,11 +131,6 @@ class Allocator(Policy[TrackedTensors], registered=False):
     def examples(self) -> Sequence[Any]:
         """The first `examples_needed()` training batches, the same all through the run."""
         return self.run.examples
-
-    @property
-    def phases(self) -> Phases:
-        """Phases of the run, in optimizer steps."""
-        return self.run.phases
 
     @property
     def steps_done(self) -> int:

@@ -117,29 +117,6 @@ def _why_nothing(participant: "Participant", run: Run) -> str:
     return f"{methods} has no rank axis; {suggestion}{beside}"
 
 
-def check_resume(participant: "Participant", run: Run, phases: Phases) -> None:
-    """Check that the progress of a checkpoint belongs to this run.
-
-    Raises:
-        ValueError: if phases, budget or axes differ.
-    """
-    stored = run.progress
-    differences = []
-    if stored.phases is not None and stored.phases != phases:
-        differences.append(f"it had {stored.phases}, this run has {phases}")
-    budget = (participant.budget, participant.unit)
-    if stored.budget != budget:
-        differences.append(f"its budget was {list(stored.budget)}, this run's is {list(budget)}")
-    if set(stored.start_sizes) != set(run.axes):
-        differences.append("its axes are not those of this model")
-    if differences:
-        raise UserError(
-            f"The checkpoint's {participant.label} does not fit this run: "
-            f"{'; '.join(differences)}. Resume with the configuration it was saved under, or "
-            f"start a new run from its adapter (model.adapter)."
-        )
-
-
 def check_budget(participant: "Participant", run: Run) -> None:
     """Check that the final budget can be met from the sizes at the start.
 
@@ -234,3 +211,27 @@ def check_beside(participant: "Participant", other: "Participant") -> None:
         raise UserError(f"{name} and {second} would both move the ranks of this model; keep one.")
     if participant.chooses_ranks and other.chooses_ranks:
         raise UserError(f"{name} and {second} would both choose the ranks to start from; keep one.")
+
+
+def shortfall(participant: "Participant") -> str:
+    """Return one sentence about a run that is over before its last event, "" if all is well.
+
+    It is about units that are closed and still there, and about a budget that is exceeded.
+    """
+    run = participant.run
+    if not (participant.moves and run.moves_left):
+        return ""
+    closed = sum(map(len, run.progress.closed.values()))
+    sizes = run.sizes()
+    target = participant.budget_at(run.phases.end)
+    cost = run.cost().total(sizes)
+    exceeds = target is not None and cost > target
+    if not (closed or exceeds):
+        return ""
+    units = sum(sizes.values())
+    budget = f", and its budget of {target} {run.unit} is exceeded by {cost - target}" * exceeds
+    return (
+        f"{participant.label} was stopped at step {run.steps_done}, before its last event at step "
+        f"{run.phases.end}: the adapter holds {units} units, {closed} of them closed{budget}. "
+        f"Resume the run to its end, or shorten the phases of the allocator."
+    )

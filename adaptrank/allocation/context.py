@@ -14,7 +14,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import Progress, TrackedTensors, Where
-from adaptrank.axes import CostModel, RankAxis, cost_model, rank_cost
+from adaptrank.axes import CostModel, RankAxis, cost_model, holds, rank_cost
 
 Axes = Mapping[str, RankAxis]
 """Axis key -> rank axis, in natural order."""
@@ -82,10 +82,24 @@ class Run:
         """Whether an event may still come: the last one is ahead, or was put off."""
         return self.steps_done < self.phases.end or self.progress.deferred
 
+    def trained_tensors(self) -> list[Tensor]:
+        """Return the tensors of all axes. An axis without slots has those of its wrappers."""
+        tensors: list[Tensor] = []
+        for axis in self.axes.values():
+            slots = [slot.tensor for slot in axis.slots()]
+            own = [p for layer, _ in axis.members for _, p in layer.own_parameters()]
+            tensors += slots or own
+        return tensors
+
+    def owners(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that move a tensor of an axis."""
+        tensors = self.trained_tensors()
+        return [optimizer for optimizer in self.optimizers if holds(optimizer, tensors)]
+
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the first parameter group of the first optimizer."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        """Learning rate of the first parameter group of the optimizer that owns the axes."""
+        return float((self.owners() or self.optimizers)[0].param_groups[0]["lr"])
 
     @property
     def examples(self) -> Sequence[Any]:

@@ -4,6 +4,7 @@ The engine knows no method and no trainer. A shell calls `start`, `before_step`,
 `finish`; the engine calls the hooks of the participant in between.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import first, from_first
-from adaptrank.allocation import checks
+from adaptrank._errors import RunError
+from adaptrank.allocation import checks, resuming
 from adaptrank.allocation.beginning import begin
 from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
-from adaptrank.axes import check_optimizer
+from adaptrank.axes import CLOSED, check_optimizer
 from adaptrank.parameterizations import adapted_part
 
 if TYPE_CHECKING:
     from adaptrank.allocation.participant import Participant
     from adaptrank.allocation.policy import Policy
+
+log = logging.getLogger("adaptrank")
 
 UNBOUNDED = 1 << 62
 """Budget that a plan gets where none is enforced."""
@@ -42,9 +46,13 @@ class Engine:
         self.running = False
         self.restored = False
         """Whether a checkpoint was loaded that the next start goes on from."""
+        self.stored_run: Mapping[str, Any] | None = None
+        """Description of the run whose checkpoint was loaded; None in one of an earlier version."""
         self.state = TrackedTensors()
         self.progress = Progress(budget=(participant.budget, participant.unit))
         self._run: Run | None = None
+        self._told = False
+        self._has_seen_state = False
 
     @property
     def run(self) -> Run:
@@ -85,16 +93,17 @@ class Engine:
         if not resumed:
             self.progress = Progress()
         run = self._attach_model(model, list(optimizers), batches, loss)
-        for optimizer in run.optimizers:
-            check_optimizer(optimizer)
+        self._has_seen_state = False
+        self._check_optimizers()
         phases = checks.phases_of(participant, total_steps)
         if resumed:
-            checks.check_resume(participant, run, phases)
+            resuming.check_resume(participant, run, phases, self.stored_run)
         self.progress.phases = phases
         self.progress.budget = (participant.budget, participant.unit)
         checks.check_schedule(participant, phases)
         state = participant.init_state(run.axes)
         if resumed:
+            resuming.check_tracked(participant, self.state, run.axes)
             state.load_state_dict(self.state.state_dict())
         self.state = state
         if not resumed:
@@ -105,6 +114,7 @@ class Engine:
         participant.install(self.state, run.axes)
         self._before_pass()
         self.running = True
+        self._told = False
 
     def before_step(self, scale: float = 1.0) -> None:
         """Update the state once the gradients of an optimizer step are complete.
@@ -124,7 +134,7 @@ class Engine:
         if not self._gradients_are_finite(scale):
             progress.bad_steps += 1
             if progress.bad_steps == MOST_BAD_STEPS:
-                raise RuntimeError(
+                raise RunError(
                     f"Gradients were not finite for {MOST_BAD_STEPS} optimizer steps in a row; "
                     f"lower the learning rate."
                 )
@@ -136,29 +146,60 @@ class Engine:
     def step(self, step: int | None = None) -> Event | None:
         """Finish an optimizer step, and return the event if there was one.
 
+        An event is due on reaching its step, or on passing it.
+
         Args:
             step: number of the step, counted from 1; by default the next one.
         """
         progress, participant, run = self.progress, self.participant, self.run
-        progress.steps_done = progress.steps_done + 1 if step is None else step
-        if progress.steps_done == 1:
-            for optimizer in run.optimizers:
-                check_optimizer(optimizer)  # now it has state to judge by
+        before = progress.steps_done
+        progress.steps_done = before + 1 if step is None else step
+        if not self._has_seen_state:
+            self._check_optimizers()  # now they have state to judge by
+            self._has_seen_state = True
         with torch.no_grad():
             participant.finish_step(self.state, run.axes)
-        event = self._event() if self._is_event() else None
+        event = self._due_events(before)
         if participant.moves and not run.moves_left:
             self.state.clear()  # nothing moves any more
         self._before_pass()
         return event
 
+    def catch_up(self) -> Event | None:
+        """Carry out the last event in a run that has ended before it, so that its budget is met."""
+        progress, run = self.progress, self.run
+        if not self.participant.moves or not run.moves_left:
+            return None
+        steps_done, end = progress.steps_done, run.phases.end
+        progress.steps_done = max(steps_done, end)
+        event = self._event()
+        event["reason"] += f"; training ended after step {steps_done}, before this event"
+        log.warning(
+            "%s: training ended after %d of %d planned steps, before the last event at step %d. "
+            "It was carried out at the end, and nothing was trained after it.",
+            self.participant.label,
+            steps_done,
+            run.phases.total,
+            end,
+        )
+        return event
+
     def finish(self) -> None:
-        """Remove the hooks of the participant."""
+        """Remove the hooks of the participant, and say what an early end leaves undone."""
+        self.say_shortfall()
         if self._run is not None:
             for handle in self._run.handles:
                 handle.remove()
             self._run.handles.clear()
         self.running = False
+
+    def say_shortfall(self) -> None:
+        """Log one line, once, if the run ended before its last event and misses its budget."""
+        if self.running and self._run is not None and self.progress.steps_done:
+            self._run.model.__dict__.pop(CLOSED, None)
+            if first() and not self._told and (text := checks.shortfall(self.participant)):
+                log.warning(text)
+            self._told = True
 
     def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
         """Return (step, budget) of every event of a run, from the shapes of a model alone.
@@ -196,15 +237,29 @@ class Engine:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return progress and tracked tensors."""
-        return {**self.progress.state_dict(), "tracked": self.state.state_dict()}
+        """Return progress, tracked tensors, and a description of the run."""
+        model = None if self._run is None else self._run.model
+        return {
+            **self.progress.state_dict(),
+            "tracked": self.state.state_dict(),
+            "run": resuming.describe_run(self.participant, model),
+        }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Take what a checkpoint holds; the next `start` goes on from there."""
+        """Take what a checkpoint holds; the next `start` goes on from there.
+
+        Raises:
+            ValueError: if the state is damaged.
+        """
+        state = TrackedTensors()
+        try:
+            progress = Progress.from_state_dict(stored)
+            state.load_state_dict(stored["tracked"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise resuming.damaged(self.participant, error) from error
         self.restored, self.running = True, False
-        self.progress = Progress.from_state_dict(stored)
-        self.state = TrackedTensors()
-        self.state.load_state_dict(stored["tracked"])
+        self.progress, self.state = progress, state
+        self.stored_run = stored.get("run")
         if self._run is not None:
             self._run.progress = self.progress
 
@@ -216,6 +271,7 @@ class Engine:
         closed = {key: c.units for key, c in plan.items() if isinstance(c, Close)}
         done = execute(plan, run.axes, self.state, run.optimizers, self.participant.seed, step)
         self.progress.closed = closed
+        run.model.__dict__[CLOSED] = closed
         return done
 
     @property
@@ -223,12 +279,25 @@ class Engine:
         """The participant, which moves ranks. Only a policy has events."""
         return cast("Policy[Any]", self.participant)
 
-    def _is_event(self) -> bool:
+    def _due_events(self, before: int) -> Event | None:
+        """Carry out the events after step `before`, each at its own step; return the last one."""
         if not self.participant.moves:
-            return False
-        step, phases = self.progress.steps_done, self.run.phases
-        late = self.progress.deferred and step > phases.end
-        return phases.is_event(step) or late
+            return None
+        progress, phases = self.progress, self.run.phases
+        step, event = progress.steps_done, None
+        for due in phases.events_between(before, step):
+            progress.steps_done = due
+            event = self._event()
+        progress.steps_done = step
+        if event is None and progress.deferred and step > phases.end:
+            event = self._event()
+        return event
+
+    def _check_optimizers(self) -> None:
+        """Refuse an optimizer that moves the axes and whose state cannot follow them."""
+        tensors = self.run.trained_tensors()
+        for optimizer in self.run.owners():
+            check_optimizer(optimizer, tensors)
 
     @torch.no_grad()
     def _event(self) -> Event:
@@ -238,6 +307,7 @@ class Engine:
         event every step tries again.
         """
         policy, run = self._policy, self.run
+        self._check_optimizers()  # some tensors may have got their state late
         step = run.steps_done
         budget = policy.budget_at(step)
         event: Event = {"step": step, "budget": budget, "unit": run.unit}

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import Range, check_arguments
 from adaptrank.allocation import compatibility
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import steps
+from adaptrank.allocation.schedules import Phases, check_length
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
+from adaptrank.checkpoints import constructor_arguments, constructor_defaults
 from adaptrank.registry import Registry
 
 ALLOCATORS: Registry["Participant"] = Registry("allocator")
@@ -49,6 +51,9 @@ class Participant(LightningShell):
 
     source: ClassVar[str] = ""
     """arXiv id of the method."""
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Numeric argument -> the values that make sense, beside those that the constructor checks. Any
+    other number has to be finite, and whole where its annotation says so."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities that an axis must have beside pruning, such as "grow"."""
     options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -63,11 +68,26 @@ class Participant(LightningShell):
     short_form: ClassVar[bool] = False
     """Whether it is written in the short form; see `Allocator`."""
 
+    accept_changes: bool = False
+    """Whether it goes on from a checkpoint of a run with other arguments or another schedule."""
+    init_args: dict[str, Any]
+    """Arguments of the constructor as plain values, with defaults, for checkpoints."""
+
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         """Add the class to `ALLOCATORS`, unless it is a contract: `registered=False`."""
         super().__init_subclass__(**kwargs)
         if registered:
             ALLOCATORS.add(cls)
+
+    # Constructors do not hand all of their arguments up. Python passes them to __new__.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the arguments, and check every number before a constructor computes with it."""
+        self = super().__new__(cls)
+        self.__dict__["init_args"] = constructor_arguments(cls, *args, **kwargs)
+        # Copying and unpickling call __new__ without arguments.
+        if args or kwargs:
+            check_arguments(cls, self.__dict__["init_args"])
+        return self
 
     def __init__(
         self,
@@ -88,8 +108,8 @@ class Participant(LightningShell):
                 f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, "
                 f"and cap at least floor."
             )
-        for length in (warmup, final):
-            steps(length, 0)  # refuses a length that makes no sense
+        check_length("warmup", warmup)
+        check_length("final", final)
         self.budget, self.unit, self.every = budget, unit, every
         self.warmup, self.final = warmup, final
         self.floor, self.cap, self.seed = floor, cap, seed
@@ -105,9 +125,26 @@ class Participant(LightningShell):
         return self.engine.run
 
     @property
+    def phases(self) -> Phases:
+        """Phases of the run, in steps of the optimizer that moves the axes."""
+        return self.run.phases
+
+    @property
     def label(self) -> str:
         """Name in errors, tables and reports."""
         return type(self).__name__
+
+    def argument_defaults(self) -> dict[str, Any]:
+        """Return the default values of the constructor's arguments."""
+        return constructor_defaults(type(self))
+
+    def describe_allocator(self) -> dict[str, Any]:
+        """Return class, arguments and their defaults, for the record of a run."""
+        return {
+            "class": self.label,
+            "init_args": self.init_args,
+            "defaults": self.argument_defaults(),
+        }
 
     @property
     def chooses_ranks(self) -> bool:

@@ -40,6 +40,10 @@ class Phases:
         """Return the steps of all events of the run."""
         return [step for step in range(self.warmup + 1, self.end + 1) if self.is_event(step)]
 
+    def events_between(self, before: int, step: int) -> list[int]:
+        """Return the steps of the events after step `before` and up to `step`."""
+        return [due for due in range(before + 1, step + 1) if self.is_event(due)]
+
     def progress(self, step: int) -> float:
         """Return 0 until the warm-up ends, 1 from `end` on, and a linear value between."""
         span = self.end - self.warmup
@@ -57,13 +61,28 @@ def steps(amount: int | float, total: int) -> int:
     Raises:
         UserError: for a negative amount or a fraction above 1.
     """
-    if amount < 0 or (isinstance(amount, float) and amount > 1):
-        raise UserError(
-            f"{amount} is no length of a phase. Give whole steps, or a fraction from 0.0 to 1.0."
-        )
+    check_length("", amount)
     if isinstance(amount, float):
         return round(amount * total)
     return amount
+
+
+def check_length(name: str, amount: int | float) -> None:
+    """Check the length of a phase, before the number of all steps is known.
+
+    Args:
+        name: option that it comes from, for the error.
+        amount: as in `steps`.
+
+    Raises:
+        UserError: for a negative amount or a fraction above 1.
+    """
+    if amount < 0 or (isinstance(amount, float) and amount > 1):
+        option = f"{name}=" if name else ""
+        raise UserError(
+            f"{option}{amount} is no length of a phase. Give whole steps, or a fraction from 0.0 "
+            "to 1.0."
+        )
 
 
 def cubic(start: int, target: int, progress: float) -> int:

@@ -1,6 +1,7 @@
 """Save and load adapters: one safetensors file, whose header says how to build them again."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,34 +9,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptrank._collectives import first
-from adaptrank._errors import UserError
+from adaptrank._errors import RunError, UserError, some
 from adaptrank._files import atomic_file
 from adaptrank.artifacts.adapter_checks import (
     check_allocations,
     check_digest,
     check_layers,
+    check_numbers,
     warn_of_other_base,
 )
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describe_adapter
+from adaptrank.artifacts.conventions import record_conventions
 from adaptrank.artifacts.header import digest_of, parse
+from adaptrank.artifacts.placing import place
+from adaptrank.artifacts.rollback import unchanged_on_error
+from adaptrank.artifacts.saving_checks import check_target, check_values, warn_of_disabled
 from adaptrank.artifacts.stored_values import load_tensors
-from adaptrank.axes import compact
+from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
+from adaptrank.axes import CLOSED, compact
 from adaptrank.injection import (
     ParameterizationCallable,
-    adapt,
     check_names,
     split_at,
-    undone_on_error,
+    wrap_targets,
 )
 from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
     Parameterization,
+    enclosed,
     named_layers,
     wrapped_layers,
 )
@@ -47,12 +54,14 @@ __all__ = [
     "read_adapter",
     "save_adapter",
     "trained_modules",
+    "write_described",
     "write_files",
 ]
 
+log = logging.getLogger("adaptrank")
+
 Model = TypeVar("Model", bound=nn.Module)
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 HEADER_KEY = "adaptrank"
@@ -64,6 +73,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     base: Mapping[str, Any] | None = None,
     names: Iterable[str] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapters of a model, and the modules trained with them, to a folder.
 
@@ -73,15 +83,21 @@ def save_adapter(
     this function, because weights may be sharded.
 
     Args:
-        model: any module that holds wrappers.
-        folder: made if it does not exist. An adapter in it is replaced.
-        base: facts about the frozen model, such as {"name": its id, "source": its origin}.
+        model: any module that holds wrappers. `torch.compile`, DataParallel and their like around
+            it leave no trace in the file.
+        folder: made if it does not exist. An adapter in it is replaced. All other files stay.
+        base: facts about the frozen model, such as {"name": its id, "source": its origin}. The
+            name defaults to that in the model's own configuration.
         names: names of the adapters to save. None means all.
+        run: facts about the run that trained it, such as {"weights": "best", "step": 40}.
     Returns:
         The folder.
     Raises:
-        ValueError: if the model holds no wrapper, or no wrapper of a name.
+        ValueError: if the model holds no wrapper, or no wrapper of a name, or no values, or values
+            that are not finite, or if the folder is a file or holds an adapter of another library.
+        OSError: if the folder cannot be written.
     """
+    model = enclosed(model)
     if not wrapped_layers(model):
         raise UserError(
             "This model holds no adapter to save; call adapt() first, or unmerge() if it is merged."
@@ -89,6 +105,10 @@ def save_adapter(
     if names is not None:
         names = frozenset([names] if isinstance(names, str) else names)
         check_names(model, sorted(names))
+    folder = Path(folder)
+    check_target(folder, folder / WEIGHTS, folder / CONFIG, HEADER_KEY)
+    check_values(model)
+    warn_of_disabled(model, names)
 
     description = describe_adapter(model, base, names)
     # A tied tensor is written once.
@@ -97,18 +117,60 @@ def save_adapter(
     for entry in adapter_tensors(model, names):
         if entry.key not in tied:
             tensors[entry.key] = entry.value()
-    for name, tensor in trained_modules(model).items():
-        if name not in tied:
-            tensors[name] = tensor.detach().contiguous()
+    adapter_keys = list(tensors)
+    whole = {name: t for name, t in trained_modules(model).items() if name not in tied}
+    tensors |= {name: tensor.detach().contiguous() for name, tensor in whole.items()}
+    if run is not None:
+        description["run"] = dict(run)
+    _say_closed(model)
+    # A buffer of a module that trains whole may be infinite by design, such as a mask.
+    trained = [name for name, tensor in whole.items() if isinstance(tensor, nn.Parameter)]
+    _check_finite({key: tensors[key] for key in [*adapter_keys, *trained]})
+    if first():
+        write_described(Path(folder), description, tensors)
+    return Path(folder)
 
-    folder = Path(folder)
-    if not first():
-        return folder
+
+def write_described(
+    folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter from its description and its tensors, as `save_adapter` does.
+
+    Args:
+        folder: made if it does not exist.
+        description: see `describe_adapter`. Its digest is set here.
+        tensors: of the safetensors file.
+    """
     # Readers compare the digest. They refuse a file that was cut, changed, or mixed from two.
     description["digest"] = digest_of(json.loads(json.dumps(description)), tensors)
     text = json.dumps(description, indent=2)
     write_files(folder, tensors, {HEADER_KEY: text}, text)
-    return folder
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save tensors that are not finite, which no one can train or predict with."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise RunError(
+            f"{len(bad)} of {len(tensors)} tensors of this adapter are not finite "
+            f"({some(bad, 2)}): nothing is saved. Go back to an earlier checkpoint, or train again "
+            f"with a lower learning rate."
+        )
+
+
+def _say_closed(model: nn.Module) -> None:
+    """Log one line if an allocator has closed units of the model that it has not removed yet."""
+    closed = model.__dict__.get(CLOSED)
+    if closed and first():
+        log.warning(
+            "This adapter is saved between two events of its allocator: %d of its units are "
+            "closed, and still in the file.",
+            sum(map(len, closed.values())),
+        )
 
 
 def write_files(
@@ -136,10 +198,11 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     A layer that already carries an adapter of that name is loaded into, if its nest is the same.
     Adapters of other names stay, and the loaded adapter is put around them. If the base has other
     weights than the adapter was trained on, the log says so in one line. Groups of the base that
-    were pruned with the adapter are cut out of it.
+    were pruned with the adapter are cut out of it. Recorded conventions of training (class names,
+    stop tokens, padding) go into the model's configuration.
 
     Args:
-        model: the base, which may hold adapters of other names.
+        model: the base, which may hold adapters of other names. A module around it will do.
         folder: a folder that `save_adapter` wrote.
         name: name of the adapter in this model. None means its name in the file.
     Returns:
@@ -148,26 +211,27 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file and the model do not fit. The model is unchanged then.
     """
-    file = _weights_file(folder)
-    description = read_adapter(folder)
-    if name is not None and len(stored_names := adapter_names(description)) > 1:
-        raise UserError(
-            f"{file} holds adapters called {', '.join(sorted(stored_names))}; "
-            f"leave `name` out to load them all."
-        )
-    check_digest(file, description)
-    if name is not None:
-        _rename(description, name)
-    with undone_on_error(model, split_at(model, description.get("split", {}))):
-        layers = named_layers(model)
-        check_layers(layers, description, file)
-        check_allocations(layers, description, file)
-        warn_of_other_base(model, description)
-        for entry in description["adapters"]:
-            _wrap_as_described(model, entry)
-        load_tensors(model, file, description["tied"], adapter_names(description))
-        if pruned := description.get("pruned"):
-            compact(model, pruned)
+    file = find_weights(folder)
+    with open_weights(file) as stored:
+        description = _described(stored)
+        stored.check()
+        check_digest(stored, description)
+        check_numbers(stored, description)
+        if name is not None:
+            _rename(description, name, file)
+        root = place(model, description)
+        with unchanged_on_error(root) as rollback:
+            split_at(root, description.get("split", {}))
+            layers = named_layers(root)
+            check_layers(layers, description, file)
+            check_allocations(layers, description, file)
+            warn_of_other_base(root, description)
+            for entry in description["adapters"]:
+                _wrap_as_described(root, entry)
+            load_tensors(root, stored, description, rollback)
+            if pruned := description.get("pruned"):
+                compact(root, pruned)
+    record_conventions(root, description.get("conventions", {}), adapter_names(description))
     return model
 
 
@@ -178,46 +242,24 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file is damaged, or was written by another library or a later version.
     """
-    file = _weights_file(folder)
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {error}.") from None
-    if HEADER_KEY not in metadata:
-        raise UserError(f"{file} is no adaptrank adapter: its header does not describe one.")
-    return parse(metadata[HEADER_KEY], file)
+    with open_weights(find_weights(folder)) as stored:
+        return _described(stored)
 
 
-def _weights_file(folder: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file of an adapter's folder, or say what is in its place."""
-    folder = Path(folder)
-    file = folder / WEIGHTS
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
-        )
-    if file.is_symlink():
-        raise UserError(
-            f"{file} is a symbolic link, which may lead anywhere; copy the file itself."
-        )
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No adapter at {str(folder)!r}: it has no {WEIGHTS}.{_hint_at_other_files(folder)}"
-        )
-    return file
+def _described(stored: StoredTensors) -> dict[str, Any]:
+    """Return the description in the header of an open file, checked."""
+    if HEADER_KEY not in stored.metadata:
+        raise UserError(f"{stored.file} is no adaptrank adapter: its header does not describe one.")
+    return parse(stored.metadata[HEADER_KEY], stored.file)
 
 
-def _hint_at_other_files(folder: Path) -> str:
-    if (folder / "adapter" / WEIGHTS).is_file():
-        return f" Did you mean {folder / 'adapter'}?"
-    files = folder.iterdir() if folder.is_dir() else ()
-    pickled = [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
-    return f" {pickled[0]} is a pickle, which is never loaded as an adapter." if pickled else ""
-
-
-def _rename(description: Mapping[str, Any], name: str) -> None:
+def _rename(description: Mapping[str, Any], name: str, file: Path) -> None:
     """Give all wrappers of a description another name, in place."""
+    if len(stored_names := adapter_names(description)) > 1:
+        raise UserError(
+            f"{file} holds adapters called {some(sorted(stored_names))}; "
+            f"leave `name` out to load them all."
+        )
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             wrapper["name"] = name
@@ -230,7 +272,7 @@ def _wrap_as_described(model: nn.Module, entry: Mapping[str, Any]) -> None:
         bare = [path for path in entry["layers"] if not _carries(layers[path], name)]
         if bare:
             expression = "|".join(re.escape(path) for path in bare)
-            adapt(model, expression, makers, name=name, split_fused=False)
+            wrap_targets(model, expression, makers, name=name, split_fused=False)
 
 
 def _adapters_of(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError
+from adaptrank.artifacts.arguments import check_arguments
 from adaptrank.artifacts.base_weights import frozen_weights
 from adaptrank.artifacts.contents import (
     adapter_names,
@@ -22,22 +22,53 @@ from adaptrank.artifacts.contents import (
     wrappers_named,
 )
 from adaptrank.artifacts.header import digest_of
+from adaptrank.artifacts.weights_file import StoredTensors
 from adaptrank.backbones import fingerprint
 from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
 log = logging.getLogger("adaptrank")
 
+FEW_LABELS = 1024
+"""Number of labels that a file may state without a tensor of as many rows."""
 
-def check_digest(file: Path, description: Mapping[str, Any]) -> None:
+NUMBERS_OF_A_LAYER = 1 << 22
+"""Numbers that one wrapper may have, whatever the size of its layer."""
+
+BYTES_OF_ALL = 1 << 29
+"""Bytes that the wrappers of a file may take before they are pruned to their stored sizes, beside
+16 times the size of the file."""
+
+
+def check_digest(stored: StoredTensors, description: Mapping[str, Any]) -> None:
     """Refuse a file whose tensors or description were changed after it was written."""
-    if "digest" not in description:
-        # A file of format 1 has none.
-        return
-    with safe_open(file, framework="pt") as stored:
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    if digest_of(description, tensors) != description["digest"]:
+    # A file of format 1 has none.
+    if "digest" in description and digest_of(description, stored) != description["digest"]:
         raise UserError(
-            f"{file} is not what was written: its digest is another one. Copy it again."
+            f"{stored.file} is not what was written: its digest is another one. Copy it again."
+        )
+
+
+def check_numbers(stored: StoredTensors, description: Mapping[str, Any]) -> None:
+    """Refuse numbers in a description that no tensor of the file is large enough for.
+
+    Every wrapper has a tensor on every layer, and a head has a row for each label.
+    """
+    described = sum(len(entry["nest"]) * len(entry["layers"]) for entry in description["adapters"])
+    tensors = len(stored) + len(description["tied"])
+    if described > tensors:
+        raise UserError(
+            f"{stored.file} is damaged: it describes {described:,} wrappers, and has "
+            f"{tensors:,} tensors."
+        )
+    labels = description["base"].get("num_labels") or 0
+    tied = description["tied"]
+    whole = [tied.get(key, key) for key in description["trained_modules"]]
+    rows = [stored.shape(key)[0] for key in whole if key in stored and stored.shape(key)]
+    most = max([FEW_LABELS, *rows])
+    if labels > most:
+        raise UserError(
+            f"{stored.file} is damaged: it states {labels:,} labels, and no tensor in it has as "
+            f"many rows."
         )
 
 
@@ -62,10 +93,11 @@ def check_layers(
                     f"{file} adapts {path!r}, which this model does not have; "
                     f"was it made for another base?"
                 )
+            plain = layer
             if isinstance(layer, Parameterization):
                 _check_nest(path, describe_nest(wrappers_named(layer, names)), entry["nest"], file)
-            else:
-                _check_shape(path, layer, tuple(shape), file)
+                plain = layer.innermost
+            _check_shape(path, plain, tuple(shape), file)
 
 
 def _check_class(name: str, file: Path) -> None:
@@ -107,54 +139,60 @@ def check_allocations(
     """Build each nest on the meta device, once for each kind of layer and its shapes.
 
     Arguments that a class refuses, or that would take absurd memory, are found before anything is
-    allocated.
+    allocated. An allocator may have pruned much of what the arguments ask for, but not all of it.
 
     Args:
         layers: path -> layer or module, of the whole model.
         description: of the file.
-        file: for error messages.
+        file: the safetensors file, whose size bounds what all layers together may ask for.
     """
+    size_of_all = 0
     for entry in description["adapters"]:
-        built = set()
+        alike: dict[Any, list[str]] = {}
         for path in entry["layers"]:
-            layer = layers[path]
-            plain = layer.innermost if isinstance(layer, Parameterization) else layer
+            plain = _plain(layers[path])
             shapes = tuple(tuple(parameter.shape) for parameter in plain.parameters())
-            if (type(plain), shapes) not in built:
-                built.add((type(plain), shapes))
-                _check_allocation(path, plain, entry["nest"], file)
-
-
-def _check_allocation(path: str, plain: nn.Module, nest: list[dict[str, Any]], file: Path) -> None:
-    """Build one nest over a layer on the meta device, and count its numbers."""
-    numbers = sum(parameter.numel() for parameter in plain.parameters())
-    limit = 4 * numbers + (1 << 20)
-    for wrapper in nest:
-        _check_counts(wrapper["init_args"], limit, wrapper["class"], file)
-    if kinds.quantized(plain):
-        # A quantized layer has no twin on the meta device.
-        return
-    wrapped = _build_on_meta(path, plain, nest, file)
-    taken = 0
-    for built in wrapped.nest:
-        for name, tensor in built.state_dict().items():
-            if not name.startswith("base."):
-                taken += tensor.numel()
-    if taken > limit:
+            alike.setdefault((type(plain), shapes), []).append(path)
+        for paths in alike.values():
+            plain = _plain(layers[paths[0]])
+            size_of_all += len(paths) * _allocated(paths[0], plain, entry["nest"], file)
+    most = BYTES_OF_ALL + 16 * file.stat().st_size
+    if size_of_all > most:
         raise UserError(
-            f"{file}: the adapter of {path} would take {taken:,} numbers, and the layer has "
-            f"{limit // 4:,}; it is damaged, or meant to harm."
+            f"{file} asks for {size_of_all:,} bytes in all its layers, and its tensors allow "
+            f"{most:,}; it is damaged, or meant to harm."
         )
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    return layer.innermost if isinstance(layer, Parameterization) else layer
+
+
+def _allocated(path: str, plain: nn.Module, nest: list[dict[str, Any]], file: Path) -> int:
+    """Build one nest over a layer on the meta device, and return its number of bytes."""
+    numbers = sum(parameter.numel() for parameter in plain.parameters())
+    limit = 4 * numbers + NUMBERS_OF_A_LAYER
+    for wrapper in nest:
+        check_arguments(PARAMETERIZATIONS[wrapper["class"]], wrapper["init_args"], limit, file)
+    wrapped = _build_on_meta(path, plain, nest, file)
+    size = 0
+    for built in wrapped.nest:
+        taken = built.numbers_beside_tensors()
+        tensors = [*built.own_tensors().values(), *built.buffers(recurse=False)]
+        taken += sum({id(tensor): tensor.numel() for tensor in tensors}.values())
+        size += taken * built.adapter_dtype.itemsize
+        if taken > limit:
+            raise UserError(
+                f"{file} asks for {taken:,} numbers for a {type(built).__name__} at {path}, which "
+                f"has {numbers:,} itself; it is damaged, or meant to harm."
+            )
+    return size
 
 
 def _build_on_meta(
     path: str, plain: nn.Module, nest: list[dict[str, Any]], file: Path
 ) -> Parameterization:
-    twins = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-        for parameter in plain.parameters()
-    }
-    wrapped = copy.deepcopy(plain, twins)
+    wrapped = _on_meta(plain)
     for wrapper in nest:
         method = PARAMETERIZATIONS[wrapper["class"]]
         try:
@@ -162,7 +200,7 @@ def _build_on_meta(
                 wrapped = method(wrapped, **wrapper["init_args"])
         except Exception as error:
             # The arguments come from a file, so any exception is about the file.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0][:500] if str(error) else type(error).__name__
             raise UserError(
                 f"{file}: {wrapper['class']} at {path} cannot be built as it says: {reason}"
             ) from None
@@ -170,18 +208,17 @@ def _build_on_meta(
     return wrapped
 
 
-def _check_counts(value: Any, limit: int, method: str, file: Path) -> None:
-    """Refuse arguments with a number far beyond the layer's own size."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            _check_counts(item, limit, method, file)
-    elif isinstance(value, int) and abs(value) > limit:
-        raise UserError(
-            f"{file} asks for a {method} with {value:,}, and the layer has {limit // 4:,} numbers; "
-            f"it is damaged, or meant to harm."
-        )
+def _on_meta(plain: nn.Module) -> nn.Module:
+    """Return a twin of a layer on the meta device."""
+    if kinds.quantized(plain):
+        m, n = kinds.shape(plain)
+        return nn.Linear(n, m, device="meta", dtype=kinds.dtype(plain))
+    twins = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+        for parameter in plain.parameters()
+    }
+    twin: nn.Module = copy.deepcopy(plain, twins)
+    return twin
 
 
 def warn_of_other_base(model: nn.Module, description: Mapping[str, Any]) -> None:

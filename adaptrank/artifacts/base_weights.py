@@ -6,7 +6,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
-from adaptrank.parameterizations import Parameterization, adapter_parameters, named_layers
+from adaptrank.parameterizations import (
+    Parameterization,
+    adapter_parameters,
+    named_layers,
+    plain_name,
+)
 
 Weight = Tensor | Callable[[], Tensor]
 """A tensor, or a function that puts it together."""
@@ -68,6 +73,7 @@ def trained_modules(model: nn.Module) -> dict[str, Tensor]:
         }
         if not trained:
             continue
+        path = plain_name(model, path)
         for name, parameter in trained.items():
             tensors[_join(path, name)] = parameter
         for name, buffer in module.named_buffers(recurse=False):

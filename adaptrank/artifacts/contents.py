@@ -8,11 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
+from adaptrank.artifacts.base_facts import base_facts
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.conventions import conventions_of
 from adaptrank.artifacts.header import FORMAT_VERSION
 from adaptrank.axes import PRUNED, rank_axes
 from adaptrank.backbones import fingerprint
-from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
+from adaptrank.parameterizations import (
+    Parameterization,
+    enclosed,
+    named_layers,
+    wrapped_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,8 @@ def adapter_tensors(model: nn.Module, names: Collection[str] | None) -> list[Sto
     for path, layer in wrapped_layers(model).items():
         for position, wrapper in enumerate(wrappers_named(layer, names)):
             prefix = f"{path}.{position}" if path else f"{position}"
-            for name in wrapper.state_dict(keep_vars=True):
-                if not name.startswith("base."):
-                    tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
+            for name in wrapper.own_tensors():
+                tensors.append(StoredTensor(f"{prefix}.{name}", wrapper, name))
     return tensors
 
 
@@ -74,19 +80,27 @@ def wrappers_named(
 
 
 def describe_adapter(
-    model: nn.Module, base: Mapping[str, Any] | None = None, names: Collection[str] | None = None
+    model: nn.Module,
+    base: Mapping[str, Any] | None = None,
+    names: Collection[str] | None = None,
+    base_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Describe adapters as JSON-able data from which they can be built again.
 
     Args:
         model: any module that holds wrappers.
-        base: facts about the frozen model, such as its name.
+        base: facts about the frozen model, such as its name. They come before what its own
+            configuration states.
         names: names of the adapters. None means all.
+        base_fingerprint: fingerprint of the frozen model, where it is known already.
     """
+    model = enclosed(model)
     trained = trained_modules(model)
+    if base_fingerprint is None:
+        base_fingerprint = fingerprint(frozen_weights(model))
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "base": {**(base or {}), "fingerprint": fingerprint(frozen_weights(model))},
+        "base": {**base_facts(model), **(base or {}), "fingerprint": base_fingerprint},
         "adapters": _describe_nests(model, names),
         "ranks": _describe_ranks(model, names),
         "trained_modules": sorted(trained),
@@ -94,6 +108,9 @@ def describe_adapter(
     pruned = model.__dict__.get(PRUNED)
     if pruned:
         description["pruned"] = pruned
+    conventions = conventions_of(model, names)
+    if conventions:
+        description["conventions"] = conventions
     description["tied"] = _describe_ties(adapter_tensors(model, names), trained)
     description["split"] = _describe_splits(model, names, trained)
     return description

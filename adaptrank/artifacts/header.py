@@ -6,20 +6,37 @@ allocated here.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts.strict_json import JsonError, is_plain_text, parse_json
 
 FORMAT_VERSION = 2
 """Version 2 has a digest. Files of version 1, which have none, are read as well."""
 
 MOST_PARTS = 64
-"""Largest number of parts of a fused layer."""
+"""Largest number of parts of a fused layer, and of stop tokens."""
+
+LONGEST_TEXT = 1 << 17
+"""Characters of the longest chat template or prompt template."""
+
+DEEPEST_NEST = 16
+"""Largest number of classes that one adapter puts on one layer."""
+
+MOST_ADAPTERS = 4096
+"""Largest number of adapters side by side on one layer."""
+
+LONGEST_NAME = 1024
+"""Largest number of characters of a name or a path."""
+
+TAKEN_NAMES = frozenset({"weight", "bias", "names", "plain", "fused", "join", "training"})
+"""Names that a part of a fused layer cannot have."""
 
 
 def digest_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -46,9 +63,9 @@ def parse(text: str, file: Path) -> dict[str, Any]:
         ValueError: in one sentence, for anything that `save_adapter` would not have written.
     """
     try:
-        description: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise UserError(f"{file} is damaged: the description in its header is no JSON.") from None
+        description: Any = parse_json(text)
+    except JsonError as error:
+        raise UserError(f"{file} is damaged: of the description in its header, {error}.") from None
     check(description, file)
     checked: dict[str, Any] = description
     return checked
@@ -61,7 +78,10 @@ def check(description: Any, file: Path) -> None:
         _check_base(description.get("base"))
         _check_adapters(description.get("adapters"))
         _check_tables(description)
-        _need(_is_list_of_text(description.get("trained_modules")), "trained_modules are no names")
+        _check_names(description.get("trained_modules"))
+        _check_references(description)
+        _check_conventions(description.get("conventions", {}))
+        _need(_is_map(description.get("run", {}), _is_fact), "run is no table of facts")
     except _DamageError as damage:
         raise UserError(f"{file} is damaged: {damage}.") from None
 
@@ -91,30 +111,86 @@ def _check_version(description: Any, file: Path) -> None:
 def _check_base(base: Any) -> None:
     known = isinstance(base, dict) and isinstance(base.get("fingerprint"), str)
     _need(known, "it does not say what base it was made for")
-    for key in ("name", "source", "auto_class"):
-        _need(base.get(key) is None or isinstance(base[key], str), f"base.{key} is no text")
+    for key in ("name", "source", "auto_class", "fingerprint"):
+        fits = base.get(key) is None or is_plain_text(base[key], LONGEST_NAME)
+        _need(fits, f"base.{key} is no text of one line")
+    rows = base.get("vocabulary")
+    _need(rows is None or _is_count(rows), "base.vocabulary is no number")
     labels = base.get("num_labels")
     _need(labels is None or _is_count(labels), "base.num_labels is no number")
 
 
 def _check_adapters(adapters: Any) -> None:
     _need(isinstance(adapters, list) and bool(adapters), "it describes no adapter")
+    paths: set[str] = set()
     for entry in adapters:
         _need(isinstance(entry, dict), "an adapter is no table of keys")
         nest = entry.get("nest")
         _need(isinstance(nest, list) and bool(nest), "an adapter has no classes")
         for wrapper in nest:
             _need(_is_wrapper(wrapper), "a class is not described by class, name and init_args")
+        _check_nest(nest)
+        layers = entry.get("layers")
         _need(
-            _is_map(entry.get("layers"), _is_shape),
+            _is_map(layers, _is_shape) and bool(layers),
             "the layers of an adapter are not given with their shapes",
         )
+        _need(paths.isdisjoint(layers), "it describes a layer twice")
+        paths |= layers.keys()
+
+
+def _check_nest(nest: list[dict[str, Any]]) -> None:
+    """Refuse a nest that is too deep. Any number of adapters may stand side by side."""
+    groups = [[*group] for _, group in groupby(wrapper["name"] for wrapper in nest)]
+    names = {group[0] for group in groups}
+    _need(len(names) == len(groups), "the classes of an adapter are not next to each other")
+    _need(len(names) <= MOST_ADAPTERS, f"a layer has more than {MOST_ADAPTERS:,} adapters")
+    deepest = max(map(len, groups))
+    _need(
+        deepest <= DEEPEST_NEST, f"an adapter nests {deepest} classes, and {DEEPEST_NEST} is most"
+    )
+
+
+def _check_names(trained: Any) -> None:
+    fits = isinstance(trained, list) and all(is_plain_text(name) for name in trained)
+    _need(fits and len(set(trained)) == len(trained), "trained_modules are no names")
+
+
+def _check_references(description: Mapping[str, Any]) -> None:
+    """Refuse tables that name a layer which no adapter of the file wraps."""
+    paths = {path for entry in description["adapters"] for path in entry["layers"]}
+    for key in description["ranks"]:
+        _need(
+            place_of(key, paths)[0] in paths, f"it states a rank for {key}, which it does not adapt"
+        )
+    tied = description["tied"]
+    for key, owner in tied.items():
+        _need(owner not in tied and owner != key, f"it ties {key} to a tensor that is tied itself")
+    named = [*paths, *description["trained_modules"]]
+    for path in description.get("split", {}):
+        used = any(name.startswith(f"{path}.") for name in named)
+        _need(used, f"it splits {path} into parts that it does not use")
+
+
+def place_of(key: str, paths: Collection[str]) -> tuple[str, str]:
+    """Return (path of the layer, name of the axis) of an axis key.
+
+    Where a nest has an axis of one name twice, the position in the nest stands behind the path.
+
+    Args:
+        key: key of an axis.
+        paths: paths of all adapted layers.
+    """
+    owner, _, axis = key.rpartition(":")
+    path, _, position = owner.rpartition(".")
+    behind = owner not in paths and position.isdecimal()
+    return (path if behind else owner), axis
 
 
 def _check_tables(description: Mapping[str, Any]) -> None:
     tables: tuple[tuple[str, Callable[[Any], bool], bool], ...] = (
         ("ranks", _is_count, True),
-        ("tied", _is_text, True),
+        ("tied", is_plain_text, True),
         ("split", _are_names, False),
         ("pruned", _are_indices, False),
     )
@@ -123,12 +199,24 @@ def _check_tables(description: Mapping[str, Any]) -> None:
         _need(_is_map(table, fits), f"{key} is not what it should be")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _check_conventions(conventions: Any) -> None:
+    _need(isinstance(conventions, dict), "its conventions are no table of keys")
+    for key in ("chat_template", "system", "prompt"):
+        text = conventions.get(key, "")
+        fits = isinstance(text, str) and len(text) <= LONGEST_TEXT
+        _need(fits, f"conventions.{key} is no short text")
+    _need(isinstance(conventions.get("chat", False), bool), "conventions.chat is no yes or no")
+    for key in ("stop_tokens", "pad_token"):
+        tokens = conventions.get(key, {})
+        fits = _is_map(tokens, _is_count) and len(tokens) <= MOST_PARTS
+        _need(fits, f"conventions.{key} are no tokens with their ids")
+    names = conventions.get("class_names", [])
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    _need(fits and len(set(names)) == len(names), "conventions.class_names are no different names")
 
 
-def _is_list_of_text(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _is_count(value: Any) -> bool:
@@ -140,14 +228,16 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_map(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(fits, value.values()))
+    if not isinstance(value, dict) or not all(map(fits, value.values())):
+        return False
+    return all(is_plain_text(key, LONGEST_NAME) for key in value)
 
 
 def _is_wrapper(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and isinstance(value.get("class"), str)
-        and isinstance(value.get("name"), str)
+        and is_plain_text(value.get("class"))
+        and is_plain_text(value.get("name"))
         and isinstance(value.get("init_args"), dict)
     )
 
@@ -157,7 +247,8 @@ def _are_names(value: Any) -> bool:
         isinstance(value, list)
         and 1 <= len(value) <= MOST_PARTS
         and len(set(map(str, value))) == len(value)
-        and all(isinstance(name, str) and name.isidentifier() for name in value)
+        and all(is_plain_text(name, 64) and name.isidentifier() for name in value)
+        and not any(name in TAKEN_NAMES or hasattr(nn.Module, name) for name in value)
     )
 
 

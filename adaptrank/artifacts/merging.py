@@ -11,7 +11,12 @@ from adaptrank import layers as kinds
 from adaptrank._errors import UserError
 from adaptrank.artifacts.rounding import RoundingLoss
 from adaptrank.injection import MERGED, is_merged, join_fused
-from adaptrank.parameterizations import Parameterization, replace_layer, wrapped_layers
+from adaptrank.parameterizations import (
+    Parameterization,
+    enclosed,
+    replace_layer,
+    wrapped_layers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,8 +60,9 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
         ValueError: if there is nothing to merge, a method has no dense form, a weight is tied to
             another module, or a merged weight is not finite. The model is unchanged then.
     """
-    layers = wrapped_layers(model)
-    if is_merged(model):
+    root = enclosed(model)
+    layers = wrapped_layers(root)
+    if is_merged(root):
         raise UserError(
             "This model is merged already, with its originals kept; unmerge() it first."
         )
@@ -67,7 +73,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
             "The model is itself a wrapper, and nothing holds it; merge a module that does: "
             "nn.Sequential(layer)."
         )
-    _check_mergeable(model, layers)
+    _check_mergeable(root, layers)
     originals, loss = Originals(), RoundingLoss()
     try:
         # Inner layers come first: a module that is wrapped whole folds its change into layers of
@@ -75,17 +81,17 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
         for path in sorted(layers, key=lambda path: -path.count(".")):
             layer = layers[path]
             originals.layers[path] = (layer, _write_merged(path, layer, loss))
-            replace_layer(model, layer, layer.innermost)
-        originals.fused = join_fused(model)
+            replace_layer(root, layer, layer.innermost)
+        originals.fused = join_fused(root)
     except BaseException:
-        originals.restore(model)
+        originals.restore(root)
         raise
     loss.warn(
         "Merging lost %.0f %% of the adapter's change to rounding; "
         "merge into a float32 model to keep it."
     )
     if keep_originals:
-        setattr(model, MERGED, originals)
+        setattr(root, MERGED, originals)
     return model
 
 
@@ -112,14 +118,15 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: if the originals were not kept.
     """
-    originals = getattr(model, MERGED, None)
+    root = enclosed(model)
+    originals = getattr(root, MERGED, None)
     if not isinstance(originals, Originals):
         raise UserError(
             "Nothing to unmerge: merge with keep_originals=True, "
             "or load the adapter on a fresh base."
         )
-    originals.restore(model)
-    delattr(model, MERGED)
+    originals.restore(root)
+    delattr(root, MERGED)
     return model
 
 
@@ -155,6 +162,11 @@ def _check_mergeable(model: nn.Module, layers: Mapping[str, Parameterization]) -
     users = _users_of_weights(model)
     for path, layer in layers.items():
         for wrapper in layer.nest:
+            if wrapper.rows is not None:
+                raise UserError(
+                    f"Adapter {wrapper.name!r} is on for some rows of a batch only, and a merged "
+                    f"weight is for all; merge outside of select_rows()."
+                )
             if wrapper.enabled and not wrapper.mergeable:
                 raise UserError(
                     f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged."

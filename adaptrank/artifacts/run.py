@@ -1,21 +1,34 @@
 """Files of a training run: metrics, events, ranks, the adapter, and a summary."""
 
 import json
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from adaptrank._files import write_json
+from adaptrank._errors import UserError
+from adaptrank._files import append_text, write_json
 from adaptrank.artifacts.adapter import save_adapter
+from adaptrank.artifacts.best_checkpoint import (
+    Inherited,
+    best_checkpoint,
+    inherited_ranking,
+    load_best,
+    moves_left,
+    ranking_callback,
+    restart_ranking,
+)
 from adaptrank.artifacts.summary import base_of, parameter_table, render, summarize
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import adapted_part, wrapped_layers
+
+log = logging.getLogger("adaptrank")
 
 __all__ = [
     "JsonlLogger",
@@ -85,8 +98,7 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_text(self._folder / "metrics.jsonl", json.dumps({"step": step, **metrics}) + "\n")
 
     @rank_zero_only
     def log_hyperparams(
@@ -100,16 +112,33 @@ class RunFiles(Callback):
 
     `ranks.jsonl` gets a line for each event. `ranks.json` and the adapter are written when training
     ends or is interrupted. For a model without wrappers they are not written.
+
+    Args:
+        folder: the run folder.
+        save: whether the adapter holds the "best" weights by a ModelCheckpoint's metric, or those
+            of the "last" step. None means the best ones as soon as a ModelCheckpoint has a metric.
+            Steps before the allocator's last event are not ranked, so that the budget holds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, save: Literal["best", "last"] | None = None) -> None:
         self.folder = folder
-        self._written = 0
+        self.save = save
+        self.saved: dict[str, Any] = {}
+        """Which weights the adapter holds: "weights", "step", "of", and the metric of the best."""
         self.started = 0.0
         self.seconds = 0.0
+        self._written = 0
+        self._moving = False
+        self._inherited: Inherited = {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._inherited = inherited_ranking(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
+        self._moving = moves_left(trainer)
         axes = rank_axes(adapted_part(pl_module))
         allocates = any(hasattr(callback, "events") for callback in _callbacks(trainer))
         if axes and allocates and not trainer.global_step and trainer.is_global_zero:
@@ -124,26 +153,83 @@ class RunFiles(Callback):
         if len(events) > self._written and trainer.is_global_zero:
             self._append(events[self._written :])
         self._written = len(events)
+        if self._moving and not moves_left(trainer):
+            self._moving = False
+            self._inherited = {}
+            restart_ranking(trainer)
 
     def _append(self, events: Sequence[Any]) -> None:
-        with (self.folder / "ranks.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
+        lines = "".join(json.dumps(event) + "\n" for event in events)
+        append_text(self.folder / "ranks.jsonl", lines)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = time.perf_counter() - self.started
-        self._save(trainer, pl_module)
+        if not self._ranks(trainer):
+            self._save(trainer, pl_module, "last")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here no other callback saves the weights any more.
+        if self._ranks(trainer):
+            self._save_best(trainer, pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            self._save(trainer, pl_module)
+        if not (isinstance(exception, KeyboardInterrupt) and trainer.global_step):
+            return
+        try:
+            self._save(trainer, pl_module, "last")
+        except UserError as error:
+            log.warning("No adapter is saved: %s", error)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _ranks(self, trainer: Trainer) -> bool:
+        """Return whether the best weights are asked for, and a ModelCheckpoint ranks steps."""
+        dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return self.save != "last" and ranking_callback(trainer) is not None and not dry
+
+    def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the best weights and write them, or write the last ones and say why."""
+        callback = ranking_callback(trainer)
+        assert callback is not None
+        best = best_checkpoint(trainer, self._inherited)
+        if best is None:
+            where = " after the allocator's last event" if self._moving else ""
+            self._save_last_instead(
+                trainer, pl_module, f"No step{where} was ranked by {callback.monitor}"
+            )
+            return
+        try:
+            step = load_best(pl_module, best)
+        except UserError as error:
+            self._save_last_instead(trainer, pl_module, str(error))
+            return
+        metric = {"monitor": best.monitor, "mode": best.mode, "value": best.value}
+        self._save(trainer, pl_module, "best", step, metric)
+
+    def _save_last_instead(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
+        if trainer.is_global_zero:
+            log.warning("%s: the adapter holds the last step, %d.", reason, trainer.global_step)
+        self._save(trainer, pl_module, "last")
+
+    def _save(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        weights: Literal["best", "last"],
+        step: int | None = None,
+        metric: Mapping[str, Any] | None = None,
+    ) -> None:
+        of = trainer.global_step
+        self.saved = {
+            "weights": weights,
+            "step": of if step is None else step,
+            "of": of,
+            **(metric or {}),
+        }
         model = adapted_part(pl_module)
         if not wrapped_layers(model):
             return
-        save_adapter(model, self.folder / "adapter", base_of(pl_module))
+        save_adapter(model, self.folder / "adapter", base_of(pl_module), run=self.saved)
         ranks = {key: len(axis) for key, axis in rank_axes(model).items()}
         if ranks and trainer.is_global_zero:
             write_json(self.folder / "ranks.json", ranks)

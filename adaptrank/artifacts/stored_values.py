@@ -1,76 +1,224 @@
-"""Copy the tensors of an adapter's file into a model that carries the same wrappers."""
+"""Copy the tensors of an adapter's file into a model that carries the same wrappers.
+
+Every key, tie, shape, dtype and number is checked before the first tensor of the model changes.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from adaptrank._errors import UserError
-from adaptrank.artifacts.contents import StoredTensor, adapter_tensors
-from adaptrank.axes import fit_ranks
-from adaptrank.parameterizations import wrappers
+from adaptrank._errors import UserError, some
+from adaptrank.artifacts.contents import (
+    StoredTensor,
+    adapter_names,
+    adapter_tensors,
+    wrappers_named,
+)
+from adaptrank.artifacts.header import place_of
+from adaptrank.artifacts.rollback import Rollback
+from adaptrank.artifacts.weights_file import DTYPES, StoredTensors
+from adaptrank.axes import fit_ranks, natural, rank_axes
+from adaptrank.parameterizations import (
+    Parameterization,
+    check_indices,
+    is_index,
+    plain_name,
+    wrapped_layers,
+    wrappers,
+)
+
+Member = tuple[Parameterization, str]
+"""A wrapper, and the name of one of its axes."""
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors outside of wrappers that a file may hold, by name.
+
+    They are parameters and saved buffers of the base. A module that trains whole has some of them.
+    """
+    of_wrappers: set[int] = set()
+    for wrapper in wrappers(model):
+        of_wrappers.update(id(tensor) for tensor in wrapper.own_tensors().values())
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        unsaved = module._non_persistent_buffers_set
+        path = plain_name(model, path)
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in of_wrappers and name not in unsaved:
+                    tensors[f"{path}.{name}" if path else name] = tensor
+    return tensors
 
 
 def load_tensors(
-    model: nn.Module, file: Path, tied: Mapping[str, str], names: Collection[str]
+    model: nn.Module, stored: StoredTensors, description: Mapping[str, Any], rollback: Rollback
 ) -> None:
-    """Give every axis of these adapters its stored size, and every tensor its stored value.
+    """Give every axis of a file's adapters its stored size, and every tensor its stored value.
 
     Args:
         model: with the wrappers of the file.
-        file: safetensors file of an adapter.
-        tied: {key: key of the same tensor in the file}.
-        names: names of the adapters.
+        stored: tensors of the file.
+        description: of the file.
+        rollback: gets to know every tensor of the model that changes.
     Raises:
-        ValueError: for a tensor that is missing, unexpected, or of another shape or kind.
+        ValueError: for a tensor that is missing, unexpected, or of another shape or kind, and for
+            numbers that the adapters cannot have. Nothing has changed then.
     """
-    adapters = adapter_tensors(model, names)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    other_tensors = parameters | dict(model.named_buffers())
-    with safe_open(file, framework="pt") as stored:
-        keys = set(stored.keys())
-        adapter_keys = dict.fromkeys(entry.key for entry in adapters)
-        # What is stored beside the adapters: tensors of modules that were trained whole.
-        whole_keys = sorted((keys | tied.keys()) - adapter_keys.keys())
-        _check_keys(file, keys, tied, adapter_keys, whole_keys, other_tensors)
-        all_keys = [*adapter_keys, *whole_keys]
-        values = {key: stored.get_tensor(tied.get(key, key)) for key in all_keys}
+    tied: Mapping[str, str] = description["tied"]
+    adapters = adapter_tensors(model, adapter_names(description))
+    base = whole_tensors(model)
+    whole = {name: base[name] for name in description["trained_modules"] if name in base}
+    _check_keys(stored, description, {entry.key: entry for entry in adapters}, whole)
+    values = {key: stored[tied.get(key, key)] for key in [*(e.key for e in adapters), *whole]}
+    for entry in adapters:
+        _check_adapter_value(stored, entry, values[entry.key])
+    for key, target in whole.items():
+        _check_whole_value(stored, key, values[key], target)
 
+    present = [entry.tensor for entry in adapters if entry.wrapper in rollback]
+    rollback.announce([*present, *whole.values()])
     _tie_as_stored(adapters, tied)
     fit_ranks(model, _as_state_dict(model, adapters, values))
-    tensors = {entry.key: entry.tensor for entry in adapters}
-    tensors |= {key: other_tensors[key] for key in whole_keys}
-    for key, value in values.items():
-        _check_value(file, key, value, tensors[key])
+    _check_ranks(model, stored, description)
+    tensors = {entry.key: entry.tensor for entry in adapters} | whole
     with torch.no_grad():
         for key, value in values.items():
             tensors[key].copy_(value)
-    for key in whole_keys:
-        trains = key in parameters and other_tensors[key].is_floating_point()
-        other_tensors[key].requires_grad_(trains)
+    for target in whole.values():
+        trains = isinstance(target, nn.Parameter) and target.is_floating_point()
+        target.requires_grad_(trains)
     for wrapper in wrappers(model):
         wrapper.refresh()
 
 
+# ---- what is checked
+
+
 def _check_keys(
-    file: Path,
-    keys: Collection[str],
-    tied: Mapping[str, str],
-    adapter_keys: Collection[str],
-    whole_keys: Collection[str],
-    other_tensors: Mapping[str, Tensor],
+    stored: StoredTensors,
+    description: Mapping[str, Any],
+    adapters: Mapping[str, StoredTensor],
+    whole: Mapping[str, Tensor],
 ) -> None:
     """Refuse a file with a key that the model does not have, or without one that it needs."""
-    unexpected = [key for key in whole_keys if key not in other_tensors]
-    missing = sorted(key for key in adapter_keys if key not in keys and tied.get(key) not in keys)
-    for problem, wrong_keys in (("an unexpected tensor", unexpected), ("no tensor", missing)):
+    tied: Mapping[str, str] = description["tied"]
+    declared = dict.fromkeys(description["trained_modules"])
+    expected = adapters.keys() | declared.keys()
+    unexpected = sorted((set(stored) | tied.keys()) - expected)
+    unknown = [name for name in declared if name not in whole]
+    missing = sorted(key for key in expected if key not in stored and tied.get(key) not in stored)
+    for problem, wrong_keys in (
+        ("an unexpected tensor", unexpected),
+        ("no place in this model for", unknown),
+        ("no tensor", missing),
+    ):
         if wrong_keys:
             raise UserError(
-                f"{file} does not fit this model: it has {problem} {wrong_keys[0]} "
+                f"{stored.file} does not fit this model: it has {problem} {wrong_keys[0]} "
                 f"({len(wrong_keys)} such)."
             )
+    for key, owner in tied.items():
+        _check_tie(stored, key, owner, adapters)
+
+
+def _check_tie(
+    stored: StoredTensors, key: str, owner: str, adapters: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse a tie of two tensors that no method would tie."""
+    one, other = adapters.get(key), adapters.get(owner)
+    same_role = (one is None) == (other is None)
+    if one is not None and other is not None:
+        same_role = type(one.wrapper) is type(other.wrapper) and one.name == other.name
+    if key in stored or owner not in stored or not same_role:
+        raise UserError(f"{stored.file} is damaged: it ties {key} to {owner}, which is another.")
+
+
+def _check_adapter_value(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
+    """Refuse a value of another shape beside the dimensions of units, or with other numbers."""
+    present, wrapper = entry.tensor, entry.wrapper
+    if value.dim() == present.dim():
+        free = {
+            dim
+            for axis in wrapper.axes
+            for name, dim in wrapper.axis_tensors(axis)
+            if name == entry.name
+        }
+        for dim, (size, present_size) in enumerate(zip(value.shape, present.shape, strict=True)):
+            if dim not in free and size != present_size:
+                raise _shape_error(stored, entry.key, value, present)
+    elif not any(entry.name in tensors for tensors in wrapper.axes.values()):
+        raise _shape_error(stored, entry.key, value, present)
+    if value.dtype not in DTYPES or is_index(value) != is_index(present):
+        raise _dtype_error(stored, entry.key, value, present)
+    if is_index(present):
+        check_indices(wrapper, entry.name, value, f"{stored.file}: {entry.key}")
+    else:
+        _check_finite(stored, entry.key, value, present)
+
+
+def _check_whole_value(stored: StoredTensors, key: str, value: Tensor, present: Tensor) -> None:
+    """Refuse a value of a module that was trained whole which does not fit the module."""
+    if value.shape != present.shape:
+        raise _shape_error(stored, key, value, present)
+    both_float = value.is_floating_point() and present.is_floating_point()
+    if not both_float and value.dtype != present.dtype:
+        raise _dtype_error(stored, key, value, present)
+    if isinstance(present, nn.Parameter):
+        _check_finite(stored, key, value, present)
+
+
+def _check_finite(stored: StoredTensors, key: str, value: Tensor, present: Tensor) -> None:
+    if value.is_floating_point() and not torch.isfinite(value.to(present.dtype)).all():
+        raise UserError(
+            f"{stored.file}: {key} holds numbers that are not finite in {present.dtype}, so that "
+            f"the model would compute nothing else."
+        )
+
+
+def _shape_error(stored: StoredTensors, key: str, value: Tensor, present: Tensor) -> UserError:
+    return UserError(
+        f"{stored.file}: {key} is {tuple(value.shape)}, this model's is {tuple(present.shape)}."
+    )
+
+
+def _dtype_error(stored: StoredTensors, key: str, value: Tensor, present: Tensor) -> UserError:
+    return UserError(f"{stored.file}: {key} is {value.dtype}, this model's is {present.dtype}.")
+
+
+def _check_ranks(model: nn.Module, stored: StoredTensors, description: Mapping[str, Any]) -> None:
+    """Refuse stated ranks that are not those of the tensors."""
+    loaded = _sizes_by_place(model, adapter_names(description))
+    paths = {path for entry in description["adapters"] for path in entry["layers"]}
+    stated: dict[tuple[str, str], list[int]] = {}
+    for key in sorted(description["ranks"], key=natural):
+        stated.setdefault(place_of(key, paths), []).append(description["ranks"][key])
+    for (path, axis_name), sizes in stated.items():
+        present = loaded.get((path, axis_name), sizes)
+        if present != sizes:
+            raise UserError(
+                f"{stored.file} is damaged: it states {some(map(str, sizes))} units for "
+                f"{path}:{axis_name}, and its tensors have {some(map(str, present))}."
+            )
+
+
+def _sizes_by_place(model: nn.Module, names: Collection[str]) -> dict[tuple[str, str], list[int]]:
+    """Return (path, axis) -> sizes of the axes of these adapters, innermost first."""
+    sizes: dict[Member, int] = {}
+    for axis in rank_axes(model).values():
+        sizes[axis.members[0]] = len(axis)
+    by_place: dict[tuple[str, str], list[int]] = {}
+    for path, layer in wrapped_layers(model).items():
+        for wrapper in wrappers_named(layer, names):
+            for axis_name in wrapper.axes:
+                if (wrapper, axis_name) in sizes:
+                    found = by_place.setdefault((path, axis_name), [])
+                    found.append(sizes[wrapper, axis_name])
+    return by_place
+
+
+# ---- what is done
 
 
 def _as_state_dict(
@@ -85,23 +233,14 @@ def _as_state_dict(
     return state_dict
 
 
-def _check_value(file: Path, key: str, value: Tensor, present: Tensor) -> None:
-    if value.shape != present.shape:
-        raise UserError(
-            f"{file}: {key} is {tuple(value.shape)}, this model's is {tuple(present.shape)}."
-        )
-    if value.is_floating_point() != present.is_floating_point():
-        raise UserError(f"{file}: {key} is {value.dtype}, this model's is {present.dtype}.")
-
-
-def _tie_as_stored(adapters: Iterable[StoredTensor], tied: Mapping[str, str]) -> None:
+def _tie_as_stored(adapters: Collection[StoredTensor], tied: Mapping[str, str]) -> None:
     """Tie the tensors that were tied when the adapter was saved, and untie all others.
 
     `adapt` ties the layers of one call, and the saved adapter may come from several calls.
     """
     tensors: dict[str, Tensor] = {}
     taken: set[int] = set()
-    for entry in adapters:
+    for entry in sorted(adapters, key=lambda entry: entry.key in tied):
         tensor = entry.tensor
         if entry.key in tied:
             tensor = tensors[tied[entry.key]]

@@ -60,6 +60,7 @@ def summarize(
     after: Mapping[str, float],
     steps: int,
     seconds: float,
+    saved: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of a run, as `summary.json` holds them.
 
@@ -69,6 +70,7 @@ def summarize(
         after: metrics after training.
         steps: number of optimizer steps.
         seconds: duration of training.
+        saved: which weights the adapter holds, see `RunFiles.saved`. The last ones by default.
     """
     model = adapted_part(module)
     layers = [
@@ -85,6 +87,7 @@ def summarize(
         "after": dict(after),
         "steps": steps,
         "seconds": seconds,
+        "saved": dict(saved or {"weights": "last", "step": steps, "of": steps}),
         "peak_memory_bytes": peak_memory(),
     }
 
@@ -115,6 +118,12 @@ def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
     lines.append(
         f"  {summary['steps']} steps in {minutes}:{seconds:02} min, peak memory {memory:.2f} GiB"
     )
+    saved = summary.get("saved", {})
+    if saved.get("weights") == "best":
+        lines.append(
+            f"  the adapter and the figures after are those of step {saved['step']}, the best by "
+            f"{saved['monitor']} ({saved['value']:.4f})"
+        )
     return "\n".join(lines)
 
 

@@ -3,18 +3,30 @@
 from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
-from adaptrank.axes.model_axes import fit_ranks, natural, rank_axes
-from adaptrank.axes.optimizer_state import Optimizers, check_optimizer
+from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
+from adaptrank.axes.optimizer_state import shift_copies
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
+from adaptrank.axes.state_roles import (
+    STATE_ROLES,
+    Optimizers,
+    Role,
+    check_optimizer,
+    holds,
+    misfit_of_state,
+    states_of,
+)
 
 __all__ = [
+    "CLOSED",
     "PRUNED",
+    "STATE_ROLES",
     "CostModel",
     "Gate",
     "Groups",
     "Optimizers",
     "RankAxis",
+    "Role",
     "Slot",
     "check_optimizer",
     "compact",
@@ -22,7 +34,11 @@ __all__ = [
     "find_groups",
     "fit_ranks",
     "generator",
+    "holds",
+    "misfit_of_state",
     "natural",
     "rank_axes",
     "rank_cost",
+    "shift_copies",
+    "states_of",
 ]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
-from adaptrank.axes.optimizer_state import Optimizers, replace_units, zero_first_moments
+from adaptrank.axes.optimizer_state import close_units, replace_units, scale_copies
 from adaptrank.axes.slot import Slot, fresh_slices, slots_of
+from adaptrank.axes.state_roles import Optimizers
 from adaptrank.parameterizations import Parameterization
 
 Gate = Tensor | Callable[[], Tensor]
@@ -118,12 +119,21 @@ class RankAxis:
             self.gate = present
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Multiply the gate into the closing factors and remove it. The function stays the same."""
+    def fold(self, optimizers: Optimizers = ()) -> None:
+        """Multiply the gate into the closing factors and remove it. The function stays the same.
+
+        Copies of the weights in optimizers are multiplied as well.
+        """
         axis_names = dict(self.members)
         folded = [slot.layer.gated(slot.name, axis_names[slot.layer]) for slot in self.closing()]
+        gate, scaled = self.gate, set()
         for slot, value in zip(self.closing(), folded, strict=True):
             slot.tensor.data.copy_(value)
+            if gate is not None and id(slot.tensor) not in scaled:
+                scaled.add(id(slot.tensor))
+                shape = [1] * slot.tensor.dim()
+                shape[slot.layer.axis_tensors(axis_names[slot.layer])[-1][1]] = -1
+                scale_copies(slot.tensor, _value(gate).detach().view(shape), optimizers)
         self.gate = None
 
     # Scores
@@ -177,15 +187,15 @@ class RankAxis:
 
     @torch.no_grad()
     def close(self, units: Sequence[int], optimizers: Optimizers = ()) -> None:
-        """Zero the closing slices of the units, and their first moments.
+        """Zero the closing slices of the units, their first moments, and copies of their weights.
 
-        Without first moments, momentum does not revive the units. The other slices and all second
+        So neither momentum nor a slow copy revives the units. The other slices and all second
         moments stay. The closing factor goes on receiving gradients.
         """
         for slot in self.closing():
             index = slot.index(units)
             slot.tensor.data.index_fill_(slot.dim, index, 0)
-            zero_first_moments(slot.tensor, slot.dim, index, optimizers)
+            close_units(slot.tensor, slot.dim, index, optimizers)
 
     @contextmanager
     def closed(self, units: Sequence[int]) -> Iterator[None]:
@@ -211,8 +221,9 @@ class RankAxis:
     ) -> None:
         """Keep these units, in this order, and add `grow` fresh units. The function stays the same.
 
-        Parameters stay the same objects. Their moments follow unit by unit, and a fresh unit gets
-        neutral ones. Gradients of the old shape are dropped.
+        Parameters stay the same objects. Optimizer state follows unit by unit. A fresh unit gets
+        neutral moments, and its own values in a copy of the weights. Gradients of the old shape are
+        dropped.
 
         Args:
             keep: indices of units, which may permute or repeat. None keeps all.

@@ -1,6 +1,7 @@
 """The rank axes of a model, their order, and their sizes as a state dict has them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from adaptrank._errors import UserError
 from adaptrank.axes.axis import RankAxis
 from adaptrank.axes.slot import Member
 from adaptrank.parameterizations import Parameterization, wrapped_layers, wrappers
+
+CLOSED = "closed_units"
+"""Attribute of a model with closed units, while an allocator trains it: {axis key: units}."""
 
 
 def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
@@ -45,10 +49,11 @@ def _keyed_members(
     """List (key, wrapper, name of the axis). The position in the nest joins the path if need be."""
     members = []
     for path, layer in layers.items():
-        axis_names = [axis for wrapper in layer.nest for axis in wrapper.axes]
-        for position, wrapper in enumerate(layer.nest):
+        nest = layer.nest
+        uses = Counter(axis for wrapper in nest for axis in wrapper.axes)
+        for position, wrapper in enumerate(nest):
             for axis in wrapper.axes:
-                owner = path if axis_names.count(axis) == 1 else f"{path}.{position}"
+                owner = path if uses[axis] == 1 else f"{path}.{position}"
                 members.append((f"{owner}:{axis}", wrapper, axis))
     return members
 
@@ -66,6 +71,7 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             the axis cannot have.
     """
     paths = {module: path for path, module in model.named_modules()}
+    resized: list[tuple[RankAxis, int]] = []
     for key, axis in rank_axes(model).items():
         sizes = _stored_sizes(axis, paths, state_dict)
         if not sizes:
@@ -85,6 +91,9 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 f"{key} was stored with {size} units, and holds {least} to "
                 f"{largest or 'any number'} here; the file is damaged, or of another model."
             )
+        resized.append((axis, size))
+    # All sizes are checked before the first tensor changes.
+    for axis, size in resized:
         axis.resize_to(size)
     for wrapper in wrappers(model):
         wrapper.refresh()

@@ -1,63 +1,14 @@
-"""Optimizer state that follows a tensor when units are kept, added or closed."""
+"""Optimizer state that follows a tensor when units are kept, added, closed or scaled."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptrank._errors import UserTypeError
-
-Optimizers = Iterable[torch.optim.Optimizer]
-
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-"""State keys of running means of the gradient. A new unit starts with zero."""
-
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
-"""State keys of squared gradients or their size. A new unit starts with the mean of the others."""
-
-SUPPORTED = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
-"""PyTorch's optimizers whose state has one value for each element of the parameter."""
-
-UNSUPPORTED = ("Rprop", "ASGD", "LBFGS", "Adafactor", "SparseAdam", "Muon")
-"""Optimizers that keep state of another form, or scale their steps by it."""
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state cannot follow a resize.
-
-    PyTorch's optimizers are known by name. All others are judged by their state: each tensor in it
-    must be a single number or have the parameter's shape. Such an optimizer has to be checked again
-    once it has made a step.
-
-    Raises:
-        TypeError: names the optimizers that work.
-    """
-    classes = type(optimizer).__mro__
-    refused = any(cls.__name__ in UNSUPPORTED for cls in classes)
-    # The name alone is not enough: other packages have an AdamW whose state is quantized.
-    supported = any(
-        cls.__name__ in SUPPORTED and cls.__module__.startswith("torch.optim") for cls in classes
-    )
-    misfit = None if refused or supported else _misfit(optimizer)
-    if refused or misfit:
-        raise UserTypeError(
-            f"{type(optimizer).__name__} keeps state that cannot follow a rank{misfit or ''}; "
-            f"use {', '.join(SUPPORTED[:-1])} or {SUPPORTED[-1]} where ranks move."
-        )
-
-
-def _misfit(optimizer: torch.optim.Optimizer) -> str | None:
-    """Describe a state tensor that is neither one number nor shaped like its parameter."""
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() <= 1:
-                continue
-            if value.shape != parameter.shape:
-                return (
-                    f" (its {key!r} has shape {tuple(value.shape)} "
-                    f"for a parameter {tuple(parameter.shape)})"
-                )
-    return None
+from adaptrank.axes.block_quantized import decode, dequantized, encode, number_of
+from adaptrank.axes.state_roles import Optimizers, Role, role_of, with_inner
 
 
 def replace_units(
@@ -82,12 +33,11 @@ def replace_units(
         tensor.data = resized
         return
 
-    added = 0 if fresh is None else fresh.shape[dim]
-    for optimizer in optimizers:
-        state = optimizer.state.get(tensor, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == tensor.shape:
-                state[key] = _resized_state(key, value, dim, index, added)
+    change = _Change(tensor.shape, dim % tensor.dim(), index, fresh)
+    for optimizer in with_inner(optimizers):
+        state = optimizer.state.get(tensor)
+        if state:
+            _follow(optimizer, state, change)
 
     tensor.grad = None
     # Swap the data in two steps, through another dtype. This makes autograd forget the gradient
@@ -97,26 +47,120 @@ def replace_units(
     tensor.data = resized.contiguous()
 
 
-def _resized_state(key: str, value: Tensor, dim: int, index: Tensor, added: int) -> Tensor:
-    """Select the kept slices of a state tensor, and append neutral ones."""
-    kept = value.index_select(dim, index)
-    if not added:
-        return kept
-    if key in SECOND_MOMENTS and kept.shape[dim] > 0:
+@dataclass(frozen=True)
+class _Change:
+    """A change of the units of a tensor.
+
+    Args:
+        shape: shape of the tensor before.
+        dim: dimension that counts units, not negative.
+        index: kept slices, in their new order.
+        fresh: new slices of the tensor, or None.
+    """
+
+    shape: torch.Size
+    dim: int
+    index: Tensor
+    fresh: Tensor | None
+
+    def apply(self, value: Tensor, role: Role) -> Tensor:
+        """Return a state after the change."""
+        dim = self._dim_in(value, role)
+        if dim is None:
+            return value
+        kept = value.index_select(dim, self.index.to(value.device))
+        if self.fresh is None:
+            return kept
+        if role is Role.WEIGHT_COPY:
+            return torch.cat([kept, self.fresh.to(value)], dim)
+        shape = list(kept.shape)
+        shape[dim] = self.fresh.shape[self.dim]
+        return torch.cat([kept, _neutral(kept, value, dim, role).expand(shape)], dim)
+
+    def _dim_in(self, value: Tensor, role: Role) -> int | None:
+        """Return the dimension of a state that counts units, or None if there is none."""
+        ndim = len(self.shape)
+        if role is Role.ROW_MOMENT:
+            return None if self.dim == ndim - 1 else self.dim
+        if role is Role.COLUMN_MOMENT:
+            if self.dim == ndim - 2:
+                return None
+            return self.dim - 1 if self.dim == ndim - 1 else self.dim
+        # A stacked state has a dimension in front.
+        return self.dim + value.dim() - ndim
+
+
+def _neutral(kept: Tensor, value: Tensor, dim: int, role: Role) -> Tensor:
+    """Return the state of a fresh unit, with length 1 in the dimension that counts units."""
+    if role is not Role.FIRST_MOMENT and kept.shape[dim] > 0:
         # Adam has one step counter for the whole tensor, so its bias correction is over for a fresh
         # unit as well. With a zero second moment such a unit would jump.
-        neutral = kept.mean(dim, keepdim=True)
-    else:
-        neutral = torch.zeros_like(value.narrow(dim, 0, 1))
-    shape = list(kept.shape)
-    shape[dim] = added
-    return torch.cat([kept, neutral.expand(shape)], dim)
+        return kept.mean(dim, keepdim=True)
+    return torch.zeros_like(value.narrow(dim, 0, 1))
 
 
-def zero_first_moments(tensor: Tensor, dim: int, index: Tensor, optimizers: Optimizers) -> None:
-    """Set the first moments of some slices of a tensor to zero, in place."""
-    for optimizer in optimizers:
-        for key, value in optimizer.state.get(tensor, {}).items():
-            follows = isinstance(value, Tensor) and value.shape == tensor.shape
-            if follows and key in FIRST_MOMENTS:
-                value.index_fill_(dim, index, 0)
+def _follow(
+    optimizer: torch.optim.Optimizer, state: MutableMapping[str, Any], change: _Change
+) -> None:
+    """Let the state of one parameter follow a change. States of unknown role stay."""
+    for key, value in list(state.items()):
+        role = role_of(optimizer, key)
+        if role is None or role is Role.COUNT or not isinstance(value, Tensor):
+            continue
+        number = number_of(state, key)
+        if number is None:
+            state[key] = change.apply(dequantized(value), role)
+        else:
+            encode(state, number, change.apply(decode(state, number), role))
+
+
+def _edit(
+    tensor: Tensor, optimizers: Optimizers, roles: Container[Role], edit: Callable[[Tensor], object]
+) -> None:
+    """Change the states of a tensor that have one of these roles, in place.
+
+    Args:
+        tensor: the parameter.
+        optimizers: optimizers that may hold state of it.
+        roles: roles of the states to change.
+        edit: called with the values of a state. A stacked state has a dimension in front.
+    """
+    for optimizer in with_inner(optimizers):
+        state = optimizer.state.get(tensor, {})
+        for key, value in list(state.items()):
+            if role_of(optimizer, key) not in roles or not isinstance(value, Tensor):
+                continue
+            number = number_of(state, key)
+            values = dequantized(value) if number is None else decode(state, number)
+            edit(values)
+            if number is not None:
+                encode(state, number, values)
+            elif values is not value:
+                value.copy_(values)
+
+
+def close_units(tensor: Tensor, dim: int, index: Tensor, optimizers: Optimizers) -> None:
+    """Set first moments and weight copies of some slices to zero, where the tensor is zero now.
+
+    Second moments stay.
+    """
+    from_the_end = dim % tensor.dim() - tensor.dim()
+    roles = (Role.FIRST_MOMENT, Role.WEIGHT_COPY)
+    _edit(tensor, optimizers, roles, lambda state: state.index_fill_(from_the_end, index, 0))
+
+
+def scale_copies(tensor: Tensor, factor: Tensor, optimizers: Optimizers) -> None:
+    """Multiply the weight copies of a tensor by what the tensor was multiplied by."""
+    _edit(tensor, optimizers, (Role.WEIGHT_COPY,), lambda copy: copy.mul_(factor.to(copy)))
+
+
+def shift_copies(
+    tensor: Tensor, dim: int, index: Tensor, change: Tensor, optimizers: Optimizers
+) -> None:
+    """Add to slices of the weight copies of a tensor what was added to the tensor."""
+    _edit(
+        tensor,
+        optimizers,
+        (Role.WEIGHT_COPY,),
+        lambda copy: copy.index_add_(dim, index, change.to(copy)),
+    )

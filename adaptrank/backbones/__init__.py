@@ -4,13 +4,17 @@ from adaptrank.backbones.dtype import auto_dtype
 from adaptrank.backbones.fingerprints import fingerprint
 from adaptrank.backbones.load import load_model, load_tokenizer
 from adaptrank.backbones.lookup import Source, resolve
+from adaptrank.backbones.vocabulary import add_embedding_rows, embedding_paths, embedding_rows
 from adaptrank.backbones.wheels import WHEELS, Wheel
 
 __all__ = [
     "WHEELS",
     "Source",
     "Wheel",
+    "add_embedding_rows",
     "auto_dtype",
+    "embedding_paths",
+    "embedding_rows",
     "fingerprint",
     "load_model",
     "load_tokenizer",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptrank._files import named_if_full
 from adaptrank.backbones.silence import silenced
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _convert_beside(file: Path, folder: Path, wheel: str) -> None:
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        convert_gguf(file, temporary)
+        with named_if_full(folder):
+            convert_gguf(file, temporary)
         (temporary / ORIGIN).write_text(json.dumps({"wheel": wheel, "file": file.name}))
         # `mkdtemp` and `save_pretrained` write for one user only, and a cache may be shared.
         temporary.chmod(0o755)

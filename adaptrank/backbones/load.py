@@ -90,7 +90,8 @@ def _warn_of_random_weights(
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to `source`, ready for batches.
 
-    A tokenizer without a padding token pads with its end-of-text token. Padding must therefore be
+    A tokenizer without a padding token pads with its end-of-text token, or without one with its
+    unknown token or its beginning token. Padding must therefore be
     masked by the attention mask, and never by its id. A tokenizer that states no maximal length
     takes the model's number of positions.
 
@@ -112,7 +113,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 config, "max_position_embeddings", tokenizer.model_max_length
             )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        others = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        tokenizer.pad_token = next((token for token in others if token is not None), None)
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
+from adaptrank._files import atomic_file
 from adaptrank.artifacts.run import RunFiles
 
 INTERRUPTED = "interrupted.ckpt"
@@ -78,7 +79,8 @@ class StepCheckpoint(ModelCheckpoint):
 class SaveConfig(SaveConfigCallback):
     """Write the complete configuration into the run folder, where it starts the same run again.
 
-    A run that was resumed leaves `ckpt_path` out, so that its file starts from the beginning.
+    A run that was resumed leaves `ckpt_path` and `accept_changes` out, so that its file starts from
+    the beginning.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,5 +91,6 @@ class SaveConfig(SaveConfigCallback):
             return
         config = self.config.clone()
         config["ckpt_path"] = None
-        file = folder / "config.yaml"
-        self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)
+        config["accept_changes"] = False
+        with atomic_file(folder / "config.yaml") as file:
+            self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)

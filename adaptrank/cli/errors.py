@@ -1,13 +1,14 @@
 """Tell a user's mistake from a bug, and print the mistake in one to three lines."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from adaptrank._errors import UserError, UserTypeError, nearest
+from adaptrank._errors import ListedError, UserError, UserTypeError, nearest
 
 Key = tuple[str | int, ...]
 """Path of a value in a configuration, as in ("model", "init_args", "adapters", 0, "targets")."""
@@ -46,7 +47,7 @@ def explain(error: BaseException) -> str | None:
     """
     error = unwrap(error)
     if isinstance(error, UserError):
-        return str(error) if isinstance(error, ConfigError) else _sentence(error)
+        return str(error) if isinstance(error, ConfigError | ListedError) else _sentence(error)
     if isinstance(error, OSError) and not isinstance(error, ChildProcessError | BrokenPipeError):
         return _sentence(error)
     # The interpreter names the module of an import that fails. A library's own sentence has none.
@@ -118,3 +119,13 @@ def missing_file(path: str, kind: str) -> str:
     near = nearest(where.name, names)
     hint = f" Did you mean {str(parent / near)!r}?" if near else ""
     return f"There is no {kind} {path!r}.{hint}"
+
+
+def a_checkpoint(path: str) -> str:
+    """Return the sentence for a checkpoint where an adapter belongs."""
+    file = Path(path)
+    out = shlex.quote(str(file.with_suffix("")))
+    return (
+        f"{path!r} is a checkpoint. Make an adapter of it first: "
+        f"python -m adaptrank extract {shlex.quote(path)} --out {out}"
+    )

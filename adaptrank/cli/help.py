@@ -103,6 +103,10 @@ def _run_rows(verb: str) -> list[Row]:
         rows += [
             ("runs = runs", "folder of the run folders"),
             ("evaluate = true", "whether to evaluate before and after"),
+            (
+                "save",
+                "best or last: weights of the adapter; best if a ModelCheckpoint has a metric",
+            ),
         ]
     if verb == "predict":
         rows.append(("out", "file for the predictions, one line of JSON each"))

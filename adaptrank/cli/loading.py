@@ -1,15 +1,23 @@
 """Adapters and models by name, for the verbs that load them."""
 
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank.cli.errors import ConfigError, missing_file
+from adaptrank.cli.errors import ConfigError, a_checkpoint, missing_file
 
 if TYPE_CHECKING:
     import torch
 
     from adaptrank.backbones import Source
+
+log = logging.getLogger("adaptrank")
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+"""Classes of transformers that a file may ask for."""
 
 
 @dataclass
@@ -21,12 +29,16 @@ class StoredModel:
         adapter: folder of the adapter, or None for a plain model.
         auto_class: name of the transformers class that loads the base.
         num_labels: number of classes, for a classifier.
+        conventions: those of training, as the adapter or the merged model records them.
+        vocabulary: number of tokens, if the embedding has rows that the base's files do not have.
     """
 
     source: "Source"
     adapter: Path | None
     auto_class: str
     num_labels: int | None = None
+    conventions: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: int | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -38,14 +50,29 @@ class StoredModel:
         import transformers
 
         from adaptrank.artifacts import load_adapter
-        from adaptrank.backbones import load_model
+        from adaptrank.backbones import add_embedding_rows, load_model
 
         labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
         auto_class = getattr(transformers, self.auto_class)
         model = load_model(self.source, auto_class, dtype, **labels)
+        if self.vocabulary is not None:
+            add_embedding_rows(model, self.tokenizer(), self.vocabulary)
         if adapted and self.adapter is not None:
             model = load_adapter(model, self.adapter)
         return model.train(False)
+
+    def tokenizer(self) -> Any:
+        """Return the base's tokenizer, with the chat template of training."""
+        from adaptrank.artifacts import use_chat_template
+        from adaptrank.backbones import load_tokenizer
+
+        tokenizer = load_tokenizer(self.source)
+        if use_chat_template(tokenizer, self.conventions):
+            log.warning(
+                "The chat template of %s is not the one of training, which is used here.",
+                self.source.name,
+            )
+        return tokenizer
 
 
 def find_model(name: str, base: str | None) -> StoredModel:
@@ -64,7 +91,9 @@ def find_model(name: str, base: str | None) -> StoredModel:
         raise ConfigError(
             f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
         )
-    return StoredModel(backbones.resolve(name), None, "AutoModelForCausalLM")
+    source = backbones.resolve(name)
+    conventions = recorded_conventions(Path(source.path))
+    return StoredModel(source, None, "AutoModelForCausalLM", conventions=conventions)
 
 
 def find_adapter(name: str, base: str | None) -> StoredModel:
@@ -81,17 +110,37 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     folder = adapter_folder(name)
     if not folder.exists():
         raise ConfigError(missing_file(name, "adapter folder"))
-    described = read_adapter(folder)["base"]
+    description = read_adapter(folder)
+    described = description["base"]
+    auto_class = described.get("auto_class") or "AutoModelForCausalLM"
+    if auto_class not in AUTO_CLASSES:
+        raise ConfigError(
+            f"{folder} was made for transformers' {auto_class!r}. The commands load "
+            f"{' and '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
+            f"adaptrank.load_adapter(model, folder)."
+        )
     source = find_base(folder, base or described.get("name"))
-    auto_class = described.get("auto_class", "AutoModelForCausalLM")
-    return StoredModel(source, folder, auto_class, described.get("num_labels"))
+    return StoredModel(
+        source,
+        folder,
+        auto_class,
+        described.get("num_labels"),
+        description.get("conventions", {}),
+        described.get("vocabulary"),
+    )
 
 
 def adapter_folder(name: str) -> Path:
-    """Return the folder of a name. A run's folder stands for the adapter in it."""
+    """Return the folder of a name. A run's folder stands for the adapter in it.
+
+    Raises:
+        ConfigError: if the name is a checkpoint.
+    """
     from adaptrank.artifacts import WEIGHTS
 
     folder = Path(name).expanduser()
+    if folder.suffix == ".ckpt" and folder.is_file():
+        raise ConfigError(a_checkpoint(name))
     inside = folder / "adapter"
     is_run = not (folder / WEIGHTS).is_file() and (inside / WEIGHTS).is_file()
     return inside if is_run else folder
@@ -113,6 +162,19 @@ def find_base(folder: Path, name: str | None) -> "Source":
         return backbones.resolve(name)
     except FileNotFoundError as error:
         raise ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
+
+
+def recorded_conventions(folder: Path) -> dict[str, Any]:
+    """Return the conventions of training in a merged model's configuration, or {}."""
+    from adaptrank.artifacts import prompt_conventions
+
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Whatever is wrong with the model, its loading says it better.
+        return {}
+    return prompt_conventions(config)
 
 
 def stored_dtype(source: "Source") -> "torch.dtype":

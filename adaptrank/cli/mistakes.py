@@ -50,7 +50,9 @@ class ParsingError(UserError):
         sentence = self.sentence(entry)
         # An option is its own key: do not write it twice.
         if entry.where == f"--{spell(entry.key)}":
-            sentence = sentence.removeprefix(f"{spell(entry.key)}: ")
+            key = spell(entry.key)
+            sentence = sentence.removeprefix(f"{key}: ")
+            sentence = sentence.replace(f"Unknown key {key}.", "Unknown key.", 1)
         return ConfigError(f"{entry.where}: {sentence}", entry.key)
 
 

@@ -1,5 +1,7 @@
 """Output of fit, validate, test and predict: metrics, predictions, and commands to type next."""
 
+import inspect
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
+from adaptrank._errors import UserError
+from adaptrank.data import fill_prompt
 from adaptrank.modules import AdaptedModule
 from adaptrank.parameterizations import wrapped_layers
 
-PROMPT = r'"Question: Ann has 12 pears and buys 7 more. How many pears does Ann have now?\nAnswer:"'
+LONGEST_PROMPT = 240
+"""Characters of the longest prompt in a printed command. A longer one is shown as TEXT."""
 
 
 @rank_zero_only
@@ -70,11 +75,29 @@ def run_name(config: Any) -> str:
     return folder.parent.name if path.stem == "config" and folder.name.isdigit() else path.stem
 
 
-def next_commands(folder: Path, module: LightningModule) -> str:
+def class_names(module: object, data: object) -> Sequence[str] | None:
+    """Return the names of the classes in the model's numbering, or None if nobody names them."""
+    for owner, attribute in (
+        (module, "class_names"),
+        (data, "model_classes"),
+        (data, "class_names"),
+    ):
+        names: Sequence[str] | None = getattr(owner, attribute, None)
+        if names:
+            return names
+    return None
+
+
+def next_commands(folder: Path, module: LightningModule, data: object = None) -> str:
     """Return the commands that make sense after a run, ready to paste.
 
     The commands can only build the library's own modules again. Of another module the adapter is
     loaded in Python.
+
+    Args:
+        folder: the run folder.
+        module: the trained module.
+        data: the data module of the run.
     """
     layers = wrapped_layers(module)
     if not layers:
@@ -86,7 +109,8 @@ def next_commands(folder: Path, module: LightningModule) -> str:
         load = f"adaptrank.load_adapter(model, {str(folder / 'adapter')!r})"
         return f"{lines[0]}\n  load:     {load}"
     if hasattr(module, "complete"):
-        lines.append(f"  generate: python -m adaptrank generate {adapter} --prompt {PROMPT}")
+        prompt = prompt_options(data)
+        lines.append(f"  generate: python -m adaptrank generate {adapter} {prompt}")
     if all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest):
         merged = shlex.quote(str(folder / "merged"))
         lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {merged}")
@@ -96,8 +120,39 @@ def next_commands(folder: Path, module: LightningModule) -> str:
         command = f"python -m adaptrank fit --config {config} --model.adapter {adapter}"
         # A rank pattern would be applied to the loaded adapter, and undo the allocator's moves.
         pattern = " --model.rank_pattern null" if module.rank_pattern else ""
+        if not hasattr(module, "complete"):
+            predict = command.replace("adaptrank fit", "adaptrank predict", 1)
+            takes_file = "predict" in inspect.signature(type(data).__init__).parameters
+            file = " --data.predict FILE" if takes_file else ""
+            lines.append(f"  predict:  {predict}{pattern}{file}")
         lines.append(f"  go on:    {command}{pattern}")
     return "\n".join(lines)
+
+
+def prompt_options(data: object) -> str:
+    """Return the options of `generate` for a prompt of a run's data, in the run's format.
+
+    The adapter records the format as well, so most of them only show what holds by default.
+    """
+    prompt: str | None = getattr(data, "example_prompt", None)
+    template: str | None = getattr(data, "prompt_template", None)
+    describe = getattr(data, "conventions", dict)
+    chat = " --chat" if describe().get("chat") else ""
+    if prompt is None or len(prompt) > LONGEST_PROMPT or "\\n" in prompt:
+        return f"--prompt TEXT{chat}"
+    raw = ""
+    if template is not None:
+        try:
+            raw = "" if fill_prompt(template, prompt) == prompt else " --raw"
+        except UserError:
+            raw = " --raw"
+    return f"--prompt {quote(prompt)}{chat}{raw}"
+
+
+def quote(text: str) -> str:
+    """Quote a text for a shell, with line breaks as \\n, in double quotes if they can hold it."""
+    escaped = text.replace("\n", "\\n")
+    return shlex.quote(escaped) if re.search(r'["$`!\\]', text) else f'"{escaped}"'
 
 
 def resume_command(folder: Path, step: int) -> str:

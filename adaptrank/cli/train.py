@@ -1,45 +1,35 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI with allocators and a folder for each run."""
 
 import json
-import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Their classes are known by name once they are imported.
 import adaptrank.data
 import adaptrank.modules  # noqa: F401
+from adaptrank._files import write_text
 from adaptrank.allocation import Participant
 from adaptrank.artifacts import WEIGHTS
-from adaptrank.artifacts.run import (
-    JsonlLogger,
-    RunFiles,
-    discard_unbegun,
-    new_run_folder,
-    render,
-    summarize,
-    write_json,
-)
-from adaptrank.axes import rank_axes
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
+from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder
 from adaptrank.cli import errors
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
+from adaptrank.cli.checkpoint_path import check_checkpoint_path
+from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.known_classes import subclasses
 from adaptrank.cli.mistakes import ParsingError
 from adaptrank.cli.output import (
+    class_names,
     metric_names,
-    next_commands,
-    numbers,
     predictions,
-    resume_command,
     run_name,
     say,
     table,
@@ -48,8 +38,9 @@ from adaptrank.cli.parser import Parser
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.modules import AdaptedModule
-from adaptrank.parameterizations import adapted_part
-from adaptrank.reports.card import write_card
+from adaptrank.training.distributed import check_launcher
+from adaptrank.training.finite import FiniteWeights
+from adaptrank.training.peers import PeerWatch
 
 T = TypeVar("T")
 
@@ -104,8 +95,13 @@ class AdaptrankCLI(LightningCLI):
         parser.add_subclass_arguments(Participant, "initial_ranks", required=False, help=chooses)
         runs = "Folder that holds the run folders."
         parser.add_argument("--runs", type=str, default="runs", help=runs)
+        accept = "Whether to go on from a ckpt_path that belongs to a run with other settings."
+        parser.add_argument("--accept_changes", type=bool, default=False, help=accept)
         evaluate = "Whether `fit` evaluates before and after."
         parser.add_argument("--evaluate", type=bool, default=True, help=evaluate)
+        kinds = Literal["best", "last"] | None
+        save = "Which weights `fit` saves: those of the best checkpoint, or of the last step."
+        parser.add_argument("--save", type=kinds, default=None, help=save)
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -130,16 +126,10 @@ class AdaptrankCLI(LightningCLI):
             raise mistake.at_its_place(self.args) from mistake
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint's file. Nothing is read from a checkpoint before the run."""
-        path = self.config[self.verb].get("ckpt_path")
-        if path in (None, "best", "last", "hpc") or "://" in str(path):
-            return
-        if not Path(path).is_file():
-            raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")
-        if not zipfile.is_zipfile(path):
-            raise errors.ConfigError(
-                f"ckpt_path: {path} is no Lightning checkpoint, or it is damaged."
-            )
+        """Check the checkpoint's file before minutes of building."""
+        options = self.config[self.verb]
+        weights_only = options.get("weights_only") is not False
+        check_checkpoint_path(options.get("ckpt_path"), weights_only, self.verb == "fit")
 
     # ---- building
 
@@ -152,6 +142,8 @@ class AdaptrankCLI(LightningCLI):
         adapter = self._get(self.config, "model.init_args.adapter")
         if not (isinstance(adapter, str) and Path(adapter).is_file()):
             return
+        if Path(adapter).suffix == ".ckpt":
+            raise errors.ConfigError(f"model.adapter: {errors.a_checkpoint(adapter)}")
         class_path = self._get(self.config, "model.class_path")
         own = [f"{cls.__module__}.{cls.__name__}" for cls in subclasses(AdaptedModule)]
         own += [f"adaptrank.modules.{cls.__name__}" for cls in subclasses(AdaptedModule)]
@@ -168,6 +160,8 @@ class AdaptrankCLI(LightningCLI):
         self._parser(self.subcommand).add_instantiator(construct, object, subclasses=True)
         with errors.constructing("The configuration"):
             super().instantiate_classes()
+        if self._get(self.config, "accept_changes"):
+            self.model.accept_changes = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the callbacks and the logger of a run."""
@@ -177,8 +171,8 @@ class AdaptrankCLI(LightningCLI):
         own_logger = self.configured("trainer.logger") in (None, True)
         if self.verb == "fit":
             folder = self.run_folder = self._new_folder()
-            callbacks += [RunFiles(folder), Interrupt(folder), Begins(self._begin)]
-            callbacks += self._checkpoint(folder)
+            callbacks += [FiniteWeights(), PeerWatch(), RunFiles(folder, self._which_weights())]
+            callbacks += [Interrupt(folder), Begins(self._begin), *self._checkpoint(folder)]
             if self.configured("trainer.default_root_dir") is None:
                 kwargs["default_root_dir"] = str(folder)
             if own_logger:
@@ -189,7 +183,24 @@ class AdaptrankCLI(LightningCLI):
         if self.configured("trainer.enable_progress_bar") is not False and not has_bar:
             callbacks.append(progress())
         config = {**(self.configured("trainer") or {}), **kwargs}
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        check_launcher(trainer)
+        ensure_checkpoint_files(trainer)
+        return trainer
+
+    def _which_weights(self) -> Literal["best", "last"] | None:
+        """Return the key `save`. "best" needs a metric to go by."""
+        save: Literal["best", "last"] | None = self._get(self.config, "save")
+        ranks = any(
+            isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+            for callback in self._configured_callbacks()
+        )
+        if save == "best" and not ranks:
+            raise errors.ConfigError(
+                "save: best needs a metric: add a ModelCheckpoint with a `monitor`, such as loss, "
+                "to trainer.callbacks, or leave `save` out."
+            )
+        return save
 
     def _configured_callbacks(self) -> list[Callback]:
         configured = self.configured("trainer.callbacks") or []
@@ -250,10 +261,10 @@ class AdaptrankCLI(LightningCLI):
             self.evaluates = False
             say(f"No evaluation before and after: {missing}.")
         if self.evaluates and not self._get(self.config, "ckpt_path"):
-            self.before = self._evaluate()
+            self.before = self.evaluate()
         self.trainer.fit(**kwargs)
         if not self.trainer.interrupted:
-            self._finish()
+            finish(self)
 
     def _check_schedules(self) -> None:
         for allocator in self._callbacks():
@@ -279,28 +290,6 @@ class AdaptrankCLI(LightningCLI):
             return f"{type(self.datamodule).__name__} has no val_dataloader"
         return None
 
-    def _finish(self) -> None:
-        """Write the summary and the adapter's card, and print what to do next."""
-        folder = self.run_folder
-        assert folder is not None
-        after = self._evaluate() if self.evaluates else numbers(self.trainer.callback_metrics)
-        seconds = next(c.seconds for c in self._callbacks() if isinstance(c, RunFiles))
-        summary = summarize(self.model, self.before, after, self.trainer.global_step, seconds)
-        if not self.trainer.is_global_zero:
-            return
-        write_json(folder / "summary.json", summary)
-        if (folder / "adapter").is_dir():
-            self._write_card(folder, summary)
-        say("\n" + render(summary, metric_names(self.model, after)))
-        say("\n" + next_commands(folder, self.model))
-
-    def _write_card(self, folder: Path, summary: dict[str, Any]) -> None:
-        axes = rank_axes(adapted_part(self.model))
-        ranks = {key: len(axis) for key, axis in axes.items()}
-        file = folder / "config.yaml"
-        config = file.read_text(encoding="utf-8") if file.is_file() else ""
-        write_card(folder / "adapter", summary, ranks, config)
-
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate on the validation set."""
         self._say_backbone()
@@ -314,7 +303,7 @@ class AdaptrankCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and print or write one line of JSON for each example."""
         batches = self.trainer.predict(**kwargs) or []
-        names = getattr(self.datamodule, "class_names", None)
+        names = class_names(self.model, self.datamodule)
         lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
         out = self._get(self.config, "out")
         if not self.trainer.is_global_zero:
@@ -323,7 +312,7 @@ class AdaptrankCLI(LightningCLI):
             say("\n".join(lines))
         else:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(Path(out), "".join(f"{line}\n" for line in lines))
             say(f"{len(lines)} predictions in {out}")
 
     def _report(self, results: Sequence[Any], verbose: bool) -> None:
@@ -331,7 +320,8 @@ class AdaptrankCLI(LightningCLI):
         if verbose and self.trainer.is_global_zero:
             say(table(values, metric_names(self.model, values)))
 
-    def _evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics on the validation set."""
         results = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         return _merged(results)
 
@@ -374,25 +364,10 @@ def run(verb: str, args: Sequence[str]) -> None:
         except Exception as error:
             if not cli.began:
                 discard_unbegun(cli.run_folder)
-            text = None if cli.began else errors.explain(error)
+            if lost(cli) and not debug:
+                # It has been said which process is gone. The error is only what follows from it.
+                raise SystemExit(2) from None
+            text = explain(cli, error)
             if text is None or debug:
                 raise
             errors.fail(text)
-
-
-def interrupted(cli: AdaptrankCLI, error: BaseException) -> bool:
-    """Return True for Ctrl-C, which Lightning turns into an exit."""
-    trainer = getattr(cli, "trainer", None)
-    if isinstance(error, KeyboardInterrupt):
-        return True
-    return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-
-
-def leave(cli: AdaptrankCLI) -> NoReturn:
-    """Say what an interrupted run leaves, and exit with 1."""
-    if cli.began and cli.run_folder is not None:
-        say(resume_command(cli.run_folder, cli.trainer.global_step))
-    else:
-        discard_unbegun(cli.run_folder)
-        print("\nInterrupted.", file=sys.stderr)
-    raise SystemExit(1)

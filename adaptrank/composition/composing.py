@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank.artifacts import load_adapter, read_adapter
+from adaptrank.artifacts import load_adapter, read_adapter, unchanged_on_error
 from adaptrank.composition.compression import Compression
 from adaptrank.composition.delta_space import changes, compose_in_delta_space, weight_norm
 from adaptrank.composition.operators import options_of
@@ -23,7 +23,6 @@ from adaptrank.composition.request import (
 )
 from adaptrank.composition.similarity import Similarity
 from adaptrank.composition.whole_modules import put_modules, restored_modules
-from adaptrank.injection import undone_on_error
 from adaptrank.parameterizations import wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,7 +87,7 @@ def compose(
 
     similarity = Similarity(request.names, signs)
     drop = others == "drop"
-    with undone_on_error(model, {}), restored_modules(model, descriptions, drop):
+    with unchanged_on_error(model), restored_modules(model, descriptions, drop):
         for position in request.sequence:
             load_adapter(model, folders[position], name=adapter_name(position))
         check_wrappers(model, request)

@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank._collectives import first
+from adaptrank._files import append_text
 from adaptrank.composition.changes import change_of
 from adaptrank.composition.spectral import COLUMNS, diagnose, mean_by_kind
 from adaptrank.parameterizations import Parameterization, wrapped_layers
@@ -62,8 +63,7 @@ class SpectralMonitor(Callback):
 
     def _append(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_text(folder / name, json.dumps(record) + "\n")
 
 
 @torch.no_grad()

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from adaptrank.artifacts import WEIGHTS
+from adaptrank.artifacts import WEIGHTS, open_weights
 from adaptrank.composition.request import Request
 
 WeightedValue = tuple[float, Tensor]
@@ -72,9 +71,9 @@ def _stored_values(
         if not description["trained_modules"]:
             continue
         tied = description["tied"]
-        with safe_open(folder / WEIGHTS, framework="pt") as stored:
+        with open_weights(folder / WEIGHTS) as stored:
             for name in description["trained_modules"]:
-                value = stored.get_tensor(tied.get(name, name))
+                value = stored[tied.get(name, name)]
                 values.setdefault(name, []).append((abs(weight), value))
     return values
 

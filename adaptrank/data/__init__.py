@@ -12,10 +12,11 @@ from adaptrank.data.completion_task import CompletionTask
 from adaptrank.data.generated_questions import GeneratedQuestions
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.loader import ResumableLoader
+from adaptrank.data.prompts import fill_prompt, gaps_of
 from adaptrank.data.segments import token_ids
 from adaptrank.data.sources import Source
 from adaptrank.data.task import TaskData
-from adaptrank.data.templates import render_chat
+from adaptrank.data.templates import end_of_turn, render_chat
 
 __all__ = [
     "ArithmeticProblems",
@@ -29,6 +30,9 @@ __all__ = [
     "Source",
     "TaskData",
     "causal_batch",
+    "end_of_turn",
+    "fill_prompt",
+    "gaps_of",
     "render_chat",
     "token_ids",
 ]

@@ -3,14 +3,21 @@
 Validation shares no template and no number with training, so that it measures the skill.
 """
 
+import itertools
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.completion_task import CompletionTask
+from adaptrank.data.lazy import Computed, Permutation
+from adaptrank.data.problem_space import Operands, ProblemSpace
 from adaptrank.data.seeding import seeded_random
-from adaptrank.data.task import Row, Split
+from adaptrank.data.task import Row, Split, check_size
+
+log = logging.getLogger(__name__)
 
 NAMES = (
     "Ana",
@@ -45,6 +52,10 @@ THINGS = (
     "stamps",
     "toys",
 )
+
+PROMPT = "Question: {question}\nAnswer:"
+"""Format of all prompts."""
+EXAMPLE = "Ann has 12 pears and buys 7 more. How many pears does Ann have now?"
 
 FORMS: dict[str, Callable[[int, int, int], int]] = {
     "{a} + {b}": lambda a, b, c: a + b,
@@ -126,6 +137,12 @@ VALIDATION_PROBLEMS: dict[str, tuple[str, ...]] = {
 VALIDATION_DIGITS = (1, 3, 6, 8)
 """Last digits of the numbers that only validation problems have."""
 
+LARGEST_LIST = {"train": 1_000_000, "val": 80_000}
+"""Split -> number of problems up to which they are drawn at once, as a list.
+
+Half of all problems can be drawn without many repeats.
+"""
+
 
 def is_validation_number(n: int) -> bool:
     """Tell whether a number belongs to validation problems. The others belong to training."""
@@ -140,7 +157,11 @@ class ArithmeticProblems(CompletionTask):
     validation share neither a template nor a number in a problem (results may coincide), so that
     validation measures the skill. Numbers reach 49 in sums of one step and 12 in products. A row
     has at most 40 tokens, end included, where a tokenizer splits numbers into digits. The test rows
-    are the validation rows. No problem occurs twice.
+    are the validation rows.
+
+    There are about 4.5 million different training problems and 160 thousand validation problems. No
+    problem occurs twice, unless more are requested than there are. Then each occurs as often as any
+    other, up to one. A large set is made row by row while it is read, and takes no memory.
 
     Args:
         train_size: number of training problems.
@@ -149,22 +170,39 @@ class ArithmeticProblems(CompletionTask):
         kwargs: those of `CompletionTask`.
 
     Raises:
-        UserError: if more problems are requested than there are different ones.
+        UserError: if a size is not a positive integer.
     """
 
     def __init__(
         self, train_size: int = 2000, val_size: int = 200, *, max_length: int = 64, **kwargs: Any
     ) -> None:
         super().__init__(max_length=max_length, **kwargs)
+        check_size("train_size", train_size, 1, "leaves no problem")
+        check_size("val_size", val_size, 1, "leaves no problem")
         self.train_size = train_size
         self.val_size = val_size
 
-    def rows(self, split: Split) -> list[Row] | None:
+    @property
+    def prompt_template(self) -> str:
+        return PROMPT
+
+    @property
+    def example_prompt(self) -> str:
+        return PROMPT.format(question=EXAMPLE)
+
+    def rows(self, split: Split) -> Sequence[Row] | None:
         if split == "train":
-            return self._draw(split, TRAIN_PROBLEMS, self.train_size)
+            return self._problems(split, TRAIN_PROBLEMS, self.train_size)
         if split == "val":
-            return self._draw(split, VALIDATION_PROBLEMS, self.val_size)
+            return self._problems(split, VALIDATION_PROBLEMS, self.val_size)
         return None
+
+    def _problems(
+        self, split: Split, problems: dict[str, tuple[str, ...]], size: int
+    ) -> Sequence[Row]:
+        if size > LARGEST_LIST[split]:
+            return self._lazy_problems(split, problems, size)
+        return self._draw(split, problems, size)
 
     def _draw(self, split: Split, problems: dict[str, tuple[str, ...]], size: int) -> list[Row]:
         """Draw different problems of one split."""
@@ -173,21 +211,60 @@ class ArithmeticProblems(CompletionTask):
 
         def draw_row() -> Row:
             form, text = generator.choice(templates)
-            a, b, c = draw_operands(form, generator, validation=split == "val")
+            operands = draw_operands(form, generator, validation=split == "val")
             name, other = generator.sample(NAMES, 2)
-            thing = generator.choice(THINGS)
-            question = text.format(a=a, b=b, c=c, name=name, other=other, thing=thing)
-            answer = str(FORMS[form](a, b, c))
-            return {
-                "prompt": f"Question: {question}\nAnswer:",
-                "completion": f" {form.format(a=a, b=b, c=c)} = {answer}",
-                "answer": answer,
-            }
+            return make_row(form, text, operands, name, other, generator.choice(THINGS))
 
         return draw_distinct(draw_row, "prompt", size, f"{split}_size")
 
+    def _lazy_problems(
+        self, split: Split, problems: dict[str, tuple[str, ...]], size: int
+    ) -> Sequence[Row]:
+        """Return the problems of one split in random order, each made when it is read."""
+        space = ProblemSpace(
+            problems, partial(all_operands, validation=split == "val"), NAMES, THINGS, make_row
+        )
+        if size > len(space):
+            log.warning(
+                "%s_size=%d is more than the %d different problems: each occurs %d times or once "
+                "more.",
+                split,
+                size,
+                len(space),
+                size // len(space),
+            )
+        return Computed(size, ShuffledRows(space, seed_key=("arithmetic", split, self.seed)))
 
-def draw_operands(form: str, generator: random.Random, *, validation: bool) -> tuple[int, int, int]:
+
+class ShuffledRows:
+    """Function number of a row -> row of a problem. All problems occur before one occurs again.
+
+    Args:
+        space: the problems.
+        seed_key: seed of their order.
+    """
+
+    def __init__(self, space: ProblemSpace, seed_key: tuple[object, ...]) -> None:
+        self.space = space
+        self.order = Permutation(len(space), *seed_key)
+
+    def __call__(self, number: int) -> Row:
+        return self.space.row(self.order[number % len(self.space)])
+
+
+def make_row(form: str, text: str, operands: Operands, name: str, other: str, thing: str) -> Row:
+    """Return the row of a problem: prompt, completion and answer."""
+    a, b, c = operands
+    question = text.format(a=a, b=b, c=c, name=name, other=other, thing=thing)
+    answer = str(FORMS[form](a, b, c))
+    return {
+        "prompt": PROMPT.format(question=question),
+        "completion": f" {form.format(a=a, b=b, c=c)} = {answer}",
+        "answer": answer,
+    }
+
+
+def draw_operands(form: str, generator: random.Random, *, validation: bool) -> Operands:
     """Draw a, b, c for an expression. Its value and the values of its parts are at least 1.
 
     Args:
@@ -198,9 +275,24 @@ def draw_operands(form: str, generator: random.Random, *, validation: bool) -> t
     pools = _number_pools(form, validation)
     while True:
         a, b, c = (generator.choice(pool) for pool in pools)
-        is_negative_part = "- {b}" in form and a <= b
-        if not is_negative_part and FORMS[form](a, b, c) > 0:
+        if _is_positive(form, (a, b, c)):
             return a, b, c
+
+
+def all_operands(form: str, *, validation: bool) -> list[Operands]:
+    """Return all a, b, c that `draw_operands` may draw. An expression without c has one c."""
+    a, b, c = _number_pools(form, validation)
+    if "{c}" not in form:
+        c = c[:1]
+    triples = itertools.product(a, b, c)
+    return [triple for triple in triples if _is_positive(form, triple)]
+
+
+def _is_positive(form: str, operands: Operands) -> bool:
+    """Tell whether an expression's value and the values of its parts are at least 1."""
+    a, b, c = operands
+    is_negative_part = "- {b}" in form and a <= b
+    return not is_negative_part and FORMS[form](a, b, c) > 0
 
 
 def _number_pools(form: str, validation: bool) -> tuple[list[int], list[int], list[int]]:

@@ -1,8 +1,10 @@
 """Choose which examples make which batch, as a pure function of (seed, epoch, index)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from adaptrank._errors import UserError
+from adaptrank.data.lazy import Permutation
 from adaptrank.data.seeding import seeded_random
 
 POOL = 50
@@ -49,10 +51,29 @@ def rounds(
         generator.shuffle(order)
     if shuffle and lengths is not None:
         order = _sort_within_pools(order, lengths, round_size)
-    dealt = _deal_rounds(order, round_size, world_size)
+    dealt = list(_deal_rounds(order, round_size, world_size))
     if shuffle and lengths is not None:
         generator.shuffle(dealt)
     return [_share_round(examples, order, world_size) for examples in dealt]
+
+
+def lazy_rounds(
+    n: int,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+    world_size: int = 1,
+    start: int = 0,
+) -> Iterator[list[list[int]]]:
+    """Yield rounds as `rounds` deals them, from round `start` on, in constant memory.
+
+    The random order is another one than that of `rounds`.
+    """
+    order = Permutation(n, "order", seed, epoch) if shuffle else range(n)
+    for examples in _deal_rounds(order, batch_size * world_size, world_size, start):
+        yield _share_round(examples, order, world_size)
 
 
 def _sort_within_pools(order: list[int], lengths: Sequence[int], round_size: int) -> list[int]:
@@ -65,19 +86,28 @@ def _sort_within_pools(order: list[int], lengths: Sequence[int], round_size: int
     return result
 
 
-def _deal_rounds(order: list[int], round_size: int, world_size: int) -> list[list[int]]:
+def _deal_rounds(
+    order: Sequence[int], round_size: int, world_size: int, start: int = 0
+) -> Iterator[list[int]]:
     """Cut an order into rounds, and level the last two if the last has too few examples."""
-    dealt = [order[start : start + round_size] for start in range(0, len(order), round_size)]
-    if len(dealt) > 1 and len(dealt[-1]) < world_size:
-        tail = dealt.pop(-2) + dealt.pop()
-        half = (len(tail) + 1) // 2
-        dealt += [tail[:half], tail[half:]]
-    return dealt
+    n = len(order)
+    count = -(-n // round_size)
+    before_last = (count - 1) * round_size
+    is_levelled = count > 1 and n - before_last < world_size
+    borders = [before_last - round_size, before_last, n]
+    if is_levelled:
+        borders[1] = borders[0] + (n - borders[0] + 1) // 2
+    for k in range(start, count):
+        if k < count - 2:
+            yield list(order[k * round_size : (k + 1) * round_size])
+        else:
+            from_end = k - (count - 2)
+            yield list(order[borders[from_end] : borders[from_end + 1]])
 
 
-def _share_round(examples: list[int], order: list[int], world_size: int) -> list[list[int]]:
+def _share_round(examples: list[int], order: Sequence[int], world_size: int) -> list[list[int]]:
     """Share the examples of one round among the processes, repeating examples if too few."""
-    spare = (order * world_size)[: max(0, world_size - len(examples))]
+    spare = [order[k % len(order)] for k in range(world_size - len(examples))]
     full = examples + spare
     borders = [rank * len(full) // world_size for rank in range(world_size + 1)]
     return [full[borders[rank] : borders[rank + 1]] for rank in range(world_size)]
@@ -94,6 +124,7 @@ class BatchOrder:
         lengths: see `rounds`.
         rank: number of this process, from 0.
         world_size: number of processes that share the examples.
+        lazy: compute the order batch by batch, in constant memory. It is another order.
 
     Raises:
         UserError: if batch_size, rank or world_size is out of range, or if there are not n lengths.
@@ -109,12 +140,17 @@ class BatchOrder:
         lengths: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        lazy: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} holds no example. Use 1 or more.")
         if not 0 <= rank < world_size:
             raise UserError(
                 f"rank={rank} is not among {world_size} processes. Use 0 to {world_size - 1}."
+            )
+        if lazy and lengths is not None:
+            raise UserError(
+                "An order that is computed batch by batch knows no lengths. Leave `lengths` out."
             )
         if lengths is not None and len(lengths) != n:
             raise UserError(
@@ -127,6 +163,7 @@ class BatchOrder:
         self.lengths = lengths
         self.rank = rank
         self.world_size = world_size
+        self.lazy = lazy
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -135,7 +172,7 @@ class BatchOrder:
 
     def fingerprint(self) -> dict[str, int | bool]:
         """Return everything besides the epoch that the order depends on."""
-        return {
+        fingerprint: dict[str, int | bool] = {
             "examples": self.n,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
@@ -143,18 +180,40 @@ class BatchOrder:
             "shuffle": self.shuffle,
             "group_by_length": self.lengths is not None,
         }
+        # Older checkpoints do not have the key.
+        return fingerprint | ({"lazy": True} if self.lazy else {})
 
     def __len__(self) -> int:
         return -(-self.n // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batches in rounds(
-            self.n,
-            self.batch_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            shuffle=self.shuffle,
-            lengths=self.lengths,
-            world_size=self.world_size,
-        ):
-            yield batches[self.rank]
+        return self.batches_from(0)
+
+    def batches_from(self, start: int) -> Iterator[list[int]]:
+        """Yield the batches of this process from number `start` on."""
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "shuffle": self.shuffle,
+            "world_size": self.world_size,
+        }
+        dealt: Iterable[list[list[int]]]
+        if self.lazy:
+            dealt = lazy_rounds(self.n, self.batch_size, start=start, **options)
+        else:
+            dealt = rounds(self.n, self.batch_size, lengths=self.lengths, **options)[start:]
+        return (batches[self.rank] for batches in dealt)
+
+
+class RestOfOrder:
+    """The batches of an order from one of them on, as the batch sampler of a DataLoader."""
+
+    def __init__(self, order: BatchOrder, start: int) -> None:
+        self.order = order
+        self.start = start
+
+    def __len__(self) -> int:
+        return max(0, len(self.order) - self.start)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.order.batches_from(self.start)

@@ -1,70 +1,207 @@
-"""Make rows of fields from the columns of a data set."""
+"""Make rows of fields from the columns of a table."""
 
+import logging
+import re
 import string
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from adaptrank._errors import UserError, did_you_mean
 from adaptrank.data.sources import Source
+from adaptrank.data.tables import RawRow, Table
 from adaptrank.data.task import Row
+from adaptrank.data.values import as_text
 
-if TYPE_CHECKING:
-    from datasets.arrow_dataset import Dataset
+log = logging.getLogger(__name__)
 
-FieldReader = Callable[[Row], Any]
-"""Function row of the data set -> value of a field."""
+TEXT_FIELDS = ("prompt", "completion", "answer", "text", "text_pair")
+"""Fields that are texts. The others keep the form of their value."""
 
 
-def field_reader(field: str, template: str, columns: list[str], path: str) -> FieldReader:
-    """Make the function that reads a field from a row.
+COLUMN = re.compile(r"[^.\[]*")
+"""Column at the beginning of a name such as "options[text][0]"."""
+
+STEP = re.compile(r"\.([^.\[]*)|\[([^\]]*)\]")
+"""A step into a value: an attribute, or a key or an index in brackets."""
+
+
+class _NullError(Exception):
+    """A template needs a value that is null."""
+
+
+class MisfitError(ValueError):
+    """A value does not fit its place in a template."""
+
+
+class _Formatter(string.Formatter):
+    """Fill in a template with the characters of values.
+
+    Args:
+        null_is_empty: write nothing where a value is null.
+    """
+
+    def __init__(self, null_is_empty: bool) -> None:
+        self.null_is_empty = null_is_empty
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        value = reach(field_name, kwargs)
+        if value is None:
+            if not self.null_is_empty:
+                raise _NullError
+            value = ""
+        return value, field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        try:
+            text = as_text(value)
+        except TypeError as error:
+            raise MisfitError(f"{error}. Name a part of it, as in {{column[key]}}") from error
+        if not format_spec:
+            return text
+        return _format_text(text, format_spec)
+
+
+def _format_text(text: str, spec: str) -> str:
+    """Format a text as a text, or where the format asks for a number, as the number it spells."""
+    try:
+        return format(text, spec)
+    except ValueError:
+        pass
+    try:
+        number = Decimal(text)
+        is_of_integers = spec[-1] in "bcdoxX"
+        return format(int(number) if is_of_integers else number, spec)
+    except (ValueError, ArithmeticError, InvalidOperation) as error:
+        raise MisfitError(f"the format {spec!r} asks for a number, and {text!r} is none") from error
+
+
+def reach(name: str, row: RawRow) -> Any:
+    """Return the value that a name such as "options[text][0]" means in a row, or None.
+
+    Raises:
+        MisfitError: if the name reaches inside of a text.
+    """
+    if name in row:
+        return row[name]
+    column = _column_of(name)
+    value = row.get(column)
+    for attribute, key in STEP.findall(name[len(column) :]):
+        if value is None:
+            return None
+        if attribute or not isinstance(value, dict | list):
+            raise MisfitError(
+                f"{{{name}}} reaches inside of {repr(value)[:40]}, which has no such part"
+            )
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif key.isdecimal():
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            raise MisfitError(f"{{{name}}} names {key!r}, and a list has numbers from 0")
+    return value
+
+
+def _column_of(name: str) -> str:
+    match = COLUMN.match(name)
+    return match.group() if match else name
+
+
+class FieldReader:
+    """Reads a field from a row.
 
     Args:
         field: name of the field, for errors.
         template: name of a column, or a format string over columns.
         columns: names of all columns.
         path: path of the source, for errors.
+        null_is_empty: a null in a text is "".
 
     Raises:
         UserError: if the template is no format string, or if a column does not exist.
     """
-    if template == "":
-        return lambda row: ""
+
+    def __init__(
+        self,
+        field: str,
+        template: str,
+        columns: list[str],
+        path: str,
+        null_is_empty: bool = False,
+    ) -> None:
+        self.template = template
+        self.is_text = field in TEXT_FIELDS
+        self.null_is_empty = null_is_empty
+        self.formatter = _Formatter(null_is_empty)
+        # Name of the one column, or of the one part of a column, that is the whole field.
+        self.bare: str | None = None
+        # Columns that the field is made of.
+        self.columns: list[str] = []
+        if template in columns:
+            self.bare = template
+            self.columns = [template]
+        elif template:
+            self._parse(field, columns, path)
+
+    def _parse(self, field: str, columns: list[str], path: str) -> None:
+        gaps = _gaps(field, self.template)
+        names = [name for name, _ in gaps] or [self.template]
+        for name in names:
+            column = name if name in columns else _column_of(name)
+            if column not in columns or not name:
+                raise UserError(
+                    f"{field}: {path!r} has no column {column!r}, only {columns}."
+                    f"{did_you_mean(column, columns)}"
+                )
+            self.columns.append(column)
+        if len(gaps) == 1 and gaps[0][1]:
+            self.bare = gaps[0][0]
+
+    def read(self, row: RawRow) -> Any:
+        """Return the field's value in a row, or None if a column that it needs is null.
+
+        Raises:
+            MisfitError: if a value has another form than the field.
+        """
+        if self.bare is None:
+            try:
+                return self.formatter.vformat(self.template, (), row)
+            except _NullError:
+                return None
+        # One gap alone keeps the form of its value.
+        value = reach(self.bare, row)
+        if not self.is_text:
+            return value
+        if value is None:
+            return "" if self.null_is_empty else None
+        return self.formatter.format_field(value, "")
+
+
+def _gaps(field: str, template: str) -> list[tuple[str, bool]]:
+    """Return (name, is the whole template) of the gaps of a format string."""
     formatter = string.Formatter()
+    gaps = []
     try:
         parts = list(formatter.parse(template))
+        for literal, name, spec, conversion in parts:
+            if name is not None:
+                is_whole = len(parts) == 1 and not (literal or spec or conversion)
+                gaps.append((name, is_whole))
+            gaps += [(inner, False) for _, inner, _, _ in formatter.parse(spec or "") if inner]
     except ValueError as error:
         raise UserError(
             f"{field}: {template!r} is no format string ({error}). Double a brace to mean itself."
         ) from error
-    gaps = [gap for _, gap, _, _ in parts if gap is not None]
-    used = [gap.split("[")[0].split(".")[0] for gap in gaps] or [template]
-    _check_columns(field, used, columns, path)
-    if not gaps:
-        return lambda row: row[template]
-    literal, gap, spec, conversion = parts[0]
-    is_bare_gap = len(parts) == 1 and not (literal or spec or conversion)
-    if is_bare_gap and gap is not None:
-        # One gap alone keeps the type of its value, where a format string would make a text of it.
-        return lambda row: formatter.get_field(gap, (), row)[0]
-    return lambda row: formatter.vformat(template, (), row)
-
-
-def _check_columns(field: str, used: list[str], columns: list[str], path: str) -> None:
-    for column in used:
-        if column not in columns:
-            raise UserError(
-                f"{field}: {path!r} has no column {column!r}, only {columns}."
-                f"{did_you_mean(column, columns)}"
-            )
+    return gaps
 
 
 def read_fields(
-    data: "Dataset", source: Source, fields: Sequence[str], required: Sequence[str]
+    table: Table, source: Source, fields: Sequence[str], required: Sequence[str]
 ) -> list[Row]:
     """Return rows of fields. A field that is null in a row is left out of it.
 
     Args:
-        data: the data set.
+        table: the table.
         source: the source, which says how to read fields.
         fields: fields to read, where the source or a column has them.
         required: fields that every row must have.
@@ -72,7 +209,7 @@ def read_fields(
     Raises:
         UserError: if a required field has no column, or no value in some row.
     """
-    columns = list(data.column_names)
+    columns = table.column_names
     readers = _field_readers(source, fields, columns)
     for field in required:
         if field not in readers:
@@ -81,16 +218,21 @@ def read_fields(
                 f"{did_you_mean(field, columns)} "
                 f'Say how to make it, for example {field}: "{{{columns[0]}}}".'
             )
+    used = {column: None for reader in readers.values() for column in reader.columns}
     rows = []
-    for k, raw in enumerate(data):
-        row = _read_row(raw, readers)
-        for field in required:
-            if field not in row:
-                raise UserError(
-                    f"Row {k} of {source.path!r} has no {field!r} (it is null). Remove or fill "
-                    "such rows."
-                )
+    for k, raw in enumerate(table.rows(list(used))):
+        row = {}
+        for field, reader in readers.items():
+            try:
+                value = reader.read(raw)
+            except MisfitError as error:
+                raise UserError(f"Row {k} of {source.path!r}: {field}: {error}.") from error
+            if value is not None:
+                row[field] = value
+            elif field in required:
+                raise _null_error(table, source, k, raw, field, reader)
         rows.append(row)
+    _warn_of_empty(rows, source)
     return rows
 
 
@@ -104,14 +246,29 @@ def _field_readers(
         if template is None and field in columns:
             template = field
         if template is not None:
-            readers[field] = field_reader(field, template, columns, source.path)
+            readers[field] = FieldReader(
+                field, template, columns, source.path, bool(source.null_is_empty)
+            )
     return readers
 
 
-def _read_row(raw: Any, readers: dict[str, FieldReader]) -> Row:
-    row = {}
-    for field, read in readers.items():
-        value = read(raw)
-        if value is not None:
-            row[field] = value
-    return row
+def _null_error(
+    table: Table, source: Source, k: int, row: RawRow, field: str, reader: FieldReader
+) -> UserError:
+    place = table.place(k)
+    null = [column for column in reader.columns if row.get(column) is None] or reader.columns
+    cause = "it is null" if null == [field] else f"{null[0]!r} is null"
+    advice = "Remove or fill such rows"
+    if reader.is_text:
+        advice += ", or set `null_is_empty: true`"
+    return UserError(
+        f"Row {k} of {source.path!r} has no {field!r} ({cause}{f' in {place}' if place else ''}). "
+        f"{advice}."
+    )
+
+
+def _warn_of_empty(rows: list[Row], source: Source) -> None:
+    """Warn if some completions are empty: such a row trains the end token and nothing else."""
+    count = sum(row.get("completion") == "" for row in rows)
+    if count:
+        log.warning("%d of %d completions of %r are empty.", count, len(rows), source.path)

@@ -13,8 +13,9 @@ from adaptrank.data.collate import (
     validation_batch,
 )
 from adaptrank.data.segments import Segment, as_int32, cut, encode_segments, token_ids
+from adaptrank.data.shortening import Shortener
 from adaptrank.data.task import Row, Split, TaskData
-from adaptrank.data.templates import chat_segments, render_chat
+from adaptrank.data.templates import chat_segments, chat_template_of, render_chat
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class CompletionTask(TaskData):
     Batches are `causal_batch` in training, `validation_batch` in validation and test, and
     `predict_batch` in prediction (see `adaptrank.data.collate`).
 
+    In a conversation, the token with which the chat template ends a turn is trained on, and a
+    template without such a token gets the tokenizer's end token after the last reply.
+
     Args:
         chat: put the prompt into the tokenizer's chat template as the user's turn, and the
             completion as the assistant's. Rows with `messages` are always conversations.
@@ -36,12 +40,48 @@ class CompletionTask(TaskData):
     def __init__(self, *, chat: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chat = chat
+        # What was seen of the rows: kinds (conversation or not), first system messages, ids that
+        # end a completion, and a prompt to try the trained model with.
+        self._kinds: set[bool] = set()
+        self._systems: set[str | None] = set()
+        self._end_ids_seen: set[int] = set()
+        self._added: frozenset[int] | None = None
+        self._first_prompt: str | None = None
+
+    @property
+    def example_prompt(self) -> str | None:
+        """A prompt of the data, or in a conversation a user's message, to try the model with."""
+        return self._first_prompt
+
+    @property
+    def prompt_template(self) -> str | None:
+        """Format string over columns that makes the prompts, or None if rows have whole prompts."""
+        return None
+
+    def conventions(self) -> dict[str, Any]:
+        assert self.tokenizer is not None
+        found: dict[str, Any] = {}
+        if len(self._kinds) == 1:
+            found["chat"] = True in self._kinds
+        if True in self._kinds and (template := chat_template_of(self.tokenizer)):
+            found["chat_template"] = template
+        if found.get("chat") and len(self._systems) == 1 and None not in self._systems:
+            found["system"] = next(iter(self._systems))
+        if self.prompt_template is not None:
+            found["prompt"] = self.prompt_template
+        if self._end_ids_seen:
+            ends = self.tokenizer.convert_ids_to_tokens(sorted(self._end_ids_seen))
+            found["stop_tokens"] = self.token_table(*ends)
+        if self.tokenizer.pad_token is not None:
+            found["pad_token"] = self.token_table(self.tokenizer.pad_token)
+        return found
 
     def collate(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         batches = {"train": causal_batch, "predict": predict_batch}
         return partial(batches.get(split, validation_batch), pad_id=self.pad_id)
 
     def encode(self, rows: list[Row], split: Split) -> list[Row]:
+        self._look_at(rows)
         if split == "predict":
             return self._encode_prompts(rows)
         examples = self._encode_completions(rows, split)
@@ -70,6 +110,17 @@ class CompletionTask(TaskData):
                 score,
             )
         return count == len(rows)
+
+    def _look_at(self, rows: list[Row]) -> None:
+        """Remember the format of the rows, for `conventions` and for a prompt to type."""
+        for row in rows:
+            self._kinds.add(self._is_chat(row))
+            messages = row.get("messages") or []
+            has_system = bool(messages) and messages[0]["role"] == "system"
+            self._systems.add(messages[0]["content"] if has_system else None)
+            if self._first_prompt is None:
+                asked = [message["content"] for message in messages if message["role"] == "user"]
+                self._first_prompt = row.get("prompt") or (asked[0] if len(asked) == 1 else None)
 
     # ---- the text of a row
 
@@ -115,10 +166,11 @@ class CompletionTask(TaskData):
         """Tokenize prompts for generation: `prompt_ids` (L,), and the text `prompt`."""
         assert self.tokenizer is not None
         bos = self.tokenizer.bos_token_id
+        shortener = Shortener(self.tokenizer, self.max_length)
         prompts = [self._prompt(row) for row in rows]
         examples: list[Row] = [{} for _ in rows]
         for is_chat, indices in self._indices_by_kind(rows):
-            texts = [prompts[i] for i in indices]
+            texts = [shortener.prompt(prompts[i], special=not is_chat) for i in indices]
             encoded = token_ids(self.tokenizer, texts, special=not is_chat)
             for i, ids in zip(indices, encoded, strict=True):
                 kept, _, _ = cut(ids, [IGNORED] * len(ids), self.max_length, bos)
@@ -130,13 +182,17 @@ class CompletionTask(TaskData):
         """Tokenize prompts with completions: `input_ids` and `labels`, each (L,)."""
         assert self.tokenizer is not None
         bos = self.tokenizer.bos_token_id
+        shortener = Shortener(self.tokenizer, self.max_length)
         examples: list[Row] = [{} for _ in rows]
         cuts = {"prompt": 0, "completion": 0}
         for is_chat, indices in self._indices_by_kind(rows):
-            segments = [self._segments(rows[i]) for i in indices]
+            whole = (self._segments(rows[i]) for i in indices)
+            segments = [shortener.segments(row, special=not is_chat) for row in whole]
             encoded = encode_segments(self.tokenizer, segments, special=not is_chat)
             for i, (ids, labels) in zip(indices, encoded, strict=True):
-                end = [] if is_chat else self._end_ids()
+                end = self._end_ids(ids if is_chat else [])
+                if end or is_chat:
+                    self._end_ids_seen.update(self._added_ids() & {*[*ids, *end][-1:]})
                 ids, labels, part = cut(ids + end, labels + end, self.max_length, bos)
                 if part:
                     cuts[part] += 1
@@ -149,17 +205,34 @@ class CompletionTask(TaskData):
         )
         return examples
 
-    def _end_ids(self) -> list[int]:
-        """Return the id of the end token in a list, or [] if the tokenizer has none."""
+    def _end_ids(self, conversation: list[int]) -> list[int]:
+        """Return the id to append as the end in a list, or [] if there is none to append.
+
+        Args:
+            conversation: ids of a rendered conversation, or [] for another text. The chat template
+                of most models has ended it already.
+        """
         assert self.tokenizer is not None
         end = self.tokenizer.eos_token_id
-        return [] if end is None else [end]
+        is_ended = bool(conversation) and conversation[-1] in self._added_ids()
+        return [] if end is None or is_ended else [end]
+
+    def _added_ids(self) -> frozenset[int]:
+        """Return the ids of tokens beside the text: special tokens, and those that were added."""
+        assert self.tokenizer is not None
+        if self._added is None:
+            added = getattr(self.tokenizer, "added_tokens_decoder", {})
+            self._added = frozenset([*added, *self.tokenizer.all_special_ids])
+        return self._added
 
     def _encode_choices(self, row: Row) -> Row:
         """Tokenize every choice of a row, after its prompt."""
         assert self.tokenizer is not None
-        segments = [self._choice_segments(row, choice) for choice in row["choices"]]
-        encoded = encode_segments(self.tokenizer, segments, special=not self._is_chat(row))
+        special = not self._is_chat(row)
+        shortener = Shortener(self.tokenizer, self.max_length)
+        whole = (self._choice_segments(row, choice) for choice in row["choices"])
+        segments = [shortener.segments(choice, special=special) for choice in whole]
+        encoded = encode_segments(self.tokenizer, segments, special=special)
         choices = []
         for text, (ids, labels) in zip(row["choices"], encoded, strict=True):
             ids, labels, _ = cut(ids, labels, self.max_length, self.tokenizer.bos_token_id)

@@ -1,33 +1,43 @@
-"""Read data sets from files, folders and the Hub, through the library `datasets`."""
+"""Load data sets from files, folders and the Hub as tables of exact texts."""
 
-import glob
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from adaptrank._errors import UserError, did_you_mean
+from adaptrank._errors import UserError
+from adaptrank.data.arrow_tables import ArrowPart, DatasetPart
+from adaptrank.data.locations import (
+    KINDS,
+    LABELS_FILE,
+    SPLIT_NAMES,
+    is_local,
+    kind_of,
+    local_files,
+    suggest_beside,
+)
 from adaptrank.data.sources import Source
+from adaptrank.data.tables import Part, Table, TextPart
+from adaptrank.data.text_files import (
+    Reader,
+    lines,
+    read_csv,
+    read_json,
+    read_lines,
+    read_tsv,
+    unreadable,
+)
+from adaptrank.data.values import JSON, as_text
 
-if TYPE_CHECKING:
-    from datasets.arrow_dataset import Dataset
-
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-"""Ending of a file -> the builder of `datasets` that reads it."""
-
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
+READERS: dict[str, Reader] = {
+    "csv": read_csv,
+    "tsv": read_tsv,
+    "json": read_json,
+    "text": read_lines,
 }
-"""Split -> the words with which the names of its files begin."""
-
-LABELS_FILE = "labels.json"
-"""File beside the data that lists the names of the classes."""
+"""Kind of a text file -> the function that reads it."""
 
 
-def load_split(source: Source, split: str) -> "Dataset | None":
+def load_split(source: Source, split: str) -> Table | None:
     """Load one split of a source.
 
     The result is None if the source has no such split, unless `source.split` names it.
@@ -38,12 +48,15 @@ def load_split(source: Source, split: str) -> "Dataset | None":
 
     Raises:
         FileNotFoundError: if there is no such file, folder, or data set.
-        UserError: if `source.split` is not one of the source's splits.
+        UserError: if `source.split` is not one of the source's splits, or data cannot be read.
     """
     with _progress_bars_hidden():
-        if is_local(source.path):
-            return _load_files(source, split)
-        return _load_from_hub(source, source.split or split)
+        if not is_local(source.path):
+            return _load_from_hub(source, source.split or split)
+        folder = Path(source.path).expanduser()
+        if _is_saved(folder):
+            return _load_saved(source, folder, split)
+        return _load_files(source, split)
 
 
 @contextmanager
@@ -67,89 +80,7 @@ def _progress_bars_hidden() -> Iterator[None]:
 # ---- files
 
 
-def is_local(path: str) -> bool:
-    """Tell whether a path means files rather than a name on the Hub, whether or not they exist."""
-    file = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or glob.has_magic(path)
-    return looks_local or builder_of(file) is not None or file.exists()
-
-
-def is_file(path: str) -> bool:
-    """Tell whether a path means a file or a pattern of files, rather than a folder or the Hub."""
-    return is_local(path) and not Path(path).expanduser().is_dir()
-
-
-def builder_of(file: Path) -> str | None:
-    """Return the builder that reads a file, or None for a file that is no data."""
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    if not suffixes or file.name == LABELS_FILE:
-        return None
-    return BUILDERS.get(suffixes[-1])
-
-
-def local_files(path: str, split: str) -> list[Path]:
-    """Return the files of one split behind a file name, a pattern or a folder.
-
-    The list is empty for a folder that has other splits only. A folder in which no file is named
-    after a split is all training data.
-
-    Raises:
-        FileNotFoundError: if nothing is there. The message names the nearest thing that is.
-    """
-    file = Path(path).expanduser()
-    if glob.has_magic(path):
-        return _files_of_pattern(path, str(file))
-    if file.is_file():
-        return [file]
-    if file.is_dir():
-        return _files_of_folder(path, file, split)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(
-            f"There is no {path!r}. Its folder {str(file.parent)!r} does not exist either."
-        )
-    raise FileNotFoundError(f"There is no {path!r}.{_suggest_beside(file)}")
-
-
-def _files_of_pattern(path: str, pattern: str) -> list[Path]:
-    candidates = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    files = sorted(file for file in candidates if builder_of(file))
-    if not files:
-        raise FileNotFoundError(
-            f"No file matches {path!r}. Files read here end in {sorted(BUILDERS)}."
-        )
-    return files
-
-
-def _files_of_folder(path: str, folder: Path, split: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if builder_of(file))
-    if not files:
-        raise FileNotFoundError(
-            f"The folder {path!r} has no data file. Files read here end in {sorted(BUILDERS)}."
-        )
-    named = [file for file in files if _is_named(file, SPLIT_NAMES.get(split, (split,)))]
-    if named or split != "train":
-        return named
-    known_words = [word for words in SPLIT_NAMES.values() for word in words]
-    return [file for file in files if not _is_named(file, known_words)]
-
-
-def _is_named(file: Path, words: Sequence[str]) -> bool:
-    """Tell whether a file's name begins with one of the words, and a separator after it."""
-    return any(file.name.startswith((f"{word}.", f"{word}-", f"{word}_")) for word in words)
-
-
-def _suggest_beside(file: Path) -> str:
-    """Suggest the file or folder with the nearest name in the same folder."""
-    if not file.parent.is_dir():
-        return ""
-    return did_you_mean(file.name, sorted(sibling.name for sibling in file.parent.iterdir()))
-
-
-def _load_files(source: Source, split: str) -> "Dataset | None":
-    from datasets.arrow_dataset import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.load import load_dataset
-
+def _load_files(source: Source, split: str) -> Table | None:
     name, instruction = _split_of_files(source, split)
     files = local_files(source.path, name)
     if not files:
@@ -157,25 +88,19 @@ def _load_files(source: Source, split: str) -> "Dataset | None":
             return None
         siblings = sorted(file.name for file in Path(source.path).expanduser().iterdir())
         raise UserError(f"The folder {source.path!r} has no {name!r} split. It holds {siblings}.")
-    builder = _common_builder(source.path, files)
-    options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
-    data_files = {name: [str(file) for file in files]}
-    try:
-        data = load_dataset(builder, data_files=data_files, split=instruction, **options)
-    except ValueError as error:
-        raise UserError(
-            f"No rows come from {source.path!r} as split {instruction!r}: {error}"
-        ) from error
-    except DatasetGenerationError as error:
-        raise UserError(
-            f"{source.path!r} cannot be read as {builder}: {error.__cause__ or error}"
-        ) from error
-    assert isinstance(data, Dataset)
-    return data
+    kind = _common_kind(source.path, files)
+    parts = [_part(file, kind) for file in files]
+    return _take(Table(parts), source.path, name, instruction)
+
+
+def _part(file: Path, kind: str) -> Part:
+    if kind in READERS:
+        return TextPart(file, READERS[kind])
+    return ArrowPart(file, kind)
 
 
 def _split_of_files(source: Source, split: str) -> tuple[str, str]:
-    """Return the name of the split that files are loaded as, and the instruction for `datasets`.
+    """Return the name of the split that files are loaded as, and the rows to take of it.
 
     The two differ where `source.split` is a slice, such as "train[:10%]". A file is one split,
     whatever its name, and counts as "train".
@@ -188,20 +113,83 @@ def _split_of_files(source: Source, split: str) -> tuple[str, str]:
     return name, instruction
 
 
-def _common_builder(path: str, files: list[Path]) -> str:
-    """Return the builder that reads all files, or raise if there is no such one."""
-    kinds = sorted({builder_of(file) or file.suffix for file in files})
-    if len(kinds) > 1 or kinds[0] not in BUILDERS.values():
+def _common_kind(path: str, files: list[Path]) -> str:
+    """Return the kind of all files, or raise if they differ."""
+    kinds = sorted({kind_of(file) or file.suffix for file in files})
+    if len(kinds) > 1 or kinds[0] not in KINDS.values():
         raise UserError(
-            f"{path!r} holds {kinds} files. Give files of one kind, of {sorted(BUILDERS)}."
+            f"{path!r} holds {kinds} files. Give files of one kind, of {sorted(KINDS)}."
         )
     return kinds[0]
+
+
+def _take(whole: Table, path: str, name: str, instruction: str) -> Table:
+    """Return the rows that a slice such as "train[:10%]" takes of a split.
+
+    Raises:
+        UserError: if there is no row, or if the slice is none.
+    """
+    from datasets.arrow_reader import ReadInstruction
+
+    if not len(whole):
+        raise UserError(f"No rows come from {path!r} as split {instruction!r}: it has none.")
+    if instruction == name:
+        return whole
+    try:
+        slices = ReadInstruction.from_spec(instruction).to_absolute({name: len(whole)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"No rows come from {path!r} as split {instruction!r}: {error}") from error
+    ranges = [(part.from_ or 0, len(whole) if part.to is None else part.to) for part in slices]
+    return Table(whole.parts, ranges)
+
+
+# ---- folders written by `save_to_disk`
+
+
+def _is_saved(folder: Path) -> bool:
+    """Tell whether `save_to_disk` of the library `datasets` wrote a folder."""
+    is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_dataset or (folder / "dataset_dict.json").is_file()
+
+
+def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
+    """Load a split of a folder that `save_to_disk` wrote. One data set is all training data."""
+    from datasets.dataset_dict import DatasetDict
+    from datasets.load import load_from_disk
+
+    with _unreadable_folder(folder):
+        loaded = load_from_disk(str(folder))
+    instruction = source.split or split
+    name = instruction.partition("[")[0]
+    if isinstance(loaded, DatasetDict):
+        words = [name, *SPLIT_NAMES.get(name, ())]
+        data = next((loaded[word] for word in words if word in loaded), None)
+        known = list(loaded)
+    else:
+        data = loaded if name == "train" else None
+        known = ["train"]
+    if data is None:
+        if source.split is None and split != "train":
+            return None
+        raise UserError(f"The folder {source.path!r} has no {name!r} split, only {known}.")
+    return _take(Table([DatasetPart(data, source.path)]), source.path, name, instruction)
+
+
+@contextmanager
+def _unreadable_folder(folder: Path) -> Iterator[None]:
+    """Say the errors of a damaged folder in one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise unreadable(folder, "a saved data set", f"{error}".partition("\n")[0]) from error
 
 
 # ---- the Hub
 
 
-def _load_from_hub(source: Source, split: str) -> "Dataset | None":
+def _load_from_hub(source: Source, split: str) -> Table | None:
     from datasets.arrow_dataset import Dataset
     from datasets.inspect import get_dataset_split_names
     from datasets.load import load_dataset
@@ -218,11 +206,11 @@ def _load_from_hub(source: Source, split: str) -> "Dataset | None":
         data = load_dataset(source.path, source.name, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"There is no file or folder {source.path!r} here.{_suggest_beside(Path(source.path))} "
+            f"There is no file or folder {source.path!r} here.{suggest_beside(Path(source.path))} "
             f"As the name of a Hub data set it fails with: {error}"
         ) from error
     assert isinstance(data, Dataset)
-    return data
+    return Table([DatasetPart(data, source.path)])
 
 
 # ---- names of classes
@@ -234,18 +222,15 @@ def declared_classes(source: Source) -> list[str] | None:
     They come from a labels.json beside the files, or from the data set's own label type.
 
     Raises:
-        UserError: if labels.json holds no list.
+        UserError: if labels.json holds no list of names.
     """
-    from datasets.features import ClassLabel
-
     if is_local(source.path):
         names = _read_labels_file(source)
         if names is not None:
             return names
-    data = load_split(source, "train")
+    table = load_split(source, "train")
     column = (source.label or "label").strip("{}")
-    feature = None if data is None else data.features.get(column)
-    return list(feature.names) if isinstance(feature, ClassLabel) else None
+    return None if table is None else table.class_names(column)
 
 
 def _read_labels_file(source: Source) -> list[str] | None:
@@ -256,10 +241,20 @@ def _read_labels_file(source: Source) -> list[str] | None:
     file = folder / LABELS_FILE
     if not file.is_file():
         return None
-    names = json.loads(file.read_text(encoding="utf-8"))
+    advice = "Write a list of different names in the order of the labels"
+    try:
+        names = JSON.decode("".join(text for _, text in lines(file, "json")))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise unreadable(file, "json", f"{error}. {advice}") from error
     if not isinstance(names, list):
-        raise UserError(
-            f"{str(file)!r} holds a {type(names).__name__}. Write a list of names in the order of "
-            "the labels."
-        )
-    return [str(name) for name in names]
+        kind = type(names).__name__
+        raise UserError(f"{str(file)!r} holds a {kind}. {advice}.")
+    try:
+        texts = [as_text(name) for name in names]
+    except TypeError as error:
+        raise UserError(f"{str(file)!r} holds a name that is none ({error}). {advice}.") from error
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{str(file)!r} names a class twice. {advice}.")
+    return texts

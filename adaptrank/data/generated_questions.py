@@ -8,7 +8,7 @@ from typing import Any
 from adaptrank._errors import UserError
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.seeding import seeded_random
-from adaptrank.data.task import Row, Split
+from adaptrank.data.task import Row, Split, check_size
 
 TRAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
     "person": (
@@ -166,13 +166,15 @@ class GeneratedQuestions(LabelTask):
         kwargs: those of `TaskData`.
 
     Raises:
-        UserError: if more questions are requested than there are different ones.
+        UserError: if a size is not positive, or more than there are different questions.
     """
 
     def __init__(
         self, train_size: int = 120, val_size: int = 72, *, max_length: int = 32, **kwargs: Any
     ) -> None:
         super().__init__(max_length=max_length, **kwargs)
+        _check_number("train_size", train_size, TRAIN_QUESTIONS, TRAIN_WORDS)
+        _check_number("val_size", val_size, VALIDATION_QUESTIONS, VALIDATION_WORDS)
         self.train_size = train_size
         self.val_size = val_size
 
@@ -198,11 +200,6 @@ class GeneratedQuestions(LabelTask):
         generator = seeded_random("questions", split, self.seed)
         texts_by_class = [_all_texts(templates, words) for templates in questions.values()]
         class_count = len(texts_by_class)
-        most = class_count * min(len(texts) for texts in texts_by_class)
-        if size > most:
-            raise UserError(
-                f"{split}_size={size} asks for more questions than there are. Use {most} or fewer."
-            )
         rows: list[Row] = []
         for label, texts in enumerate(texts_by_class):
             # The first classes get one more where the size is no multiple of their number.
@@ -210,6 +207,18 @@ class GeneratedQuestions(LabelTask):
             rows += [{"text": text, "label": label} for text in generator.sample(texts, share)]
         generator.shuffle(rows)
         return rows
+
+
+def _check_number(
+    name: str, size: int, questions: dict[str, tuple[str, ...]], words: dict[str, tuple[str, ...]]
+) -> None:
+    """Raise if an argument asks for no question, or for more than there are."""
+    check_size(name, size, 1, "leaves no question")
+    most = len(questions) * min(len(_all_texts(texts, words)) for texts in questions.values())
+    if size > most:
+        raise UserError(
+            f"{name}={size} asks for more questions than there are. Use {most} or fewer."
+        )
 
 
 def _all_texts(templates: tuple[str, ...], words: dict[str, tuple[str, ...]]) -> list[str]:

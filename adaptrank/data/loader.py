@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from adaptrank.data.batch_order import BatchOrder
+from adaptrank.data.batch_order import BatchOrder, RestOfOrder
 from adaptrank.data.seeding import seeded_random
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class ResumableLoader:
         seed = seeded_random("workers", order.seed, order.epoch, start).getrandbits(62)
         return DataLoader(
             self.examples,  # type: ignore[arg-type]  # only `len` and indices are needed
-            batch_sampler=list(order)[start:],
+            batch_sampler=RestOfOrder(order, start),  # type: ignore[arg-type]  # as a sampler
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

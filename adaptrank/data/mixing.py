@@ -1,20 +1,20 @@
 """Mix the rows of several sources, and choose the rows that validate."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.data.files import is_file, load_split
+from adaptrank.data.files import load_split
+from adaptrank.data.locations import is_file
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.sources import Source, Sources
+from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
-if TYPE_CHECKING:
-    from datasets.arrow_dataset import Dataset
-
-ReadRows = Callable[["Dataset", Source], list[Row]]
-"""Function (data set, its source) -> rows of fields."""
+ReadRows = Callable[[Table, Source], list[Row]]
+"""Function (table, its source) -> rows of fields."""
 
 
 class SourceMix:
@@ -27,10 +27,10 @@ class SourceMix:
         predict: what to predict, or None for the validation rows.
         val_fraction: share of the training rows that validate where there is nothing else.
         seed: seed of the shares and of fractional weights.
-        settings: field -> template for every source that does not set its own.
+        settings: field -> template, and other settings, for every source without its own.
 
     Raises:
-        UserError: if val_fraction is no share, or there is no source.
+        UserError: if val_fraction is no share, a weight is not positive, or there is no source.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SourceMix:
         predict: Sources | None,
         val_fraction: float,
         seed: int,
-        settings: dict[str, str | None],
+        settings: dict[str, Any],
     ) -> None:
         if not 0 < val_fraction < 1:
             raise UserError(
@@ -110,7 +110,7 @@ class SourceMix:
         return train, [rows[i] for i in sorted(held_back)]
 
 
-def _complete(given: Sources, settings: dict[str, str | None]) -> list[Source]:
+def _complete(given: Sources, settings: dict[str, Any]) -> list[Source]:
     """Fill in the fields that sources leave out. A path is a source."""
     sources = [Source(given)] if isinstance(given, str) else given
     completed = []
@@ -120,8 +120,16 @@ def _complete(given: Sources, settings: dict[str, str | None]) -> list[Source]:
             for field, template in settings.items()
             if getattr(source, field) is None
         }
+        _check_weight(source.weight)
         completed.append(replace(source, **unset))
     return completed
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 < weight < math.inf:
+        raise UserError(
+            f"weight={weight} takes no row. Use a positive number, or remove the source."
+        )
 
 
 def _rows_of_split(sources: list[Source], split: Split, read: ReadRows) -> list[Row]:
@@ -130,11 +138,9 @@ def _rows_of_split(sources: list[Source], split: Split, read: ReadRows) -> list[
     loaded = []
     for source in sources:
         # A folder or a Hub name may hold the split under its own name, or only as "train".
-        data = (
-            load_split(source, name)
-            or load_split(source, "validation")
-            or load_split(source, "train")
-        )
+        names = (name, "validation", "train")
+        tables = (load_split(source, name) for name in names)
+        data = next((table for table in tables if table is not None), None)
         if data is not None:
             loaded.append((data, source))
     return _concatenate([read(data, source) for data, source in loaded])
@@ -158,10 +164,7 @@ def repeat_rows(rows: list[Row], weight: float, *key: object) -> list[Row]:
     Raises:
         UserError: if the weight is not positive.
     """
-    if weight <= 0:
-        raise UserError(
-            f"weight={weight} takes no row. Use a positive number, or remove the source."
-        )
+    _check_weight(weight)
     whole = int(weight)
     rest = round((weight - whole) * len(rows))
     sample = seeded_random("weight", *key).sample(range(len(rows)), rest)

@@ -1,5 +1,6 @@
 """Tokenize texts whose parts are trained on or not, and shorten them to a number of tokens."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 Segment = tuple[str, bool]
 """A piece of text, and whether it is trained on."""
 
+CHARACTERS_AT_ONCE = 2**22
+"""Characters of texts that are tokenized in one call."""
+
 
 def token_ids(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: bool
@@ -24,14 +28,34 @@ def token_ids(
         texts: the texts.
         special: let the tokenizer add its beginning token. Its end token is removed.
     """
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=special, verbose=False)
-    ids_of_texts: list[list[int]] = encoded["input_ids"]
+    ids_of_texts: list[list[int]] = []
+    for start, stop in portions(texts):
+        encoded = tokenizer(texts[start:stop], add_special_tokens=special, verbose=False)
+        ids_of_texts += encoded["input_ids"]
     if not special:
         return ids_of_texts
     end = tokenizer.eos_token_id
     return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ids_of_texts]
+
+
+def portions(*columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) of texts to tokenize together.
+
+    A tokenizer needs a hundred bytes and more for each character, until its call returns.
+
+    Args:
+        columns: lists of texts, all of one length.
+    """
+    start = characters = 0
+    for k, texts in enumerate(zip(*columns, strict=True)):
+        size = sum(map(len, texts))
+        if k > start and characters + size > CHARACTERS_AT_ONCE:
+            yield start, k
+            start, characters = k, 0
+        characters += size
+    stop = len(columns[0])
+    if start < stop:
+        yield start, stop
 
 
 def encode_segments(

@@ -14,13 +14,18 @@ class Source:
     is the empty text. A field that is left out takes the data module's setting, and without one
     the column of the same name.
 
+    A text is the characters that stand in the data. No number, date or word is converted.
+
     Args:
-        path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .parquet, also .gz), a folder
-            with such files named after their splits, or the name of a data set on the Hub.
+        path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .txt, .parquet, .arrow, also
+            compressed as .gz, .bz2, .xz), a folder with such files named after their splits, a
+            folder written by `save_to_disk`, or the name of a data set on the Hub.
         name: configuration of a Hub data set.
         split: split to take, also a slice such as "train[:10%]", by default the one that the source
             serves as.
         weight: how often every row appears in an epoch: 2 is twice, 0.5 a seeded half of the rows.
+        null_is_empty: a null in a text or in its template is the empty text. Otherwise a row with
+            such a null is refused.
     """
 
     path: str
@@ -35,6 +40,7 @@ class Source:
     messages: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    null_is_empty: bool | None = None
 
 
 if TYPE_CHECKING:

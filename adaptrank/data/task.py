@@ -1,17 +1,22 @@
 """The LightningDataModule that all data sets share: rows of text -> tokens -> batches."""
 
+import copy
 import logging
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from adaptrank._errors import UserError
+from adaptrank._errors import UserError, UserTypeError
 from adaptrank.data.batch_order import BatchOrder
 from adaptrank.data.collate import Batch
+from adaptrank.data.content import content_hash
+from adaptrank.data.lazy import LazyExamples
 from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.seeding import seeded_random
 
@@ -30,6 +35,23 @@ STAGES: dict[str | None, tuple[Split, ...]] = {
     None: ("train", "val", "test", "predict"),
 }
 """Stage of the Trainer -> the splits that it reads."""
+
+
+def check_size(name: str, size: int | None, least: int, reason: str) -> None:
+    """Raise if an argument is no integer, or below the least that makes sense.
+
+    Args:
+        name: name of the argument.
+        size: its value. None is not checked.
+        least: the least value.
+        reason: what is wrong with a smaller value, for the error.
+    """
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+        raise UserTypeError(f"{name}={size!r} is no whole number. Use {least} or more.")
+    if size < least:
+        raise UserError(f"{name}={size} {reason}. Use {least} or more.")
 
 
 class TaskData(LightningDataModule, ABC):
@@ -53,8 +75,8 @@ class TaskData(LightningDataModule, ABC):
         limit_val: the same for the validation rows.
 
     Raises:
-        UserError: if a size is not positive. In `setup`, if a split is empty or there is no
-            tokenizer.
+        UserError: if a size is not a positive integer, or num_workers is negative. In `setup`, if a
+            split is empty or there is no tokenizer.
     """
 
     def __init__(
@@ -69,19 +91,12 @@ class TaskData(LightningDataModule, ABC):
         limit_val: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "limit_train": limit_train,
-            "limit_val": limit_val,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise UserError(f"{name}={size} leaves no example. Use 1 or more.")
-        if max_length < 2:
-            raise UserError(
-                f"max_length={max_length} leaves no token to predict from another. Use 2 or more."
-            )
+        check_size("batch_size", batch_size, 1, "leaves no example")
+        check_size("eval_batch_size", eval_batch_size, 1, "leaves no example")
+        check_size("limit_train", limit_train, 1, "leaves no example")
+        check_size("limit_val", limit_val, 1, "leaves no example")
+        check_size("max_length", max_length, 2, "leaves no token to predict from another")
+        check_size("num_workers", num_workers, 0, "is no number of processes")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
@@ -93,15 +108,21 @@ class TaskData(LightningDataModule, ABC):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         # Split -> number of rows that were cut.
         self.truncated: dict[str, int] = {}
-        self._examples: dict[Split, list[Row]] = {}
+        self._examples: dict[Split, Sequence[Row]] = {}
+        # Splits whose rows are tokenized when they are read.
+        self._lazy: set[str] = set()
         # State of the training loader in the run that is resumed.
         self._restored: dict[str, Any] | None = None
 
     # ---- the contract of a task
 
     @abstractmethod
-    def rows(self, split: Split) -> list[Row] | None:
-        """Return the rows of a split, or None to use the validation rows for test or predict."""
+    def rows(self, split: Split) -> Sequence[Row] | None:
+        """Return the rows of a split, or None to use the validation rows for test or predict.
+
+        A list is tokenized as a whole. Rows of another sequence, such as one that makes each row
+        when it is read, are tokenized when they are read.
+        """
 
     @abstractmethod
     def encode(self, rows: list[Row], split: Split) -> list[Row]:
@@ -124,10 +145,22 @@ class TaskData(LightningDataModule, ABC):
         """Number of classes, known after `setup`. None if the task has no classes."""
         return None if self.class_names is None else len(self.class_names)
 
+    def conventions(self) -> dict[str, Any]:
+        """Return conventions of the data that a trained model needs in use, known after `setup`.
+
+        See `adaptrank.artifacts.conventions` for the keys.
+        """
+        return {}
+
+    def token_table(self, *tokens: str) -> dict[str, int]:
+        """Return {token: id} of tokens of the tokenizer."""
+        assert self.tokenizer is not None
+        return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+
     # ---- rows and tokens
 
-    def examples(self, split: Split) -> list[Row]:
-        """Return the tokenized examples of a split, made once."""
+    def examples(self, split: Split) -> Sequence[Row]:
+        """Return the tokenized examples of a split, made once, or lazily (see `rows`)."""
         if split not in self._examples:
             rows = self.rows(split)
             if rows is None:
@@ -137,14 +170,34 @@ class TaskData(LightningDataModule, ABC):
                 raise UserError(
                     f"{type(self).__name__} has no {split} rows. Give it a source that has some."
                 )
-            self._examples[split] = self.encode(rows, split)
+            if isinstance(rows, list):
+                self._examples[split] = self.encode(rows, split)
+            else:
+                self._examples[split] = self._lazy_examples(rows, split)
         return self._examples[split]
 
-    def _limit(self, rows: list[Row], split: Split) -> list[Row]:
+    @property
+    def encoded(self) -> dict[Split, Sequence[Row]]:
+        """Splits that are tokenized by now, with their examples."""
+        return dict(self._examples)
+
+    def _lazy_examples(self, rows: Sequence[Row], split: Split) -> LazyExamples:
+        """Return examples that are tokenized when they are read."""
+        # Processes that collate ahead get the examples, and must not get the Trainer with them.
+        task = copy.copy(self)
+        task.trainer = None
+        task._examples = {}
+        self._lazy.add(split)
+        return LazyExamples(rows, partial(task.encode, split=split))
+
+    def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Keep the first rows after a seeded shuffle, if there is a limit below their number."""
         limit = {"train": self.limit_train, "val": self.limit_val}.get(split)
         if limit is None or limit >= len(rows):
             return rows
+        if not isinstance(rows, list):
+            chosen = seeded_random("limit", split, self.seed).sample(range(len(rows)), limit)
+            return [rows[index] for index in chosen]
         shuffled = list(rows)
         seeded_random("limit", split, self.seed).shuffle(shuffled)
         return shuffled[:limit]
@@ -187,14 +240,20 @@ class TaskData(LightningDataModule, ABC):
     def report_cuts(self, split: Split, rows: int, **counts: int) -> None:
         """Store and log how many rows were longer than max_length.
 
+        Where rows are tokenized when they are read, the first batch with such rows is reported.
+
         Args:
             split: the split.
             rows: number of all rows.
             **counts: number of cut rows for each part, such as `texts_cut=3`.
         """
         total = sum(counts.values())
-        self.truncated[split] = total
-        if not total or not getattr(self.trainer, "is_global_zero", True):
+        was_reported = split in self._lazy and self.truncated.get(split)
+        if split in self._lazy:
+            self.truncated[split] = self.truncated.get(split, 0) + total
+        else:
+            self.truncated[split] = total
+        if not total or was_reported or not getattr(self.trainer, "is_global_zero", True):
             return
         parts = [f"{count} {part.replace('_', ' ')}" for part, count in counts.items() if count]
         log.warning(
@@ -243,6 +302,12 @@ class TaskData(LightningDataModule, ABC):
         """Return a loader of this process's share of a split."""
         examples = self.examples(split)
         share = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        is_lazy = isinstance(examples, LazyExamples)
+        if is_lazy and group_by_length:
+            raise UserError(
+                f"group_by_length needs the length of all {len(examples)} examples, which are "
+                "tokenized only when they are read. Leave it out, or set `limit_train`."
+            )
         lengths = [len(example["input_ids"]) for example in examples] if group_by_length else None
         order = BatchOrder(
             len(examples),
@@ -252,8 +317,24 @@ class TaskData(LightningDataModule, ABC):
             lengths=lengths,
             rank=share.get("rank", 0),
             world_size=share.get("num_replicas", 1),
+            lazy=is_lazy,
         )
         return ResumableLoader(examples, self.collate(split), order, num_workers=self.num_workers)
+
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the training batches and their order depend on, for the record of a run.
+
+        Workers, processes and the place of files are left out.
+        """
+        examples = self.examples("train")
+        return {
+            "class": type(self).__name__,
+            "content": content_hash(examples),
+            "examples": len(examples),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+        }
 
     # ---- resuming: see `adaptrank.data.loader` for why the loader and the data both keep a state
 

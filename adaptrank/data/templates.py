@@ -1,6 +1,9 @@
-"""Render conversations by the chat template of a tokenizer."""
+"""Render conversations by the chat template of a tokenizer, and find where a turn ends."""
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from adaptrank._errors import UserError
 from adaptrank.data.segments import Segment
@@ -53,7 +56,7 @@ def chat_segments(tokenizer: "PreTrainedTokenizerBase", messages: list[Message])
                 "cannot be told apart. Give conversations with one assistant turn, or "
                 "`chat: false` with prompt and completion."
             )
-        end = _end_of_reply(closing, len(opening), tokenizer.eos_token)
+        end = _end_of_reply(tokenizer, closing, len(opening), message["content"])
         segments.append((whole[position : len(opening)], False))
         segments.append((whole[len(opening) : end], True))
         position = end
@@ -65,12 +68,70 @@ def chat_segments(tokenizer: "PreTrainedTokenizerBase", messages: list[Message])
     return segments
 
 
-def _end_of_reply(text: str, start: int, eos_token: str | None) -> int:
-    """Return where the reply that begins at `start` ends, with its end token.
+def _end_of_reply(tokenizer: "PreTrainedTokenizerBase", text: str, start: int, content: Any) -> int:
+    """Return where a reply ends, with its end token: the first special token after the content.
 
     A model never generates the text that a template writes after the end, mostly a line break.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the conversation up to and with the reply.
+        start: where the reply begins.
+        content: text of the reply, as the message has it.
     """
-    position = text.rfind(eos_token, start) if eos_token else -1
-    if eos_token and position >= 0:
-        return position + len(eos_token)
+    written = content.strip() if isinstance(content, str) else ""
+    position = text.find(written, start)
+    if position >= 0:
+        start = position + len(written)
+    for pattern in _closing_patterns(tokenizer):
+        match = pattern.search(text, start)
+        if match is not None:
+            return match.end(1)
     return len(text)
+
+
+_patterns: "WeakKeyDictionary[Any, tuple[int, list[re.Pattern[str]]]]" = WeakKeyDictionary()
+"""Tokenizer -> (number of its tokens, its patterns)."""
+
+
+def _closing_patterns(tokenizer: "PreTrainedTokenizerBase") -> list[re.Pattern[str]]:
+    """Return patterns of tokens that close a text: first the special ones, then all added ones.
+
+    Only white space may stand between and after the tokens. Group 1 is the first of them.
+    """
+    size, patterns = _patterns.get(tokenizer, (-1, []))
+    if size != len(tokenizer):
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special}
+        special |= {str(token) for token in tokenizer.all_special_tokens}
+        groups = (special, {token.content for token in added})
+        patterns = [_closing_pattern(group) for group in groups if any(map(str.strip, group))]
+        _patterns[tokenizer] = (len(tokenizer), patterns)
+    return patterns
+
+
+def _closing_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    token = "|".join(map(re.escape, longest_first))
+    return re.compile(rf"({token})(?:\s|{token})*\Z")
+
+
+def chat_template_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the chat template that a tokenizer uses without a name, or None if it has none."""
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the token that ends a turn of the assistant by the chat template, or None.
+
+    None stands for a template that writes no token at the end, and for a tokenizer without one.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    *_, (reply, _) = chat_segments(tokenizer, messages)
+    end = reply.rpartition("Ho")[2].strip()
+    return end if end in tokenizer.get_vocab() else None

@@ -1,8 +1,8 @@
 """Put wrappers around the layers of a model, and take them away again."""
 
 from adaptrank.injection.fused import join_fused, split_at
-from adaptrank.injection.inject import adapt, describe
-from adaptrank.injection.makers import ParameterizationCallable
+from adaptrank.injection.inject import adapt, describe, wrap_targets
+from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules
 from adaptrank.injection.rank_pattern import apply_rank_pattern
 from adaptrank.injection.switch import (
@@ -21,6 +21,7 @@ __all__ = [
     "ParameterizationCallable",
     "adapt",
     "apply_rank_pattern",
+    "as_makers",
     "check_names",
     "delete_adapter",
     "describe",
@@ -32,4 +33,5 @@ __all__ = [
     "set_enabled",
     "split_at",
     "undone_on_error",
+    "wrap_targets",
 ]

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from adaptrank._errors import UserError
 from adaptrank.axes import rank_axes
 from adaptrank.injection.fused import split_fused_layers
+from adaptrank.injection.left_out import left_out_weights, summary, warn_of_left_out
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules, match_layers
+from adaptrank.injection.outside_base import warn_of_frozen_heads
 from adaptrank.injection.paths import last_name
 from adaptrank.injection.rank_pattern import RankPattern, resize_by_pattern
 from adaptrank.injection.switch import is_merged
@@ -19,6 +22,7 @@ from adaptrank.injection.wrap import tie_shared, wrap_layer
 from adaptrank.parameterizations import (
     Parameterization,
     named_layers,
+    plain_parameters,
     replace_layers,
     wrapped_layers,
 )
@@ -41,7 +45,8 @@ def adapt(
     """Freeze `model`, and wrap the layers that `targets` names.
 
     A second call with the same arguments changes nothing. After an error the model is unchanged.
-    `describe(model)` lists the wrapped layers.
+    `describe(model)` lists the wrapped layers. A frozen module outside of the pretrained part of a
+    transformers model, such as a new classifier, is named in the log.
 
     Args:
         model: any module. The library need not know its class.
@@ -68,15 +73,44 @@ def adapt(
             in another form.
         TypeError: if a method cannot wrap a matched layer.
     """
+    wrap_targets(
+        model,
+        targets,
+        parameterization,
+        exclude=exclude,
+        name=name,
+        train_modules=train_modules,
+        rank_pattern=rank_pattern,
+        split_fused=split_fused,
+        seed=seed,
+    )
+    warn_of_frozen_heads(model)
+    return model
+
+
+def wrap_targets(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    parameterization: ParameterizationCallable | Sequence[ParameterizationCallable],
+    *,
+    exclude: str | Sequence[str] = (),
+    name: str = "default",
+    train_modules: Sequence[str] = (),
+    rank_pattern: RankPattern | None = None,
+    split_fused: bool | Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+) -> None:
+    """Do what `adapt` does, without a look at modules outside of the pretrained part."""
     makers = as_makers(parameterization)
     if is_merged(model):
         raise UserError(
             "This model is merged, with its originals kept; "
             "unmerge() it before it gets further adapters."
         )
+    _check_sizes(model)
     whole_modules = find_modules(model, train_modules)
     split = split_fused_layers(model, makers, split_fused)
-    with undone_on_error(model, split.layers):
+    with undone_on_error(model, split.layers, whole_modules.values()):
         modules = named_layers(model)
         trained = _trained_parameters(model)
         paths = match_layers(modules, targets, makers, exclude, whole_modules)
@@ -89,14 +123,21 @@ def adapt(
             module.requires_grad_(True)
         if rank_pattern:
             _resize_new_axes(model, wrapped, name, rank_pattern, seed)
-    return model
+    warn_of_left_out(named_layers(model), targets, wrapped.values())
+
+
+def _check_sizes(model: nn.Module) -> None:
+    """Refuse a model with lazy layers, whose tensors have no size before the first batch."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(f"{name} has no size yet; pass one batch through the model first.")
 
 
 def _trained_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that an earlier call of `adapt` left to train."""
     if not wrapped_layers(model):
         return set()
-    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {id(parameter) for parameter in plain_parameters(model) if parameter.requires_grad}
 
 
 def _wrap_layers(
@@ -115,8 +156,8 @@ def _wrap_layers(
 
 
 def _freeze(model: nn.Module, trained: set[int]) -> None:
-    """Freeze all parameters but these, which go on training."""
-    for parameter in model.parameters():
+    """Freeze all parameters outside of wrappers but these, which go on training."""
+    for parameter in plain_parameters(model):
         parameter.requires_grad_(id(parameter) in trained)
 
 
@@ -144,7 +185,8 @@ def _resize_new_axes(
 def describe(model: nn.Module) -> str:
     """Return one line for each kind of wrapped layer: its name, its count and its methods.
 
-    A kind is the last component of the path.
+    A kind is the last component of the path. Further lines list weights that cannot be wrapped,
+    such as those of experts, with their share of the parameters.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for path, layer in wrapped_layers(model).items():
@@ -153,4 +195,6 @@ def describe(model: nn.Module) -> str:
         counts[kind, methods] += 1
     width = max((len(kind) for kind, _ in counts), default=0)
     lines = [f"{kind:{width}}  {count:3} x {methods}" for (kind, methods), count in counts.items()]
+    if counts:
+        lines += summary(left_out_weights(named_layers(model)), model)
     return "\n".join(lines)

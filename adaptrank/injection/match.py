@@ -7,9 +7,10 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError, did_you_mean, some
+from adaptrank.injection.left_out import left_out_weights, rescaled_layers
 from adaptrank.injection.makers import ParameterizationCallable, method_of
 from adaptrank.injection.paths import ends_in, last_name, lies_in
-from adaptrank.parameterizations import Parameterization, named_layers
+from adaptrank.parameterizations import Parameterization, named_layers, plain_modules
 
 
 def match_layers(
@@ -35,6 +36,10 @@ def match_layers(
     paths = [path for path in matched if not lies_in(path, excluded)]
     if not paths:
         raise UserError(_no_match(modules, targets, exclude, makers[0]))
+    rescaled = rescaled_layers(modules)
+    for path in paths:
+        if path in rescaled:
+            raise UserError(f"{path}: {rescaled[path]}.")
     if "" in paths:
         raise UserError("The model is itself a layer; wrap it directly, as in LoRA(layer, rank=8).")
     return paths
@@ -96,6 +101,7 @@ def _match_kind(
     """Return the paths of all layers that every method wraps."""
     methods = [method_of(maker) for maker in makers]
     output_embeddings = _output_embeddings(modules[""])
+    rescaled = rescaled_layers(modules)
 
     def fits(module: nn.Module) -> bool:
         plain = innermost(module)
@@ -106,7 +112,7 @@ def _match_kind(
     return [
         path
         for path, module in modules.items()
-        if id(module) not in output_embeddings and fits(module)
+        if id(module) not in output_embeddings and path not in rescaled and fits(module)
     ]
 
 
@@ -124,6 +130,9 @@ def _match_names(
     for name in names:
         with_name = [path for path in modules if ends_in(path, name)]
         if not with_name:
+            for weight in left_out_weights(modules):
+                if ends_in(weight.path, name):
+                    raise UserError(f"{name!r} names {weight.path}, {weight.reason}.")
             raise UserError(_no_match(modules, [name], (), maker))
         matched.update(with_name)
     return matched
@@ -163,9 +172,7 @@ def _output_embeddings(model: nn.Module) -> frozenset[int]:
     module is asked, because the language model may be an attribute of the adapted one.
     """
     heads = set()
-    for module in model.modules():
-        if isinstance(module, Parameterization):
-            continue
+    for module in plain_modules(model):
         get_head = getattr(module, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         if head is not None:

@@ -13,6 +13,7 @@ from adaptrank.injection.fused import join_fused
 from adaptrank.injection.paths import last_name
 from adaptrank.parameterizations import (
     Parameterization,
+    enclosed,
     replace_layer,
     wrapped_layers,
     wrappers,
@@ -26,7 +27,7 @@ MERGED = "_adaptrank_merged"
 
 def is_merged(model: nn.Module) -> bool:
     """Return whether a model was merged with its originals kept, so that it can be unmerged."""
-    return getattr(model, MERGED, None) is not None
+    return getattr(enclosed(model), MERGED, None) is not None
 
 
 def set_enabled(model: nn.Module, enabled: bool | str | Iterable[str] = True) -> None:

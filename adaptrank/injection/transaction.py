@@ -1,16 +1,20 @@
 """All or nothing: after an error a model is what it was before it was adapted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank.parameterizations import named_layers, replace_layer
+from adaptrank.parameterizations import named_layers, plain_parameters, replace_layer
 
 
 @contextmanager
-def undone_on_error(model: nn.Module, fused: Mapping[kinds.Parts, nn.Module]) -> Iterator[None]:
+def undone_on_error(
+    model: nn.Module,
+    fused: Mapping[kinds.Parts, nn.Module],
+    trained_whole: Iterable[nn.Module] = (),
+) -> Iterator[None]:
     """Restore a model's layers and `requires_grad` flags if the block fails.
 
     Layers that were split for the block are whole again.
@@ -18,10 +22,11 @@ def undone_on_error(model: nn.Module, fused: Mapping[kinds.Parts, nn.Module]) ->
     Args:
         model: the model whose layers the block wraps. Nothing is frozen or wrapped yet.
         fused: {the parts: the layer}, of the layers that were split just before.
+        trained_whole: modules whose flags the block sets, wrappers inside of them included.
     """
     original_layers = named_layers(model)
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for layer in fused.values():
+    flags = {parameter: parameter.requires_grad for parameter in plain_parameters(model)}
+    for layer in (*fused.values(), *trained_whole):
         flags |= {parameter: parameter.requires_grad for parameter in layer.parameters()}
     try:
         yield

@@ -28,8 +28,7 @@ def wrap_layer(
     # first may not even be possible.
     base = carried[0].base if carried else layer
     wrapped = _apply(makers, base, path)
-    inner_count = len(base.nest) if isinstance(base, Parameterization) else 0
-    built = wrapped.nest[inner_count:]
+    built = _wrappers_above(base, wrapped)
     for wrapper in built:
         wrapper.name = name
         if not wrapper.mergeable:
@@ -37,7 +36,18 @@ def wrap_layer(
     if carried:
         _check_same(path, name, built, carried)
         return None
-    return wrapped.train(was_training)
+    for wrapper in built:
+        wrapper.train_own(was_training)
+    return wrapped
+
+
+def _wrappers_above(base: nn.Module, outermost: nn.Module) -> list[Parameterization]:
+    """List the wrappers of a nest that stand around `base`, innermost first."""
+    above = []
+    while outermost is not base and isinstance(outermost, Parameterization):
+        above.append(outermost)
+        outermost = outermost.base
+    return above[::-1]
 
 
 def _apply(
@@ -97,8 +107,7 @@ def tie_shared(layers: Mapping[str, Parameterization], name: str) -> None:
     """
     owners: dict[object, Parameterization] = {}
     for path, layer in layers.items():
-        named = [wrapper for wrapper in layer.nest if wrapper.name == name]
-        for position, wrapper in enumerate(named):
+        for position, wrapper in enumerate(_outermost_named(layer, name)):
             if not wrapper.shared:
                 continue
             arguments = json.dumps(wrapper.init_args)
@@ -106,3 +115,12 @@ def tie_shared(layers: Mapping[str, Parameterization], name: str) -> None:
             owner = owners.setdefault(group, wrapper)
             for tensor in wrapper.shared:
                 setattr(wrapper, tensor, getattr(owner, tensor))
+
+
+def _outermost_named(layer: nn.Module, name: str) -> list[Parameterization]:
+    """List the outermost wrappers of this name, innermost first."""
+    named = []
+    while isinstance(layer, Parameterization) and layer.name == name:
+        named.append(layer)
+        layer = layer.base
+    return named[::-1]

@@ -25,10 +25,10 @@ from adaptrank.layers.matrix import (
     project,
     shape,
     stored,
-    unsupported,
     write,
 )
 from adaptrank.layers.quantized import dequantize, dtype, quantized, readable
+from adaptrank.layers.support import unsupported
 
 __all__ = [
     "FUSED_QUERIES",

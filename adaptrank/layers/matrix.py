@@ -41,20 +41,6 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     raise UserTypeError(f"{type(layer).__name__} is no matrix.")
 
 
-def unsupported(layer: nn.Module) -> str | None:
-    """Return why a layer of an accepted kind cannot be wrapped, or None if it can."""
-    name = type(layer).__name__
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        return f"a convolution in {layer.groups} groups is no single matrix; leave it out"
-    if isinstance(layer, nn.Conv2d) and type(layer).forward is not nn.Conv2d.forward:
-        return f"{name} changes what a convolution computes; leave it out"
-    if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
-        return f"{name} changes what an embedding computes; leave it out"
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return "an embedding with max_norm rewrites its weight in the forward pass; leave it out"
-    return None
-
-
 def is_read(layer: nn.Module) -> bool:
     """Return whether the module that holds the layer reads its weight and never calls it.
 

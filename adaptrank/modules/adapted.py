@@ -9,17 +9,48 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adaptrank import backbones
 from adaptrank._errors import UserError
+from adaptrank._options import check_maker
 from adaptrank.allocation.schedules import steps
-from adaptrank.artifacts import load_adapter, read_adapter, trained_modules
+from adaptrank.artifacts import (
+    TENSORS,
+    frozen_weights,
+    load_adapter,
+    locate_tensors,
+    read_adapter,
+    trained_modules,
+    use_chat_template,
+)
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.axes import fit_ranks
-from adaptrank.injection import adapt, apply_rank_pattern, find_modules
-from adaptrank.modules.half_precision import train_in_float32
+from adaptrank.checkpoints import (
+    RECORD,
+    STEPS_OF_SCHEDULE,
+    compare_model,
+    ensure_recorder,
+    make_record,
+    model_differences,
+)
+from adaptrank.injection import adapt, apply_rank_pattern, as_makers, find_modules
+from adaptrank.modules.agreement import agree, trained_conventions
+from adaptrank.modules.averaging import (
+    average_trained_only,
+    averaged_models,
+    fill_frozen,
+    filter_weights,
+)
+from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
+from adaptrank.modules.option_checks import (
+    check_clipping,
+    check_optimizer_options,
+    check_options,
+)
 from adaptrank.modules.settings import Adapter, read_rank_pattern
 from adaptrank.modules.trained_state import (
     check_same_keys,
@@ -28,7 +59,10 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
+from adaptrank.training.finite import check_finite, ensure_finite
+from adaptrank.training.peers import ensure_peer_watch
+from adaptrank.training.step_mean import StepMean
 
 log = logging.getLogger("adaptrank")
 
@@ -54,8 +88,12 @@ class AdaptedModule(LightningModule):
             others (LoRA+, arXiv:2402.12354, which uses 16).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         seed: seed of the generator that initializes new units of a `rank_pattern`.
+        resize_tokens: give the embedding and the head rows for tokens that only the tokenizer has.
+            Both then train whole, and are saved with the adapter.
     """
 
+    accept_changes: bool = False
+    """Whether to go on from a checkpoint of a run with other settings, which are logged."""
     auto_class: ClassVar[str]
     """Class of transformers that loads the backbone with the head of the task."""
     metrics_shown: ClassVar[Sequence[str]] = ()
@@ -75,8 +113,10 @@ class AdaptedModule(LightningModule):
         lora_plus_ratio: float = 1.0,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        resize_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]
         if not adapters and adapter is None:
             raise UserError(
                 "Nothing to train: give `adapters` to make, or an `adapter` folder to start from."
@@ -88,17 +128,29 @@ class AdaptedModule(LightningModule):
         self.adapter = adapter
         self.rank_pattern = rank_pattern
         self.train_modules = train_modules or []
+        self.resize_tokens = resize_tokens
         self.frozen_dtype = backbones.auto_dtype(dtype)
         self.optimizer = optimizer
         self.schedule = schedule
-        # Only the range is checked here. The number of all steps is not known yet.
-        steps(warmup, 0)
+        check_options(schedule, warmup, lora_plus_ratio, seed)
+        check_optimizer_options(optimizer)
+        for entry in self.adapters:
+            for make in as_makers(entry.parameterization):
+                check_maker(make)
         self.warmup = warmup
         self.lora_plus_ratio = lora_plus_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.seed = seed
         self.backbone: nn.Module | None = None
+        # Number of tokens, if the embedding has new rows for some of them.
+        self.vocabulary: int | None = None
+        # Differences between data and adapter that the log has named.
+        self.warned: set[tuple[str, int]] = set()
+        self.base_fingerprint: str | None = None
         self._resumed_random_state: dict[str, Any] | None = None
+        self._steps_of_schedule: int | None = None
+        self.step_mean = StepMean()
+        self._warned_unsupervised: set[str] = set()
 
     @cached_property
     def source(self) -> backbones.Source:
@@ -107,8 +159,13 @@ class AdaptedModule(LightningModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Tokenizer of the backbone. Data modules take it from here."""
-        return backbones.load_tokenizer(self.source)
+        """Tokenizer of the backbone. Data modules take it from here.
+
+        It has the chat template that the `adapter` was trained with.
+        """
+        tokenizer = backbones.load_tokenizer(self.source)
+        use_chat_template(tokenizer, trained_conventions(self))
+        return tokenizer
 
     @property
     def model(self) -> Any:
@@ -137,8 +194,12 @@ class AdaptedModule(LightningModule):
     def configure_model(self) -> None:
         """Build and adapt the backbone. A second call does nothing."""
         if self.backbone is not None:
+            agree(self)
             return
         backbone = self.load_backbone()
+        if rows := self._rows_to_add(backbone):
+            backbones.add_embedding_rows(backbone, self.tokenizer, rows)
+            self.vocabulary = rows
         backbone.config.use_cache = False
         trained_whole = self._prepare_trained_modules(backbone)
         self._inject_adapters(backbone, trained_whole)
@@ -149,20 +210,34 @@ class AdaptedModule(LightningModule):
         # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
         backbone.train()
         self.backbone = backbone
+        # The base is identified before its weights are sharded or pruned.
+        self.base_fingerprint = backbones.fingerprint(frozen_weights(backbone))
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
+        agree(self)
+
+    def _rows_to_add(self, backbone: Any) -> int:
+        """Return the number of rows that the embedding shall have, or 0 to leave it as it is."""
+        if self.resize_tokens and len(self.tokenizer) > (backbones.embedding_rows(backbone) or 0):
+            return len(self.tokenizer)
+        if self.adapter is None:
+            return 0
+        return int(read_adapter(self.adapter)["base"].get("vocabulary", 0))
 
     def _prepare_trained_modules(self, backbone: nn.Module) -> list[str]:
         """Hold the modules that train whole in float32, and return their paths."""
         heads = self.heads(backbone)
-        trained = find_modules(backbone, [*heads, *self.train_modules])
+        resized = backbones.embedding_paths(backbone) if self.vocabulary else []
+        trained = find_modules(backbone, [*heads, *self.train_modules, *resized])
         if self.adapter is not None:
             for name in read_adapter(self.adapter)["trained_modules"]:
                 path = name.rpartition(".")[0]
                 trained[path] = backbone.get_submodule(path)
+        # Tied modules share a tensor, which the first of them casts.
+        dtypes = {path: dtype_of(module) for path, module in trained.items()}
         for path, module in trained.items():
-            train_in_float32(module, cast_back=path not in heads)
+            train_in_float32(module, dtypes[path], cast_back=path not in heads)
         return list(trained)
 
     def _inject_adapters(self, backbone: nn.Module, trained_whole: list[str]) -> None:
@@ -185,11 +260,20 @@ class AdaptedModule(LightningModule):
 
     def describe_base(self) -> dict[str, Any]:
         """Return the description of the base for an adapter's file."""
-        return {
+        described = {
             "name": self.backbone_name,
             "source": self.source.describe(),
             "auto_class": self.auto_class,
         }
+        return described | ({"vocabulary": self.vocabulary} if self.vocabulary else {})
+
+    def chance(self) -> dict[str, float]:
+        """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.
+
+        "accuracy_error" is the standard error of the accuracy, and "vocabulary" says that the
+        classes are tokens.
+        """
+        return {}
 
     # ---- optimizing
 
@@ -208,6 +292,8 @@ class AdaptedModule(LightningModule):
                 "train longer."
             )
         scheduler = get_scheduler(self.schedule_name(), optimizer, warmup, total)
+        depends_on_total = self.schedule != "constant" or isinstance(self.warmup, float)
+        self._steps_of_schedule = total if depends_on_total else None
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -217,8 +303,49 @@ class AdaptedModule(LightningModule):
         """Return the name that the schedule has in transformers."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the steps of training depend on, for the record of a run."""
+        return {
+            "dtype": str(self.frozen_dtype),
+            "lora_plus_ratio": self.lora_plus_ratio,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            STEPS_OF_SCHEDULE: self._steps_of_schedule,
+        }
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate the loss of a batch with its weight in the optimizer step."""
+        if self._trainer is not None:
+            loss = self.step_mean.weigh(loss, self._trainer.accumulate_grad_batches)
+        super().backward(loss, *args, **kwargs)
+
+    def warn_unsupervised(self, what: str) -> None:
+        """Warn once in a run that nothing is trained on in a batch.
+
+        Args:
+            what: the data without a label, for the message.
+        """
+        if what not in self._warned_unsupervised:
+            self._warned_unsupervised.add(what)
+            log.warning(
+                "A %s has no label to train on: each is -100. Its loss counts as zero. Look at the "
+                "template and at max_length, which may cut off every completion.",
+                what,
+            )
+
     def setup(self, stage: str) -> None:
+        self.step_mean.reset()
+        self._warned_unsupervised.clear()
+        check_launcher(self.trainer)
+        check_clipping(self.trainer)
+        if stage == "fit":
+            ensure_finite(self.trainer)
+            ensure_peer_watch(self.trainer)
+            ensure_checkpoint_files(self.trainer)
         ensure_gradients(self.trainer)
+        ensure_recorder(self.trainer)
+        if stage == "fit":
+            average_trained_only(self.trainer, self)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
                 "precision=%s trains the adapters in half precision, where small steps vanish. "
@@ -244,13 +371,25 @@ class AdaptedModule(LightningModule):
         return select_trained(self, [f"backbone.{name}" for name in trained_modules(self.model)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = self.trained_state()
+        if self._trainer is not None:
+            # Lightning asks no callback about a checkpoint of weights alone.
+            check_finite(self._trainer, self)
+        # Callbacks have been here before, and may have put averaged weights into it.
+        filter_weights(checkpoint, self.trained_state())
         checkpoint["random_state"] = random_state()
+        checkpoint[TENSORS] = locate_tensors(self, self.model)
+        if RECORD not in checkpoint:
+            checkpoint[RECORD] = make_record(self._trainer, self, self.base_fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["state_dict"]
-        fit_ranks(self, stored)
-        check_same_keys(self.trained_state(), stored)
+        check_same_keys(self.trained_state(), stored, model_differences(self, checkpoint))
+        trainer = self._trainer
+        # A run that resumes is compared as a whole, by `RunRecorder`.
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            compare_model(self, checkpoint)
+        for model in (self, *averaged_models(trainer)):
+            fit_ranks(model, stored)
         self._resumed_random_state = checkpoint.get("random_state")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -3,7 +3,8 @@
 The evaluation measures loss, perplexity, exact match of generated answers, and multiple choice.
 """
 
-import inspect
+import math
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from adaptrank._errors import UserError
+from adaptrank._options import COUNT, check_number
 from adaptrank.modules import padding_free
 from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.batch_keys import (
+    BOUNDARY_KEYS,
+    IGNORED,
+    at_least_float32,
+    check_shapes,
+    read_inputs,
+    read_labels,
+    takes,
+)
 from adaptrank.modules.body_and_head import separable_body
 from adaptrank.modules.metrics import ExactMatch, MultipleChoice
+from adaptrank.modules.model_losses import has_own_terms, own_terms_only
+from adaptrank.modules.packed_rows import attention_inputs
 from adaptrank.ops.cross_entropy import linear_cross_entropy
 from adaptrank.ops.low_rank import plain
 
-IGNORED = -100
-"""Label of tokens that are not trained on."""
+EVALUATION_KEYS = ("answers", "choices", "prompt_ids", "prompt_mask")
+"""Keys of a validation batch beside inputs and labels."""
+CHOICE_KEYS = ("group", "characters", "target")
+"""Keys of the choices of a validation batch beside inputs and labels."""
 
 
 class CausalLM(AdaptedModule):
@@ -30,6 +44,10 @@ class CausalLM(AdaptedModule):
     `perplexity`. Where rows have an `answer`, it reports `exact_match` of greedy generations. Where
     rows have `choices`, it reports `accuracy` by summed log-probability, and `accuracy_norm` by
     log-probability per character. Logits are computed for completion tokens only.
+
+    The training loss of a mixture of experts includes the load-balancing loss of its router where
+    the model's configuration sets `output_router_logits`, as in transformers. It is logged as
+    `train_aux_loss`, and `train_loss` is without it.
 
     Args:
         max_new_tokens: longest generation, in tokens.
@@ -50,6 +68,7 @@ class CausalLM(AdaptedModule):
         padding_free: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_number("max_new_tokens", max_new_tokens, COUNT, whole=True)
         super().__init__(*args, **kwargs)
         self.padding_free = padding_free
         self.max_new_tokens = max_new_tokens
@@ -65,37 +84,58 @@ class CausalLM(AdaptedModule):
     # ---- the loss
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of every labelled token, and the row it is in: (tokens,), (tokens,).
 
         Args:
             input_ids: (rows, length).
-            attention_mask: (rows, length), 0 on padding.
+            attention_mask: (rows, length), 0 on padding, or (rows, 1, length, length), where each
+                token says which ones it sees. None for rows without padding.
             labels: (rows, length), -100 where a token is not trained on.
+            inputs: further inputs that the model names. `position_ids` that begin again within a
+                row separate its examples.
         """
-        if labels.dim() != 2:
-            raise UserError(
-                "CausalLM needs a label for each token, (rows, tokens), and got labels of shape "
-                f"{tuple(labels.shape)}. Use a data module of completions, such as CausalLMData, "
-                "or the module SequenceClassification."
-            )
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        losses, row, _ = self._token_losses({**batch, **inputs})
+        return losses, row
+
+    def _token_losses(
+        self, batch: Any, beside: Collection[str] = ()
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss of every labelled token, the row it is in, and the model's own terms.
+
+        Args:
+            batch: inputs and labels.
+            beside: keys of the batch that are no inputs of the model.
+        """
+        inputs = read_inputs(batch, self.model, beside, BOUNDARY_KEYS)
+        labels = read_labels(batch)
+        check_shapes(inputs, labels)
+        inputs = attention_inputs(inputs, self.model)
         targets = labels[:, 1:]
         is_target = targets != IGNORED
-        split = self._body_and_head()
+        row = is_target.nonzero()[:, 0]
+        split = self._body_and_head(inputs)
         if split is None:
-            losses = self._losses_from_logits(input_ids, attention_mask, targets, is_target)
-        else:
-            body, (weight, bias) = split
-            hidden = self._hidden_states(body, input_ids, attention_mask, is_target)
-            losses = linear_cross_entropy(hidden, weight, bias, targets[is_target])
-        return losses, is_target.nonzero()[:, 0]
+            losses, own_terms = self._losses_from_logits(inputs, targets, is_target)
+            return losses, row, own_terms
+        body, (weight, bias) = split
+        hidden = self._hidden_states(body, inputs, is_target)
+        return linear_cross_entropy(hidden, weight, bias, targets[is_target]), row, None
 
-    def _body_and_head(self) -> tuple[nn.Module, tuple[Tensor, Tensor | None]] | None:
+    def _body_and_head(
+        self, inputs: Mapping[str, Any]
+    ) -> tuple[nn.Module, tuple[Tensor, Tensor | None]] | None:
         """Return the body, and (W, bias) of the head, if the loss can be computed without logits.
 
-        The result is None if it cannot. It is also None if the model has forward hooks, which
-        would not run, because the model is not called as a whole.
+        The result is None if it cannot. It is also None if the model as a whole does more: if it
+        has forward hooks, adds terms of its own to the loss, or reads an input that its body does
+        not.
         """
         model = self.model
         if self._probed[0] is not model:
@@ -103,19 +143,21 @@ class CausalLM(AdaptedModule):
         body = self._probed[1]
         head = plain(model.get_output_embeddings())
         is_hooked = model._forward_hooks or model._forward_pre_hooks
-        if body is None or head is None or is_hooked:
+        if body is None or head is None or is_hooked or has_own_terms(model):
             return None
-        return body, head
+        return (body, head) if all(takes(body, key) for key in inputs) else None
 
     def _hidden_states(
-        self, body: nn.Module, input_ids: Tensor, attention_mask: Tensor, is_target: Tensor
+        self, body: nn.Module, inputs: Mapping[str, Any], is_target: Tensor
     ) -> Tensor:
         """Return the last hidden states that predict a target, (tokens, d)."""
-        mask = attention_mask != 0
         predicts = F.pad(is_target, (0, 1))
-        if self._skips_padding(body, mask, predicts):
-            return padding_free.hidden_states(body, input_ids, mask)[predicts[mask]]
-        output = body(input_ids=input_ids, attention_mask=attention_mask)
+        if inputs.keys() == {"input_ids", "attention_mask"}:
+            mask = inputs["attention_mask"]
+            if mask.dim() == 2 and self._skips_padding(body, mask := mask != 0, predicts):
+                input_ids = inputs["input_ids"]
+                return padding_free.hidden_states(body, input_ids, mask)[predicts[mask]]
+        output = body(**inputs)
         hidden: Tensor = output.last_hidden_state
         return hidden[predicts]
 
@@ -128,31 +170,52 @@ class CausalLM(AdaptedModule):
         return not bool((predicts & ~mask).any())
 
     def _losses_from_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, is_target: Tensor
-    ) -> Tensor:
-        """Return the losses (tokens,) from the logits of positions where some row has a target."""
+        self, inputs: Mapping[str, Any], targets: Tensor, is_target: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the losses (tokens,), and the terms that the model adds to its loss, or None.
+
+        Logits are computed at positions where some row has a target.
+        """
         columns = is_target.any(0).nonzero().squeeze(1)
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            logits = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns
-            ).logits
+        selects = takes(self.model, "logits_to_keep")
+        selection = {"logits_to_keep": columns} if selects else {}
+        own_terms: Tensor | None = None
+        if has_own_terms(self.model):
+            with own_terms_only(self.model):
+                output = self.model(**inputs, **selection, labels=targets)
+            own_terms = output.loss
         else:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            logits = output.logits[:, columns]
+            output = self.model(**inputs, **selection)
+        logits = output.logits if selects else output.logits[:, columns]
         is_target, targets = is_target[:, columns], targets[:, columns]
-        return F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
+        logits = at_least_float32(logits[is_target])
+        return F.cross_entropy(logits, targets[is_target], reduction="none"), own_terms
+
+    def chance(self) -> dict[str, float]:
+        tokens = self.model.get_input_embeddings().num_embeddings
+        return {"loss": math.log(tokens), "vocabulary": float(tokens)}
 
     # ---- steps
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses, _ = self(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        loss: Tensor = losses.mean()
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        losses, _, own_terms = self._token_losses(batch)
+        supervised = len(losses)
+        loss: Tensor = losses.mean() if supervised else losses.sum()
+        if not supervised:
+            self.warn_unsupervised("batch")
+        count = torch.full((), supervised, device=losses.device)
+        means = {"train_loss": loss}
+        if own_terms is not None:
+            # Nothing trains on a batch without a label.
+            own_terms = own_terms if supervised else 0 * own_terms
+            means["train_aux_loss"] = own_terms
+            loss = loss + own_terms
+        self.step_mean.note(count, means)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        size = len(batch["input_ids"])
-        losses, _ = self(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        size = len(read_labels(batch))
+        losses, _, _ = self._token_losses(batch, EVALUATION_KEYS)
         self.mean_loss.update(losses)
         self.log("loss", self.mean_loss, prog_bar=True, batch_size=size)
         if self.generate_answers and "answers" in batch:
@@ -164,8 +227,8 @@ class CausalLM(AdaptedModule):
 
     def _score_choices(self, choices: dict[str, Tensor], batch_size: int) -> None:
         """Update and log the accuracies over choices, one row of the batch per choice."""
-        losses, row = self(choices["input_ids"], choices["attention_mask"], choices["labels"])
-        zeros = torch.zeros(len(choices["input_ids"]), device=losses.device)
+        losses, row, _ = self._token_losses(choices, CHOICE_KEYS)
+        zeros = torch.zeros(len(choices["labels"]), device=losses.device)
         log_probabilities = zeros.index_add(0, row, -losses)
         for metric, name in ((self.choice, "accuracy"), (self.choice_norm, "accuracy_norm")):
             metric.update(

@@ -7,16 +7,21 @@ import torch
 from torch import Tensor, nn
 
 
-def train_in_float32(module: nn.Module, cast_back: bool) -> None:
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of a module's first parameter, or None if it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), None)
+
+
+def train_in_float32(module: nn.Module, dtype: torch.dtype | None, cast_back: bool) -> None:
     """Hold a half-precision module in float32, where small steps do not vanish.
 
     Its inputs are cast to float32 by a forward pre-hook. A module in another dtype is left alone.
 
     Args:
         module: the module, which trains whole.
+        dtype: its dtype before.
         cast_back: also cast the output back to the dtype of before, for the layers that follow.
     """
-    dtype = next((parameter.dtype for parameter in module.parameters()), None)
     if dtype not in (torch.bfloat16, torch.float16):
         return
     module.to(torch.float32)

@@ -1,8 +1,10 @@
 """Fine-tune an encoder with a fresh head on labelled texts or pairs of texts."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -17,7 +19,18 @@ from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from adaptrank import backbones
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT, check_number
 from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.agreement import trained_conventions
+from adaptrank.modules.batch_keys import (
+    IGNORED,
+    at_least_float32,
+    count_supervised,
+    forward_keys,
+    read_inputs,
+    read_labels,
+)
+from adaptrank.modules.label_counts import LabelCounts, LabelSpread
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
@@ -31,7 +44,8 @@ class SequenceClassification(AdaptedModule):
     The head is new and trains with the adapters.
 
     Args:
-        num_labels: number of classes, by default that of the data module. 1 is a regression.
+        num_labels: number of classes, by default that of the `adapter`, or of the data module. 1 is
+            a regression.
         metrics: metrics beside the loss, by default accuracy, or for a regression Pearson and
             Spearman correlation. F1 is that of class 1 for two classes, and the macro average for
             more.
@@ -48,11 +62,15 @@ class SequenceClassification(AdaptedModule):
         metrics: list[MetricName] | None = None,
         **kwargs: Any,
     ) -> None:
+        if num_labels is not None:
+            check_number("num_labels", num_labels, COUNT, whole=True)
         super().__init__(*args, **kwargs)
         self.num_labels = num_labels
         self.metric_names = metrics
         self.mean_loss = MeanMetric()
         self.scores: MetricCollection | None = None
+        self._unsupervised = torch.tensor(False)
+        self.labels_seen: LabelCounts | LabelSpread | None = None
 
     # ---- building
 
@@ -64,6 +82,25 @@ class SequenceClassification(AdaptedModule):
         default: list[MetricName] = ["pearson", "spearman"] if labels == 1 else ["accuracy"]
         names = self.metric_names or default
         self.scores = MetricCollection({name: make_metric(name, labels) for name in names})
+        self.labels_seen = LabelSpread() if labels == 1 else LabelCounts(labels)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the backbone, which makes token types only where the model reads them."""
+        tokenizer = backbones.load_tokenizer(self.source)
+        if not self._reads_token_types():
+            names = tokenizer.model_input_names
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+        return tokenizer
+
+    def _reads_token_types(self) -> bool:
+        """Tell whether the model's class, which is not built yet, names token types."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(self.source.path)
+        model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+        # The code of some models comes with their weights.
+        return not isinstance(model_class, type) or "token_type_ids" in forward_keys(model_class)
 
     def load_backbone(self) -> Any:
         import transformers
@@ -72,8 +109,8 @@ class SequenceClassification(AdaptedModule):
         backbone = backbones.load_model(
             self.source, auto_class, self.frozen_dtype, num_labels=self._count_labels()
         )
-        # A decoder finds the last token of a text by its padding.
-        if backbone.config.pad_token_id is None:
+        # A decoder finds the last token of a text by its padding, which the tokenizer writes.
+        if self.tokenizer.pad_token_id is not None:
             backbone.config.pad_token_id = self.tokenizer.pad_token_id
         return backbone
 
@@ -89,10 +126,18 @@ class SequenceClassification(AdaptedModule):
     def describe_base(self) -> dict[str, Any]:
         return {**super().describe_base(), "num_labels": self._count_labels()}
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes that the model was trained on, or None if they are not known."""
+        names: list[str] | None = trained_conventions(self).get("class_names")
+        return names
+
     def _count_labels(self) -> int:
-        """Return the number of classes, from `num_labels` or else from the data module."""
+        """Return the number of classes: `num_labels`, the trained model's, or the data module's."""
         if self.num_labels is not None:
             return self.num_labels
+        if self.class_names is not None:
+            return len(self.class_names)
         data = getattr(self._trainer, "datamodule", None)
         num_classes = getattr(data, "num_classes", None)
         if num_classes is None:
@@ -105,37 +150,63 @@ class SequenceClassification(AdaptedModule):
     def _is_regression(self) -> bool:
         return self._count_labels() == 1
 
+    def chance(self) -> dict[str, float]:
+        return self.labels_seen.chance() if self.labels_seen is not None else {}
+
     # ---- steps
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return logits (B, classes), or values (B,) for a regression, in float32."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits.float()
+        """Return logits (B, classes), or values (B,) for a regression, in float32 or better."""
+        inputs = read_inputs(batch, self.model)
+        logits = at_least_float32(self.model(**inputs).logits)
         return logits.squeeze(-1) if self._is_regression else logits
 
-    def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, output: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Return the mean loss over the labelled examples, which is zero if there is none.
+
+        Args:
+            output: logits (B, classes), or values (B,) of a regression.
+            labels: (B,).
+            count: number of labelled examples, ().
+        """
         if self._is_regression:
-            return F.mse_loss(output, labels.float())
-        return F.cross_entropy(output, labels)
+            return F.mse_loss(output, labels.to(output.dtype))
+        loss = F.cross_entropy(output, labels, ignore_index=IGNORED)
+        return torch.where(count > 0, loss, 0 * output.sum())
 
     def _predict(self, output: Tensor) -> Tensor:
         """Return the predicted classes (B,), or the values (B,) of a regression."""
         return output if self._is_regression else output.argmax(-1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(self(batch), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        labels = read_labels(batch)
+        count = count_supervised(labels)
+        loss = self._loss(self(batch), labels, count)
+        self._unsupervised = (count == 0) | self._unsupervised.to(count.device)
+        self.step_mean.note(count, {"train_loss": loss})
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        # The flag is read here and not in each step, which would wait for the device.
+        if bool(self._unsupervised):
+            self.warn_unsupervised("batch")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None
-        output, labels = self(batch), batch["labels"]
+        assert self.labels_seen is not None
+        output, labels = self(batch), read_labels(batch)
+        count = count_supervised(labels)
+        size = len(labels)
+        self.mean_loss.update(self._loss(output, labels, count), weight=count)
         if self._is_regression:
             labels = labels.float()
-        self.mean_loss.update(self._loss(output, labels), weight=len(labels))
-        self.scores.update(self._predict(output), labels)
-        self.log("loss", self.mean_loss, batch_size=len(labels))
-        self.log_dict(self.scores, prog_bar=True, batch_size=len(labels))
+        else:
+            output, labels = output[labels != IGNORED], labels[labels != IGNORED]
+        if len(labels):
+            self.scores.update(self._predict(output), labels)
+            self.labels_seen.update(labels)
+        self.log("loss", self.mean_loss, batch_size=size)
+        self.log_dict(self.scores, prog_bar=True, batch_size=size)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

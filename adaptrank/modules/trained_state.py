@@ -3,13 +3,13 @@
 The backbone is left out. The ranks need no entry, because they are the shapes of the tensors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptrank._errors import UserError
+from adaptrank._errors import ListedError
 from adaptrank.parameterizations import Parameterization
 
 
@@ -40,18 +40,26 @@ def _belongs_to_wrapper(key: str, prefixes: list[str]) -> bool:
     )
 
 
-def check_same_keys(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+def check_same_keys(
+    expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], differences: Sequence[str] = ()
+) -> None:
     """Raise unless a checkpoint holds exactly the expected tensors.
 
+    Args:
+        expected: trained tensors of this run.
+        stored: trained tensors in the checkpoint.
+        differences: how the two models differ, as clauses.
     Raises:
-        UserError: if a key is missing or unexpected.
+        ListedError: if a key is missing or unexpected.
     """
+    listed = f": {'; '.join(differences)}" if differences else ""
     missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     for problem, keys in (("has no", missing), ("has an unexpected", unexpected)):
         if keys:
-            raise UserError(
+            raise ListedError(
                 f"The checkpoint {problem} {min(keys)} ({len(keys)} such). It was saved under "
-                "other adapters than this configuration has. Resume with the run's own config.yaml."
+                f"other adapters than this configuration has{listed}. Resume with the run's own "
+                "config.yaml."
             )
 
 

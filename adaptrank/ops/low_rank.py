@@ -11,6 +11,7 @@ float32. A change below 2^-8 of the layer's output is partly lost in that roundi
 wherever the output of an adapter is added to that of a bf16 layer.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class _Linear(torch.autograd.Function):
         kept_for_V = (V, x) if needs_V else (None, None)
         ctx.save_for_backward(W, *kept_for_U, *kept_for_V)
         ctx.shape, ctx.rounded = x.shape, (Ut_rounded, V_rounded)
-        return out.view(*x.shape[:-1], out.shape[-1]), z
+        return _fresh_view(out, (*x.shape[:-1], out.shape[-1])), z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,7 +152,7 @@ class _Accumulate(torch.autograd.Function):
             ctx.mark_dirty(y)
             _add_product(total, rows, Ut)
             return y
-        return torch.addmm(total, rows, Ut).view(y.shape)
+        return _fresh_view(torch.addmm(total, rows, Ut), y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,6 +173,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     `addmm` with `out` is used because FlopCounterMode does not count `addmm_`.
     """
     return torch.addmm(total, left, right, out=None if torch.is_grad_enabled() else total)
+
+
+def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a result that nobody else holds in another shape.
+
+    Autograd does not see a view in it. A model may overwrite what a function returns, but not a
+    view that was made inside of the function.
+    """
+    viewed: Tensor = torch.ops.aten._unsafe_view(result, shape)
+    return viewed
 
 
 def _transposed(U: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,34 +42,22 @@ class _ScaleInput(torch.autograd.Function):
 
 
 class _ScaleOutput(torch.autograd.Function):
-    """y + d (y - bias). It keeps only its own output, if y can be recovered from it.
-
-    With z = y - bias, the gradient of d is sum(g z). Without a bias, z = out / (1 + d), and the
-    next operation usually keeps `out` already. A bias would leave the rounding of `out` in z, and a
-    scale near 0 may be 0 in half precision. In both cases y is kept instead.
-    """
+    """y + d (y - bias). It keeps y, and not its own output, which the model may overwrite."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
         z = y if bias is None else y - bias.to(y.dtype)
-        out = torch.addcmul(y, z, d.to(y.dtype))
-        ctx.invertible = (
-            bias is None and ctx.needs_input_grad[1] and not bool(((1 + d).abs() < 0.1).any())
-        )
-        ctx.save_for_backward(out if ctx.invertible else y, d, bias)
-        return out
+        ctx.save_for_backward(y, d, bias)
+        return torch.addcmul(y, z, d.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (kept, d, bias) = grads, ctx.saved_tensors
+        (g,), (y, d, bias) = grads, ctx.saved_tensors
         grad_y = torch.addcmul(g, g, d.to(g.dtype)) if ctx.needs_input_grad[0] else None
         grad_d = None
         if ctx.needs_input_grad[1]:
-            z = kept if bias is None else kept - bias.to(kept.dtype)
+            z = y if bias is None else y - bias.to(y.dtype)
             grad_d = _sum_to(g * z, d)
-            if ctx.invertible:
-                # Divide by the scale that was applied, its rounding included.
-                grad_d = grad_d / (1 + d.to(kept.dtype).to(d.dtype))
         grad_bias = None
         # A method inside of this one may train the bias.
         if ctx.needs_input_grad[2]:

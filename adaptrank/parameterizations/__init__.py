@@ -10,13 +10,17 @@ from adaptrank.parameterizations.base import (
     on_example,
 )
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.enclosing import enclosed, plain_name, pretrained_part
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
     named_layers,
+    plain_modules,
+    plain_parameters,
     replace_layer,
     replace_layers,
     wrapped_layers,
@@ -42,9 +46,16 @@ __all__ = [
     "Parameterization",
     "adapted_part",
     "adapter_parameters",
+    "check_indices",
+    "enclosed",
     "formula",
+    "is_index",
     "named_layers",
     "on_example",
+    "plain_modules",
+    "plain_name",
+    "plain_parameters",
+    "pretrained_part",
     "replace_layer",
     "replace_layers",
     "wrapped_layers",

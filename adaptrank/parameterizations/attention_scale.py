@@ -1,7 +1,7 @@
 """AttentionScale: a trained factor on the logits of an attention."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.module import ModuleWrapper
@@ -41,6 +42,7 @@ class AttentionScale(ModuleWrapper):
     """
 
     source = "arXiv:2304.01917"
+    ranges: ClassVar = {"tokens": COUNT}
     no_decay = ("da",)
 
     def __init__(
@@ -100,6 +102,8 @@ class AttentionScale(ModuleWrapper):
     @property
     def base_weight(self) -> Tensor:
         """The weight of the query projection, (m, n)."""
+        if self._given_weight is not None:
+            return self._given_weight
         if isinstance(self.base, Parameterization):
             return self.base.dense()
         query = self.innermost.get_submodule(self._query_name())

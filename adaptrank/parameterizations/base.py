@@ -1,6 +1,7 @@
 """The contract of a method: a layer that wraps a layer, and the change of its weight."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.ops import low_rank as ops
+from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep, merged_inside
 from adaptrank.parameterizations.formula import check_formula, dense_weight, formula
+from adaptrank.parameterizations.indices import check_indices
 from adaptrank.parameterizations.renamed import renamed_definition
 from adaptrank.parameterizations.wrapper import Wrapper
 from adaptrank.registry import Registry
@@ -139,7 +142,14 @@ class Parameterization(Wrapper):
 
         A method overrides it to do more than add to the output.
         """
-        y = cast(Tensor, self.base(x))
+        return self.add_change(x, cast(Tensor, self.base(x)))
+
+    @property
+    def only_adds(self) -> bool:
+        return type(self).forward_adapted is Parameterization.forward_adapted
+
+    def add_change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y = base(x) with `delta` added, in the layout and the dtype of y."""
         inputs = x.to(self.parameter_dtype) if x.is_floating_point() else x
         change = self.delta(inputs, layers.channels_last(self.innermost, y))
         return y + layers.channels_first(self.innermost, change).to(y.dtype)
@@ -156,10 +166,10 @@ class Parameterization(Wrapper):
 
         A method that trains it starts from `super().trained_bias()`.
         """
-        base = self.base
-        if isinstance(base, Parameterization):
-            return base.trained_bias()
-        return cast(Tensor | None, getattr(base, "bias", None))
+        for wrapper in reversed(self.nest[:-1]):
+            if type(wrapper).trained_bias is not Parameterization.trained_bias:
+                return wrapper.trained_bias()
+        return cast(Tensor | None, getattr(self.innermost, "bias", None))
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw n new slices for every tensor of the axis but the closing one, which starts at zero.
@@ -187,6 +197,21 @@ class Parameterization(Wrapper):
     def max_units(self, axis: str) -> int | None:
         """Return the largest size of the axis, or None if there is no ceiling."""
         return None
+
+    def index_ranges(self) -> Mapping[str, range]:
+        """Return the range of values of every buffer of whole numbers.
+
+        A method states it for each such buffer that is saved. A file or a checkpoint with a number
+        outside of its range is refused.
+        """
+        return {}
+
+    def numbers_beside_tensors(self) -> int:
+        """Return how many numbers the wrapper draws or keeps beside its saved tensors.
+
+        A file whose arguments ask for absurd memory is refused by it.
+        """
+        return 0
 
     def refresh(self) -> None:
         """Recompute what derives from axis tensors or from the base.
@@ -220,6 +245,8 @@ class Parameterization(Wrapper):
     @property
     def base_weight(self) -> Tensor:
         """The dense weight (m, n) of what this wraps, in float32 or better."""
+        if self._given_weight is not None:
+            return self._given_weight
         if isinstance(self.base, Parameterization):
             return self.base.dense()
         return layers.dense(self.base, self.adapter_dtype)
@@ -274,7 +301,7 @@ class Parameterization(Wrapper):
 
         It is the weight of the base if this wrapper is off.
         """
-        return dense_weight(self)
+        return dense_weight(self) if self.depth <= FEW_WRAPPERS else dense_deep(self.nest)
 
     @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
@@ -307,9 +334,10 @@ class Parameterization(Wrapper):
         Values have the adapter's dtype and the layout of the layer. Merging writes them, and
         `definition` computes with them.
         """
-        inner = self.base.merged() if isinstance(self.base, Parameterization) else {}
         if not self.enabled:
-            return inner
+            return merged_inside(self.base, None)
+        # Wrappers inside that merge a weight and a bias are in the values of this one already.
+        inner = merged_inside(self.base, Parameterization.merged)
         values = {**inner, "weight": layers.stored(self.innermost, self.dense())}
         bias = self.trained_bias()
         if bias is not None and bias is not getattr(self.innermost, "bias", None):
@@ -350,7 +378,10 @@ def _has_no_bias(layer: nn.Module) -> bool:
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
-    cast(Parameterization, layer).refresh()
+    wrapper = cast(Parameterization, layer)
+    for name in wrapper.index_ranges():
+        check_indices(wrapper, name, getattr(wrapper, name))
+    wrapper.refresh()
 
 
 @cache

@@ -44,6 +44,7 @@ class DoRA(Parameterization):
     exact_gradient = {"detach_norm": False}
     squares: Tensor | None
     """||W_j||^2 of the rows, (m,), or None before it is computed."""
+    _squared_version: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -125,6 +126,22 @@ class DoRA(Parameterization):
         # A product with a bf16 weight is taken in bf16, like the layer's own.
         dtype = layers.dtype(self.base)
         W = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype)
-        if self.squares is None:
+        # A model may rescale its weights in place.
+        version = _version(self.base)
+        is_stale = version is not None and version != self._squared_version
+        if self.squares is None or is_stale:
             self.squares = self.base_weight.square().sum(1)
+            self._squared_version = version
         return W, self.squares
+
+
+def _version(layer: nn.Module) -> tuple[int, int] | None:
+    """Return numbers that change when the weight of a layer is written to or replaced.
+
+    It is None where tensors do not count their versions: in inference mode, and in a compiled
+    graph, which takes a frozen weight for a constant.
+    """
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or torch.compiler.is_compiling() or weight.is_inference():
+        return None
+    return weight._version, weight.untyped_storage()._cdata

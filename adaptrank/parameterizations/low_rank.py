@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 
@@ -39,6 +40,20 @@ class LowRankUpdate(Parameterization):
     def forward_adapted(self, x: Tensor) -> Tensor:
         factors = self.factors() if self.fuses(x) else None
         return super().forward_adapted(x) if factors is None else self.add_product(x, *factors)
+
+    @property
+    def only_adds(self) -> bool:
+        cls = type(self)
+        same_forward = cls.forward_adapted is LowRankUpdate.forward_adapted
+        return same_forward and cls.add_low_rank is Parameterization.add_low_rank
+
+    def add_change(self, x: Tensor, y: Tensor) -> Tensor:
+        factors = self.factors() if self.fuses(x) else None
+        if factors is None:
+            return super().add_change(x, y)
+        U, V = factors
+        z = F.linear(self.apply_dropout(x), V.to(x.dtype))
+        return ops.accumulate(y, z.to(y.dtype), U)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         U, V = self._factors()

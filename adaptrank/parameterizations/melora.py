@@ -83,21 +83,17 @@ class MELoRA(LowRankUpdate):
         self.A = self.zeros(sum(ranks), n // minis)
         self.B = self.zeros(m // minis, sum(ranks))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        # The first unit of each mini, then the second of each: the first units alone are as even as
-        # they can be.
-        block = []
-        for unit in range(max(ranks)):
-            block += [mini for mini in range(minis) if unit < ranks[mini]]
-        self.register_buffer("block", torch.tensor(block, device=self.A.device))
+        block = torch.empty(sum(ranks), dtype=torch.long, device=self.A.device)
+        if not block.is_meta:
+            block.copy_(_minis_in_turn(ranks))
+        self.register_buffer("block", block)
         self.refresh()
 
     def refresh(self) -> None:
         of_mini: list[list[int]] = [[] for _ in range(self.minis)]
         if not self.block.is_meta:
             for unit, mini in enumerate(self.block.tolist()):
-                # A damaged file may name a mini that does not exist; such a unit counts for none.
-                if 0 <= mini < self.minis:
-                    of_mini[mini].append(unit)
+                of_mini[mini].append(unit)
         widest = max(1, *map(len, of_mini))
         padding = len(self.block)
         rows = [units + [padding] * (widest - len(units)) for units in of_mini]
@@ -143,6 +139,9 @@ class MELoRA(LowRankUpdate):
             return Cost(flops=2 * units * (m + n), kept=n + units)
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
 
+    def index_ranges(self) -> dict[str, range]:
+        return {"block": range(self.minis)}
+
     def of_inputs(self, axis: str, values: Tensor) -> Tensor:
         return values.view(self.minis, -1)[self.block]
 
@@ -156,3 +155,15 @@ class MELoRA(LowRankUpdate):
             joined.append(mini)
             counts[mini] += 1
         return {"A": (2 * drawn - 1) / math.sqrt(width), "block": torch.tensor(joined)}
+
+
+def _minis_in_turn(ranks: list[int]) -> Tensor:
+    """Return the mini of each unit, (R,): the first unit of each mini, then the second of each.
+
+    So the first units alone are as even as they can be.
+    """
+    counts = torch.tensor(ranks)
+    minis = torch.arange(len(ranks)).repeat_interleave(counts)
+    first_units = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    position_in_mini = torch.arange(len(minis)) - first_units
+    return minis[position_in_mini.argsort(stable=True)]

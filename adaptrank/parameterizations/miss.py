@@ -1,7 +1,7 @@
 """MiSS: one small shard that every block of a frozen weight shares."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.formula import formula
@@ -50,6 +51,7 @@ class MiSS(LowRankUpdate):
     """
 
     source = "arXiv:2409.15371"
+    ranges: ClassVar = {"period": COUNT, "mini_rank": COUNT}
     axes = {"rank": {"slots": 0, "D": 0}}
     capabilities = frozenset({Capability.GROW, Capability.PATTERN, Capability.MATRIX_RANK})
     slots: Tensor
@@ -143,6 +145,9 @@ class MiSS(LowRankUpdate):
 
     def max_units(self, axis: str) -> int:
         return self.period
+
+    def index_ranges(self) -> dict[str, range]:
+        return {} if self.variant == "bat" else {"slots": range(self.period)}
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         used = set(self.slots.tolist())

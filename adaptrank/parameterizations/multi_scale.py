@@ -1,12 +1,13 @@
 """MultiScale: a diagonal core between two planes, each of which is a product itself (LoRA²)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
+from adaptrank._options import NOT_NEGATIVE
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
@@ -42,6 +43,7 @@ class MultiScale(LowRankUpdate):
     """
 
     source = "arXiv:2408.06854"
+    ranges: ClassVar = {"orth": NOT_NEGATIVE}
     accepts = layers.MATRICES
     axes = {
         "core": {"B1": 0, "B2a": 1, "e": 0},

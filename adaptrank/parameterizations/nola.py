@@ -17,6 +17,9 @@ from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
+DRAWS = 1 << 62
+"""Seeds, and numbers of fresh matrices, are drawn from 0 to this, exclusive."""
+
 
 class NOLA(LowRankUpdate):
     """W' = W + s B A with A = A0 + c_A sum_j alpha_j A_j and B = c_B sum_j beta_j B_j.
@@ -95,7 +98,7 @@ class NOLA(LowRankUpdate):
             nn.init.constant_(self.alpha, 1 / k_a)
             nn.init.constant_(self.beta, 1 / k_b)
         device = self.alpha.device
-        self.register_buffer("seed", torch.randint(1 << 62, (), device="cpu").to(device))
+        self.register_buffer("seed", torch.randint(DRAWS, (), device="cpu").to(device))
         self.register_buffer("ids_a", torch.arange(k_a, device=device))
         self.register_buffer("ids_b", torch.arange(k_b, device=device))
         for name in ("A0", "bases_a", "bases_b"):
@@ -140,11 +143,19 @@ class NOLA(LowRankUpdate):
         once = 2 * r * self.chunk * (chunks_a * n + chunks_b * m)
         return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r)
 
+    def index_ranges(self) -> dict[str, range]:
+        return dict.fromkeys(("seed", "ids_a", "ids_b"), range(DRAWS))
+
+    def numbers_beside_tensors(self) -> int:
+        drawn = max(math.prod(self.matrix_shape(side)) for side in ("a", "b"))
+        kept = (len(self.alpha) + len(self.beta)) * drawn if self.materialize else 0
+        return (self.chunk + 1) * drawn + kept
+
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         # Drawn from 2^62 numbers. The next unused number may be that of a unit which was just
         # pruned.
         name = "ids_a" if axis == "alpha" else "ids_b"
-        return {name: torch.randint(1 << 62, (n,), generator=generator)}
+        return {name: torch.randint(DRAWS, (n,), generator=generator)}
 
     def matrix_shape(self, side: str) -> tuple[int, int]:
         """Return the shape of a matrix of a side, "a" or "b"."""

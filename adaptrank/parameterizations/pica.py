@@ -113,6 +113,9 @@ class PiCa(LowRankUpdate):
     def max_units(self, axis: str) -> int:
         return min(self.shape)
 
+    def index_ranges(self) -> dict[str, range]:
+        return {"index": range(self.max_units("rank"))}
+
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         used = set(self.index.tolist())
         unused = [unit for unit in range(self.max_units(axis)) if unit not in used]

@@ -3,13 +3,14 @@
 import functools
 import inspect
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
+from adaptrank._options import NOT_NEGATIVE, POSITIVE
 from adaptrank.parameterizations.base import Parameterization
 from adaptrank.parameterizations.module import ModuleWrapper
 
@@ -46,6 +47,7 @@ class Prefix(ModuleWrapper):
     """
 
     source = "arXiv:2101.00190"
+    ranges: ClassVar = {"encoder": NOT_NEGATIVE, "std": POSITIVE}
     mergeable = False
     starts_at_base = False
     no_decay = ("P", "E")

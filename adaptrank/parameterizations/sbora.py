@@ -116,6 +116,9 @@ class SBoRA(LowRankUpdate):
         m, n = self.shape
         return n if self.variant == "fa" else m
 
+    def index_ranges(self) -> dict[str, range]:
+        return {"index": range(self.max_units("rank"))}
+
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         used = set(self.index.tolist())
         unused = torch.tensor([unit for unit in range(self.max_units(axis)) if unit not in used])

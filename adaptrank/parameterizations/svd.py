@@ -1,9 +1,12 @@
 """SVD: a sum of rank-1 triplets whose middle factor weighs each of them."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import NOT_NEGATIVE, POSITIVE
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
@@ -32,6 +35,7 @@ class SVD(LowRankUpdate):
     """
 
     source = "arXiv:2303.10512"
+    ranges: ClassVar = {"init_std": POSITIVE, "orth": NOT_NEGATIVE}
     axes = {"rank": {"P": 1, "Q": 0, "l": 0}}
     capabilities = DEFAULT_CAPABILITIES | {Capability.MATRIX_RANK, Capability.INPUT_DIRECTIONS}
     input_factor = {"rank": "Q"}

@@ -1,11 +1,12 @@
 """TensorTrain: LoRA whose two factors are tensor trains."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT
 from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
@@ -44,6 +45,7 @@ class TensorTrain(LowRankUpdate):
     """
 
     source = "arXiv:2402.11417"
+    ranges: ClassVar = {"in_modes": COUNT, "out_modes": COUNT}
 
     def __init__(
         self,

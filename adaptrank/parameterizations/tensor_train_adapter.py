@@ -1,13 +1,14 @@
 """TensorTrainAdapter: a bottleneck adapter whose two matrices are tensor trains."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT
 from adaptrank.ops import low_rank
 from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
@@ -58,6 +59,7 @@ class TensorTrainAdapter(ModuleWrapper):
     """
 
     source = "arXiv:2402.11417"
+    ranges: ClassVar = {"modes": COUNT}
     mergeable = False
     no_decay = ("down", "up")
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from adaptrank import layers
+from adaptrank._options import DECAY, POSITIVE, Range
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES
 
 
@@ -14,6 +15,14 @@ class Traits:
 
     source: ClassVar[str]
     """arXiv id of the method."""
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "alpha": POSITIVE,
+        "scale": POSITIVE,
+        "dropout": DECAY,
+    }
+    """Numeric argument -> the values that make sense. A class adds its own to those of its bases.
+    Any other number has to be finite, and whole where its annotation says so. Bounds that depend
+    on the layer are checked by the constructor."""
 
     # What it wraps.
 

@@ -1,22 +1,25 @@
 """Find the wrappers of a model, and replace layers in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from adaptrank.parameterizations.base import Parameterization
+from adaptrank.parameterizations.enclosing import enclosed
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return path before wrapping -> module, for every module of a model, in its order.
 
     A wrapped module is given by its outermost wrapper. A module that is used at several places is
-    listed at the first one.
+    listed at the first one. Modules such as those of `torch.compile` and DataParallel have no path
+    of their own: the module that they enclose has it.
     """
     modules: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, path: str) -> None:
+        module = enclosed(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -50,6 +53,29 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(parameters.values())
 
 
+def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every module of a model but the wrappers and the modules of their own.
+
+    The time does not depend on the number of adapters.
+    """
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        plain = module.innermost if isinstance(module, Parameterization) else module
+        if id(plain) in seen:
+            continue
+        seen.add(id(plain))
+        yield plain
+        waiting.extend(reversed([*plain.children()]))
+
+
+def plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield every parameter of a model but those of its wrappers. A tied one may come twice."""
+    for module in plain_modules(model):
+        yield from module.parameters(recurse=False)
+
+
 def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` at every place where the model uses `old`."""
     replace_layers(model, {old: new})
@@ -57,7 +83,8 @@ def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def replace_layers(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> None:
     """Replace many layers, {old: new}, in one walk through the model."""
-    for parent in list(model.modules()):
+    # No wrapper is a parent: the layers of a nest are replaced together, by its outermost wrapper.
+    for parent in list(plain_modules(model)):
         for name, child in list(parent._modules.items()):
             new = pairs.get(child) if child is not None else None
             if new is not None and parent is not new:
@@ -69,6 +96,7 @@ def adapted_part(module: nn.Module) -> nn.Module:
 
     This is `module.backbone` if it holds all wrappers, and the module itself otherwise.
     """
+    module = enclosed(module)
     backbone = getattr(module, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return module

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,32 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
+from adaptrank._options import OptionProbe, OptionsFit, check_arguments
+from adaptrank.parameterizations.deep_nests import (
+    FEW_WRAPPERS,
+    allow_recursion,
+    forward_deep,
+    noop_hook,
+)
 from adaptrank.parameterizations.renamed import renamed_use
 from adaptrank.parameterizations.traits import Traits
+from adaptrank.parameterizations.unmerged_saving import guard_save_pretrained
 
 if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
+
+
+MOST_TENSORS = 1024
+"""Largest number of tensors of one wrapper."""
+
+
+class _Structure:
+    """The version of all nests: another object as soon as a wrapper gets another base."""
+
+    version = object()
+
+
+_structure = _Structure()
 
 
 class Wrapper(Traits, nn.Module, ABC):
@@ -39,6 +60,12 @@ class Wrapper(Traits, nn.Module, ABC):
     init_args: dict[str, Any]
     """Arguments of the constructor but `base`, with defaults. They build the wrapper again."""
     base: nn.Module
+    wraps_a_base: ClassVar[bool] = True
+    """Whether this is a wrapper: what `isinstance` says, at a fraction of its price."""
+    depth: int = 1
+    """Number of wrappers of the nest up to this one when it was made. An adapter that was deleted
+    since still counts."""
+    _given_weight: Tensor | None = None
     _gates_read: frozenset[str] = frozenset()
 
     # The constructors of methods call `super().__init__(base)` and nothing more, so __init__ of
@@ -53,13 +80,24 @@ class Wrapper(Traits, nn.Module, ABC):
         # Copying and unpickling call __new__ without arguments, and restore init_args themselves.
         if args or kwargs:
             self.__dict__["init_args"] = _arguments(cls, self, *args, **kwargs)
+            check_arguments(cls, self.init_args)
+            if any(isinstance(value, OptionProbe) for value in (*args, *kwargs.values())):
+                raise OptionsFit
         return self
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        if not isinstance(base, Wrapper):
+        if isinstance(base, Wrapper):
+            self.depth = base.depth + 1
+            allow_recursion(self.depth)
+        else:
             _freeze(base)
         self.base = base
+        guard_save_pretrained()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_save_pretrained()
 
     # ---- attributes
 
@@ -77,6 +115,8 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter, which may have the name of one of the innermost layer."""
+        if len(self._parameters) >= MOST_TENSORS:
+            raise UserError(f"{type(self).__name__} has more than {MOST_TENSORS:,} tensors here.")
         self._claim(name, self._parameters)
         super().register_parameter(name, param)
 
@@ -96,16 +136,71 @@ class Wrapper(Traits, nn.Module, ABC):
     @property
     def innermost(self) -> nn.Module:
         """The layer under all wrappers."""
-        layer = self.base
-        while isinstance(layer, Wrapper):
-            layer = layer.base
-        return layer
+        # With hundreds of adapters a walk takes a while, so each wrapper remembers its end.
+        wrapper: Any = self
+        while True:
+            found = wrapper.__dict__.get("_end_of_nest")
+            if found is not None and found[0] is _structure.version:
+                last = found[1]
+                break
+            last, wrapper = wrapper, wrapper._modules["base"]
+            # `isinstance` of an abstract class is slow.
+            if not getattr(type(wrapper), "wraps_a_base", False):
+                break
+        self.__dict__["_end_of_nest"] = (_structure.version, last)
+        return cast(nn.Module, last._modules["base"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Another base is another nest for all wrappers around this one."""
+        if name == "base" and "base" in self._modules:
+            _structure.version = object()
+        super().__setattr__(name, value)
 
     @property
     def nest(self) -> "list[Parameterization]":
         """This wrapper and the wrappers inside of it, innermost first."""
-        inner = self.base.nest if isinstance(self.base, Wrapper) else []
-        return [*inner, cast("Parameterization", self)]
+        nest: list[Any] = []
+        layer: Any = self
+        while getattr(type(layer), "wraps_a_base", False):
+            nest.append(layer)
+            layer = layer._modules["base"]
+        return nest[::-1]
+
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield path and module in the order of nn.Module, without a recursion over the nest."""
+        memo = set() if memo is None else memo
+        waiting: list[tuple[str, nn.Module]] = [(prefix, self)]
+        while waiting:
+            path, module = waiting.pop()
+            if not isinstance(module, Wrapper):
+                yield from module.named_modules(memo, path, remove_duplicate)
+                continue
+            if module in memo:
+                continue
+            if remove_duplicate:
+                memo.add(module)
+            yield path, module
+            for name, child in reversed(module._modules.items()):
+                if child is not None:
+                    waiting.append((f"{path}.{name}" if path else name, child))
+
+    def train_own(self, mode: bool) -> None:
+        """Set the mode of this wrapper and of its own modules, without that of its base."""
+        self.training = mode
+        for child in self.own_modules().values():
+            child.train(mode)
+
+    def train(self, mode: bool = True) -> "Wrapper":
+        """Set the mode of the whole nest."""
+        for wrapper in self.nest:
+            wrapper.train_own(mode)
+        self.innermost.train(mode)
+        return self
 
     # ---- tensors
 
@@ -128,11 +223,30 @@ class Wrapper(Traits, nn.Module, ABC):
         device = layers.device(self.innermost)
         return nn.Parameter(torch.zeros(*shape, device=device, dtype=self.adapter_dtype))
 
+    def own_modules(self) -> dict[str, nn.Module]:
+        """Return name -> module, of the modules of this wrapper beside its base."""
+        return {
+            name: module
+            for name, module in self._modules.items()
+            if module is not None and name != "base"
+        }
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the named parameters of this wrapper, without those of its base."""
-        for name, parameter in self.named_parameters():
-            if not name.startswith("base."):
-                yield name, parameter
+        yield from self.named_parameters(recurse=False)
+        for name, module in self.own_modules().items():
+            yield from module.named_parameters(prefix=name)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return name -> tensor, of all saved tensors of this wrapper, without those of its base.
+
+        Names and order are those of a state dict.
+        """
+        tensors: dict[str, Tensor] = {}
+        self._save_to_state_dict(tensors, "", keep_vars=True)
+        for name, module in self.own_modules().items():
+            module.state_dict(destination=tensors, prefix=f"{name}.", keep_vars=True)
+        return tensors
 
     def axis_tensors(self, axis: str) -> list[tuple[str, int]]:
         """Return the (tensor name, dimension) pairs of an axis, the closing factor last.
@@ -196,35 +310,66 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the adapted output where this wrapper is on, and the base's output elsewhere."""
+        if self.depth > FEW_WRAPPERS and len(args) == 1 and not kwargs:
+            return forward_deep(cast("Parameterization", self), args[0])
         if not self.enabled:
             return self.base(*args, **kwargs)
         if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
             # A call such as linear(input=x). The methods do not know the name.
             args, kwargs = tuple(kwargs.values()), {}
         if self.rows is not None:
-            return self._forward_rows(*self.rows, *args, **kwargs)
-        return self._forward_gated(*args, **kwargs)
+            return self._forward_rows(*args, **kwargs)
+        return self.forward_gated(*args, **kwargs)
 
-    def _forward_gated(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def only_adds(self) -> bool:
+        """Whether the output is that of the base with `add_change`, and nothing more."""
+        return False
+
+    def add_change(self, x: Any, y: Any) -> Any:
+        """Return the adapted output from the output y of the base, if this wrapper only adds."""
+        raise NotImplementedError
+
+    def add_to(self, x: Any, y: Any) -> Any:
+        """Return the adapted output from the output y of the base, in all rows or in some."""
+        if self.rows is not None:
+            return self._put_rows(x, y)
+        with self.reading_gates():
+            return self.add_change(x, y)
+
+    def forward_gated(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the adapted output for all rows, and check that the gates are read."""
         if not self.gates:
             return self.forward_adapted(*args, **kwargs)
         with self.reading_gates():
             return self.forward_adapted(*args, **kwargs)
 
-    def _forward_rows(self, rows: Tensor, batch: int, *args: Any, **kwargs: Any) -> Any:
+    def _forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the adapted output for some rows, and the base's output for the others."""
         x = args[0] if len(args) == 1 and not kwargs else None
+        self._check_rows(x)
+        return self._put_rows(x, self.base(x))
+
+    def _check_rows(self, x: Any) -> None:
+        """Refuse an input whose rows are not those of the batch for which rows were selected."""
+        assert self.rows is not None
+        _, batch = self.rows
         if not isinstance(x, Tensor) or len(x) != batch:
             given = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
             raise UserError(
                 f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads "
                 f"{given}."
             )
-        y = cast(Tensor, self.base(x))
+
+    def _put_rows(self, x: Any, y: Tensor) -> Tensor:
+        """Return the base's output y with the adapted output in the selected rows."""
+        self._check_rows(x)
+        assert self.rows is not None
+        rows, _ = self.rows
         if not len(rows):
             return y
         with self._other_adapters_off():
-            adapted = cast(Tensor, self._forward_gated(x[rows]))
+            adapted = cast(Tensor, self.forward_gated(x[rows]))
         return y.index_copy(0, rows, adapted.to(y.dtype))
 
     @contextmanager
@@ -244,7 +389,7 @@ class Wrapper(Traits, nn.Module, ABC):
 
         Otherwise its fused fast path would read the layer's weight.
         """
-        return self.register_forward_pre_hook(_noop_hook)
+        return self.register_forward_pre_hook(noop_hook)
 
 
 def _freeze(base: nn.Module) -> None:
@@ -256,10 +401,6 @@ def _freeze(base: nn.Module) -> None:
     for parameter in base.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
-
-
-def _noop_hook(layer: nn.Module, arguments: object) -> None:
-    """Do nothing. Any registered hook disables the fused fast path of torch."""
 
 
 def _arguments(cls: type[Wrapper], self: Wrapper, *args: Any, **kwargs: Any) -> dict[str, Any]:

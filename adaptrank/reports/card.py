@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from adaptrank._files import write_text
+from adaptrank.reports.escaping import code_span, fence, markdown
 from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import render
 
@@ -30,15 +31,16 @@ def card(summary: Mapping[str, Any], ranks: Mapping[str, int], config: str) -> s
     return render(
         "card.md.j2",
         front_matter=yaml.safe_dump(_front_matter(base, methods), sort_keys=False),
-        methods=", ".join(methods),
-        base=f"`{base}`" if base else "an unnamed base",
+        methods=markdown(", ".join(methods)),
+        base=code_span(base) if base else "an unnamed base",
         base_argument=repr(base),
-        auto_class=summary["base"].get("auto_class") or "AutoModel",
+        auto_class=_class_name(summary["base"].get("auto_class")),
         size=_size(summary),
         metrics=_metrics(summary),
-        layers=summary["layers"],
+        layers=[_layer_row(row) for row in summary["layers"]],
         ranks=ranks,
         rank_map=rank_map(ranks),
+        fence=fence(config),
         config=config.strip(),
     )
 
@@ -50,9 +52,10 @@ def rank_map(ranks: Mapping[str, int]) -> str:
     for axis, size in ranks.items():
         row, column = grid.places[axis]
         cells[row][column] = str(size)
-    lines = [f"| layer | {' | '.join(grid.kinds)} |", f"|---|{'---|' * len(grid.kinds)}"]
+    kinds = " | ".join(map(markdown, grid.kinds))
+    lines = [f"| layer | {kinds} |", f"|---|{'---|' * len(grid.kinds)}"]
     for layer, row_cells in zip(grid.layers, cells, strict=True):
-        lines.append(f"| {layer} | {' | '.join(row_cells)} |")
+        lines.append(f"| {markdown(layer)} | {' | '.join(row_cells)} |")
     return "\n".join(lines)
 
 
@@ -86,11 +89,21 @@ def _size(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _class_name(name: Any) -> str:
+    """Return the class of transformers that loads the base, if it is the name of a class."""
+    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
+
+
+def _layer_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the table of layers, with its texts escaped."""
+    return {**row, "kind": markdown(row["kind"]), "method": markdown(row["method"])}
+
+
 def _metrics(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return name, value before and value after the training of each metric."""
     return [
         {
-            "name": name,
+            "name": markdown(name),
             "before": _number(summary["before"].get(name)),
             "after": _number(after),
         }

@@ -1,18 +1,29 @@
 """The history of a run: what an allocator did, read from the files of the run's folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
+from adaptrank.reports.records import (
+    COUNTS,
+    EVENT,
+    SUMMARY,
+    check_fields,
+    is_count,
+    read_lines,
+    read_table,
+)
 
 Event = dict[str, Any]
 """One line of ranks.jsonl."""
 
 Sizes = dict[str, int]
 """Axis -> number of its open units."""
+
+SNAPSHOTS = 6
+"""Largest number of steps at which the sizes of all axes are kept."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class History:
     Args:
         name: name of the run.
         events: lines of ranks.jsonl, by step.
-        sizes: (step, sizes) at the start and after each event.
+        sizes: (step, sizes) at the start, after the last event, and after a few events between
+            that are evenly spread. `SNAPSHOTS` in all at most.
         summary: figures of the run, empty if the run did not end.
     """
 
@@ -47,8 +59,8 @@ def read_history(folder: Path) -> History:
 
     Raises:
         FileNotFoundError: if there is no such folder, or no allocator ran in it.
-        UserError: if a line of ranks.jsonl is damaged. The last line may be cut off, as a killed
-            run leaves it. Such a line is left out.
+        UserError: if a file is damaged, naming the line and the key. The last line of ranks.jsonl
+            may be cut off, as a killed run leaves it. Such a line is left out.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -60,55 +72,53 @@ def read_history(folder: Path) -> History:
             f"{folder} holds no ranks.jsonl: no allocator moved a rank in this run."
         )
     events = _read_events(file)
-    sizes = _sizes_after_events(events, _read_table(folder / "ranks.json"))
+    sizes = _sizes_after_events(events, _read_ranks(folder / "ranks.json"))
     if not sizes:
         raise UserError(
             f"{file} says nowhere what sizes the axes had. The file is damaged, or of an older "
             "version."
         )
     name = "/".join(folder.resolve().parts[-2:])
-    return History(name, events, sizes, _read_table(folder / "summary.json"))
+    summary = read_table(folder / "summary.json")
+    check_fields(str(folder / "summary.json"), summary, SUMMARY)
+    return History(name, events, sizes, summary)
 
 
 def _read_events(file: Path) -> list[Event]:
     """Return the events of a file by step, without a last line that was cut off."""
-    lines = file.read_text(encoding="utf-8").splitlines()
     events: list[Event] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(
-                    f"{file}, line {number}: this is no JSON. The file is damaged."
-                ) from None
+    for place, event in read_lines(file):
+        check_fields(place, event, {"step": (is_count, "a whole number from 0 on")}, required=True)
+        check_fields(place, event, EVENT)
+        events.append(event)
     return sorted(events, key=lambda event: int(event["step"]))
 
 
-def _read_table(file: Path) -> dict[str, Any]:
-    """Return the table in a JSON file, empty if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _read_ranks(file: Path) -> Sizes:
+    """Return the final sizes in a ranks.json, empty if there is no file."""
+    ranks = read_table(file)
+    check_fields(str(file), {"ranks": ranks}, {"ranks": COUNTS})
+    return ranks
 
 
 def _sizes_after_events(
     events: Sequence[Event], final: Mapping[str, int]
 ) -> list[tuple[int, Sizes]]:
-    """Return (step, sizes) at the start and after each event, or [] if no size is known."""
+    """Return (step, sizes) at the start and after some events, or [] if no size is known."""
     sizes = _sizes_at_start(events, final)
     if not sizes:
         return []
-    history = [(0, sizes)]
-    for event in events:
-        if event["step"] == 0:
-            continue
-        sizes = {**sizes, **event.get("sizes", {})}
-        closed = event.get("closed", {})
-        open_units = {axis: size - len(closed.get(axis, [])) for axis, size in sizes.items()}
-        history.append((int(event["step"]), open_units))
+    moving = [event for event in events if event["step"] != 0]
+    kept = {round(i * len(moving) / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}
+    history = [(0, dict(sizes))]
+    for number, event in enumerate(moving, 1):
+        sizes.update(event.get("sizes", {}))
+        if number in kept:
+            closed = event.get("closed", {})
+            open_units = {
+                axis: max(0, size - len(closed.get(axis, []))) for axis, size in sizes.items()
+            }
+            history.append((int(event["step"]), open_units))
     return history
 
 
@@ -128,5 +138,5 @@ def _sizes_at_start(events: Sequence[Event], final: Mapping[str, int]) -> Sizes:
         for axis, units in event.get("pruned", {}).items():
             sizes[axis] = sizes.get(axis, 0) + len(units)
         for axis, count in event.get("grown", {}).items():
-            sizes[axis] = sizes.get(axis, 0) - count
+            sizes[axis] = max(0, sizes.get(axis, 0) - count)
     return sizes

@@ -39,7 +39,9 @@ def layer_grid(axes: Sequence[str]) -> LayerGrid:
         kind_of[axis] = f"{kind} {name}" if len(axis_names) > 1 else kind
     layers = sorted(set(layer_of.values()), key=_layer_order)
     kinds = list(dict.fromkeys(kind_of.values()))
-    places = {axis: (layers.index(layer_of[axis]), kinds.index(kind_of[axis])) for axis in layer_of}
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    column_of = {kind: column for column, kind in enumerate(kinds)}
+    places = {axis: (row_of[layer_of[axis]], column_of[kind_of[axis]]) for axis in layer_of}
     return LayerGrid(layers, kinds, places)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from adaptrank._files import atomic_files
 from adaptrank.reports.figures import draw_run
 from adaptrank.reports.history import Event, History
+from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import Picture, render
 
 DESCRIPTIONS = {
@@ -17,6 +18,11 @@ DESCRIPTIONS = {
     "scores": "Distribution of the scores at each event",
 }
 """Name of a picture -> its description for people who cannot see it."""
+
+MOST_ROWS = 500
+"""Largest number of rows of a table. A model may have 20,000 axes, and a run as many events."""
+LONGEST_TEXT = 400
+"""Characters of a text in a cell."""
 
 
 def write_report(history: History, out: Path, replay: str) -> list[Path]:
@@ -44,19 +50,51 @@ def write_report(history: History, out: Path, replay: str) -> list[Path]:
 
 def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
     """Return the report as one HTML document, with the pictures inside."""
-    axes = [
-        {"name": axis, "start": size, "end": history.end.get(axis, size)}
-        for axis, size in history.start.items()
-    ]
+    axes = _axis_rows(history)
+    events = history.events
     return render(
         "run.html.j2",
         title=f"Ranks of {history.name}",
         facts=[(name, value) for name, value in _facts(history) if value],
         pictures=[Picture(DESCRIPTIONS[name], png) for name, png in pictures.items()],
         replay=replay,
-        events=[_event_row(event) for event in history.events],
-        axes=axes,
+        events=[_event_row(event) for event in events[-MOST_ROWS:]],
+        events_left_out=max(0, len(events) - MOST_ROWS),
+        kinds=_kind_rows(axes) if len(axes) > MOST_ROWS else [],
+        axes=_most_changed(axes),
+        axes_left_out=max(0, len(axes) - MOST_ROWS),
     )
+
+
+def _axis_rows(history: History) -> list[dict[str, Any]]:
+    """Return name, units at the start and units at the end of each axis."""
+    rows = []
+    for axis in {**history.start, **history.end}:
+        end = history.end.get(axis, history.start.get(axis, 0))
+        rows.append({"name": axis, "start": history.start.get(axis, 0), "end": end})
+    return rows
+
+
+def _most_changed(axes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return as many axes as a table shows: all, or those that changed most, in their order."""
+    if len(axes) <= MOST_ROWS:
+        return axes
+    order = sorted(range(len(axes)), key=lambda i: -abs(axes[i]["end"] - axes[i]["start"]))
+    return [axes[i] for i in sorted(order[:MOST_ROWS])]
+
+
+def _kind_rows(axes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the sums over the axes of each kind of layer, the largest changes first."""
+    grid = layer_grid([axis["name"] for axis in axes])
+    rows: dict[str, dict[str, Any]] = {}
+    for axis in axes:
+        kind = grid.kinds[grid.places[axis["name"]][1]]
+        row = rows.setdefault(kind, {"name": kind, "axes": 0, "start": 0, "end": 0})
+        row["axes"] += 1
+        row["start"] += axis["start"]
+        row["end"] += axis["end"]
+    ordered = sorted(rows.values(), key=lambda row: -abs(row["end"] - row["start"]))
+    return ordered[:MOST_ROWS]
 
 
 def _facts(history: History) -> list[tuple[str, str]]:
@@ -71,14 +109,14 @@ def _facts(history: History) -> list[tuple[str, str]]:
 def _facts_of_summary(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     methods = dict.fromkeys(row["method"] for row in summary.get("layers", []))
     facts = [
-        ("base", str(summary.get("base", {}).get("name", ""))),
-        ("method", ", ".join(methods)),
+        ("base", str(summary.get("base", {}).get("name", ""))[:LONGEST_TEXT]),
+        ("method", ", ".join(methods)[:LONGEST_TEXT]),
         ("trainable parameters", f"{summary.get('trainable', 0):,}"),
     ]
-    after = summary.get("after", {})
-    for name, before in summary.get("before", {}).items():
-        if name in after:
-            facts.append((name, f"{before:.4g} to {after[name]:.4g}"))
+    before, after = summary.get("before", {}), summary.get("after", {})
+    for name in list(before)[:MOST_ROWS]:
+        if before[name] is not None and after.get(name) is not None:
+            facts.append((name, f"{before[name]:.4g} to {after[name]:.4g}"))
     return facts
 
 
@@ -90,7 +128,7 @@ def _event_row(event: Event) -> dict[str, Any]:
         "closed": _unit_count(event.get("closed")),
         "grown": _unit_count(event.get("grown")),
         "total": event.get("total", ""),
-        "reason": event.get("reason", event.get("skipped", "")),
+        "reason": str(event.get("reason", event.get("skipped", "")))[:LONGEST_TEXT],
     }
 
 

@@ -1,14 +1,18 @@
 """The report of a study: a table, pictures, and one page of HTML. Needs matplotlib and SciPy."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaptrank._files import atomic_files
 from adaptrank.reports.comparison import Row, cells, column_names, rows
+from adaptrank.reports.escaping import code_span
+from adaptrank.reports.escaping import markdown as escape
 from adaptrank.reports.figures import draw_study
 from adaptrank.reports.rendering import Picture, render
+
+Escape = Callable[[str], str]
 
 DESCRIPTIONS = {
     "pareto": "The metric over trainable parameters, seconds of training and peak memory, one line "
@@ -48,7 +52,19 @@ def write_study(record: Mapping[str, Any], out: Path) -> list[Path]:
 
 def markdown(record: Mapping[str, Any], table: Sequence[Row]) -> str:
     """Return the report as Markdown."""
-    return render("study.md.j2", **_values(record, table), explanation=_explanation(record))
+    values = _values(record, table)
+    texts = {
+        "title": escape(values["title"]),
+        "limits": escape(values["limits"]),
+        "columns": [escape(column) for column in values["columns"]],
+        "table": [list(map(escape, row)) for row in values["table"]],
+        "left_out": [escape(reason) for reason in values["left_out"]],
+        "failed": [
+            {"key": escape(result["key"]), "error": escape(result["error"])}
+            for result in values["failed"]
+        ],
+    }
+    return render("study.md.j2", **texts, explanation=_explanation(record, escape, code_span))
 
 
 def page(record: Mapping[str, Any], table: Sequence[Row], pictures: Mapping[str, bytes]) -> str:
@@ -56,7 +72,7 @@ def page(record: Mapping[str, Any], table: Sequence[Row], pictures: Mapping[str,
     return render(
         "study.html.j2",
         **_values(record, table),
-        explanation=_explanation(record).replace("`", ""),
+        explanation=_explanation(record, str, str),
         pictures=[Picture(DESCRIPTIONS[name], png) for name, png in pictures.items()],
     )
 
@@ -74,24 +90,31 @@ def _values(record: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _explanation(record: Mapping[str, Any]) -> str:
-    """Return a paragraph that says what the numbers are and how they came about."""
+def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:
+    """Return a paragraph that says what the numbers are and how they came about.
+
+    Args:
+        record: results of the study.
+        text: escapes a name in the format of the report.
+        code: escapes a name that is shown as code.
+    """
     better = "higher" if record["mode"] == "max" else "lower"
     seeds = ", ".join(map(str, record["seeds"]))
     sentences = [
-        f"Reported on `{record['metric']}` ({better} is better), mean ± standard deviation over "
-        f"seeds {seeds}."
+        f"Reported on {code(record['metric'])} ({better} is better), mean ± standard deviation "
+        f"over seeds {seeds}."
     ]
     if record["selected_on"]:
         rates = ", ".join(f"{rate:g}" for rate in record["lrs"])
         sentences.append(
-            f"Learning rates selected by `{record['selected_by']}` on {record['selected_on']}, "
-            f"which is not reported on, by {len(record['lrs'])} trials for each row ({rates})."
+            f"Learning rates selected by {code(record['selected_by'])} on "
+            f"{text(record['selected_on'])}, which is not reported on, by "
+            f"{len(record['lrs'])} trials for each row ({rates})."
         )
     else:
         sentences.append("Learning rates as configured.")
     if record["baseline"]:
-        sentences.append(f"p: paired t-test against {record['baseline']} over seeds.")
+        sentences.append(f"p: paired t-test against {text(record['baseline'])} over seeds.")
     sentences.append(
         "Trainable parameters are those at the end, heads included; units are those held at the "
         "peak."

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from adaptrank._files import write_json
+from adaptrank._files import write_json, write_text
 from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
 
@@ -35,7 +35,7 @@ def run_point(point: Point, out: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = yaml.safe_dump(point.config, sort_keys=False)
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    write_text(folder / "config.yaml", config)
 
     start = time.monotonic()
     exit_code = _fit(folder)

@@ -44,6 +44,7 @@ from adaptrank.testing.storage import (
     check_arguments,
     check_copies,
     check_factors,
+    check_indices,
     check_merged,
     check_state_dict,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "check_gradients",
     "check_growth",
     "check_identity",
+    "check_indices",
     "check_limits",
     "check_low_precision",
     "check_merged",

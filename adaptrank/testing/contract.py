@@ -39,6 +39,7 @@ from adaptrank.testing.storage import (
     check_arguments,
     check_copies,
     check_factors,
+    check_indices,
     check_merged,
     check_state_dict,
 )
@@ -104,6 +105,7 @@ def check_contract(
     check_merged(build, sample)
     check_factors(build)
     check_state_dict(build, sample)
+    check_indices(build)
     check_copies(build, sample)
     check_switch(build, sample)
     check_arguments(build)

@@ -8,7 +8,7 @@ import torch
 
 from adaptrank import layers
 from adaptrank.axes import fit_ranks, generator, rank_axes
-from adaptrank.parameterizations import Capability, Parameterization
+from adaptrank.parameterizations import Capability, Parameterization, is_index
 from adaptrank.testing.assertions import assert_close, describe, explaining
 from adaptrank.testing.bases import Build, Sample, merges, normal_input, output, perturb
 from adaptrank.testing.units import room
@@ -116,6 +116,35 @@ def check_arguments(build: Build) -> None:
     assert _tensor_shapes(again) == _tensor_shapes(layer), (
         f"{describe(layer)}: built again, it has other tensors."
     )
+
+
+def check_indices(build: Build) -> None:
+    """Check that the method states the range of every saved buffer of whole numbers.
+
+    Its own numbers must lie in it, those of fresh units included. A state dict with another number
+    is refused.
+    """
+    layer = build()
+    for key, axis in rank_axes(layer).items():
+        if Capability.GROW in axis.capabilities:
+            axis.resize(grow=room(axis, 2), generator=generator(0, key, 3))
+    present = {name for name, tensor in layer.own_tensors().items() if is_index(tensor)}
+    ranges = layer.index_ranges()
+    undeclared = sorted(present - ranges.keys())
+    assert not undeclared, (
+        f"{describe(layer)} saves the whole numbers {undeclared[0]}, and index_ranges() does not "
+        f"state their range."
+    )
+    for name, allowed in ranges.items():
+        state = {key: value.clone() for key, value in layer.state_dict().items()}
+        with explaining(f"{describe(layer)}: its own {name} is not in its range."):
+            layer.load_state_dict(state)
+        state[name].view(-1)[-1] = allowed.stop if allowed.stop < 1 << 62 else -1
+        try:
+            copy.deepcopy(layer).load_state_dict(state)
+        except ValueError:
+            continue
+        raise AssertionError(f"{describe(layer)} loads a number outside of the range of {name}.")
 
 
 def _tensor_shapes(layer: Parameterization) -> dict[str, torch.Size]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adaptrank.training.distributed import average_adapters
 from adaptrank.training.penalties import add_penalty_gradients
+from adaptrank.training.step_mean import StepMean
 
 
 @runtime_checkable
@@ -20,6 +21,10 @@ class HasGates(Protocol):
 
 class AdapterGradients(Callback):
     """Average the gradients of adapters over processes, and add the penalties of methods.
+
+    A module of this library leaves the weights of an accumulated step to its `step_mean`. Its
+    gradients become those of the mean over all targets here, before clipping and before allocators
+    look at them.
 
     A penalty is a regularizer that a method brings along, such as the orthogonality of the SVD
     form. Allocators and the modules of this library put this callback into the trainer by
@@ -36,11 +41,26 @@ class AdapterGradients(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Add the gradient of the mean penalty, and log the penalty."""
+        """Take the mean over all targets of the step, and add the gradient of the mean penalty.
+
+        Each of several optimizers gets the penalty's gradient for its own tensors, and gets it
+        once. The means of the losses and the penalty are logged.
+        """
         if self._acts(trainer):
-            value = add_penalty_gradients(pl_module)
+            self._take_step_mean(trainer, pl_module)
+            moved = None if len(trainer.optimizers) == 1 else _tensors_of(optimizer)
+            value = add_penalty_gradients(pl_module, moved)
             if value is not None:
                 pl_module.log("penalty", value)
+
+    def _take_step_mean(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step_mean = getattr(pl_module, "step_mean", None)
+        if not isinstance(step_mean, StepMean):
+            return
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        means = step_mean.complete([*trained, *_gates(trainer)], trainer.accumulate_grad_batches)
+        for name, value in means.items():
+            pl_module.log(name, value, prog_bar=True)
 
     def _acts(self, trainer: Trainer) -> bool:
         """Return whether this is the first one of the trainer."""
@@ -64,6 +84,11 @@ def _instances(trainer: Trainer) -> Iterator[AdapterGradients]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdapterGradients):
             yield callback
+
+
+def _tensors_of(optimizer: Any) -> set[int]:
+    """Return the ids of the parameters that an optimizer moves."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _gates(trainer: Trainer) -> Iterator[Tensor]:

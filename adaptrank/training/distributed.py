@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 
 from adaptrank._collectives import several
@@ -80,6 +81,22 @@ def _own_tensors(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in named if not name.startswith("base.")]
 
 
+def check_launcher(trainer: Trainer) -> None:
+    """Check that training happens in this process, where its result is needed.
+
+    Raises:
+        UserError: if the strategy trains in child processes that end with what they trained.
+    """
+    strategy = trainer.strategy
+    if isinstance(getattr(strategy, "launcher", None), _MultiProcessingLauncher):
+        method = getattr(strategy, "_start_method", "fork")
+        raise UserError(
+            f"{type(strategy).__name__} with start_method={method!r} (ddp_{method}, or "
+            f"ddp_notebook) trains in child processes, and what they train is lost when they end: "
+            f"use strategy=ddp, which starts this program once for each device."
+        )
+
+
 def keep_apart(trainer: Trainer) -> None:
     """Have the trainer's strategy leave adapters out; call it before the strategy sets up.
 
@@ -90,6 +107,7 @@ def keep_apart(trainer: Trainer) -> None:
         ValueError: if the strategy flattens or shards all parameters.
     """
     strategy: Strategy = trainer.strategy
+    check_launcher(trainer)
     if isinstance(strategy, DDPStrategy):
         strategy.configure_ddp = partial(_configure_ddp, strategy)  # type: ignore[method-assign]
     elif isinstance(strategy, ModelParallelStrategy):

@@ -3,7 +3,7 @@
 The gradient of the mean penalty is added once an optimizer step. No user's loss is rewritten.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,11 +15,14 @@ Gradients = list[tuple[nn.Parameter, Tensor]]
 """(parameter, gradient) pairs; a tied parameter may occur several times."""
 
 
-def add_penalty_gradients(model: nn.Module) -> Tensor | None:
+def add_penalty_gradients(model: nn.Module, moved: Container[int] | None = None) -> Tensor | None:
     """Add the gradient of the mean penalty over the wrappers that have one.
 
+    Args:
+        model: any module that holds wrappers.
+        moved: ids of the parameters that get a gradient. None means all.
     Returns:
-        The mean penalty, or None if no wrapper has one.
+        The mean penalty, or None if no wrapper has one, or if none of its parameters is moved.
     """
     values: list[Tensor] = []
     gradients: Gradients = []
@@ -30,6 +33,10 @@ def add_penalty_gradients(model: nn.Module) -> Tensor | None:
         gradients += group_gradients
     if not values:
         return None
+    if moved is not None:
+        gradients = [(parameter, grad) for parameter, grad in gradients if id(parameter) in moved]
+        if not gradients:
+            return None
     # Not backward(): under data parallel that would wake the reducer a second time.
     weighted = torch._foreach_div([grad for _, grad in gradients], len(values))
     for (parameter, _), grad in zip(gradients, weighted, strict=True):

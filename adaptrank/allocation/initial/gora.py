@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import COUNT
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.least_squares import fit_change
@@ -66,6 +67,7 @@ class GoRA(RankInitializer):
     """
 
     source = "arXiv:2502.12171"
+    ranges: ClassVar = {"r_min": COUNT, "r_max": COUNT}
     options = {"init": frozenset({"gradient_init"})}
 
     def __init__(

@@ -1,7 +1,8 @@
 """AdaLoRA: start with too many units, and close the least important as the budget falls."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
+from adaptrank._options import DECAY
 from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
@@ -40,6 +41,7 @@ class AdaLoRA(Policy[TrackedTensors]):
     """
 
     source = "arXiv:2303.10512"
+    ranges: ClassVar = {"beta": DECAY}
 
     def __init__(
         self,

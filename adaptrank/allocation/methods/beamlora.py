@@ -15,9 +15,10 @@ from adaptrank.allocation.copying import Pair, copies, kinds_of
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.schedules import check_length
 from adaptrank.allocation.scores.elements import elements, zeros
 from adaptrank.allocation.trained_gates import TrainedGates
-from adaptrank.axes import CostModel, RankAxis, generator
+from adaptrank.axes import CostModel, RankAxis, generator, shift_copies, states_of
 
 SPLIT_NOISE = 1e-3
 """Noise that tells a unit from its copy, relative to the root mean square of the factor."""
@@ -115,6 +116,7 @@ class BeamLoRA(Policy[BeamState]):
                 f"p0={p0}, tau={tau}, gate_lr_ratio={gate_lr_ratio}: 0 < p0 <= 1, the others "
                 f"above 0."
             )
+        check_length("until", until)
         if split not in ("snapshot", "exact"):
             raise UserError(f"split={split!r}; use 'snapshot' (as released) or 'exact'.")
         self.p0, self.tau, self.until, self.split = p0, tau, until, split
@@ -193,7 +195,7 @@ class BeamLoRA(Policy[BeamState]):
             state.use_snapshot(self.trained_tensors(axes), targets)
         if step >= self.run.phases.end:
             for axis in axes.values():
-                axis.fold()
+                axis.fold(self.run.optimizers)
             state.clear()
         return done
 
@@ -246,6 +248,7 @@ class BeamLoRA(Policy[BeamState]):
         for units, sign in ((sources, 1), (targets, -1)):
             index = torch.tensor(units, device=values.device)
             slot.tensor.data.index_add_(slot.dim, index, noise, alpha=sign)
+            shift_copies(slot.tensor, slot.dim, index, sign * noise, self.run.optimizers)
 
     def trained_tensors(self, axes: Axes) -> list[_Trained]:
         """Return everything that is trained on the axes, and the optimizer's moments of it."""
@@ -255,10 +258,8 @@ class BeamLoRA(Policy[BeamState]):
         for element in elements(axes):
             name = f"old.{element.label}"
             yield _Trained(element.axis, name, element.tensor, element.where)
-            for optimizer in self.run.optimizers:
-                for key, value in optimizer.state.get(element.tensor, {}).items():
-                    if isinstance(value, Tensor) and value.shape == element.tensor.shape:
-                        yield _Trained(element.axis, f"{name}.{key}", value, element.where)
+            for key, _, value in states_of(element.tensor, self.run.optimizers):
+                yield _Trained(element.axis, f"{name}.{key}", value, element.where)
 
 
 def _pairs(change: object) -> list[Pair]:

@@ -13,7 +13,7 @@ from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.scores.elements import Elements, elements
 from adaptrank.allocation.state import TrackedTensors
-from adaptrank.axes import RankAxis, generator
+from adaptrank.axes import RankAxis, Role, generator, states_of
 from adaptrank.parameterizations import Parameterization
 
 
@@ -150,21 +150,24 @@ class DyLoRA(Policy[PrefixState]):
 
     def moments(self, tensor: Tensor) -> Iterator[Tensor]:
         """Yield the optimizer's moments of a tensor."""
-        for optimizer in self.run.optimizers:
-            for value in optimizer.state.get(tensor, {}).values():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    yield value
+        for _, _, value in states_of(tensor, self.run.optimizers):
+            yield value
 
     def finish_step(self, state: PrefixState, axes: Axes) -> None:
         """Restore everything that the step had to leave as it was; truncate after the last step."""
         known = {id(entry.tensor) for entry in state.untouched}
         for entry in state.untouched:
             entry.restore()
-            # The first step makes the moments. They are zero where it trained nothing.
+            # The first step makes the state. Where it trained nothing, moments are zero, and copies
+            # of the weights equal the weights.
             if isinstance(entry.tensor, nn.Parameter):
-                for moment in self.moments(entry.tensor):
-                    if id(moment) not in known:
-                        moment.mul_(entry.mask)
+                for _, role, value in states_of(entry.tensor, self.run.optimizers):
+                    if id(value) in known:
+                        continue
+                    rest = (
+                        entry.tensor.detach() if role is Role.WEIGHT_COPY else value.new_zeros(())
+                    )
+                    value.copy_(torch.where(entry.mask, value, rest.to(value)))
         state.untouched = []
         if self.truncate is not None and self.run.steps_done == self.run.phases.total:
             self.truncate_axes(axes, self.truncate)
@@ -175,7 +178,7 @@ class DyLoRA(Policy[PrefixState]):
         plan: Plan = {}
         for key, units in first.items():
             axes[key].gate = self.gate(axes[key], units)
-            axes[key].fold()
+            axes[key].fold(self.run.optimizers)
             if len(axes[key]) > units:
                 plan[key] = Resize(tuple(range(units)))
         step = self.run.steps_done

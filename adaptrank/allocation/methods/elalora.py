@@ -1,9 +1,10 @@
 """ElaLoRA: ranks move from layers whose weakest units matter little to layers where they matter."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from adaptrank._errors import UserError
+from adaptrank._options import DECAY
 from adaptrank.allocation.checks import check_can_prune
 from adaptrank.allocation.plans import Plan, Scores, exchange
 from adaptrank.allocation.policy import Policy
@@ -43,6 +44,7 @@ class ElaLoRA(Policy[TrackedTensors]):
     """
 
     source = "arXiv:2504.00254"
+    ranges: ClassVar = {"beta": DECAY}
     requires = frozenset({"grow"})
 
     def __init__(

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank._options import DECAY
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.plans import Close, Plan, Scores, ranked
@@ -56,6 +58,7 @@ class LoRAPrune(Policy[GroupAverages]):
     """
 
     source = "arXiv:2305.18403"
+    ranges: ClassVar = {"beta": DECAY}
     requires = frozenset({"weight_gradient"})
     exclusive = True
 

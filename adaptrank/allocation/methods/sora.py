@@ -175,7 +175,7 @@ class SoRA(Policy[TrainedGates]):
         axes = self.run.axes
         if self.acts_at(step):
             for axis in axes.values():
-                axis.fold()
+                axis.fold(self.run.optimizers)
             state.clear()
         else:
             # For the record: nothing is closed in the model, and a gate of zero may come back.

@@ -1,6 +1,7 @@
 """The Lightning callback of an allocator, and the plain calls of a loop of one's own."""
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,10 +15,15 @@ from adaptrank.allocation import checks
 from adaptrank.allocation.context import Loss
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
+from adaptrank.allocation.resuming import UNCHECKED
 from adaptrank.axes import fit_ranks
+from adaptrank.checkpoints import ensure_recorder
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.peers import ensure_peer_watch
 from adaptrank.training.penalties import add_penalty_gradients
+
+log = logging.getLogger("adaptrank")
 
 
 class LightningShell(Callback):
@@ -27,8 +33,15 @@ class LightningShell(Callback):
         engine: runs the allocator.
     """
 
+    accept_changes: bool
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._resumed_at = 0
+        """Optimizer steps in the checkpoint that the run resumes from, of all optimizers."""
+        self._owner: torch.optim.Optimizer | None = None
+        """Optimizer that moves the axes, where the module steps several by itself."""
+        self._owner_steps = 0
 
     @property
     def events(self) -> list[Event]:
@@ -39,6 +52,12 @@ class LightningShell(Callback):
     def closed(self) -> dict[str, tuple[int, ...]]:
         """Units of each axis that a plan closed, until the next event."""
         return self.engine.progress.closed
+
+    @property
+    def moves_left(self) -> bool:
+        """Whether an event of the run may still come."""
+        participant = self.engine.participant
+        return participant.moves and participant.run.moves_left
 
     # ---- plain calls
 
@@ -62,6 +81,8 @@ class LightningShell(Callback):
         Raises:
             ValueError: if the run makes no sense.
         """
+        if self.engine.restored and self.engine.stored_run is None:
+            log.warning(UNCHECKED, self.engine.participant.label)
         self.engine.start(model, optimizers, total_steps, batches, loss)
 
     def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
@@ -95,15 +116,19 @@ class LightningShell(Callback):
         # Any LightningModule can resume: its axes take the stored sizes before its weights load.
         pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
         if stage != "fit":
+            ensure_recorder(trainer)
             return
         # A checkpoint that this run resumes from is loaded after setup.
         self.engine.restored = False
         self.engine.running = False
+        self._resumed_at, self._owner = 0, None
         for other in shells(trainer):
             if other is not self:
                 checks.check_beside(self.engine.participant, other.engine.participant)
         _refuse_weight_averaging(trainer)
+        ensure_peer_watch(trainer)
         ensure_gradients(trainer)
+        ensure_recorder(trainer)
         keep_apart(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,13 +153,43 @@ class LightningShell(Callback):
                 if other.engine.participant.chooses_ranks:
                     other._start(trainer, pl_module)
         total_steps = trainer.estimated_stepping_batches  # it builds the loaders, too
+        several = len(trainer.optimizers) if not pl_module.automatic_optimization else 1
+        if trainer.max_steps != -1:
+            # `max_steps` counts the steps of all optimizers. A batch is taken to step each once.
+            total_steps = min(total_steps, trainer.max_steps // several)
 
         def loss(batch: Any) -> Tensor:
             return _training_loss(trainer, pl_module, batch)
 
-        self.start(
-            pl_module, trainer.optimizers, total_steps, batches=_TrainingData(trainer), loss=loss
-        )
+        engine, participant = self.engine, self.engine.participant
+        goes_on, accepts = engine.restored, participant.accept_changes
+        if self._resumed_at and not goes_on and participant.chooses_ranks:
+            raise UserError(
+                f"{participant.label} chooses the ranks that a run starts from, and the run of the "
+                f"checkpoint has begun without it; leave it out, or start a new run."
+            )
+        participant.accept_changes = accepts or getattr(pl_module, "accept_changes", False)
+        try:
+            data = _TrainingData(trainer)
+            engine.start(pl_module, trainer.optimizers, total_steps, data, loss)
+        finally:
+            participant.accept_changes = accepts
+        if not goes_on:
+            engine.progress.steps_done = max(trainer.global_step, self._resumed_at) // several
+        if not pl_module.automatic_optimization:
+            self._count_steps_of_owner()
+
+    def _count_steps_of_owner(self) -> None:
+        """Count the steps of the optimizer that moves the axes, which the module calls itself."""
+        run = self.engine.run
+        self._owner = next(iter(run.owners()), None)
+        self._owner_steps = run.steps_done
+
+        def count(*_: Any) -> None:
+            self._owner_steps += 1
+
+        if self._owner is not None:
+            run.handles.append(self._owner.register_step_post_hook(count))
 
     def gate_parameters(self) -> list[Tensor]:
         """Return trained tensors that are in no optimizer, for averaging over processes."""
@@ -143,7 +198,9 @@ class LightningShell(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Update the scores; the gradients are complete."""
+        """Update the scores before a step of the optimizer that moves the axes."""
+        if self._owner is not None and optimizer is not self._owner:
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.engine.before_step(1.0 if scaler is None else scaler.get_scale())
 
@@ -151,12 +208,21 @@ class LightningShell(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Finish the optimizer step, if the batch completed one."""
-        step = trainer.global_step
+        step = trainer.global_step if self._owner is None else self._owner_steps
         if step == self.engine.progress.steps_done:  # gradients are being accumulated
             return
         event = self.engine.step(step)
         if event is not None:
             _log(pl_module, event)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Carry out a last event that training did not reach, and say what is undone.
+
+        The event is left out where something stopped the run, such as early stopping.
+        """
+        if self.engine.running and not trainer.should_stop:
+            self.engine.catch_up()
+        self.engine.say_shortfall()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""
@@ -166,9 +232,18 @@ class LightningShell(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Finish the run."""
+        if not isinstance(exception, KeyboardInterrupt | SystemExit):
+            # Nothing is saved after an error, so that no budget is missed.
+            self.engine.running = False
         self.finish()
 
     # ---- checkpoints
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how far the run of the checkpoint was."""
+        self._resumed_at = int(checkpoint.get("global_step", 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the allocator."""

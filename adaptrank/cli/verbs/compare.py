@@ -79,10 +79,12 @@ def _study(options: argparse.Namespace) -> Any:
 
 def _results(out: Path) -> Any:
     """Return the results that a study left."""
+    from adaptrank.reports.records import read_study_results
+
     file = out / "results.json"
     if not file.is_file():
         raise ConfigError(f"There are no results in {out}. Run the study first.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_study_results(file)
 
 
 def _run(study: Any, out: Path, count: Callable[..., int], options: argparse.Namespace) -> Any:

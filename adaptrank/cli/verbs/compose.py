@@ -116,11 +116,12 @@ def _composed(model: Any, folders: list[Path], options: argparse.Namespace) -> d
 
 def _save(model: Any, folder: Path, base: dict[str, Any], merged: Any) -> None:
     """Write an adapter, or the merged model with the tokenizer of its base."""
-    from adaptrank import backbones
-    from adaptrank.artifacts import save_adapter
+    from adaptrank.artifacts import conventions_of, finish_configuration, save_adapter
 
     if merged is None:
         save_adapter(model, folder, base)
     else:
+        tokenizer = merged.tokenizer()
+        finish_configuration(model, tokenizer, conventions_of(model))
         model.save_pretrained(folder)
-        backbones.load_tokenizer(merged.source).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

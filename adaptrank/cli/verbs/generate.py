@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from adaptrank.cli.options import BASE
 DESCRIPTION = """\
 Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal
 language) model. Without --prompt and --file, every line of standard input is a prompt. \\n in a
-prompt is a line break. On a terminal, words are shown as they come."""
+prompt is a line break. On a terminal, words are shown as they come.
+
+Prompts are put into the form of training, which the adapter records: its prompt template, and the
+chat template. They end where training taught the model to end. --raw takes each prompt as it is."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model = "a run's adapter folder, a model's folder, or a model id"
     parser.add_argument("model", metavar="ADAPTER_OR_MODEL", help=model)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
-    file = "one prompt a line; of a .jsonl file, the field `prompt` of each line"
+    file = "one prompt a line; of a .jsonl file, the columns of training or the field `prompt`"
     parser.add_argument("--file", metavar="FILE", help=file)
     longest = "length of the longest answer, in tokens (64)"
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help=longest)
-    chat = "put each prompt into the tokenizer's chat template"
-    parser.add_argument("--chat", action="store_true", help=chat)
+    chat = "put each prompt into the chat template, or not (as in training)"
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=None, help=chat)
+    raw = "take each prompt as it is, without any template of training"
+    parser.add_argument("--raw", action="store_true", help=raw)
     as_json = "a line of JSON for each prompt: prompt, completion"
     parser.add_argument("--json", action="store_true", help=as_json)
     parser.add_argument("--base", metavar="NAME", help=BASE)
@@ -49,48 +55,118 @@ def run(options: argparse.Namespace) -> None:
             f"{stored.adapter} was trained for {task}, which completes no text. Use "
             f"`python -m adaptrank predict --model.adapter {stored.adapter} ...`."
         )
-    prompts = read_prompts(options)
-    tokenizer = backbones.load_tokenizer(stored.source)
+    form = prompt_form(options, stored.conventions)
+    prompts = read_prompts(options, form.template)
+    tokenizer = stored.tokenizer()
     model = stored.load(dtype)
     streams = sys.stdout.isatty() and not options.json
-    for given in prompts:
-        prompt = given.replace("\\n", "\n")
-        if streams and not options.chat:
+    for typed in prompts:
+        prompt = form.fill(typed)
+        if streams and not form.chat:
             print(prompt, end="", flush=True)
-        text = complete(model, tokenizer, prompt, options.max_new_tokens, options.chat, streams)
+        text = complete(model, tokenizer, prompt, options.max_new_tokens, form, streams)
         if streams:
             continue
         if options.json:
             line = {"prompt": prompt, "completion": text}
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
-            print(text if options.chat else prompt + text, flush=True)
+            print(text if form.chat else prompt + text, flush=True)
 
 
-def read_prompts(options: argparse.Namespace) -> Iterable[str]:
+@dataclass(frozen=True)
+class PromptForm:
+    """The form into which prompts are put.
+
+    Args:
+        chat: put each prompt into the chat template.
+        template: format string of training's prompts, or None to take prompts as they are.
+        system: system message of a conversation.
+    """
+
+    chat: bool = False
+    template: str | None = None
+    system: str | None = None
+
+    def fill(self, typed: str | Mapping[str, Any]) -> str:
+        """Return the prompt for what was typed: a text, or {column: text}."""
+        from adaptrank.data import fill_prompt
+
+        if isinstance(typed, str):
+            typed = typed.replace("\\n", "\n")
+        if self.template is not None:
+            return fill_prompt(self.template, typed)
+        return typed if isinstance(typed, str) else str(typed["prompt"])
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """Return a prompt as a conversation."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": prompt}]
+
+
+def prompt_form(options: argparse.Namespace, conventions: Mapping[str, Any]) -> PromptForm:
+    """Return the form of prompts: what the options say, or else what training recorded."""
+    if options.raw:
+        return PromptForm(bool(options.chat), None, conventions.get("system"))
+    chat = conventions.get("chat", False) if options.chat is None else options.chat
+    return PromptForm(chat, conventions.get("prompt"), conventions.get("system"))
+
+
+Typed = str | Mapping[str, Any]
+"""A prompt as a person gives it: a text, or {column: text}."""
+
+
+def read_prompts(options: argparse.Namespace, template: str | None = None) -> Iterable[Typed]:
     """Return the prompts of the options, of a file, or of standard input.
 
+    Args:
+        options: of the command line.
+        template: format string of the prompts. Where it has several gaps, a text may be JSON.
     Raises:
         ConfigError: if there are two sources of prompts, or the file is wrong.
     """
     if options.prompt is not None and options.file is not None:
         raise ConfigError("--prompt and --file both give prompts. Take one.")
     if options.prompt is not None:
-        prompts: list[str] = options.prompt
-        return prompts
+        return [_parse_columns(text, template) for text in options.prompt]
     if options.file is None:
-        return _standard_input()
+        return (_parse_columns(text, template) for text in _standard_input())
     file = Path(options.file)
     if not file.is_file():
         raise ConfigError(missing_file(options.file, "file of prompts"))
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if file.suffix != ".jsonl":
-        return lines
+        return [_parse_columns(line, template) for line in lines]
+    return [_row_of(line, template, file) for line in lines]
+
+
+def _row_of(line: str, template: str | None, file: Path) -> Typed:
+    """Return a line of a .jsonl file: its columns if the template reads them, or its `prompt`."""
+    from adaptrank.data import gaps_of
+
+    gaps = [] if template is None else gaps_of(template)
     try:
-        return [json.loads(line)["prompt"] for line in lines]
+        row = json.loads(line)
+        if gaps and all(gap in row for gap in gaps):
+            columns: Mapping[str, Any] = row
+            return columns
+        return str(row["prompt"])
     except (json.JSONDecodeError, KeyError, TypeError):
-        text = f"--file {file}: each line has to be JSON with a field `prompt`."
-        raise ConfigError(text) from None
+        wanted = f"the fields {gaps}, or a field `prompt`" if gaps else "a field `prompt`"
+        raise ConfigError(f"--file {file}: each line has to be JSON with {wanted}.") from None
+
+
+def _parse_columns(text: str, template: str | None) -> Typed:
+    """Return {column: text} where a template has several gaps and a text is JSON of them."""
+    from adaptrank.data import gaps_of
+
+    if template is None or len(gaps_of(template)) < 2 or not text.lstrip().startswith("{"):
+        return text
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return row if isinstance(row, dict) else text
 
 
 def _standard_input() -> Iterator[str]:
@@ -106,7 +182,7 @@ def complete(
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
-    chat: bool = False,
+    form: PromptForm | None = None,
     show: bool = False,
 ) -> str:
     """Return the greedy continuation of a prompt, without special tokens.
@@ -116,7 +192,7 @@ def complete(
         tokenizer: its tokenizer.
         prompt: the text to complete.
         max_new_tokens: length of the longest continuation.
-        chat: whether the prompt is a user's message, in the tokenizer's chat template.
+        form: whether the prompt is a user's message in a conversation. None means it is not.
         show: whether words are printed as they come.
     """
     import torch
@@ -124,9 +200,8 @@ def complete(
 
     from adaptrank.data import render_chat, token_ids
 
-    text = prompt
-    if chat:
-        text = render_chat(tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    chat = form is not None and form.chat
+    text = render_chat(tokenizer, form.messages(prompt), ask=True) if form and chat else prompt
     ids = torch.tensor(token_ids(tokenizer, [text], special=not chat), device=model.device)
     if not ids.shape[1]:
         raise ConfigError("An empty prompt has nothing to complete.")
@@ -140,7 +215,26 @@ def complete(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_ids(model, tokenizer, chat) or None,
             streamer=streamer,
         )
     completion: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return completion
+
+
+def stop_ids(model: Any, tokenizer: Any, chat: bool) -> list[int]:
+    """Return the ids at which a completion ends.
+
+    They are those of the model's configuration, which holds the stop tokens of training, the
+    tokenizer's end token, and in a conversation the token with which the chat template ends a turn.
+    """
+    from adaptrank.artifacts import stop_ids_of
+    from adaptrank.data import end_of_turn
+
+    ids = stop_ids_of(model.generation_config) or stop_ids_of(model.config)
+    end = end_of_turn(tokenizer) if chat else None
+    if end is not None:
+        ids.append(tokenizer.convert_tokens_to_ids(end))
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ids))

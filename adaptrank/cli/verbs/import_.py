@@ -20,6 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
     base = "the base model; by default the one that PEFT's configuration names"
     parser.add_argument("--base", metavar="NAME", help=base)
+    initial = "the adapter as PEFT saved it before training, which CorDA, LoRA-GA and others need"
+    parser.add_argument("--initial", metavar="PEFT_FOLDER", help=initial)
     parser.add_argument("--force", action="store_true", help=FORCE)
 
 
@@ -38,13 +40,18 @@ def run(options: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise ConfigError(missing_file(options.adapter, "folder of a PEFT adapter"))
     config = read_config(folder)
+    if not options.base and config.get("revision") not in (None, "main"):
+        raise ConfigError(
+            f"{folder} was trained on revision {config['revision']!r} of its base. Download that "
+            "revision, and name its folder with --base."
+        )
     name = options.base or config.get("base_model_name_or_path")
     source = find_base(folder, name)
     auto_classes = {task: auto_class for auto_class, task in TASKS.items()}
     auto_class = auto_classes.get(str(config.get("task_type")), "AutoModelForCausalLM")
     check_out(out, options.force, {folder: "adapter", Path(source.path): "base"})
     model = backbones.load_model(source, getattr(transformers, auto_class), stored_dtype(source))
-    import_peft(model, folder)
+    import_peft(model, folder, initial=options.initial)
     base = {"name": name, "auto_class": auto_class}
     write_folder(out, lambda new: save_adapter(model, new, base))
     print(f"Imported {folder} on {source.name}: {out}")

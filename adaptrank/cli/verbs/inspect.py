@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     """Print a table of the spectra, and write the data and a picture."""
     import torch
 
+    from adaptrank._files import atomic_files, write_json
     from adaptrank.cli.loading import find_adapter
     from adaptrank.composition import kind_of, mean_by_kind, spectra, spectral_lines
 
@@ -68,9 +69,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {line}")
     print(f"  {LEGEND}")
     out = Path(options.out) if options.out else stored.adapter / "inspect"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "inspect.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    _draw(layers, out / "inspect.png")
+    with atomic_files(out) as temporary:
+        write_json(temporary / "inspect.json", data)
+        _draw(layers, temporary / "inspect.png")
     print(f"  written: {out / 'inspect.json'}, {out / 'inspect.png'}")
 
 

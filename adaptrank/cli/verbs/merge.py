@@ -18,7 +18,8 @@ log = logging.getLogger("adaptrank")
 
 DESCRIPTION = """\
 Fold an adapter into its base and write a plain transformers model with its tokenizer, which
-`from_pretrained` loads without adaptrank. The sum is taken in float32."""
+`from_pretrained` loads without adaptrank. The sum is taken in float32. Class names, padding, stop
+tokens and the chat template of training go into the model's configuration and its tokenizer."""
 
 WARNED = 0.2
 """Rounding error, relative to the adapter's change, above which a warning is given."""
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the merged model."""
     import torch
 
-    from adaptrank import backbones
+    from adaptrank.artifacts import finish_configuration
     from adaptrank.artifacts import merge as fold
     from adaptrank.cli.loading import find_adapter, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> None:
     if dtype not in (torch.float32, base_dtype):
         _warn_of_rounding(model, dtype)
     model = fold(model).to(dtype)
-    tokenizer = backbones.load_tokenizer(stored.source)
+    tokenizer = stored.tokenizer()
+    finish_configuration(model, tokenizer, stored.conventions)
     write_folder(
         out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
     )

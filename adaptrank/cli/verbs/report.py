@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the report, and print the largest changes."""
+    from adaptrank.reports.escaping import visible
     from adaptrank.reports.history import read_history
     from adaptrank.reports.ranks import write_report
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"Report: {written[-1]} and {len(written) - 1} pictures")
     print(f"  units {start:,} -> {end:,} on {len(history.end)} axes")
     if change[gain] > 0:
-        print(f"  most gained: {gain} {change[gain]:+d}")
+        print(f"  most gained: {visible(gain)} {change[gain]:+d}")
     if change[loss] < 0:
-        print(f"  most lost:   {loss} {change[loss]:+d}")
+        print(f"  most lost:   {visible(loss)} {change[loss]:+d}")
     print(f"  replay: {replay}")

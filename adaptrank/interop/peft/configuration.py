@@ -1,25 +1,19 @@
 """The configuration of a PEFT adapter, checked before anything is built from it."""
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.artifacts import CONFIG, WEIGHTS
+from adaptrank.artifacts import CONFIG, WEIGHTS, JsonError, parse_json
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
+from adaptrank.interop.peft.patterns import is_quick_pattern
+from adaptrank.interop.peft.settings import check_settings
 
-UNSUPPORTED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
-"""Settings that none of our classes has -> the value that turns them off."""
+LONGEST_CONFIG = 1 << 24
+"""Largest number of bytes of a configuration that is read."""
 
 LARGEST = 1 << 20
 """Bound on ranks and factors. A larger number is damage."""
@@ -35,9 +29,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     _check_files(folder)
     file = folder / CONFIG
     try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON: {error}.") from None
+        text = file.read_bytes()[:LONGEST_CONFIG].decode("utf-8")
+        config: Any = parse_json(text)
+    except (UnicodeDecodeError, JsonError) as error:
+        raise UserError(f"{file} is damaged: {error}.") from None
     if not isinstance(config, dict) or config.get("peft_type") is None:
         raise UserError(f"{folder} is no adapter of PEFT: its {CONFIG} names no peft_type.")
     _check_supported(config, folder)
@@ -67,11 +62,7 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} is of PEFT's kind {kind}, which is not imported. LORA (with DoRA), ADALORA "
             "and LOKR are."
         )
-    for name, off in UNSUPPORTED.items():
-        if config.get(name, off) not in (off, None):
-            raise UserError(
-                f"{folder} was trained with {name}={config[name]!r}, which none of our classes has."
-            )
+    check_settings(config, folder)
 
 
 def _check_values(config: Mapping[str, Any], file: Path) -> None:
@@ -122,14 +113,6 @@ def _is_pattern(value: Any, lists: bool) -> bool:
     for key, entry in value.items():
         if not (_is_number(entry) or (lists and isinstance(entry, list))):
             return False
-        if len(key) > 1000 or not _compiles(key):
+        if not is_quick_pattern(key):
             return False
-    return True
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
     return True

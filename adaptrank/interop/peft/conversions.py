@@ -11,9 +11,11 @@ from functools import partial, singledispatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.interop.peft.initializations import Product
 from adaptrank.interop.peft.keys import ALPHA_KEYS, pattern_value
 from adaptrank.parameterizations import Parameterization
 from adaptrank.parameterizations.dora import DoRA
@@ -86,13 +88,15 @@ def _dora_to_peft(wrapper: DoRA) -> PeftLayer:
 
 @to_peft.register
 def _lokr_to_peft(wrapper: LoKr) -> PeftLayer:
-    rank = wrapper.B1.shape[1]
-    if wrapper.decomposed:
-        coarse = {"lokr_w1_a": wrapper.A1, "lokr_w1_b": wrapper.A2}
+    m2, rank = wrapper.B1.shape
+    # PEFT has one rank for both factors, and ours may differ once an allocator has changed one.
+    tensors: dict[str, Tensor] = {"lokr_w1": wrapper.coarse}
+    # From this rank on PEFT has the fine factor undivided.
+    if 2 * rank >= max(m2, wrapper.B2.shape[1]):
+        tensors["lokr_w2"] = wrapper.B1 @ wrapper.B2
     else:
-        coarse = {"lokr_w1": wrapper.A}
-    tensors = {**coarse, "lokr_w2_a": wrapper.B1, "lokr_w2_b": wrapper.B2}
-    options = {"decompose_both": wrapper.decompose_both, "decompose_factor": wrapper.factor}
+        tensors |= {"lokr_w2_a": wrapper.B1, "lokr_w2_b": wrapper.B2}
+    options = {"decompose_both": False, "decompose_factor": wrapper.factor}
     return PeftLayer("LOKR", rank, wrapper.scale * rank, tensors, options)
 
 
@@ -108,12 +112,15 @@ class StoredLayer:
         config: configuration of the adapter.
         path: path of the layer in the base model.
         tensors: name in PEFT's files, without the path -> tensor.
+        subtracted: function of (rank r, scale s) that returns the product s B0 A0 which PEFT
+            subtracted from the frozen weight, or None if it left that weight alone.
     """
 
     folder: Path
     config: Mapping[str, Any]
     path: str
     tensors: Mapping[str, Tensor]
+    subtracted: Callable[[int, float], Product | None] = lambda rank, scale: None
 
     @property
     def stated_rank(self) -> Any:
@@ -158,6 +165,10 @@ def read_lora(stored: StoredLayer) -> OurLayer:
         # A rank that an allocator changes later leaves the scale alone, so a larger alpha says the
         # same.
         alpha *= math.sqrt(rank)
+    product = stored.subtracted(rank, alpha / rank)
+    if product is not None:
+        A, B = _relative_to_base(stored, A, B, alpha / rank, product)
+        alpha, rank = alpha / rank * len(A), len(A)
     if not stored.config.get("use_dora"):
         return OurLayer(partial(LoRA, rank=rank, alpha=alpha), {"A": A, "B": B})
     magnitude = stored.tensors.get("lora_magnitude_vector")
@@ -186,28 +197,23 @@ def read_adalora(stored: StoredLayer) -> OurLayer:
 
 
 def read_lokr(stored: StoredLayer) -> OurLayer:
-    """Read a layer of type LOKR."""
-    tensors = stored.tensors
-    if "lokr_w2" in tensors:
-        raise UserError(
-            f"{stored.folder}: the large factor of {stored.path} is stored whole, and our LoKr has "
-            "it as a product. Lower the rank in PEFT."
-        )
+    """Read a layer of type LOKR. A factor that PEFT has undivided becomes a product with I."""
     rank, alpha = int(stored.stated_rank), stored.alpha
-    decompose_both = "lokr_w1_a" in tensors
-    names = {"B1": "lokr_w2_a", "B2": "lokr_w2_b"}
-    if decompose_both:
-        names |= {"A1": "lokr_w1_a", "A2": "lokr_w1_b"}
-    else:
-        names |= {"A": "lokr_w1"}
-    missing = sorted(set(names.values()) - tensors.keys())
-    if missing:
-        raise UserError(f"{stored.folder} has no {missing[0]} of {stored.path}.")
-    if rank > max(tensor.numel() for tensor in tensors.values()):
+    if rank > max(tensor.numel() for tensor in stored.tensors.values()):
         raise UserError(
             f"{stored.folder} states a rank of {rank} for {stored.path}, and its tensors are "
             "smaller."
         )
+    fine = stored.tensors.get("lokr_w2")
+    decompose_both = "lokr_w1_a" in stored.tensors
+    if fine is None:
+        names = {"B1": "lokr_w2_a", "B2": "lokr_w2_b"}
+        names |= {"A1": "lokr_w1_a", "A2": "lokr_w1_b"} if decompose_both else {"A": "lokr_w1"}
+        tensors = {ours: _tensor(stored, theirs) for ours, theirs in names.items()}
+    else:
+        tensors = _undivided(stored, fine)
+        alpha, rank = alpha / rank * min(fine.shape), min(fine.shape)
+        decompose_both = False
     method = partial(
         LoKr,
         rank=rank,
@@ -215,7 +221,33 @@ def read_lokr(stored: StoredLayer) -> OurLayer:
         factor=int(stored.config.get("decompose_factor") or -1),
         decompose_both=decompose_both,
     )
-    return OurLayer(method, {ours: tensors[theirs] for ours, theirs in names.items()})
+    return OurLayer(method, tensors)
+
+
+def _undivided(stored: StoredLayer, fine: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a LoKr whose fine factor (m2, n2) is a product with the identity."""
+    if fine.dim() != 2 or not min(fine.shape):
+        raise UserError(
+            f"{stored.folder}: the fine factor of {stored.path} is {tuple(fine.shape)}, which is "
+            "no matrix."
+        )
+    identity = torch.eye(min(fine.shape), dtype=fine.dtype)
+    B1, B2 = (identity, fine) if fine.shape[0] <= fine.shape[1] else (fine, identity)
+    if "lokr_w1" in stored.tensors:
+        return {"A": stored.tensors["lokr_w1"], "B1": B1, "B2": B2}
+    A1, A2 = _tensor(stored, "lokr_w1_a"), _tensor(stored, "lokr_w1_b")
+    if A1.dim() != 2 or A2.dim() != 2 or A1.shape[1] != A2.shape[0]:
+        raise UserError(
+            f"{stored.folder}: the factors of {stored.path} are {tuple(A1.shape)} and "
+            f"{tuple(A2.shape)}, which have no product."
+        )
+    return {"A": A1 @ A2, "B1": B1, "B2": B2}
+
+
+def _tensor(stored: StoredLayer, name: str) -> Tensor:
+    if name not in stored.tensors:
+        raise UserError(f"{stored.folder} has no {name} of {stored.path}.")
+    return stored.tensors[name]
 
 
 READERS: dict[str, Reader] = {"LORA": read_lora, "ADALORA": read_adalora, "LOKR": read_lokr}
@@ -239,6 +271,21 @@ def _factors(stored: StoredLayer) -> tuple[Tensor, Tensor]:
             f"{tuple(B.shape)}, which are no matrices."
         )
     return A.flatten(1), B.flatten(1)
+
+
+def _relative_to_base(
+    stored: StoredLayer, A: Tensor, B: Tensor, scale: float, product: Product
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of the change s B A - U V, with the same scale s."""
+    U, V = product
+    if A.shape[1] != V.shape[1] or B.shape[0] != U.shape[0]:
+        raise UserError(
+            f"{stored.folder}: the factors of {stored.path} are {tuple(A.shape)} and "
+            f"{tuple(B.shape)}, for a layer of {U.shape[0]} x {V.shape[1]}."
+        )
+    # The factors are joined in the dtype of the product, so that nothing is rounded.
+    A, B = A.to(V), B.to(U)
+    return torch.cat([A, V]), torch.cat([B, -U / scale], 1)
 
 
 def _remaining_rank(stored: StoredLayer, rank: int) -> float:

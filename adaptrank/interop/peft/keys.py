@@ -50,7 +50,7 @@ def stored_tensor(path: str, name: str, value: Tensor, layer: nn.Module) -> tupl
     """Return the key and the shape that PEFT gives to a tensor of a layer.
 
     The factors of an embedding have names of their own. Those of a convolution have the shape of
-    kernels.
+    kernels, and its magnitudes that of channels.
 
     Args:
         path: path of the layer in the base model.
@@ -59,6 +59,8 @@ def stored_tensor(path: str, name: str, value: Tensor, layer: nn.Module) -> tupl
         layer: the frozen layer.
     """
     key = f"{PREFIX}{path}.{name}"
+    if name == "lora_magnitude_vector" and isinstance(layer, nn.Conv2d):
+        return key, value.reshape(1, -1, 1, 1)
     if name not in ("lora_A", "lora_B"):
         return key, value
     if isinstance(layer, nn.Embedding):

@@ -3,52 +3,82 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts import WEIGHTS
-from adaptrank.injection import adapt, undone_on_error
+from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
+from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
+from adaptrank.interop.peft.declared import check_declared
+from adaptrank.interop.peft.initializations import (
+    Product,
+    check_initialization,
+    subtracted_product,
+)
 from adaptrank.interop.peft.keys import split_key
-from adaptrank.parameterizations import named_layers, wrapped_layers
+from adaptrank.interop.peft.ties import tied_names, untied_tensors
+from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def import_peft(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
+def import_peft(
+    model: Model,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    initial: str | os.PathLike[str] | None = None,
+) -> Model:
     """Put a PEFT adapter on its base: LoRA (with rsLoRA and patterns), DoRA, AdaLoRA or LoKr.
+
+    An adapter that was initialized with PiSSA or OLoRA was trained on a base without the product of
+    its first factors. Its change relative to the base itself is a LoRA of twice the rank.
 
     Args:
         model: the base, without an adapter of that name.
         folder: folder that PEFT's `save_pretrained` wrote, with weights in safetensors.
         name: name of the adapter in our model.
+        initial: folder of the same adapter as PEFT saved it before training. Initializations by
+            data or by random numbers (CorDA, LoRA-GA, `pissa_niter_4`) need it.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: if a file is missing. A pickle is never read.
-        UserError: if the adapter is of another type, or does not fit the model. The model is
-            unchanged then.
+        UserError: if the adapter is of another type, uses a setting that we do not understand, or
+            does not fit the model. The model is unchanged then.
     """
     folder = Path(folder)
     config, stored = read_peft(folder)
+    check_initialization(config, folder, has_initial=initial is not None)
+    first_factors = {} if initial is None else _first_factors(Path(initial), config)
     modules = named_layers(model)
-    with undone_on_error(model, {}):
+    with unchanged_on_error(model) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
+        check_declared(config, trained_whole, parameters, tied_names(model), folder)
+        for wrapper in wrappers(model):
+            if wrapper.name == name:
+                rollback.announce(wrapper.own_tensors().values())
+        trained_whole = untied_tensors(model, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
-            converted = READERS[config["peft_type"]](StoredLayer(folder, config, path, tensors))
+            subtracted: Callable[[int, float], Product | None]
+            if initial is None:
+                subtracted = partial(subtracted_product, config, path, layer, folder)
+            else:
+                subtracted = partial(_scaled_product, first_factors, path, Path(initial))
+            stored_layer = StoredLayer(folder, config, path, tensors, subtracted)
+            converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)
             _wrap(model, path, converted, name, folder)
         _load_whole(model, parameters, trained_whole, folder)
@@ -63,11 +93,41 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: if a file is damaged, or we cannot read this type of adapter.
     """
     config = read_config(folder)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stored:
-            return config, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged: {error}.") from None
+    with open_weights(folder / WEIGHTS) as stored:
+        # AdaLoRA may leave a layer without a unit.
+        stored.check(may_be_empty=True)
+        return config, dict(stored)
+
+
+def _first_factors(initial: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return {path: {name: tensor}} of the adapter as it was before training.
+
+    Raises:
+        UserError: if it is not the beginning of the adapter with this configuration.
+    """
+    first_config, stored = read_peft(initial)
+    for key in ("peft_type", "init_lora_weights", "use_rslora", "r", "lora_alpha"):
+        if first_config.get(key) != config.get(key):
+            raise UserError(
+                f"{initial} has {key}={first_config.get(key)!r}, and the trained adapter "
+                f"{config.get(key)!r}. Give the adapter that PEFT saved before this training."
+            )
+    return _by_layer(stored, initial)[0]
+
+
+def _scaled_product(
+    first_factors: Mapping[str, Mapping[str, Tensor]],
+    path: str,
+    initial: Path,
+    rank: int,
+    scale: float,
+) -> Product:
+    """Return the product s B0 A0 of a layer before training, as (U, V) in float64."""
+    tensors = first_factors.get(path, {})
+    A, B = tensors.get("lora_A"), tensors.get("lora_B")
+    if A is None or B is None:
+        raise UserError(f"{initial} has no factors of {path}, which the trained adapter has.")
+    return scale * B.double().flatten(1), A.double().flatten(1)
 
 
 def _by_layer(
@@ -107,7 +167,7 @@ def _check_size(converted: OurLayer, path: str, layer: nn.Module, folder: Path) 
 
 def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: Path) -> None:
     """Wrap the layer at a path and copy the stored tensors into the wrapper."""
-    adapt(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
+    wrap_targets(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
     wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
     for attribute, value in converted.tensors.items():
         target = getattr(wrapper, attribute)

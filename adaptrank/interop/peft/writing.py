@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from adaptrank.interop.peft.keys import (
     exact_pattern,
     stored_tensor,
 )
+from adaptrank.interop.peft.whole_modules import whole_modules
 from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
 
 
@@ -72,20 +74,21 @@ def export_peft(
 
     base = base or {}
     modules = named_layers(model)
-    trained_whole = trained_modules(model)
+    task = TASKS.get(base.get("auto_class") or "")
+    whole = whole_modules(model, trained_modules(model), peft_layers, task)
     config |= {
         "base_model_name_or_path": base.get("name"),
-        "task_type": TASKS.get(base.get("auto_class") or ""),
+        "task_type": whole.task,
         "target_modules": _target_modules(modules, list(peft_layers)),
         "inference_mode": True,
     }
     if any(isinstance(_frozen_layer(modules[path]), Conv1D) for path in peft_layers):
         config["fan_in_fan_out"] = True
-    if trained_whole:
-        config["modules_to_save"] = _module_names(trained_whole)
+    if whole.names:
+        config["modules_to_save"] = list(whole.names)
 
     tensors = _stored_tensors(peft_layers, modules)
-    tensors |= {f"{PREFIX}{name}": value for name, value in trained_whole.items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in whole.tensors.items()}
     write_files(
         Path(folder),
         {key: value.detach().contiguous().clone() for key, value in tensors.items()},
@@ -129,11 +132,7 @@ def _export_layers(
     exported: dict[str, ExportedLayer] = {}
     fused_paths = _fused_paths(model)
     for path, layer in wrapped.items():
-        if not isinstance(layer.innermost, layers.MATRICES):
-            raise UserError(
-                f"{type(layer).__name__} at {path} changes no single matrix, and PEFT's LoRA has "
-                "no place for it. Merge it instead."
-            )
+        _check_exportable(path, layer)
         fused_path = fused_paths.get(path)
         if fused_path is None:
             exported[path] = _export_layer(layer, path, uniform, approximation)
@@ -141,6 +140,39 @@ def _export_layers(
             change = _fused_change(model, fused_path, wrapped)
             exported[fused_path] = _as_lora(change, fused_path, approximation)
     return exported
+
+
+def _check_exportable(path: str, layer: Parameterization) -> None:
+    """Refuse a layer that PEFT would adapt in another way, or not at all."""
+    plain = layer.innermost
+    if not isinstance(plain, layers.MATRICES):
+        raise UserError(
+            f"{type(layer).__name__} at {path} changes no single matrix, and PEFT's LoRA has "
+            "no place for it. Merge it instead."
+        )
+    for wrapper in layer.nest:
+        if wrapper.enabled and not wrapper.mergeable:
+            raise UserError(
+                f"{type(wrapper).__name__} at {path} is no change of a weight, and PEFT's LoRA has "
+                "no place for it."
+            )
+    if layers.is_read(plain):
+        raise UserError(
+            f"{path}: nn.MultiheadAttention reads this weight instead of calling the layer, and "
+            "PEFT would ignore an adapter there. Merge instead."
+        )
+    if layer.trained_bias() is not getattr(plain, "bias", None):
+        raise UserError(
+            f"{type(layer).__name__} at {path} trains a bias, and PEFT's LoRA has no place for it. "
+            "Merge instead."
+        )
+    if isinstance(plain, nn.Conv2d) and (
+        set(plain.dilation) != {1} or plain.padding_mode != "zeros"
+    ):
+        raise UserError(
+            f"{path} is a convolution with dilation {plain.dilation} and padding mode "
+            f"{plain.padding_mode!r}, which PEFT's LoRA does not follow. Merge instead."
+        )
 
 
 def _export_layer(
@@ -304,16 +336,17 @@ def _frozen_layer(module: nn.Module) -> nn.Module:
     return module.innermost if isinstance(module, Parameterization) else module
 
 
-def _target_modules(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> list[str]:
-    """Return last components of the paths if they name just these layers, else the whole paths."""
-    names = {_last_component(path) for path in paths}
-    matched = {path for path in modules if _last_component(path) in names}
-    return sorted(names) if matched == set(paths) else sorted(paths)
+def _target_modules(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> list[str] | str:
+    """Return names that mean just these paths: last components, whole paths, or an expression."""
+    for names in ({_last_component(path) for path in paths}, set(paths)):
+        if {path for path in modules if _is_targeted(path, names)} == set(paths):
+            return sorted(names)
+    return "|".join(re.escape(path) for path in paths)
 
 
-def _module_names(parameters: Iterable[str]) -> list[str]:
-    """Return the last components of the modules that hold these parameters."""
-    return sorted({_last_component(name.rpartition(".")[0]) for name in parameters})
+def _is_targeted(path: str, names: Collection[str]) -> bool:
+    """Return whether a list of `target_modules` means a path, as PEFT reads it."""
+    return path in names or any(path.endswith(f".{name}") for name in names)
 
 
 def _last_component(path: str) -> str:

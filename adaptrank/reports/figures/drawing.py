@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.layer_grid import LayerGrid
 
 if TYPE_CHECKING:
@@ -18,6 +19,14 @@ Cells = NDArray[np.float64]
 
 LABELLED_ROWS = 16
 """Number of rows up to which every row has a label."""
+LABELLED_COLUMNS = 40
+"""Number of columns up to which every column has a label."""
+LONGEST_LABEL, LONGEST_TITLE = 24, 80
+"""Characters of a label and of a title. Pictures would otherwise grow with the names in a file."""
+MOST_WRITTEN_CELLS = 1500
+"""Number of cells up to which a map has the numbers written into them."""
+LARGEST_FIGURE = 32.0
+"""Largest width and height of a figure in inches."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def new_figure(width: float, height: float, **options: Any) -> "Figure":
         raise ModuleNotFoundError(
             "Pictures need matplotlib: pip install 'adaptrank[report]'."
         ) from error
-    return Figure(figsize=(width, height), **options)
+    return Figure(figsize=(min(width, LARGEST_FIGURE), min(height, LARGEST_FIGURE)), **options)
 
 
 def draw_heat_map(
@@ -65,13 +74,24 @@ def draw_heat_map(
         colors: arguments of `imshow` about colors.
     """
     image = panel.imshow(cells, aspect="auto", **colors)
-    panel.set_title(title, fontsize=style.title)
+    panel.set_title(label(title, LONGEST_TITLE), fontsize=style.title)
+    columns = range(0, len(grid.kinds), -(-len(grid.kinds) // LABELLED_COLUMNS))
     panel.set_xticks(
-        range(len(grid.kinds)), grid.kinds, rotation=style.angle, ha="right", fontsize=style.labels
+        columns,
+        [label(grid.kinds[column]) for column in columns],
+        rotation=style.angle,
+        ha="right",
+        fontsize=style.labels,
     )
     rows = range(0, len(grid.layers), row_step)
-    panel.set_yticks(rows, [grid.layers[row] for row in rows], fontsize=style.labels)
+    panel.set_yticks(rows, [label(grid.layers[row]) for row in rows], fontsize=style.labels)
     return image
+
+
+def label(text: str, longest: int = LONGEST_LABEL) -> str:
+    """Return a text of a file as a label: not too long, and without formulas."""
+    short = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return in_picture(short)
 
 
 def empty_cells(grid: LayerGrid) -> Cells:

@@ -8,22 +8,20 @@ import numpy as np
 
 from adaptrank.reports.figures.drawing import (
     LABELLED_ROWS,
+    MOST_WRITTEN_CELLS,
     Cells,
     TextStyle,
     draw_heat_map,
     empty_cells,
     new_figure,
 )
-from adaptrank.reports.history import Event, History
+from adaptrank.reports.history import SNAPSHOTS, Event, History
 from adaptrank.reports.layer_grid import LayerGrid, layer_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
-
-SNAPSHOTS = 6
-"""Largest number of steps at which the ranks over time are shown."""
 
 BLUE = "tab:blue"
 
@@ -147,7 +145,8 @@ def _draw_score_bands(
 
 
 def _add_legend_and_grid(panel: "Axes") -> None:
-    panel.legend(frameon=False)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(frameon=False)
     panel.grid(alpha=0.3)
 
 
@@ -191,6 +190,8 @@ def _draw_units(
 def _write_units(panel: "Axes", cells: Cells, image: "AxesImage") -> None:
     """Write the number of units into each cell: black on bright colors, white on dark ones."""
     low, high = image.get_clim()
+    if cells.size > MOST_WRITTEN_CELLS:
+        return
     for row, column, value in _known_cells(cells):
         brightness = (value - low) / max(high - low, 1e-9)
         color = "black" if brightness > 0.55 else "white"
@@ -199,6 +200,8 @@ def _write_units(panel: "Axes", cells: Cells, image: "AxesImage") -> None:
 
 def _write_changes(panel: "Axes", change: Cells) -> None:
     """Write the change of units into each cell that changed."""
+    if change.size > MOST_WRITTEN_CELLS:
+        return
     for row, column, value in _known_cells(change):
         text = f"{value:+g}" if value else ""
         panel.text(column, row, text, ha="center", va="center", fontsize=6)
@@ -212,4 +215,4 @@ def _known_cells(cells: Cells) -> Iterator[tuple[int, int, float]]:
 
 def _largest(cells: Cells) -> float:
     """Return the largest value, or 0 if there is none."""
-    return max((value for _, _, value in _known_cells(cells)), default=0.0)
+    return 0.0 if np.isnan(cells).all() else float(np.nanmax(cells))

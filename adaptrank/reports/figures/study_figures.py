@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptrank.reports.comparison import Row, pareto, row_label
+from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.figures.drawing import (
     TextStyle,
     draw_heat_map,
@@ -68,7 +69,7 @@ def _pareto_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> "Figure":
         _draw_front(panel, rows, cost, record["mode"])
         if cost == "num_trainable_params":
             panel.set_xscale("log")
-        panel.set(xlabel=label, ylabel=record["metric"])
+        panel.set(xlabel=label, ylabel=in_picture(record["metric"]))
         panel.grid(alpha=0.3)
     panels[-1].legend(frameon=False, fontsize=8)
     return figure
@@ -85,7 +86,7 @@ def _draw_methods(panel: "Axes", rows: Sequence[Row], cost: str) -> None:
             [row[cost] / unit for row in series],
             [row["metric"] for row in series],
             [row["deviation"] or 0.0 for row in series],
-            label=label,
+            label=in_picture(label),
             fmt=MARKERS[number % len(MARKERS)] + line,
             ms=5,
             lw=1,

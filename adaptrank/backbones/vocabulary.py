@@ -1,0 +1,44 @@
+"""The vocabulary of a tokenizer beside the rows of a model's embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptrank._errors import UserError
+from adaptrank.backbones.silence import silenced
+
+
+def embedding_rows(model: Any) -> int | None:
+    """Return the number of tokens that a model has an embedding of, or None if it tells of none."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = None if find is None else getattr(find(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def add_embedding_rows(model: Any, tokenizer: Any, rows: int) -> None:
+    """Give a model's embedding and its head as many rows as there are tokens.
+
+    The new rows are drawn around the mean of the others, the same ones every time.
+
+    Raises:
+        UserError: if the tokenizer does not have so many tokens.
+    """
+    import torch
+
+    present = embedding_rows(model)
+    if present is None or rows <= present:
+        return
+    if rows > len(tokenizer):
+        raise UserError(
+            f"{rows:,} tokens are asked for, and the tokenizer has {len(tokenizer):,}: it is not "
+            f"the tokenizer of training."
+        )
+    with silenced(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(rows)
+
+
+def embedding_paths(model: Any) -> list[str]:
+    """Return the paths of a model's input embedding and of its output embedding."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [path for path, module in model.named_modules() if any(module is m for m in modules)]

@@ -1,0 +1,37 @@
+"""What a checkpoint says of its run, how another run differs, and which files are no checkpoint."""
+
+from adaptrank.artifacts import check_form, read_checkpoint
+from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
+from adaptrank.checkpoints.nests import compare_nests, describe_nests
+from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE
+from adaptrank.checkpoints.plain_values import constructor_arguments, constructor_defaults, plain
+from adaptrank.checkpoints.record import RECORD, make_record
+from adaptrank.checkpoints.recorder import (
+    RunRecorder,
+    compare_model,
+    ensure_recorder,
+    model_differences,
+    record_in,
+)
+
+__all__ = [
+    "RECORD",
+    "STEPS_OF_SCHEDULE",
+    "WHAT_TO_TYPE",
+    "Difference",
+    "RunRecorder",
+    "check_form",
+    "compare_model",
+    "compare_nests",
+    "compare_settings",
+    "constructor_arguments",
+    "constructor_defaults",
+    "describe_nests",
+    "ensure_recorder",
+    "make_record",
+    "model_differences",
+    "plain",
+    "read_checkpoint",
+    "record_in",
+    "refuse",
+]

@@ -1,0 +1,119 @@
+"""Find the files behind a path: a file, a folder whose files are named by splits, or a pattern."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaptrank._errors import did_you_mean
+
+KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""Ending of a file -> its kind."""
+
+COMPRESSED = (".gz", ".bz2", ".xz")
+"""Endings that may follow the ending of a file."""
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+"""Split -> the words with which the names of its files begin."""
+
+LABELS_FILE = "labels.json"
+"""File beside the data that lists the names of the classes."""
+
+
+def is_local(path: str) -> bool:
+    """Tell whether a path means files rather than a name on the Hub, whether or not they exist."""
+    file = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or glob.has_magic(path)
+    return looks_local or kind_of(file) is not None or file.exists()
+
+
+def is_file(path: str) -> bool:
+    """Tell whether a path means a file or a pattern of files, rather than a folder or the Hub."""
+    return is_local(path) and not Path(path).expanduser().is_dir()
+
+
+def kind_of(file: Path) -> str | None:
+    """Return the kind of a data file by its name, or None for a file that is no data."""
+    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED]
+    if not suffixes or file.name == LABELS_FILE:
+        return None
+    return KINDS.get(suffixes[-1])
+
+
+def local_files(path: str, split: str) -> list[Path]:
+    """Return the files of one split behind a file name, a folder or a pattern.
+
+    The list is empty for a folder that has other splits only. A folder in which no file is named
+    after a split is all training data. A name that exists is no pattern, whatever its characters.
+
+    Raises:
+        FileNotFoundError: if nothing is there. The message names the nearest thing that is.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return [file]
+    if file.is_dir():
+        return _files_of_folder(path, file, split)
+    if glob.has_magic(path):
+        return _files_of_pattern(path, file)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no {path!r}. Its folder {str(file.parent)!r} does not exist either."
+        )
+    raise FileNotFoundError(f"There is no {path!r}.{suggest_beside(file)}")
+
+
+def _files_of_pattern(path: str, pattern: Path) -> list[Path]:
+    # The longest parent that exists is a name, and only the rest is a pattern.
+    parent = next(parent for parent in pattern.parents if parent.is_dir())
+    rest = str(pattern.relative_to(parent))
+    matches = [parent / match for match in glob.glob(rest, root_dir=parent, recursive=True)]
+    files = sorted(file for file in matches if kind_of(file) and file.is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"No file matches {path!r}. Files read here end in {sorted(KINDS)}."
+        )
+    return files
+
+
+def _files_of_folder(path: str, folder: Path, split: str) -> list[Path]:
+    known_words = [word for words in SPLIT_NAMES.values() for word in words]
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith(".") and kind_of(file)
+    ]
+    # A plain text beside the data is mostly a description of them.
+    files = [file for file in files if kind_of(file) != "text" or _is_named(file, known_words)]
+    if not files:
+        raise FileNotFoundError(
+            f"The folder {path!r} has no data file. Files read here end in {sorted(KINDS)}."
+        )
+    named = [file for file in files if _is_named(file, SPLIT_NAMES.get(split, (split,)))]
+    if named or split != "train":
+        return named
+    return [file for file in files if not _is_named(file, known_words)]
+
+
+def _is_named(file: Path, words: Sequence[str]) -> bool:
+    """Tell whether a file's name begins with one of the words, and a separator after it."""
+    return any(file.name.startswith((f"{word}.", f"{word}-", f"{word}_")) for word in words)
+
+
+def suggest_beside(file: Path) -> str:
+    """Suggest the file or folder with the nearest name in the same folder."""
+    if not file.parent.is_dir():
+        return ""
+    return did_you_mean(file.name, sorted(sibling.name for sibling in file.parent.iterdir()))

@@ -1,0 +1,75 @@
+"""Metrics that count the labels of an evaluation, from which follows what guessing would reach."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class LabelCounts(Metric):
+    """Number of examples of each class.
+
+    Args:
+        classes: number of classes.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        zeros = torch.zeros(classes, dtype=torch.long)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
+
+    def update(self, labels: Tensor) -> None:
+        """Count labels (B,). Negative ones are no classes, and are left out."""
+        is_class = (labels >= 0).to(self.counts.dtype)
+        self.counts = self.counts.index_add(0, labels.clamp(min=0), is_class)
+
+    def compute(self) -> Tensor:
+        return self.counts
+
+    def chance(self) -> dict[str, float]:
+        """Return loss, accuracy and its standard error of a model that guesses. {} if unknown.
+
+        The loss is log(classes). The accuracy is that of the most frequent class.
+        """
+        if not self.update_called:
+            return {}
+        counts = self.compute()
+        total = float(counts.sum())
+        if not total:
+            return {}
+        share = float(counts.max()) / total
+        error = math.sqrt(share * (1 - share) / total)
+        return {"loss": math.log(len(counts)), "accuracy": share, "accuracy_error": error}
+
+
+class LabelSpread(Metric):
+    """Variance of the labels of a regression."""
+
+    full_state_update = False
+    total: Tensor
+    squares: Tensor
+    examples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "squares", "examples"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, labels: Tensor) -> None:
+        """Take labels (B,)."""
+        values = labels.float()
+        self.total = self.total + values.sum()
+        self.squares = self.squares + values.square().sum()
+        self.examples = self.examples + len(values)
+
+    def compute(self) -> Tensor:
+        mean = self.total / self.examples
+        return self.squares / self.examples - mean.square()
+
+    def chance(self) -> dict[str, float]:
+        """Return the squared error of a model that always answers the mean. {} if unknown."""
+        return {"loss": float(self.compute())} if self.update_called else {}

@@ -1,0 +1,216 @@
+"""Attention of a batch whose rows hold several examples: no token sees another example.
+
+Position ids that begin again, boundaries in the words of flash attention, or a mask (B, 1, T, T)
+say where an example begins. A mask (B, T) that a data collator adds out of habit hides the position
+ids from transformers, which looks for examples only where there is no mask. So mask and positions
+become one mask (B, 1, T, T) here.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptrank._errors import UserError
+from adaptrank.modules.batch_keys import BOUNDARY_KEYS, takes, token_shape
+from adaptrank.parameterizations import wrappers
+
+Inputs = dict[str, Any]
+
+
+def attention_inputs(inputs: Mapping[str, Any], model: Any) -> Inputs:
+    """Return inputs whose mask and positions the model reads as they are meant.
+
+    Args:
+        inputs: inputs of a causal language model, with the keys of flash attention, too.
+        model: a causal language model of transformers.
+
+    Raises:
+        UserError: if the model would drop what a key says.
+    """
+    ready = {key: value for key, value in inputs.items() if key not in BOUNDARY_KEYS}
+    mask = ready.get("attention_mask")
+    has_boundaries = len(ready) < len(inputs)
+    if mask is not None and mask.dim() != 2:
+        if has_boundaries:
+            raise UserError("The batch has a 4-D attention_mask and boundaries. Give one of them.")
+        ready["attention_mask"] = _prepared_mask(mask, inputs, model)
+        return ready
+    positions = ready.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        if has_boundaries:
+            raise UserError(
+                "The batch has position_ids in several dimensions and boundaries. Give one of them."
+            )
+        return ready
+    if positions is None and not has_boundaries:
+        return ready
+    return _apart(ready, _segments(inputs) if has_boundaries else None, model)
+
+
+def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
+    """Return inputs under which the model keeps the examples of a row apart."""
+    positions, mask = ready.get("position_ids"), ready.get("attention_mask")
+    rows, length = token_shape(ready)
+    # Transformers keeps examples apart by itself where nothing but positions tells them apart.
+    told_by_positions = mask is None and segments is None
+    if positions is None:
+        assert segments is not None
+        positions = ready["position_ids"] = _positions_of(segments.diff(dim=-1) != 0)
+        told_by_positions = mask is None
+    elif segments is None and not _separates(model):
+        # A recurrent layer carries its state from one example to the next.
+        _refuse_if(_restarts(positions), "position_ids that begin again", model)
+        return ready
+    if not _separates(model):
+        _refuse_if(True, "boundaries of examples", model)
+    starts = positions.diff(dim=-1) != 1
+    if segments is not None:
+        starts = starts | (segments.diff(dim=-1) != 0)
+    if told_by_positions and _wraps_single_layers(model):
+        return ready
+    if _takes_dense_mask(model, length):
+        ready["attention_mask"] = _for_attention(_dense_mask(starts, mask, rows), model)
+    elif _wraps_single_layers(model) and (mask is None or bool((mask != 0).all())):
+        ready["attention_mask"] = None
+        ready["position_ids"] = _positions_of(starts) if segments is not None else positions
+    else:
+        _refuse_if(_restarts(positions), "packed rows with padding", model)
+    return ready
+
+
+def _segments(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the number of the example that each token belongs to, (1, T)."""
+    length = token_shape(inputs)[1]
+    if "seq_idx" in inputs:
+        return inputs["seq_idx"]  # type: ignore[no-any-return]
+    starts = inputs.get("cu_seq_lens_q", inputs.get("cu_seq_lens_k"))
+    if starts is None:
+        raise UserError(
+            "The batch has max_length_q or max_length_k, and no cu_seq_lens_q that says where its "
+            "examples begin. Give cu_seq_lens_q or position_ids."
+        )
+    tokens = torch.arange(length, device=starts.device)
+    return torch.bucketize(tokens, starts[1:].to(tokens.dtype), right=True)[None]
+
+
+def _positions_of(starts: Tensor) -> Tensor:
+    """Return positions that begin again where an example starts.
+
+    Args:
+        starts: (rows, T - 1), whether the second token and those after it start an example.
+    """
+    first = torch.nn.functional.pad(starts, (1, 0), value=True)
+    tokens = torch.arange(first.shape[-1], device=starts.device).expand_as(first)
+    return tokens - torch.where(first, tokens, 0).cummax(-1).values
+
+
+def _dense_mask(starts: Tensor, mask: Tensor | None, rows: int) -> Tensor:
+    """Return which key each query sees, (rows, 1, T, T): earlier tokens of its example.
+
+    A token always sees itself, so that no row of a softmax is empty.
+
+    Args:
+        starts: (rows or 1, T - 1), whether the second token and those after it start an example.
+        mask: (rows, T), 0 on padding, or None.
+        rows: number of rows.
+    """
+    example = torch.nn.functional.pad(starts, (1, 0)).cumsum(-1)
+    sees = (example[:, :, None] == example[:, None, :]).tril()
+    if mask is not None:
+        sees = sees & (mask != 0)[:, None, :]
+    itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
+    return (sees | itself)[:, None].expand(rows, 1, -1, -1)
+
+
+def _prepared_mask(mask: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
+    """Return a mask (B, 1, T, T) of the user in the form that the model's attention reads."""
+    rows, length = token_shape(inputs)
+    fits = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[-2:] == (length, length)
+    if not fits:
+        raise UserError(
+            f"The batch's attention_mask has the shape {tuple(mask.shape)}. Give "
+            f"({rows}, {length}) or ({rows}, 1, {length}, {length})."
+        )
+    if not (_separates(model) and _attention_name(model) in ("sdpa", "eager")):
+        raise UserError(
+            f"{type(model).__name__} with attention {_attention_name(model)!r} cannot read an "
+            "attention_mask of four dimensions. Give one of shape (rows, tokens), or position_ids."
+        )
+    if not mask.is_floating_point():
+        mask = mask != 0
+    return _for_attention(mask, model)
+
+
+def _for_attention(mask: Tensor, model: Any) -> Tensor:
+    """Return a mask as the attention reads it: eager attention adds it to the logits."""
+    dtype = _embedding_dtype(model)
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    if _attention_name(model) == "sdpa":
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _embedding_dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = next(model.get_input_embeddings().parameters()).dtype
+    return dtype
+
+
+# ---- which models
+
+
+def _attention_name(model: Any) -> str:
+    return str(getattr(_text_config(model), "_attn_implementation", None))
+
+
+def _text_config(model: Any) -> Any:
+    """Return the configuration of the language model, which a multimodal one nests."""
+    return model.config.get_text_config()
+
+
+def _separates(model: Any) -> bool:
+    """Tell whether the model sees tokens of other examples in attention alone, and masks those.
+
+    It takes positions, its attention masks are those of transformers' `create_causal_mask`, and no
+    layer carries a state along the row. ALiBi is computed from a mask (rows, tokens).
+    """
+    if not takes(model, "position_ids") or getattr(model.config, "alibi", False):
+        return False
+    body = getattr(model, model.base_model_prefix or "", model)
+    modules = [sys.modules.get(type(part).__module__) for part in (model, body)]
+    masks = any(hasattr(module, "create_causal_mask") for module in modules)
+    config = _text_config(model)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    only_attention = all("attention" in kind and "linear" not in kind for kind in kinds or ())
+    return masks and only_attention and not getattr(model, "_is_stateful", False)
+
+
+def _takes_dense_mask(model: Any, length: int) -> bool:
+    """Tell whether one mask (B, 1, T, T) serves all layers at this length."""
+    config = _text_config(model)
+    bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    reaches = all(bound is None or bound >= length for bound in bounds)
+    return reaches and _attention_name(model) in ("sdpa", "eager")
+
+
+def _wraps_single_layers(model: nn.Module) -> bool:
+    """Tell whether no wrapper surrounds a whole attention, which may bring a cache of its own."""
+    return all(not any(True for _ in wrapper.innermost.children()) for wrapper in wrappers(model))
+
+
+def _restarts(positions: Tensor) -> bool:
+    """Tell whether positions begin again within a row."""
+    return bool((positions.diff(dim=-1) < 0).any())
+
+
+def _refuse_if(condition: bool, what: str, model: Any) -> None:
+    if condition:
+        raise UserError(
+            f"The batch has {what}, and {type(model).__name__} with attention "
+            f"{_attention_name(model)!r} does not keep the examples of a row apart. Give each "
+            "example a row of its own, padded, with an attention_mask."
+        )

@@ -1,0 +1,101 @@
+"""Nests of many wrappers, such as hundreds of adapters side by side, without a recursion over them.
+
+A nest of a few wrappers is computed by recursion: each wrapper calls its base. Wrappers that only
+add to the output of their base need none, whatever their number. Neither does a dense weight, which
+is computed from the inside out. For the rest Python is allowed to recurse as deep as the nest is.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from adaptrank.parameterizations.formula import dense_weight
+
+if TYPE_CHECKING:
+    from adaptrank.parameterizations.base import Parameterization
+
+FEW_WRAPPERS = 16
+"""Depth up to which a nest is computed by recursion."""
+
+_FRAMES_OF_A_LEVEL = 16
+_FRAMES_OF_THE_REST = 2000
+
+
+def allow_recursion(depth: int) -> None:
+    """Raise Python's limit for a nest of this depth: copies and printing recurse over it."""
+    needed = _FRAMES_OF_THE_REST + _FRAMES_OF_A_LEVEL * depth
+    if depth > FEW_WRAPPERS and sys.getrecursionlimit() < needed:
+        # In large steps, as each call costs time.
+        sys.setrecursionlimit(2 * needed)
+
+
+def noop_hook(layer: nn.Module, arguments: object) -> None:
+    """Do nothing. Any registered hook disables the fused fast path of torch."""
+
+
+def forward_deep(outermost: "Parameterization", x: Any) -> Any:
+    """Compute the output of a nest of many wrappers.
+
+    The nest is walked inwards to the first wrapper that does more than add to the output of its
+    base. The changes of the others are then added from the inside out.
+    """
+    waiting: list[Parameterization] = []
+    layer: nn.Module = outermost.innermost
+    for wrapper in reversed(outermost.nest):
+        passes = not wrapper.enabled or wrapper.rows is not None or wrapper.only_adds
+        if not passes or (wrapper is not outermost and _is_watched(wrapper)):
+            layer = wrapper
+            break
+        if wrapper.enabled and (wrapper.rows is None or len(wrapper.rows[0])):
+            waiting.append(wrapper)
+    if layer is outermost:
+        return outermost.forward_gated(x)
+    y = layer(x)
+    for wrapper in reversed(waiting):
+        y = wrapper.add_to(x, y)
+    return y
+
+
+def _is_watched(wrapper: nn.Module) -> bool:
+    """Return whether anyone would notice that this wrapper is not called."""
+    pre_hooks = wrapper._forward_pre_hooks.values()
+    return bool(
+        wrapper._forward_hooks
+        or wrapper._backward_hooks
+        or wrapper._backward_pre_hooks
+        or any(hook is not noop_hook for hook in pre_hooks)
+        or _has_any_global_hook()
+    )
+
+
+def dense_deep(nest: "list[Parameterization]") -> Tensor:
+    """Return the dense weight of a nest, from the inside out."""
+    weight = dense_weight(nest[0])
+    for wrapper in nest[1:]:
+        # Not as an attribute of the module, which would register a parameter.
+        wrapper.__dict__["_given_weight"] = weight
+        try:
+            weight = dense_weight(wrapper)
+        finally:
+            del wrapper.__dict__["_given_weight"]
+    return weight
+
+
+def merged_inside(
+    base: nn.Module, left_out: "Callable[[Parameterization], dict[str, Tensor]] | None"
+) -> dict[str, Tensor]:
+    """Return what the base of a wrapper merges: nothing, if it is a plain layer.
+
+    Args:
+        base: the base.
+        left_out: wrappers whose class has this `merged` are left out.
+    """
+    while hasattr(base, "nest"):
+        wrapper = cast("Parameterization", base)
+        if type(wrapper).merged is not left_out and (wrapper.enabled or left_out is not None):
+            return wrapper.merged()
+        base = wrapper.base
+    return {}
