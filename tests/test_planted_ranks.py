@@ -199,11 +199,11 @@ The limit is that of the median of D over five seeds, in the SVD form.
 
 
 def test_adalora_finds_the_planted_ranks():
-    assert distance(ROWS["AdaLoRA, magnitude"][0])[0] <= 2
+    assert distance(ROWS["AdaLoRA, magnitude"][0], pace=3)[0] <= 2
 
 
 def test_random_scores_do_not():
-    assert distance(CONTROLS["AdaLoRA, random scores (control)"][0])[0] >= 6
+    assert distance(CONTROLS["AdaLoRA, random scores (control)"][0], pace=3)[0] >= 6
 
 
 @pytest.mark.parametrize(
@@ -211,17 +211,17 @@ def test_random_scores_do_not():
 )
 def test_each_of_the_others_is_nearer_than_the_uniform_pattern(row):
     make, rank, ranks, _ = ROWS[row]
-    assert distance(make, rank=rank, ranks=ranks)[0] < 10  # what it is of the uniform pattern
+    assert distance(make, rank=rank, ranks=ranks, pace=3)[0] < 10  # what it is of the uniform pattern
 
 
 def test_on_plain_lora_too():
-    assert distance(ROWS["AdaLoRA, magnitude"][0], "LoRA")[0] <= 4
+    assert distance(ROWS["AdaLoRA, magnitude"][0], "LoRA", pace=3)[0] <= 4
 
 
 def test_in_the_released_single_pool_an_axis_that_fell_to_one_unit_stays_there():
     """The control: what falls to one unit is never seen again."""
-    allocator = ela("sensitivity_uncertainty", two_pools=False)
-    distance(lambda seed, pace: allocator, rank=3)
+    allocator = ela("sensitivity_uncertainty", pace=3, two_pools=False)
+    distance(lambda seed, pace: allocator, rank=3, pace=3)
     fallen: set[str] = set()
     for event in allocator.events:
         assert not fallen & set(event["grown"])
