@@ -211,7 +211,9 @@ def test_random_scores_do_not():
 )
 def test_each_of_the_others_is_nearer_than_the_uniform_pattern(row):
     make, rank, ranks, _ = ROWS[row]
-    assert distance(make, rank=rank, ranks=ranks, pace=3)[0] < 10  # what it is of the uniform pattern
+    assert (
+        distance(make, rank=rank, ranks=ranks, pace=3)[0] < 10
+    )  # what it is of the uniform pattern
 
 
 def test_on_plain_lora_too():
