@@ -28,6 +28,7 @@ from adaptrank.artifacts import (
     save_adapter,
 )
 from adaptrank.artifacts.conventions import agreed
+from adaptrank.backbones import before_end
 from adaptrank.cli.output import next_commands, quote
 from adaptrank.cli.verbs.generate import PromptForm, stop_ids
 from adaptrank.data import (
@@ -228,6 +229,17 @@ def test_a_plain_completion_ends_with_the_end_token_even_if_the_model_names_none
     module = fit(causal(folder), CausalLMData(file, validation=file, batch_size=2))
     assert module.model.generation_config.eos_token_id == 1
     assert conventions_of(module.model)["chat"] is False
+
+
+def test_an_end_that_is_no_special_token_is_not_part_of_the_text(tmp_path):
+    base = save_base(tmp_path / "base", tokenizer(special=False))
+    module = fit(causal(base), chat_data(tmp_path))
+    assert conventions_of(module.model)["stop_tokens"] == {"<|im_end|>": 3}
+    assert before_end([5, 3, 6, 3], [3, 1]) == [5]
+    assert before_end([5, 6], [3]) == [5, 6]
+    ids = torch.tensor([[4, 5]])
+    module.model.generate = lambda **_: torch.tensor([[4, 5, 6, 3, 7], [4, 5, 1, 1, 1]])
+    assert module.complete(ids, torch.ones_like(ids)) == [module.tokenizer.decode([6]), ""]
 
 
 def test_a_system_message_that_all_conversations_share_is_recorded(base, tmp_path):
@@ -523,7 +535,7 @@ def test_what_adapters_share_is_recorded_and_what_differs_is_not(base, tmp_path)
         {"prompt": "x" * 200_000},
         {"stop_tokens": {"</s>": -1}},
         {"stop_tokens": [1]},
-        {"pad_token": {"<pad>": 10**400}},
+        {"pad_token": {"<pad>": 1 << 50}},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

@@ -168,7 +168,7 @@ def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
 def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path):
     processes = launch(tmp_path, ["stops", "dies"], 2, DIES=str(dies))
     killed = processes[dies].pid
-    results = finished(processes, seconds=120)
+    results = finished(processes, seconds=240)
     assert results[dies][1] == -9, results
     output, code = results[1 - dies]
     assert code not in (0, None)

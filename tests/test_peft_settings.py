@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adaptrank import load_adapter, save_adapter
 from adaptrank._errors import UserError
 from adaptrank.interop.peft import import_peft
-from adaptrank.interop.peft.settings import OFF, UNDERSTOOD
+from adaptrank.interop.peft.allow_list import OFF, UNDERSTOOD
 from adaptrank.parameterizations import DoRA, LoRA, wrapped_layers
 
 with warnings.catch_warnings():
@@ -234,6 +234,25 @@ def test_components_that_the_weight_does_not_determine_are_refused(tmp_path, ini
         peft.get_peft_model(One(weight.clone()), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="weight of layer does not determine its first 2 compon"):
         import_peft(One(weight.clone()), tmp_path)
+
+
+# ---- tensors of the base
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_peft_stores_beside_its_adapter(tmp_path, tied):
+    targets = ["q_proj", "embed_tokens"] if tied else ["q_proj", "embed_tokens", "lm_head"]
+    want = trained(peft.LoraConfig(r=2, target_modules=targets), tmp_path, llama(tied))
+    model = import_peft(llama(tied), tmp_path)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    assert not model.model.embed_tokens.innermost.weight.requires_grad
+    other = llama(tied)
+    with torch.no_grad():
+        other.model.embed_tokens.weight[0] += 1
+    with pytest.raises(
+        UserError, match=r"holds model.embed_tokens.weight, which its modules_to_sa"
+    ):
+        import_peft(other, tmp_path)
 
 
 # ---- tied tensors

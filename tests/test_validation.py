@@ -324,6 +324,20 @@ def test_an_absurd_header_is_not_read(tmp_path):
         pass
 
 
+def test_a_file_that_is_far_larger_than_the_model_is_not_read(tmp_path):
+    """The numbers of the file are a hole on the disk, which takes no time to write."""
+    header = {
+        "q.0.A": {"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]},
+        "__metadata__": {"adaptrank": json.dumps(read_adapter(saved(tmp_path / "a", LoRA)))},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "b").mkdir()
+    with (tmp_path / "b" / WEIGHTS).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 2**30)
+    assert_refused(Model(), tmp_path / "b", "no adapter of this model has more than")
+
+
 def test_the_commands_load_the_classes_of_transformers_that_they_know(tmp_path):
     model = made(LoRA)
     save_adapter(model, tmp_path, {"name": str(tmp_path), "auto_class": "pipeline"})

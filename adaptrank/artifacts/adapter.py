@@ -21,6 +21,7 @@ from adaptrank.artifacts.adapter_checks import (
     check_digest,
     check_layers,
     check_numbers,
+    check_size,
     warn_of_other_base,
 )
 from adaptrank.artifacts.base_weights import trained_modules
@@ -215,6 +216,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     with open_weights(file) as stored:
         description = _described(stored)
         stored.check()
+        check_size(model, file)
         check_digest(stored, description)
         check_numbers(stored, description)
         if name is not None:

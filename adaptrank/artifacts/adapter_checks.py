@@ -28,6 +28,9 @@ from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
 log = logging.getLogger("adaptrank")
 
+SMALL_FILE = 1 << 28
+"""Bytes that a file may have beside 16 times those of the model."""
+
 FEW_LABELS = 1024
 """Number of labels that a file may state without a tensor of as many rows."""
 
@@ -37,6 +40,17 @@ NUMBERS_OF_A_LAYER = 1 << 22
 BYTES_OF_ALL = 1 << 29
 """Bytes that the wrappers of a file may take before they are pruned to their stored sizes, beside
 16 times the size of the file."""
+
+
+def check_size(model: nn.Module, file: Path) -> None:
+    """Refuse a file that is far larger than the model, before its tensors are read."""
+    of_model = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    size, most = file.stat().st_size, 16 * of_model + SMALL_FILE
+    if size > most:
+        raise UserError(
+            f"{file} has {size:,} bytes, and no adapter of this model has more than {most:,}; "
+            f"it is damaged, or meant to harm."
+        )
 
 
 def check_digest(stored: StoredTensors, description: Mapping[str, Any]) -> None:

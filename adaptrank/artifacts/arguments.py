@@ -61,12 +61,11 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, choice) for choice in choices)
     if origin is typing.Literal:
         return any(type(value) is type(choice) and value == choice for choice in choices)
-    if origin in (list, tuple) or annotation in (list, tuple):
-        fits_all = not choices or all(_fits(item, choices[0]) for item in value or ())
-        return isinstance(value, list) and fits_all
+    if list in (origin, annotation):
+        is_list = isinstance(value, list)
+        return is_list and all(_fits(item, choices[0]) for item in value if choices)
     if annotation is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return type(value) in (int, float) and math.isfinite(value)
     if annotation in (int, bool, str, type(None)):
         return type(value) is annotation
     return True

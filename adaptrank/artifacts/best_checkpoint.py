@@ -1,18 +1,16 @@
 """The best checkpoint of a run, by the metric that a ModelCheckpoint monitors."""
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from adaptrank._collectives import from_all, from_first
-from adaptrank._errors import UserError
+from adaptrank.artifacts.checkpoint_reading import read_checkpoint
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import wrappers
 
@@ -128,10 +126,7 @@ def load_best(module: LightningModule, best: Best) -> int:
 
 
 def _weights_of(file: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise UserError(f"{file} could not be read: {str(error).splitlines()[0]}") from error
+    checkpoint = read_checkpoint(file)
     return {key: checkpoint[key] for key in ("state_dict", "global_step")}
 
 

@@ -57,7 +57,7 @@ def check_values(model: nn.Module) -> None:
     """Refuse wrappers on the meta device, which have shapes and no values."""
     for path, layer in wrapped_layers(model).items():
         for wrapper in layer.nest:
-            if any(tensor.is_meta for tensor in wrapper.state_dict(keep_vars=True).values()):
+            if any(tensor.is_meta for tensor in wrapper.own_tensors().values()):
                 raise UserError(
                     f"{path or 'The model'} is on the meta device and has no values to save; load "
                     f"the model with its weights first."

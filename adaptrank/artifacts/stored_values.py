@@ -72,10 +72,7 @@ def load_tensors(
     whole = {name: base[name] for name in description["trained_modules"] if name in base}
     _check_keys(stored, description, {entry.key: entry for entry in adapters}, whole)
     values = {key: stored[tied.get(key, key)] for key in [*(e.key for e in adapters), *whole]}
-    for entry in adapters:
-        _check_adapter_value(stored, entry, values[entry.key])
-    for key, target in whole.items():
-        _check_whole_value(stored, key, values[key], target)
+    _check_values(stored, adapters, whole, values)
 
     present = [entry.tensor for entry in adapters if entry.wrapper in rollback]
     rollback.announce([*present, *whole.values()])
@@ -87,8 +84,7 @@ def load_tensors(
         for key, value in values.items():
             tensors[key].copy_(value)
     for target in whole.values():
-        trains = isinstance(target, nn.Parameter) and target.is_floating_point()
-        target.requires_grad_(trains)
+        target.requires_grad_(isinstance(target, nn.Parameter) and target.is_floating_point())
     for wrapper in wrappers(model):
         wrapper.refresh()
 
@@ -135,21 +131,37 @@ def _check_tie(
         raise UserError(f"{stored.file} is damaged: it ties {key} to {owner}, which is another.")
 
 
-def _check_adapter_value(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
-    """Refuse a value of another shape beside the dimensions of units, or with other numbers."""
-    present, wrapper = entry.tensor, entry.wrapper
-    if value.dim() == present.dim():
-        free = {
-            dim
-            for axis in wrapper.axes
-            for name, dim in wrapper.axis_tensors(axis)
-            if name == entry.name
-        }
-        for dim, (size, present_size) in enumerate(zip(value.shape, present.shape, strict=True)):
-            if dim not in free and size != present_size:
-                raise _shape_error(stored, entry.key, value, present)
-    elif not any(entry.name in tensors for tensors in wrapper.axes.values()):
+def _check_values(
+    stored: StoredTensors,
+    adapters: Iterable[StoredTensor],
+    whole: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Refuse values that the tensors they are for cannot have."""
+    for entry in adapters:
+        _check_shape(stored, entry, values[entry.key])
+        _check_adapter_value(stored, entry, values[entry.key])
+    for key, target in whole.items():
+        _check_whole_value(stored, key, values[key], target)
+
+
+def _check_shape(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
+    """Refuse a value of an adapter that has another size beside the dimensions of units."""
+    present, free = entry.tensor, set()
+    for axis in entry.wrapper.axes:
+        free.update(dim for name, dim in entry.wrapper.axis_tensors(axis) if name == entry.name)
+    if value.dim() != present.dim() and free:
+        # The sizes of an axis are compared when ranks are fitted, which names the axis.
+        return
+    fixed = [dim for dim in range(present.dim()) if dim not in free]
+    same = value.dim() == present.dim()
+    if not same or any(value.shape[dim] != present.shape[dim] for dim in fixed):
         raise _shape_error(stored, entry.key, value, present)
+
+
+def _check_adapter_value(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
+    """Refuse a value of an adapter of another kind, or with numbers that it cannot have."""
+    present, wrapper = entry.tensor, entry.wrapper
     if value.dtype not in DTYPES or is_index(value) != is_index(present):
         raise _dtype_error(stored, entry.key, value, present)
     if is_index(present):

@@ -40,7 +40,8 @@ def decode(state: Mapping[str, Any], number: str) -> Tensor:
     values = table[codes.reshape(-1).long()]
     size = _block_size(codes.numel(), scales.numel())
     blocks = torch.arange(codes.numel(), device=codes.device) // size
-    return (values * scales[blocks]).view(codes.shape)
+    scaled: Tensor = values * scales[blocks]
+    return scaled.view(codes.shape)
 
 
 def encode(state: MutableMapping[str, Any], number: str, values: Tensor) -> None:

@@ -231,7 +231,8 @@ def misfit_of_state(
         A clause without parentheses, or None if all states fit.
     """
     ids = None if tensors is None else {id(tensor) for tensor in tensors}
-    for parameter, state in optimizer.state.items():
+    states: Mapping[Any, Any] = optimizer.state
+    for parameter, state in states.items():
         if not isinstance(parameter, Tensor):
             if not known_roles_only and _has_tensors(state):
                 return f"its state {parameter!r} belongs to no parameter"

@@ -4,7 +4,12 @@ from adaptrank.backbones.dtype import auto_dtype
 from adaptrank.backbones.fingerprints import fingerprint
 from adaptrank.backbones.load import load_model, load_tokenizer
 from adaptrank.backbones.lookup import Source, resolve
-from adaptrank.backbones.vocabulary import add_embedding_rows, embedding_paths, embedding_rows
+from adaptrank.backbones.vocabulary import (
+    add_embedding_rows,
+    before_end,
+    embedding_paths,
+    embedding_rows,
+)
 from adaptrank.backbones.wheels import WHEELS, Wheel
 
 __all__ = [
@@ -13,6 +18,7 @@ __all__ = [
     "Wheel",
     "add_embedding_rows",
     "auto_dtype",
+    "before_end",
     "embedding_paths",
     "embedding_rows",
     "fingerprint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from adaptrank._errors import UserError
@@ -36,6 +37,14 @@ def add_embedding_rows(model: Any, tokenizer: Any, rows: int) -> None:
     with silenced(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.resize_token_embeddings(rows)
+
+
+def before_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """Return the token ids before the first end token."""
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position]
+    return ids
 
 
 def embedding_paths(model: Any) -> list[str]:

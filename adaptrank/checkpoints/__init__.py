@@ -5,7 +5,7 @@ from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
 from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE
 from adaptrank.checkpoints.plain_values import constructor_arguments, constructor_defaults, plain
-from adaptrank.checkpoints.record import RECORD, make_record
+from adaptrank.checkpoints.record import RECORD, identify_base, make_record
 from adaptrank.checkpoints.recorder import (
     RunRecorder,
     compare_model,
@@ -28,6 +28,7 @@ __all__ = [
     "constructor_defaults",
     "describe_nests",
     "ensure_recorder",
+    "identify_base",
     "make_record",
     "model_differences",
     "plain",

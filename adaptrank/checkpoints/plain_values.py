@@ -62,7 +62,7 @@ def constructor_arguments(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any
     Arguments that do not fit return {}, since the constructor itself will say so.
     """
     try:
-        bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+        bound = _signature(cls).bind(None, *args, **kwargs)
     except TypeError:
         return {}
     bound.apply_defaults()
@@ -75,5 +75,10 @@ def constructor_arguments(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any
 
 def constructor_defaults(cls: type) -> dict[str, Any]:
     """Return the arguments of a constructor that have a default, as plain values."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = _signature(cls).parameters.values()
     return {p.name: plain(p.default) for p in parameters if p.default is not p.empty}
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """Return the signature of a constructor with `self`, whatever `__new__` accepts."""
+    return inspect.signature(cls.__init__)  # type: ignore[misc]

@@ -75,16 +75,18 @@ def make_record(
 
 
 def base_fingerprint_of(module: LightningModule) -> str:
-    """Return the fingerprint of the frozen model, or "" where weights are sharded."""
+    """Return the fingerprint of the frozen model, which a module may know already."""
     known: str | None = getattr(module, "base_fingerprint", None)
-    if known is not None:
-        return known
-    part = adapted_part(module)
-    return "" if _is_sharded(part) else fingerprint(frozen_weights(part))
+    return identify_base(adapted_part(module)) if known is None else known
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+def identify_base(model: nn.Module) -> str:
+    """Return the fingerprint of the frozen weights, or "" where they are not at hand.
+
+    They are not where they are sharded, or on the meta device.
+    """
+    absent = any(p.is_meta or hasattr(p, "device_mesh") for p in model.parameters())
+    return "" if absent else fingerprint(frozen_weights(model))
 
 
 def describe_allocators(trainer: Trainer) -> list[dict[str, Any]]:

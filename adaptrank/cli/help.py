@@ -98,6 +98,7 @@ def _run_rows(verb: str) -> list[Row]:
     rows = [
         ("seed_everything = 0", "seed of the run"),
         ("ckpt_path", "resume from, or evaluate, this checkpoint"),
+        ("accept_changes = false", "go on although the checkpoint is of other settings"),
     ]
     if verb == "fit":
         rows += [

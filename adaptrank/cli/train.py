@@ -87,6 +87,10 @@ class AdaptrankCLI(LightningCLI):
 
     # ---- parsing
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the verb of this command alone. The parser of each takes time to build."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the library."""
         moves = "Moves ranks while training. See `python -m adaptrank methods`."

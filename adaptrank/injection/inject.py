@@ -128,6 +128,8 @@ def wrap_targets(
 
 def _check_sizes(model: nn.Module) -> None:
     """Refuse a model with lazy layers, whose tensors have no size before the first batch."""
+    if not any(isinstance(p, UninitializedParameter) for p in plain_parameters(model)):
+        return
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UserError(f"{name} has no size yet; pass one batch through the model first.")

@@ -19,7 +19,6 @@ from adaptrank._options import check_maker
 from adaptrank.allocation.schedules import steps
 from adaptrank.artifacts import (
     TENSORS,
-    frozen_weights,
     load_adapter,
     locate_tensors,
     read_adapter,
@@ -33,6 +32,7 @@ from adaptrank.checkpoints import (
     STEPS_OF_SCHEDULE,
     compare_model,
     ensure_recorder,
+    identify_base,
     make_record,
     model_differences,
 )
@@ -211,7 +211,7 @@ class AdaptedModule(LightningModule):
         backbone.train()
         self.backbone = backbone
         # The base is identified before its weights are sharded or pruned.
-        self.base_fingerprint = backbones.fingerprint(frozen_weights(backbone))
+        self.base_fingerprint = identify_base(backbone)
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
@@ -334,10 +334,10 @@ class AdaptedModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
+        check_clipping(self.trainer)
         self.step_mean.reset()
         self._warned_unsupervised.clear()
         check_launcher(self.trainer)
-        check_clipping(self.trainer)
         if stage == "fit":
             ensure_finite(self.trainer)
             ensure_peer_watch(self.trainer)

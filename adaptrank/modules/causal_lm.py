@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from adaptrank._options import COUNT, check_number
+from adaptrank.artifacts import stop_ids_of
+from adaptrank.backbones import before_end
 from adaptrank.modules import padding_free
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.batch_keys import (
@@ -264,6 +266,8 @@ class CausalLM(AdaptedModule):
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        generated = output[:, prompt_ids.shape[1] :]
+        # An end token that is not special would be part of the text.
+        ends = stop_ids_of(self.model.generation_config)
+        generated = [before_end(row, ends) for row in output[:, prompt_ids.shape[1] :].tolist()]
         texts: list[str] = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return texts

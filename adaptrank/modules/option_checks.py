@@ -43,6 +43,9 @@ def check_optimizer_options(make: Callable[[Iterable[Any]], torch.optim.Optimize
     except UserError:
         raise
     except ValueError as error:
+        # Optimizers call a wrong number invalid. Another error may be about the parameter.
+        if "invalid" not in str(error).lower():
+            return
         raise UserError(f"The optimizer cannot be made with these options: {error}.") from None
     except Exception:
         return

@@ -190,6 +190,7 @@ class SequenceClassification(AdaptedModule):
         # The flag is read here and not in each step, which would wait for the device.
         if bool(self._unsupervised):
             self.warn_unsupervised("batch")
+            self._unsupervised = torch.zeros_like(self._unsupervised)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None

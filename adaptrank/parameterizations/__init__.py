@@ -10,7 +10,7 @@ from adaptrank.parameterizations.base import (
     on_example,
 )
 from adaptrank.parameterizations.capabilities import Capability
-from adaptrank.parameterizations.enclosing import enclosed, plain_name, pretrained_part
+from adaptrank.parameterizations.enclosing import enclosed, plain_name
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
@@ -21,6 +21,7 @@ from adaptrank.parameterizations.traversal import (
     named_layers,
     plain_modules,
     plain_parameters,
+    pretrained_part,
     replace_layer,
     replace_layers,
     wrapped_layers,

@@ -24,6 +24,37 @@ _FRAMES_OF_A_LEVEL = 16
 _FRAMES_OF_THE_REST = 2000
 
 
+class _Structure:
+    """The version of all nests: another object as soon as a wrapper gets another base."""
+
+    version = object()
+
+
+_structure = _Structure()
+
+
+def nests_changed() -> None:
+    """Forget the innermost layers that wrappers remember, as a wrapper gets another base."""
+    _structure.version = object()
+
+
+def find_innermost(outermost: nn.Module) -> nn.Module:
+    """Return the layer under all wrappers.
+
+    With hundreds of adapters a walk takes a while, so each wrapper remembers the last one.
+    """
+    wrapper = last = outermost
+    # `isinstance` of an abstract class is slow.
+    while getattr(type(wrapper), "wraps_a_base", False):
+        found = vars(wrapper).get("_end_of_nest")
+        if found is not None and found[0] is _structure.version:
+            last = found[1]
+            break
+        last, wrapper = wrapper, cast(nn.Module, wrapper._modules["base"])
+    vars(outermost)["_end_of_nest"] = (_structure.version, last)
+    return cast(nn.Module, last._modules["base"])
+
+
 def allow_recursion(depth: int) -> None:
     """Raise Python's limit for a nest of this depth: copies and printing recurse over it."""
     needed = _FRAMES_OF_THE_REST + _FRAMES_OF_A_LEVEL * depth
@@ -67,7 +98,7 @@ def _is_watched(wrapper: nn.Module) -> bool:
         or wrapper._backward_hooks
         or wrapper._backward_pre_hooks
         or any(hook is not noop_hook for hook in pre_hooks)
-        or _has_any_global_hook()
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 

@@ -10,6 +10,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 ENCLOSED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """Attributes in which torch.compile, activation checkpointing, FSDP and Fabric hold a module."""
 
+_ATTRIBUTES = frozenset({*ENCLOSED, "module"})
+
 
 def enclosed_name(module: nn.Module) -> str | None:
     """Return the attribute in which an enclosing module holds the model, or None for any other."""
@@ -34,16 +36,14 @@ def plain_name(model: nn.Module, name: str) -> str:
         model: the module that the name counts from.
         name: as `model.named_modules()` or `model.named_parameters()` gives it.
     """
+    parts = name.split(".")
+    # The name of a wrapper among hundreds has hundreds of parts.
+    if _ATTRIBUTES.isdisjoint(parts):
+        return name
     kept = []
     module: nn.Module | None = model
-    for part in name.split(".") if name else ():
+    for part in parts:
         if module is None or enclosed_name(module) != part:
             kept.append(part)
         module = None if module is None else module._modules.get(part)
     return ".".join(kept)
-
-
-def pretrained_part(model: nn.Module) -> nn.Module | None:
-    """Return the outermost transformers model in a module, or None if it holds none."""
-    candidates = model.modules()
-    return next((m for m in candidates if hasattr(type(m), "base_model_prefix")), None)

@@ -70,6 +70,12 @@ def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
         waiting.extend(reversed([*plain.children()]))
 
 
+def pretrained_part(model: nn.Module) -> nn.Module | None:
+    """Return the outermost transformers model in a module, or None if it holds none."""
+    candidates = plain_modules(model)
+    return next((m for m in candidates if hasattr(type(m), "base_model_prefix")), None)
+
+
 def plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter of a model but those of its wrappers. A tied one may come twice."""
     for module in plain_modules(model):

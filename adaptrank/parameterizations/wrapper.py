@@ -17,7 +17,9 @@ from adaptrank._options import OptionProbe, OptionsFit, check_arguments
 from adaptrank.parameterizations.deep_nests import (
     FEW_WRAPPERS,
     allow_recursion,
+    find_innermost,
     forward_deep,
+    nests_changed,
     noop_hook,
 )
 from adaptrank.parameterizations.renamed import renamed_use
@@ -30,15 +32,6 @@ if TYPE_CHECKING:
 
 MOST_TENSORS = 1024
 """Largest number of tensors of one wrapper."""
-
-
-class _Structure:
-    """The version of all nests: another object as soon as a wrapper gets another base."""
-
-    version = object()
-
-
-_structure = _Structure()
 
 
 class Wrapper(Traits, nn.Module, ABC):
@@ -63,8 +56,7 @@ class Wrapper(Traits, nn.Module, ABC):
     wraps_a_base: ClassVar[bool] = True
     """Whether this is a wrapper: what `isinstance` says, at a fraction of its price."""
     depth: int = 1
-    """Number of wrappers of the nest up to this one when it was made. An adapter that was deleted
-    since still counts."""
+    """Number of wrappers of the nest up to this one when it was made."""
     _given_weight: Tensor | None = None
     _gates_read: frozenset[str] = frozenset()
 
@@ -136,24 +128,17 @@ class Wrapper(Traits, nn.Module, ABC):
     @property
     def innermost(self) -> nn.Module:
         """The layer under all wrappers."""
-        # With hundreds of adapters a walk takes a while, so each wrapper remembers its end.
-        wrapper: Any = self
-        while True:
-            found = wrapper.__dict__.get("_end_of_nest")
-            if found is not None and found[0] is _structure.version:
-                last = found[1]
-                break
-            last, wrapper = wrapper, wrapper._modules["base"]
-            # `isinstance` of an abstract class is slow.
-            if not getattr(type(wrapper), "wraps_a_base", False):
-                break
-        self.__dict__["_end_of_nest"] = (_structure.version, last)
-        return cast(nn.Module, last._modules["base"])
+        if self.depth > FEW_WRAPPERS:
+            return find_innermost(self)
+        layer = self.base
+        while isinstance(layer, Wrapper):
+            layer = layer.base
+        return layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Another base is another nest for all wrappers around this one."""
         if name == "base" and "base" in self._modules:
-            _structure.version = object()
+            nests_changed()
         super().__setattr__(name, value)
 
     @property

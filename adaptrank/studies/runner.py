@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrank._errors import UserError
 from adaptrank._files import write_json
 from adaptrank.studies.design import (
     Count,
@@ -99,7 +100,18 @@ def _is_finished(out: Path, point: Point) -> bool:
 
 
 def _read_result(out: Path, point: Point) -> Result:
-    result: Result = json.loads(result_file(out, point).read_text(encoding="utf-8"))
+    """Return the result of a point.
+
+    Raises:
+        UserError: if its file is damaged.
+    """
+    file = result_file(out, point)
+    try:
+        result: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        result = None
+    if not isinstance(result, dict) or not {"key", "status"} <= result.keys():
+        raise UserError(f"{file} holds no result of a run. Delete it, and the point runs again.")
     return result
 
 

@@ -125,9 +125,11 @@ def counting(file: Path) -> Callable[[Mapping[str, Any]], int]:
         file: JSON file that keeps the counts, by a digest of the configuration.
     """
     from adaptrank._files import write_json
+    from adaptrank.reports.records import COUNTS, check_fields, read_table
     from adaptrank.studies import without_replays
 
-    known: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_table(file)
+    check_fields(str(file), {"counts": known}, {"counts": COUNTS})
 
     def count(config: Mapping[str, Any]) -> int:
         kept = ("model", "data", "seed_everything")

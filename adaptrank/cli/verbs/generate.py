@@ -198,6 +198,7 @@ def complete(
     import torch
     from transformers import TextStreamer
 
+    from adaptrank.backbones import before_end
     from adaptrank.data import render_chat, token_ids
 
     chat = form is not None and form.chat
@@ -208,6 +209,7 @@ def complete(
     streamer = None
     if show:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = stop_ids(model, tokenizer, chat)
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,
@@ -215,10 +217,11 @@ def complete(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(model, tokenizer, chat) or None,
+            eos_token_id=ends or None,
             streamer=streamer,
         )
-    completion: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    generated = before_end(output[0, ids.shape[1] :].tolist(), ends)
+    completion: str = tokenizer.decode(generated, skip_special_tokens=True)
     return completion
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.artifacts import CONFIG, WEIGHTS, JsonError, parse_json
+from adaptrank.interop.peft.allow_list import check_settings
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
 from adaptrank.interop.peft.patterns import is_quick_pattern
-from adaptrank.interop.peft.settings import check_settings
 
 LONGEST_CONFIG = 1 << 24
 """Largest number of bytes of a configuration that is read."""

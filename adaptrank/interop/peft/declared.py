@@ -10,16 +10,16 @@ from torch import Tensor
 from adaptrank._errors import UserError
 
 
-def check_declared(
+def declared_tensors(
     config: Mapping[str, Any],
     trained_whole: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
     tied: Mapping[str, list[str]],
     folder: Path,
-) -> None:
-    """Refuse a tensor of the base that `modules_to_save` does not name.
+) -> dict[str, Tensor]:
+    """Return the tensors of modules that `modules_to_save` names, and refuse any other.
 
-    PEFT stores embeddings beside an adapter in some cases. They are accepted if they are those of
+    PEFT stores embeddings beside an adapter in some cases. They are left out if they are those of
     this model.
 
     Args:
@@ -28,21 +28,26 @@ def check_declared(
         present: name -> tensor of the model.
         tied: name -> all names of this tensor, where the model ties parameters.
         folder: folder of the adapter, which errors name.
+    Returns:
+        name -> tensor.
     Raises:
         UserError: names the tensor.
     """
+    kept: dict[str, Tensor] = {}
     declared = config.get("modules_to_save") or []
     if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
         raise UserError(f"{folder} has modules_to_save={declared!r}, which are no names.")
     for key, value in trained_whole.items():
         if _is_declared([key, *tied.get(key, [])], declared):
+            kept[key] = value
             continue
-        own = present.get(key)
+        own = present.get(tied.get(key, [key])[0])
         if own is None or own.shape != value.shape or not _equal(own, value):
             raise UserError(
                 f"{folder} holds {key}, which its modules_to_save does not name; it would change "
                 f"the base without a word."
             )
+    return kept
 
 
 def _is_declared(keys: list[str], declared: list[str]) -> bool:

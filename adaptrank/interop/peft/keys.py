@@ -42,7 +42,8 @@ def split_key(key: str, folder: Path) -> tuple[str, str | None]:
     name = key.removeprefix(PREFIX)
     match = _LAYER_KEY.match(name)
     if match is None:
-        return name, None
+        # An adapted embedding may be stored beside its adapter.
+        return name.replace(".base_layer.", "."), None
     return match["path"], match["name"]
 
 

@@ -17,7 +17,7 @@ from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
 from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
-from adaptrank.interop.peft.declared import check_declared
+from adaptrank.interop.peft.declared import declared_tensors
 from adaptrank.interop.peft.initializations import (
     Product,
     check_initialization,
@@ -65,7 +65,9 @@ def import_peft(
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
-        check_declared(config, trained_whole, parameters, tied_names(model), folder)
+        trained_whole = declared_tensors(
+            config, trained_whole, parameters, tied_names(model), folder
+        )
         for wrapper in wrappers(model):
             if wrapper.name == name:
                 rollback.announce(wrapper.own_tensors().values())

@@ -32,8 +32,9 @@ def untied_tensors(
     kept: dict[str, Tensor] = {}
     for name, value in tensors.items():
         first, *others = names.get(name, [name])
-        if len(others) and not config.get("ensure_weight_tying"):
-            for other in (first, *others):
+        for other in (first, *others):
+            keeps_tie = bool(config.get("ensure_weight_tying")) and other not in tensors
+            if other != name and not keeps_tie:
                 _check_tied(name, other, tensors, folder)
         kept[first] = value
     return kept

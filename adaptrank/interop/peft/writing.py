@@ -24,7 +24,7 @@ from adaptrank.interop.peft.keys import (
     exact_pattern,
     stored_tensor,
 )
-from adaptrank.interop.peft.whole_modules import whole_modules
+from adaptrank.interop.peft.modules_to_save import whole_modules
 from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
 
 
