@@ -167,7 +167,8 @@ def _reader(file: Path, kind: str) -> Iterator[Any]:
                 return
             is_stream = stream.read(6) != b"ARROW1"
             stream.seek(0)
-            yield ipc.open_stream(stream) if is_stream else ipc.open_file(stream)
+            open_reader: Any = ipc.open_stream if is_stream else ipc.open_file
+            yield open_reader(stream)
     except (ArrowException, UnicodeDecodeError) as error:
         first_line = str(error).partition("\n")[0].rstrip(".")
         reason = f"it is damaged, cut off or of another kind ({first_line})"

@@ -89,7 +89,15 @@ class Shortener:
         opening = self.opening(joined, special)
         if opening and len(end) < len(joined):
             kept.insert(0, (opening, False))
-        return [*kept, (self.head(last[0]), last[1])]
+        return [*kept, (self._head_and_end(last[0]), last[1])]
+
+    def _head_and_end(self, text: str) -> str:
+        """Return a beginning of the text, with the special token that ends the text."""
+        head = self.head(text)
+        if len(head) == len(text):
+            return text
+        special = (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens)
+        return head + next((token for token in special if text.endswith(token)), "")
 
     def opening(self, text: str, special: bool) -> str:
         """Return the beginning token with which a text opens, or "" if the tokenizer adds it."""

@@ -183,15 +183,14 @@ class TaskData(LightningDataModule, ABC):
 
     def _lazy_examples(self, rows: Sequence[Row], split: Split) -> LazyExamples:
         """Return examples that are tokenized when they are read."""
+        self._lazy.add(split)
+        # A task may remember the form of its rows, which a process beside this one cannot tell.
+        self.encode([rows[0]], split)
         # Processes that collate ahead get the examples, and must not get the Trainer with them.
         task = copy.copy(self)
         task.trainer = None
         task._examples = {}
-        self._lazy.add(split)
-        examples = LazyExamples(rows, partial(task.encode, split=split))
-        # The first example shows the conventions of all. The copy shares what it collects.
-        examples[0]
-        return examples
+        return LazyExamples(rows, partial(task.encode, split=split))
 
     def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Keep the first rows after a seeded shuffle, if there is a limit below their number."""
