@@ -122,7 +122,7 @@ def next_commands(folder: Path, module: LightningModule, data: object = None) ->
         pattern = " --model.rank_pattern null" if module.rank_pattern else ""
         if not hasattr(module, "complete"):
             predict = command.replace("adaptrank fit", "adaptrank predict", 1)
-            takes_file = "predict" in inspect.signature(type(data).__init__).parameters
+            takes_file = "predict" in inspect.signature(type(data)).parameters
             file = " --data.predict FILE" if takes_file else ""
             lines.append(f"  predict:  {predict}{pattern}{file}")
         lines.append(f"  go on:    {command}{pattern}")
