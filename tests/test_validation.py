@@ -288,7 +288,7 @@ def set_argument(name, value):
         (LoRA, lambda t, d: t.update({"q.0.A": t["q.0.A"].cfloat()}), "q.0.A is torch.complex64"),
         (SBoRA, lambda t, d: t.update({"q.0.index": t["q.0.index"].bool()}), "q.0.index is torch"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value).strip("<>"),
 )  # fmt: skip
 def test_what_no_writer_writes_is_refused_at_once(tmp_path, method, change, words):
     hostile = changed(saved(tmp_path / "a", method), change, tmp_path / "b")
