@@ -225,11 +225,11 @@ def shortfall(participant: "Participant") -> str:
     sizes = run.sizes()
     target = participant.budget_at(run.phases.end)
     cost = run.cost().total(sizes)
-    exceeds = target is not None and cost > target
-    if not (closed or exceeds):
+    excess = 0 if target is None else max(0, cost - target)
+    if not (closed or excess):
         return ""
     units = sum(sizes.values())
-    budget = f", and its budget of {target} {run.unit} is exceeded by {cost - target}" * exceeds
+    budget = f", and its budget of {target} {run.unit} is exceeded by {excess}" if excess else ""
     return (
         f"{participant.label} was stopped at step {run.steps_done}, before its last event at step "
         f"{run.phases.end}: the adapter holds {units} units, {closed} of them closed{budget}. "

@@ -40,7 +40,7 @@ def place(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
 
 def _unsplit_paths(description: Mapping[str, Any]) -> set[str]:
     """Return the paths of the adapted layers. A part of a split layer counts as the layer."""
-    whole = {}
+    whole: dict[str, str] = {}
     for path, names in description.get("split", {}).items():
         whole |= {f"{path}.{name}": path for name in names}
     paths = set()

@@ -147,7 +147,8 @@ def _check_values(
 
 def _check_shape(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
     """Refuse a value of an adapter that has another size beside the dimensions of units."""
-    present, free = entry.tensor, set()
+    present = entry.tensor
+    free: set[int] = set()
     for axis in entry.wrapper.axes:
         free.update(dim for name, dim in entry.wrapper.axis_tensors(axis) if name == entry.name)
     if value.dim() != present.dim() and free:

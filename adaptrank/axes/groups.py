@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.axes.axis import RankAxis
 from adaptrank.axes.model_axes import natural
-from adaptrank.axes.optimizer_state import Optimizers
+from adaptrank.axes.state_roles import Optimizers
 from adaptrank.parameterizations import Parameterization, named_layers
 
 PRUNED = "pruned_groups"

@@ -52,8 +52,8 @@ def compare_nests(
     for path in common:
         for difference in _compare_nest(new[path], old[path]):
             places.setdefault(difference, []).append(path)
-    for difference, paths in places.items():
-        where = "" if len(paths) == len(common) else f" (at {some(paths, 2)})"
+    for difference, differing in places.items():
+        where = "" if len(differing) == len(common) else f" (at {some(differing, 2)})"
         differences.append(Difference(difference.name, difference.clause + where))
     return differences
 

@@ -3,7 +3,7 @@
 import inspect
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def prompt_options(data: object) -> str:
     """
     prompt: str | None = getattr(data, "example_prompt", None)
     template: str | None = getattr(data, "prompt_template", None)
-    describe = getattr(data, "conventions", dict)
+    describe: Callable[[], dict[str, Any]] = getattr(data, "conventions", dict)
     chat = " --chat" if describe().get("chat") else ""
     if prompt is None or len(prompt) > LONGEST_PROMPT or "\\n" in prompt:
         return f"--prompt TEXT{chat}"

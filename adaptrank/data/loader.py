@@ -133,7 +133,7 @@ class ResumableLoader:
         seed = seeded_random("workers", order.seed, order.epoch, start).getrandbits(62)
         return DataLoader(
             self.examples,  # type: ignore[arg-type]  # only `len` and indices are needed
-            batch_sampler=RestOfOrder(order, start),  # type: ignore[arg-type]  # as a sampler
+            batch_sampler=RestOfOrder(order, start),
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

@@ -37,7 +37,7 @@ STAGES: dict[str | None, tuple[Split, ...]] = {
 """Stage of the Trainer -> the splits that it reads."""
 
 
-def check_size(name: str, size: int | None, least: int, reason: str) -> None:
+def check_size(name: str, size: Any, least: int, reason: str) -> None:
     """Raise if an argument is no integer, or below the least that makes sense.
 
     Args:
@@ -155,7 +155,8 @@ class TaskData(LightningDataModule, ABC):
     def token_table(self, *tokens: str) -> dict[str, int]:
         """Return {token: id} of tokens of the tokenizer."""
         assert self.tokenizer is not None
-        return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+        ids: Any = self.tokenizer.convert_tokens_to_ids(list(tokens))
+        return {token: int(number) for token, number in zip(tokens, ids, strict=True)}
 
     # ---- rows and tokens
 

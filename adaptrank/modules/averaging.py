@@ -111,7 +111,9 @@ def _average(averaged: AveragedModel, pairs: list[tuple[Tensor, Tensor]]) -> Non
             averages, values = [pair[0] for pair in group], [pair[1] for pair in group]
             averaged.multi_avg_fn(averages, values, averaged.n_averaged.to(device))
         return
-    average_function: Callable[..., Tensor] = averaged.avg_fn or get_swa_avg_fn()
+    average_function: Callable[..., Tensor] = (
+        averaged.avg_fn or get_swa_avg_fn()  # type: ignore[no-untyped-call]
+    )
     for average, value in pairs:
         count = averaged.n_averaged.to(average.device)
         average.copy_(average_function(average, value, count))

@@ -134,15 +134,14 @@ def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
     return embeds.shape[0], embeds.shape[1]
 
 
-@cache
-def forward_keys(model_class: Hashable) -> frozenset[str]:
+def forward_keys(model_class: type) -> frozenset[str]:
     """Return the inputs that the forward of a model names, without its controls."""
-    return _arguments(model_class) - CONTROLS
+    return _arguments(cast(Hashable, model_class)) - CONTROLS
 
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Tell whether the forward of a model names an argument."""
-    return argument in _arguments(type(model))
+    return argument in _arguments(cast(Hashable, type(model)))
 
 
 @cache

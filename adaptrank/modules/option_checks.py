@@ -58,7 +58,7 @@ def _numbers(defaults: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Yield the numbers among the defaults of an optimizer, members of tuples one by one."""
     for option, value in defaults.items():
         for member in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(member, Real) and not isinstance(member, bool):
+            if not isinstance(member, bool) and isinstance(member, Real):
                 yield option, member
 
 

@@ -98,7 +98,7 @@ class SequenceClassification(AdaptedModule):
         from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
         config = AutoConfig.from_pretrained(self.source.path)
-        model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+        model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
         # The code of some models comes with their weights.
         return not isinstance(model_class, type) or "token_type_ids" in forward_keys(model_class)
 

@@ -28,7 +28,7 @@ def guard_save_pretrained() -> None:
     `push_to_hub` and the libraries on top of transformers go through the same function.
     """
     modeling: Any = sys.modules.get("transformers.modeling_utils")
-    model_class = getattr(modeling, "PreTrainedModel", None)
+    model_class: Any = getattr(modeling, "PreTrainedModel", None)
     original = getattr(model_class, "save_pretrained", None)
     if original is None or hasattr(original, GUARDED):
         return

@@ -88,7 +88,7 @@ class Wrapper(Traits, nn.Module, ABC):
         guard_save_pretrained()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         guard_save_pretrained()
 
     # ---- attributes

@@ -142,7 +142,7 @@ def counting(file: Path) -> Callable[[Mapping[str, Any]], int]:
             known[key] = _count(plain)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known)
-        return known[key]
+        return int(known[key])
 
     return count
 
