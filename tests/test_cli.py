@@ -763,7 +763,7 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1 =\n\n2 + 2 =\n"))
-    code, out, _ = cli("generate", trained, "--max_new_tokens", "2", "--json")
+    code, out, _ = cli("generate", trained, "--max_new_tokens", "2", "--json", "--raw")
     assert code == 0
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["1 + 1 =", "2 + 2 ="]
 
@@ -779,7 +779,7 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
         (["generate", "ADAPTER", "--prompt", ""], "empty prompt"),
         (["generate", "ADAPTER", "--prompt", "1", "--file", "x"], "both give prompts"),
         (["generate", "ADAPTER", "--file", "nowhere.txt"], "nowhere.txt"),
-        (["generate", "ADAPTER", "--file", "broken.jsonl"], "JSON with a field `prompt`"),
+        (["generate", "ADAPTER", "--file", "broken.jsonl"], "each line has to be JSON with"),
         (["generate", "ADAPTER", "--dtype", "bf17"], "'bf17' is unknown"),
         (["generate", "ADAPTER", "--base", "./nowhere"], "Name the base with --base"),
         (["generate", "ADAPTER", "--prompt", "1", "--chat"], "no chat template"),

@@ -292,8 +292,8 @@ def test_the_report(tmp_path):
     assert files == {"pareto.png", "ranks.png", "report.md", "index.html", "table.json"}
     text = (tmp_path / "report" / "report.md").read_text()
     for words in (
-        "# Some <title>",
-        "Small & quick.",
+        "# Some &lt;title&gt;",
+        "Small &amp; quick.",
         "selected by `loss` on a slice of train",
         "Reported on `accuracy`",
         "| A | - | 100 | 90 | 4 | 0.01 | a slice of train | validation | 0.7600 ± 0.0707",

@@ -18,6 +18,7 @@ prompt is a line break. On a terminal, words are shown as they come.
 
 Prompts are put into the form of training, which the adapter records: its prompt template, and the
 chat template. They end where training taught the model to end. --raw takes each prompt as it is."""
+EMPTY = "An empty prompt has nothing to complete."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +129,8 @@ def read_prompts(options: argparse.Namespace, template: str | None = None) -> It
     if options.prompt is not None and options.file is not None:
         raise ConfigError("--prompt and --file both give prompts. Take one.")
     if options.prompt is not None:
+        if not all(options.prompt):
+            raise ConfigError(EMPTY)
         return [_parse_columns(text, template) for text in options.prompt]
     if options.file is None:
         return (_parse_columns(text, template) for text in _standard_input())
@@ -205,7 +208,7 @@ def complete(
     text = render_chat(tokenizer, form.messages(prompt), ask=True) if form and chat else prompt
     ids = torch.tensor(token_ids(tokenizer, [text], special=not chat), device=model.device)
     if not ids.shape[1]:
-        raise ConfigError("An empty prompt has nothing to complete.")
+        raise ConfigError(EMPTY)
     streamer = None
     if show:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
