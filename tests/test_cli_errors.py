@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import yaml
+from lightning import LightningModule
 
 from adaptrank._errors import UserError, nearest
 from adaptrank.cli import main
 from adaptrank.cli.errors import ConfigError, explain, shorten
 from adaptrank.cli.given import locate, read_node
+from adaptrank.cli.known_classes import one_of
 from adaptrank.cli.wording import Report
+from adaptrank.modules import CausalLM
 
 ENTRY = ("model", "init_args", "adapters", 0)
 METHODS = (*ENTRY, "parameterization")
@@ -554,3 +557,10 @@ def test_errors_import_nothing_heavy():
 
     code = "import sys, adaptrank.cli.errors, adaptrank.cli.help; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_classes_of_the_library_are_named_first():
+    """Also beside many classes of a user, and where one of them derives from the library's."""
+    users = [type(f"A{i}", (CausalLM,), {"__module__": "users"}) for i in range(20)]
+    assert one_of(LightningModule).startswith("one of CausalLM, SequenceClassification, A0")
+    assert users

@@ -59,8 +59,8 @@ NESTS = [case for pair in PAIRS for case in whole_or_part(*pair)]
 
 @pytest.mark.parametrize(("inner", "outer", "whole"), NESTS)
 def test_nests_of_two(inner, outer, whole):
-    """What a nest computes, over all bases that both can wrap, and its contract over the first.
-    What has no meaning is refused."""
+    """The contract of a nest over the first base that both can wrap, and over all bases what it
+    computes. What has no meaning is refused. `make tables` tests rare nests in full."""
     if not bases(inner, outer):
         with pytest.raises(TypeError, match=f"{outer.__name__} wraps"):
             outer(inner(inner.example()))
@@ -70,6 +70,8 @@ def test_nests_of_two(inner, outer, whole):
             outer(inner(outer.example()))
         return
     for number, base in enumerate(bases(inner, outer)):
+        if number and not whole:
+            break
         build = nest(inner, outer, base)
         if number == 0 and whole:
             testing.check_contract(build)

@@ -501,13 +501,13 @@ def test_the_command_takes_a_path_of_every_kind(kind, data, tmp_path, monkeypatc
         assert {k: [s.path for s in v] for k, v in made._sources.by_split.items()} == {
             k: [path] for k in ("train", "val", "test", "predict")
         }
-        Path("printed.yaml").write_text(printed)
-        again, reprinted = command("--config", "printed.yaml")
-        assert reprinted == printed
-        if kind != "one column":
-            assert len(again.rows("train")) == 4
-        else:
-            assert len(again.rows("predict")) == 4 if data is CausalLMData else True
+    Path("printed.yaml").write_text(printed)
+    again, reprinted = command("--config", "printed.yaml")
+    assert reprinted == printed
+    if kind != "one column":
+        assert len(again.rows("train")) == 4
+    else:
+        assert len(again.rows("predict")) == 4 if data is CausalLMData else True
 
 
 def test_the_command_takes_lists_of_sources(tmp_path, monkeypatch, command):

@@ -10,6 +10,7 @@ import functools
 import itertools
 import pickle
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -347,10 +348,19 @@ def looks_like(model, name, biases=False):
 PAIRS = [(method, name) for method in METHODS for name in MODELS if wrapped_by(method, name)]
 
 
+COMMON = ("LoRA", "DoRA", "SVD", "HyperAdapt")
+"""Methods that `make test` tries on every model. The others meet two models there."""
+
+
 def pairs(*names: str):
-    chosen = [
-        pytest.param(m, n, id=f"{m.__name__}-{n}") for m, n in PAIRS if n in (names or MODELS)
-    ]
+    chosen, met = [], Counter()
+    for method, name in PAIRS:
+        if name not in (names or MODELS):
+            continue
+        met[method] += 1
+        is_rare = method.__name__ not in COMMON and met[method] > 2
+        marks = [pytest.mark.tables] if is_rare else []
+        chosen.append(pytest.param(method, name, id=f"{method.__name__}-{name}", marks=marks))
     return pytest.mark.parametrize(("method", "name"), chosen)
 
 

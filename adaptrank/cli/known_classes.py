@@ -39,6 +39,20 @@ def known_classes(base: type | None) -> list[str]:
 
 
 def one_of(base: type | None, words: str = "one of ") -> str:
-    """Return "one of A, B, C": the classes under a base that no other class derives from."""
-    leaves = {c.__name__ for c in subclasses(base) if c is not base and not c.__subclasses__()}
-    return words + some(sorted(leaves), 12)
+    """Return "one of A, B, C": the classes under a base that no other class derives from.
+
+    Those of this library come first, also where a user's class derives from one.
+    """
+    classes = [cls for cls in subclasses(base) if cls is not base]
+    own = {cls.__name__ for cls in classes if _is_ours(cls) and not any(map(_is_ours, _under(cls)))}
+    others = {cls.__name__ for cls in classes if not _is_ours(cls) and not _under(cls)}
+    return words + some([*sorted(own), *sorted(others - own)], 12)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("adaptrank.")
+
+
+def _under(cls: type) -> list[type]:
+    children: list[type] = type.__subclasses__(cls)
+    return children
