@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank.artifacts import load_adapter, merge, read_adapter, save_adapter, unmerge
+from adaptrank.artifacts.contents import spell_nest
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.merging import rounding_error
 from adaptrank.axes import generator, rank_axes
@@ -463,3 +464,9 @@ def test_a_tied_head_that_is_trained_whole_is_written_once(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert loaded.lm_head.weight.requires_grad
+
+
+def test_a_sentence_shows_a_few_wrappers_of_a_deep_nest():
+    nest = [{"class": "LoRA", "init_args": {"rank": i}, "name": "default"} for i in range(16)]
+    assert spell_nest(nest) == "LoRA(rank=15) on LoRA(rank=14) on LoRA(rank=13) on 13 more"
+    assert spell_nest(nest[:2]) == "LoRA(rank=1) on LoRA(rank=0)"

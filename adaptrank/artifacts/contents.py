@@ -184,9 +184,15 @@ def adapter_names(description: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
+SPELLED = 3
+"""Number of wrappers of a nest that a sentence shows."""
+
+
 def spell_nest(nest: list[dict[str, Any]]) -> str:
     """Write a described nest for people, the outermost wrapper first."""
-    return " on ".join(_spell_wrapper(wrapper) for wrapper in reversed(nest))
+    outermost = [_spell_wrapper(wrapper) for wrapper in reversed(nest[-SPELLED:])]
+    rest = len(nest) - SPELLED
+    return " on ".join([*outermost, f"{rest} more"] if rest > 0 else outermost)
 
 
 def _spell_wrapper(wrapper: Mapping[str, Any]) -> str:
