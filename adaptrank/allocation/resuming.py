@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: what the allocator's state says of its run, and checks."""
+"""Description of a run in its allocator's state, and the checks of a run that resumes from it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,13 +9,16 @@ from adaptrank._errors import ListedError, UserError
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import TrackedTensors
-from adaptrank.checkpoints import WHAT_TO_TYPE, compare_nests, compare_settings, describe_nests
+from adaptrank.checkpoints import (
+    WHAT_TO_TYPE,
+    WORDED_BY_THE_ENGINE,
+    compare_nests,
+    compare_settings,
+    describe_nests,
+)
 
 if TYPE_CHECKING:
     from adaptrank.allocation.participant import Participant
-
-COMPARED_AS_PHASES = ("budget", "unit", "every", "warmup", "final")
-"""Arguments that are compared as phases and budget, in steps and units of the run."""
 
 UNCHECKED = (
     "The state of %s was stored by an earlier version, without its arguments and the adapters'. "
@@ -70,11 +73,12 @@ def _other_settings(participant: "Participant", run: Run, stored: Mapping[str, A
     """Return the arguments of the allocator and of the adapters that differ, as clauses."""
     if stored.get("class") != participant.label:
         return [f"the allocator is {participant.label} here and {stored.get('class')} there"]
-    here, there = (
-        {name: value for name, value in arguments.items() if name not in COMPARED_AS_PHASES}
-        for arguments in (participant.init_args, stored.get("init_args", {}))
-    )
-    differences = compare_settings(here, there, participant.argument_defaults())
+    here, there = participant.init_args, stored.get("init_args", {})
+    differences = [
+        difference
+        for difference in compare_settings(here, there, participant.argument_defaults())
+        if difference.name not in WORDED_BY_THE_ENGINE
+    ]
     differences += compare_nests(describe_nests(run.model), stored.get("nests", []))
     return [difference.clause for difference in differences]
 

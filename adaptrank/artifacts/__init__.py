@@ -10,7 +10,7 @@ from adaptrank.artifacts.adapter import (
 )
 from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
 from adaptrank.artifacts.checkpoint_reading import check_form, explain_damage, read_checkpoint
-from adaptrank.artifacts.contents import describe_adapter
+from adaptrank.artifacts.contents import describe_adapter, describe_nests
 from adaptrank.artifacts.conventions import (
     conventions_of,
     finish_configuration,
@@ -42,6 +42,7 @@ __all__ = [
     "check_form",
     "conventions_of",
     "describe_adapter",
+    "describe_nests",
     "digest_of",
     "explain_damage",
     "extract_adapter",

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,12 @@ from adaptrank.artifacts.conventions import record_conventions
 from adaptrank.artifacts.header import digest_of, parse
 from adaptrank.artifacts.placing import place
 from adaptrank.artifacts.rollback import unchanged_on_error
-from adaptrank.artifacts.saving_checks import check_target, check_values, warn_of_disabled
+from adaptrank.artifacts.saving_checks import (
+    check_target,
+    check_values,
+    not_finite,
+    warn_of_disabled,
+)
 from adaptrank.artifacts.stored_values import load_tensors
 from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
 from adaptrank.axes import CLOSED, compact
@@ -128,8 +132,8 @@ def save_adapter(
     trained = [name for name, tensor in whole.items() if isinstance(tensor, nn.Parameter)]
     _check_finite({key: tensors[key] for key in [*adapter_keys, *trained]})
     if first():
-        write_described(Path(folder), description, tensors)
-    return Path(folder)
+        write_described(folder, description, tensors)
+    return folder
 
 
 def write_described(
@@ -150,11 +154,7 @@ def write_described(
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse to save tensors that are not finite, which no one can train or predict with."""
-    bad = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
+    bad = not_finite(tensors)
     if bad:
         raise RunError(
             f"{len(bad)} of {len(tensors)} tensors of this adapter are not finite "

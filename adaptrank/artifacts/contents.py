@@ -101,7 +101,7 @@ def describe_adapter(
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base": {**base_facts(model), **(base or {}), "fingerprint": base_fingerprint},
-        "adapters": _describe_nests(model, names),
+        "adapters": describe_nests(model, names),
         "ranks": _describe_ranks(model, names),
         "trained_modules": sorted(trained),
     }
@@ -116,13 +116,14 @@ def describe_adapter(
     return description
 
 
-def _describe_nests(model: nn.Module, names: Collection[str] | None) -> list[dict[str, Any]]:
+def describe_nests(model: nn.Module, names: Collection[str] | None) -> list[dict[str, Any]]:
     """List the different nests, each with the shapes of the layers that have it."""
     entries: dict[str, dict[str, Any]] = {}
     for path, layer in wrapped_layers(model).items():
         nest = describe_nest(wrappers_named(layer, names))
         if nest:
-            key = json.dumps(nest, sort_keys=True)
+            # A user's class may have arguments that no file can hold. Saving says so.
+            key = json.dumps(nest, sort_keys=True, default=repr)
             entry = entries.setdefault(key, {"nest": nest, "layers": {}})
             entry["layers"][path] = list(matrix_shape(layer.innermost))
     return list(entries.values())

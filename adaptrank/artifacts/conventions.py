@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptrank.backbones import chat_template_of, embedding_rows
 from adaptrank.parameterizations import pretrained_part, wrappers
 
 Conventions = dict[str, Any]
@@ -75,11 +76,10 @@ def conventions_of(model: nn.Module, names: Collection[str] | None = None) -> Co
 def agreed(several: Iterable[Mapping[str, Any]]) -> Conventions:
     """Return the conventions that all of several adapters share."""
     first, *others = [*several] or [{}]
-    return {
-        key: value
-        for key, value in first.items()
-        if all(key in other and other[key] == value for other in others)
-    }
+    shared = dict(first)
+    for other in others:
+        shared = {key: value for key, value in shared.items() if other.get(key) == value}
+    return shared
 
 
 def _all_recorded(model: nn.Module) -> dict[str, Conventions]:
@@ -106,7 +106,7 @@ def configure(model: nn.Module, conventions: Mapping[str, Any]) -> None:
     if class_names and getattr(config, "num_labels", None) == len(class_names):
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}
-    known = _vocabulary_size(part)
+    known = embedding_rows(part) or 0
     pad_ids = [i for i in conventions.get("pad_token", {}).values() if i < known]
     stop_ids = [i for i in conventions.get("stop_tokens", {}).values() if i < known]
     generation = getattr(part, "generation_config", None)
@@ -130,12 +130,6 @@ def stop_ids_of(config: Any) -> list[int]:
 def _one_or_list(ids: Iterable[int]) -> int | list[int]:
     unique = list(dict.fromkeys(ids))
     return unique[0] if len(unique) == 1 else unique
-
-
-def _vocabulary_size(part: Any) -> int:
-    embedding = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
-    return 0 if weight is None else int(weight.shape[0])
 
 
 def finish_configuration(model: nn.Module, tokenizer: Any, conventions: Mapping[str, Any]) -> None:
@@ -176,11 +170,3 @@ def use_chat_template(tokenizer: Any, conventions: Mapping[str, Any]) -> bool:
     if had != template:
         tokenizer.chat_template = template
     return had not in (None, template)
-
-
-def chat_template_of(tokenizer: Any) -> str | None:
-    """Return the chat template that a tokenizer uses without a name, or None if it has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None

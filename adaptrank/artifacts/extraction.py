@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError, some
@@ -13,6 +12,7 @@ from adaptrank.artifacts.adapter import write_described
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_tensors
 from adaptrank.artifacts.header import FORMAT_VERSION, check
+from adaptrank.artifacts.saving_checks import not_finite
 
 TENSORS = "adapter_tensors"
 """Key of a checkpoint: where the tensors of its adapter are, see `locate_tensors`."""
@@ -58,15 +58,24 @@ def extract_adapter(
     # The form is checked as that of a file is. The digest is made later.
     check({**described, "format_version": FORMAT_VERSION, "digest": ""}, file)
     described["run"] = {"weights": "checkpoint", "step": int(checkpoint.get("global_step", 0))}
-    places = checkpoint[TENSORS]
+    places = _places(checkpoint[TENSORS], file)
     tensors = _tensors(checkpoint["state_dict"], places, described["tied"], file)
-    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    bad = not_finite(tensors)
     if bad:
         raise UserError(
             f"{file} holds {len(bad)} tensors that are not finite ({some(bad, 3)}): no adapter is "
             f"made of it. Take an earlier checkpoint."
         )
     write_described(folder, described, tensors)
+
+
+def _places(places: Any, file: Path) -> Mapping[str, Any]:
+    """Return what `locate_tensors` said, or refuse anything else."""
+    whole = isinstance(places, Mapping) and {"keys", "gated"} <= places.keys()
+    if not whole or not all(isinstance(places[key], Mapping) for key in ("keys", "gated")):
+        raise UserError(f"{file} is damaged: it does not say where its adapter's tensors are.")
+    found: Mapping[str, Any] = places
+    return found
 
 
 def _tensors(
@@ -84,7 +93,3 @@ def _tensors(
             raise UserError(f"{file} is damaged: it says that it holds {place}, and does not.")
         tensors[key] = tensor.detach().contiguous()
     return tensors
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -6,6 +6,7 @@ allocated here.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -141,11 +142,12 @@ def _check_adapters(adapters: Any) -> None:
 
 def _check_nest(nest: list[dict[str, Any]]) -> None:
     """Refuse a nest that is too deep. Any number of adapters may stand side by side."""
-    groups = [[*group] for _, group in groupby(wrapper["name"] for wrapper in nest)]
-    names = {group[0] for group in groups}
-    _need(len(names) == len(groups), "the classes of an adapter are not next to each other")
-    _need(len(names) <= MOST_ADAPTERS, f"a layer has more than {MOST_ADAPTERS:,} adapters")
-    deepest = max(map(len, groups))
+    names = [wrapper["name"] for wrapper in nest]
+    together = [name for name, _ in groupby(names)]
+    depths = Counter(names)
+    _need(len(depths) == len(together), "the classes of an adapter are not next to each other")
+    _need(len(depths) <= MOST_ADAPTERS, f"a layer has more than {MOST_ADAPTERS:,} adapters")
+    deepest = max(depths.values())
     _need(
         deepest <= DEEPEST_NEST, f"an adapter nests {deepest} classes, and {DEEPEST_NEST} is most"
     )

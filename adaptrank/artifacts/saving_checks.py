@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from adaptrank._errors import UserError, some
 from adaptrank.parameterizations import wrapped_layers, wrappers
@@ -76,3 +77,12 @@ def warn_of_disabled(model: nn.Module, names: Collection[str] | None) -> None:
             some(off),
             list(on),
         )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold a number which is not finite."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]

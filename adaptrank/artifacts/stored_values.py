@@ -71,7 +71,8 @@ def load_tensors(
     base = whole_tensors(model)
     whole = {name: base[name] for name in description["trained_modules"] if name in base}
     _check_keys(stored, description, {entry.key: entry for entry in adapters}, whole)
-    values = {key: stored[tied.get(key, key)] for key in [*(e.key for e in adapters), *whole]}
+    keys = [*[entry.key for entry in adapters], *whole]
+    values = {key: stored[tied.get(key, key)] for key in keys}
     _check_values(stored, adapters, whole, values)
 
     present = [entry.tensor for entry in adapters if entry.wrapper in rollback]

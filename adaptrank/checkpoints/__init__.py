@@ -1,9 +1,9 @@
-"""What a checkpoint says of its run, how another run differs, and which files are no checkpoint."""
+"""Record of a run in its checkpoint, and comparison with the run that resumes from it."""
 
 from adaptrank.artifacts import check_form, read_checkpoint
 from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
-from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE
+from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE, WORDED_BY_THE_ENGINE
 from adaptrank.checkpoints.plain_values import constructor_arguments, constructor_defaults, plain
 from adaptrank.checkpoints.record import RECORD, identify_base, make_record
 from adaptrank.checkpoints.recorder import (
@@ -18,6 +18,7 @@ __all__ = [
     "RECORD",
     "STEPS_OF_SCHEDULE",
     "WHAT_TO_TYPE",
+    "WORDED_BY_THE_ENGINE",
     "Difference",
     "RunRecorder",
     "check_form",

@@ -5,29 +5,20 @@ from typing import Any
 
 from torch import nn
 
+from adaptrank import artifacts
 from adaptrank._errors import some
 from adaptrank.checkpoints.differences import Difference, compare_settings
 from adaptrank.checkpoints.plain_values import constructor_defaults, plain
-from adaptrank.parameterizations import PARAMETERIZATIONS, wrapped_layers
+from adaptrank.parameterizations import PARAMETERIZATIONS
 
 Nest = Sequence[Mapping[str, Any]]
 """Class, arguments and adapter name of each wrapper, innermost first."""
 
 
 def describe_nests(model: nn.Module) -> list[dict[str, Any]]:
-    """List the different nests of a model, each with the paths of the layers that have it."""
-    entries: list[dict[str, Any]] = []
-    for path, layer in wrapped_layers(model).items():
-        nest = [
-            {"class": type(w).__name__, "init_args": plain(w.init_args), "name": w.name}
-            for w in layer.nest
-        ]
-        entry = next((entry for entry in entries if entry["nest"] == nest), None)
-        if entry is None:
-            entry = {"nest": nest, "layers": []}
-            entries.append(entry)
-        entry["layers"].append(path)
-    return entries
+    """List the different nests of a model in plain values, as a file's description does."""
+    described: list[dict[str, Any]] = plain(artifacts.describe_nests(model, None))
+    return described
 
 
 def compare_nests(

@@ -29,6 +29,7 @@ from adaptrank.checkpoints.record import (
     make_record,
     training_settings,
 )
+from adaptrank.training.callback_order import ensure_in_front
 
 log = logging.getLogger("adaptrank")
 
@@ -203,13 +204,10 @@ def _allocators_by_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
 def ensure_recorder(trainer: Trainer) -> None:
     """Put a `RunRecorder` in front of all callbacks, unless there is one.
 
-    It has to act before allocators start. The list is replaced, not changed: Lightning may be
-    iterating over it. Damaged checkpoints are refused in a sentence from now on.
+    It has to act before allocators start. Damaged checkpoints are refused in a sentence from now
+    on.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    present = [callback for callback in callbacks if isinstance(callback, RunRecorder)]
-    if not present:
-        trainer.callbacks = [RunRecorder(), *callbacks]  # type: ignore[attr-defined]
+    ensure_in_front(trainer, RunRecorder)
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         strategy: Any = trainer.strategy
         strategy.load_checkpoint = partial(_load_checkpoint, trainer, strategy)

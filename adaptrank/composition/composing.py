@@ -23,7 +23,7 @@ from adaptrank.composition.request import (
 )
 from adaptrank.composition.similarity import Similarity
 from adaptrank.composition.whole_modules import put_modules, restored_modules
-from adaptrank.parameterizations import wrapped_layers
+from adaptrank.parameterizations import enclosed, wrapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,23 +80,24 @@ def compose(
     weights = [1.0] * len(folders) if weights is None else [float(w) for w in weights]
     compression = compression or Compression()
     request = Request(folders, weights, operator, mode, order, compression, merged, others)
-    check_request(model, request)
+    root = enclosed(model)
+    check_request(root, request)
     options = options_of(operator, options)
     descriptions = [read_adapter(folder) for folder in folders]
-    check_described(model, request, descriptions)
+    check_described(root, request, descriptions)
 
     similarity = Similarity(request.names, signs)
     drop = others == "drop"
-    with unchanged_on_error(model), restored_modules(model, descriptions, drop):
+    with unchanged_on_error(root), restored_modules(root, descriptions, drop):
         for position in request.sequence:
-            load_adapter(model, folders[position], name=adapter_name(position))
-        check_wrappers(model, request)
+            load_adapter(root, folders[position], name=adapter_name(position))
+        check_wrappers(root, request)
         if mode == "sequential":
-            facts_by_layer = _keep_nested(model, request, similarity)
+            facts_by_layer = _keep_nested(root, request, similarity)
         else:
-            facts_by_layer = compose_in_delta_space(model, request, options, similarity)
+            facts_by_layer = compose_in_delta_space(root, request, options, similarity)
         if not drop:
-            put_modules(model, request, descriptions)
+            put_modules(root, request, descriptions)
 
     report = {**_describe(request, options), **similarity.report()}
     for path, facts in facts_by_layer.items():

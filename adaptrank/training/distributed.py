@@ -74,11 +74,12 @@ def copy_from_first(model: nn.Module, more: Iterable[Tensor] = ()) -> None:
 
 
 def _own_tensors(wrapper: Parameterization) -> Iterable[tuple[str, Tensor]]:
-    named = [
-        *wrapper.named_parameters(remove_duplicate=False),
-        *wrapper.named_buffers(remove_duplicate=False),
-    ]
-    return [(name, tensor) for name, tensor in named if not name.startswith("base.")]
+    """Yield the tensors of a wrapper and of its parts, also those that no file holds."""
+    yield from wrapper.named_parameters(recurse=False, remove_duplicate=False)
+    yield from wrapper.named_buffers(recurse=False, remove_duplicate=False)
+    for name, module in wrapper.own_modules().items():
+        yield from module.named_parameters(name, remove_duplicate=False)
+        yield from module.named_buffers(name, remove_duplicate=False)
 
 
 def check_launcher(trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptrank._collectives import from_all, several
 from adaptrank._errors import RunError, some
 from adaptrank.training.adapter_gradients import HasGates
+from adaptrank.training.callback_order import ensure_in_front
 
 EVERY = 50
 """Optimizer steps from one look to the next in a trainer that logs nothing."""
@@ -143,14 +144,8 @@ class FiniteWeights(Callback):
 
 
 def ensure_finite(trainer: Trainer) -> None:
-    """Put `FiniteWeights` before all callbacks but the one that completes gradients.
-
-    A trainer that has it already stays as it is. The list is replaced, not changed: Lightning may
-    be iterating over it.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, FiniteWeights) for callback in callbacks):
-        trainer.callbacks = [FiniteWeights(), *callbacks]  # type: ignore[attr-defined]
+    """Put `FiniteWeights` in front of all callbacks, unless there is one."""
+    ensure_in_front(trainer, FiniteWeights)
 
 
 def check_finite(trainer: Trainer, module: LightningModule) -> None:
@@ -172,11 +167,11 @@ def _trained(trainer: Trainer) -> Iterator[Tensor]:
 
 
 def _moments(trainer: Trainer) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Yield (parameter, name, tensor) of the optimizers' state that has a parameter's shape."""
+    """Yield (parameter, name, tensor) of the optimizers' state that is no single number."""
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.dim():
                     yield parameter, name, value
 
 

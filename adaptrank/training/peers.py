@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adaptrank._collectives import from_all, several
 from adaptrank._errors import RunError
+from adaptrank.training.callback_order import ensure_in_front
 
 log = logging.getLogger("adaptrank")
 
@@ -146,13 +147,8 @@ class PeerWatch(Callback):
 
 
 def ensure_peer_watch(trainer: Trainer) -> None:
-    """Put `PeerWatch` in front of all callbacks, unless there is one.
-
-    The list is replaced, not changed: Lightning may be iterating over it.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, PeerWatch) for callback in callbacks):
-        trainer.callbacks = [PeerWatch(), *callbacks]  # type: ignore[attr-defined]
+    """Put `PeerWatch` in front of all callbacks, unless there is one."""
+    ensure_in_front(trainer, PeerWatch)
 
 
 def lost_peer(trainer: Trainer) -> str | None:
