@@ -7,6 +7,7 @@ from adaptrank.backbones.lookup import Source, resolve
 from adaptrank.backbones.vocabulary import (
     add_embedding_rows,
     before_end,
+    chat_template_of,
     embedding_paths,
     embedding_rows,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "add_embedding_rows",
     "auto_dtype",
     "before_end",
+    "chat_template_of",
     "embedding_paths",
     "embedding_rows",
     "fingerprint",

@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer beside the rows of a model's embedding."""
+"""A tokenizer's vocabulary and chat template, and the rows of a model's embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaptrank.backbones.silence import silenced
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Return the number of tokens that a model has an embedding of, or None if it tells of none."""
+    """Return the number of rows of a model's input embedding, or None if it has none."""
     find = getattr(model, "get_input_embeddings", None)
     weight = None if find is None else getattr(find(), "weight", None)
     return None if weight is None else int(weight.shape[0])
@@ -49,5 +49,13 @@ def before_end(ids: list[int], ends: Collection[int]) -> list[int]:
 
 def embedding_paths(model: Any) -> list[str]:
     """Return the paths of a model's input embedding and of its output embedding."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [path for path, module in model.named_modules() if any(module is m for m in modules)]
+    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [path for path, module in model.named_modules() if id(module) in embeddings]
+
+
+def chat_template_of(tokenizer: Any) -> str | None:
+    """Return the chat template that a tokenizer uses without a name, or None if it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None

@@ -160,8 +160,8 @@ class ArithmeticProblems(CompletionTask):
     are the validation rows.
 
     There are about 4.5 million different training problems and 160 thousand validation problems. No
-    problem occurs twice, unless more are requested than there are. Then each occurs as often as any
-    other, up to one. A large set is made row by row while it is read, and takes no memory.
+    problem occurs twice, unless more are requested than exist. Then the counts of two problems
+    differ by at most one. A large set is made row by row while it is read, and takes no memory.
 
     Args:
         train_size: number of training problems.

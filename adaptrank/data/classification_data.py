@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from adaptrank._errors import UserError, did_you_mean
+from adaptrank.data.class_names import show
 from adaptrank.data.columns import read_fields
 from adaptrank.data.files import declared_classes
 from adaptrank.data.label_task import LabelTask
@@ -17,9 +18,6 @@ from adaptrank.data.task import Row, Split
 from adaptrank.data.values import INTEGER, NUMBER, Unquoted, as_integer
 
 log = logging.getLogger(__name__)
-
-MOST_SHOWN = 20
-"""Names of classes that an error lists."""
 
 BOOLEANS = ("false", "true")
 """Words without quotes that are labels. The index of each is its class where names are given."""
@@ -144,6 +142,15 @@ class ClassificationData(LabelTask):
         names = self._classes or []
         if set(declared) <= set(names):
             return [names.index(name) for name in declared]
+        moved = [
+            name for k, name in enumerate(declared) if name in names and names.index(name) != k
+        ]
+        if moved:
+            raise UserError(
+                f"A column of labels declares the classes {show(declared)}, and the run has "
+                f"{show(names)}: {moved[0]!r} has another number. Give the names of all in "
+                f"`classes`."
+            )
         return list(range(len(names)))
 
     def _class_index(self, label: str, where: str, indices: list[int] | None) -> int:
@@ -170,10 +177,9 @@ class ClassificationData(LabelTask):
             index = number
         if index is not None and 0 <= index < len(names):
             return index
-        shown = names if len(names) <= MOST_SHOWN else [*names[:MOST_SHOWN], "..."]
         hint = "" if isinstance(label, Unquoted) else did_you_mean(label, names)
         raise UserError(
-            f"{where}: label {label!r} is none of the {len(names)} classes {shown}.{hint}"
+            f"{where}: label {label!r} is none of the {len(names)} classes {show(names)}.{hint}"
         )
 
     def _find_classes(self) -> None:

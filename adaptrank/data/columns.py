@@ -4,23 +4,20 @@ import logging
 import re
 import string
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from adaptrank._errors import UserError, did_you_mean
 from adaptrank.data.sources import Source
 from adaptrank.data.tables import RawRow, Table
 from adaptrank.data.task import Row
-from adaptrank.data.values import as_text
+from adaptrank.data.values import Unquoted, as_text
 
 log = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("prompt", "completion", "answer", "text", "text_pair")
 """Fields that are texts. The others keep the form of their value."""
 
-
-COLUMN = re.compile(r"[^.\[]*")
-"""Column at the beginning of a name such as "options[text][0]"."""
 
 STEP = re.compile(r"\.([^.\[]*)|\[([^\]]*)\]")
 """A step into a value: an attribute, or a key or an index in brackets."""
@@ -59,21 +56,34 @@ class _Formatter(string.Formatter):
             raise MisfitError(f"{error}. Name a part of it, as in {{column[key]}}") from error
         if not format_spec:
             return text
-        return _format_text(text, format_spec)
+        return _format_text(text, format_spec, isinstance(value, Unquoted))
 
 
-def _format_text(text: str, spec: str) -> str:
-    """Format a text as a text, or where the format asks for a number, as the number it spells."""
-    try:
-        return format(text, spec)
-    except ValueError:
-        pass
+def _format_text(text: str, spec: str, is_number: bool) -> str:
+    """Format a text as a text, or where the format asks for a number, as the number it spells.
+
+    Args:
+        text: characters of the value.
+        spec: format, as in ".2f" or "03".
+        is_number: whether the value is a number without quotes.
+    """
+    # A zero before the width, a precision or a separator means something else for a text.
+    pads_by_zeros = re.match(r"[-+ ]?0\d", spec) is not None
+    asks_for_digits = is_number and re.search(r"[.,_]", spec) is not None
+    if spec.endswith("s") or not (pads_by_zeros or asks_for_digits):
+        try:
+            return format(text, spec)
+        except ValueError:
+            pass
+    is_of_integers = spec[-1] in "bcdoxX"
     try:
         number = Decimal(text)
-        is_of_integers = spec[-1] in "bcdoxX"
+        if is_of_integers and number != int(number):
+            raise ValueError
         return format(int(number) if is_of_integers else number, spec)
-    except (ValueError, ArithmeticError, InvalidOperation) as error:
-        raise MisfitError(f"the format {spec!r} asks for a number, and {text!r} is none") from error
+    except (ValueError, ArithmeticError) as error:
+        kind = "a whole number" if is_of_integers else "a number"
+        raise MisfitError(f"the format {spec!r} asks for {kind}, and {text!r} is none") from error
 
 
 def reach(name: str, row: RawRow) -> Any:
@@ -103,8 +113,8 @@ def reach(name: str, row: RawRow) -> Any:
 
 
 def _column_of(name: str) -> str:
-    match = COLUMN.match(name)
-    return match.group() if match else name
+    """Return the column at the beginning of a name such as "options[text][0]"."""
+    return re.split(r"[.\[]", name, maxsplit=1)[0]
 
 
 class FieldReader:
@@ -137,7 +147,7 @@ class FieldReader:
         self.bare: str | None = None
         # Columns that the field is made of.
         self.columns: list[str] = []
-        if template in columns:
+        if template and template in columns:
             self.bare = template
             self.columns = [template]
         elif template:
@@ -147,7 +157,8 @@ class FieldReader:
         gaps = _gaps(field, self.template)
         names = [name for name, _ in gaps] or [self.template]
         for name in names:
-            column = name if name in columns else _column_of(name)
+            # Without a gap, the template has to be the whole name of a column.
+            column = name if name in columns or not gaps else _column_of(name)
             if column not in columns or not name:
                 raise UserError(
                     f"{field}: {path!r} has no column {column!r}, only {columns}."
@@ -211,12 +222,13 @@ def read_fields(
     """
     columns = table.column_names
     readers = _field_readers(source, fields, columns)
+    example = next(filter(None, columns), "column")
     for field in required:
         if field not in readers:
             raise UserError(
                 f"{source.path!r} has no column {field!r}, only {columns}."
                 f"{did_you_mean(field, columns)} "
-                f'Say how to make it, for example {field}: "{{{columns[0]}}}".'
+                f'Say how to make it, for example {field}: "{{{example}}}".'
             )
     used = {column: None for reader in readers.values() for column in reader.columns}
     rows = []
@@ -256,8 +268,10 @@ def _null_error(
     table: Table, source: Source, k: int, row: RawRow, field: str, reader: FieldReader
 ) -> UserError:
     place = table.place(k)
-    null = [column for column in reader.columns if row.get(column) is None] or reader.columns
-    cause = "it is null" if null == [field] else f"{null[0]!r} is null"
+    null = [column for column in reader.columns if row.get(column) is None]
+    cause = f"a part that {reader.template!r} names is null"
+    if null:
+        cause = "it is null" if null == [field] else f"{null[0]!r} is null"
     advice = "Remove or fill such rows"
     if reader.is_text:
         advice += ", or set `null_is_empty: true`"

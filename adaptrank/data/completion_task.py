@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from adaptrank.backbones import chat_template_of
 from adaptrank.data.collate import (
     IGNORED,
     Batch,
@@ -15,7 +16,7 @@ from adaptrank.data.collate import (
 from adaptrank.data.segments import Segment, as_int32, cut, encode_segments, token_ids
 from adaptrank.data.shortening import Shortener
 from adaptrank.data.task import Row, Split, TaskData
-from adaptrank.data.templates import chat_segments, chat_template_of, render_chat
+from adaptrank.data.templates import chat_segments, render_chat
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class CompletionTask(TaskData):
     def __init__(self, *, chat: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chat = chat
-        # What was seen of the rows: kinds (conversation or not), first system messages, ids that
-        # end a completion, and a prompt to try the trained model with.
+        # Format of the rows encoded so far: kinds (conversation or not), first system messages, ids
+        # that end a completion, and a prompt to try the trained model with.
         self._kinds: set[bool] = set()
         self._systems: set[str | None] = set()
         self._end_ids_seen: set[int] = set()
@@ -93,8 +94,10 @@ class CompletionTask(TaskData):
             for example, row in zip(examples, rows, strict=True):
                 example["answer"] = row["answer"]
         if self._all_have("choices", rows, split, "accuracy over choices"):
+            assert self.tokenizer is not None
+            shortener = Shortener(self.tokenizer, self.max_length)
             for example, row in zip(examples, rows, strict=True):
-                example |= self._encode_choices(row)
+                example |= self._encode_choices(row, shortener)
         return examples
 
     def _all_have(self, field: str, rows: list[Row], split: Split, score: str) -> bool:
@@ -117,10 +120,12 @@ class CompletionTask(TaskData):
             self._kinds.add(self._is_chat(row))
             messages = row.get("messages") or []
             has_system = bool(messages) and messages[0]["role"] == "system"
-            self._systems.add(messages[0]["content"] if has_system else None)
+            system = messages[0]["content"] if has_system else None
+            self._systems.add(system if isinstance(system, str) else None)
             if self._first_prompt is None:
                 asked = [message["content"] for message in messages if message["role"] == "user"]
-                self._first_prompt = row.get("prompt") or (asked[0] if len(asked) == 1 else None)
+                prompt = row.get("prompt") or (asked[0] if len(asked) == 1 else None)
+                self._first_prompt = prompt if isinstance(prompt, str) else None
 
     # ---- the text of a row
 
@@ -192,7 +197,8 @@ class CompletionTask(TaskData):
             for i, (ids, labels) in zip(indices, encoded, strict=True):
                 end = self._end_ids(ids if is_chat else [])
                 if end or is_chat:
-                    self._end_ids_seen.update(self._added_ids() & {*[*ids, *end][-1:]})
+                    last_id = (ids + end)[-1:]
+                    self._end_ids_seen |= self._added_ids().intersection(last_id)
                 ids, labels, part = cut(ids + end, labels + end, self.max_length, bos)
                 if part:
                     cuts[part] += 1
@@ -225,11 +231,10 @@ class CompletionTask(TaskData):
             self._added = frozenset([*added, *self.tokenizer.all_special_ids])
         return self._added
 
-    def _encode_choices(self, row: Row) -> Row:
+    def _encode_choices(self, row: Row, shortener: Shortener) -> Row:
         """Tokenize every choice of a row, after its prompt."""
         assert self.tokenizer is not None
         special = not self._is_chat(row)
-        shortener = Shortener(self.tokenizer, self.max_length)
         whole = (self._choice_segments(row, choice) for choice in row["choices"])
         segments = [shortener.segments(choice, special=special) for choice in whole]
         encoded = encode_segments(self.tokenizer, segments, special=special)
@@ -248,6 +253,10 @@ class CompletionTask(TaskData):
         """
         if not self._is_chat(row):
             return [(row["prompt"], False), (" " + choice, True)]
+        if "messages" in row:
+            turns = row["messages"]
+            asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+            row = {"messages": [*asked, {"role": "assistant", "content": choice}]}
         *context, (reply, _) = self._segments(row | {"completion": choice})
         end = reply.find(choice.strip()) + len(choice.strip())
-        return [*context, (reply[:end], True)]
+        return [*((text, False) for text, _ in context), (reply[:end], True)]

@@ -16,7 +16,7 @@ def content_hash(examples: Sequence[Mapping[str, Any]]) -> str:
     It reads at most 256 examples. It identifies a data set, whatever its files are called.
     """
     digest = hashlib.blake2b(f"{len(examples)}".encode(), digest_size=8)
-    stride = max(1, len(examples) // MOST_EXAMPLES)
+    stride = max(1, -(-len(examples) // MOST_EXAMPLES))
     for index in range(0, len(examples), stride):
         for name, value in sorted(examples[index].items()):
             plain = value.tolist() if isinstance(value, Tensor) else value

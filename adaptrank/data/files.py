@@ -162,8 +162,11 @@ def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
     from datasets.dataset_dict import DatasetDict
     from datasets.load import load_from_disk
 
-    with _unreadable_folder(folder):
+    try:
         loaded = load_from_disk(str(folder))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise unreadable(folder, "a saved data set", reason) from error
     instruction = source.split or split
     name = instruction.partition("[")[0]
     if isinstance(loaded, DatasetDict):
@@ -178,17 +181,6 @@ def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
             return None
         raise UserError(f"The folder {source.path!r} has no {name!r} split, only {known}.")
     return _take(Table([DatasetPart(data, source.path)]), source.path, name, instruction)
-
-
-@contextmanager
-def _unreadable_folder(folder: Path) -> Iterator[None]:
-    """Say the errors of a damaged folder in one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise unreadable(folder, "a saved data set", f"{error}".partition("\n")[0]) from error
 
 
 # ---- the Hub
@@ -217,12 +209,13 @@ def _load_from_hub(source: Source, split: str) -> Table | None:
     assert isinstance(data, Dataset)
     if data.info.builder_name in ("csv", "json"):
         name = split.partition("[")[0]
-        parts = _exact_parts_of_hub(source, name)
+        is_one_split = all(part.strip().partition("[")[0] == name for part in split.split("+"))
+        parts = _exact_parts_of_hub(source, name) if is_one_split else None
         if parts is not None:
             return _take(Table(parts), source.path, name, split)
         log.warning(
-            "%r has files of %s with settings of their own. The library `datasets` reads them, and "
-            "may take a text for a number or a date.",
+            "%r is read by the library `datasets`, because its %s files have settings of their own "
+            "or several splits are joined. It may take a text for a number or a date.",
             source.path,
             data.info.builder_name,
         )
@@ -239,18 +232,50 @@ def _exact_parts_of_hub(source: Source, name: str) -> list[Part] | None:
 
     builder = load_dataset_builder(source.path, source.name)
     config: Any = builder.config
-    usual = {"encoding": (None, "utf-8"), "quotechar": ('"',), "header": ("infer", 0)}
-    fields = ("features", "field", "names", "skiprows", "encoding", "quotechar", "header")
-    is_usual = all(
-        getattr(config, field, None) in (None, *usual.get(field, ())) for field in fields
-    )
     separator = getattr(config, "sep", ",")
-    if not is_usual or separator not in (",", "\t"):
+    if not _is_usual(config) or separator not in (",", "\t") or name not in config.data_files:
         return None
     kind = "tsv" if separator == "\t" else builder.name
     manager: Any = DownloadManager(dataset_name=builder.dataset_name)
     files = manager.download(list(config.data_files[name]))
-    return [_part(Path(file), kind) for file in files]
+    try:
+        return [_part(Path(file), kind) for file in files]
+    except UserError:
+        # Such as an archive, which the library unpacks.
+        return None
+
+
+USUAL_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "encoding": ("utf-8",),
+    "quotechar": ('"',),
+    "header": ("infer", 0),
+    "quoting": (0,),
+    "skipfooter": (0,),
+    "skipinitialspace": (False,),
+    "doublequote": (True,),
+}
+"""Settings of files on the Hub -> values that mean plain CSV. All others have to be None."""
+UNUSUAL_SETTINGS = (
+    "features",
+    "field",
+    "names",
+    "skiprows",
+    "nrows",
+    "usecols",
+    "index_col",
+    "comment",
+    "escapechar",
+    "dialect",
+    "lineterminator",
+)
+
+
+def _is_usual(config: Any) -> bool:
+    """Tell whether text files on the Hub have no settings of their own."""
+    return all(
+        getattr(config, field, None) in (None, *USUAL_SETTINGS.get(field, ()))
+        for field in (*USUAL_SETTINGS, *UNUSUAL_SETTINGS)
+    )
 
 
 # ---- names of classes

@@ -119,7 +119,7 @@ class LabelTask(TaskData):
         return examples, truncated
 
     def _shortened(self, texts: list[str]) -> list[str]:
-        """Return texts of which the tokenizer keeps the same tokens."""
+        """Shorten texts so that truncation keeps the same tokens."""
         assert self.tokenizer is not None
         shortener = Shortener(self.tokenizer, self.max_length)
         shorten = shortener.tail if self.tokenizer.truncation_side == "left" else shortener.head

@@ -29,7 +29,7 @@ SPLIT_NAMES = {
 """Split -> the words with which the names of its files begin."""
 
 KNOWN_WORDS = [word for words in SPLIT_NAMES.values() for word in words]
-"""Words with which the names of files begin that belong to a split."""
+"""Words with which the name of a split's file begins."""
 
 LABELS_FILE = "labels.json"
 """File beside the data that lists the names of the classes."""

@@ -35,15 +35,16 @@ def fill_prompt(template: str, typed: str | Mapping[str, object]) -> str:
         if len(gaps) > 1:
             example = "{" + ", ".join(f'"{gap}": "..."' for gap in gaps) + "}"
             raise UserError(
-                f"The prompts of training were {template!r}, made of {len(gaps)} texts: give them "
+                f"The format of the training prompts is {template!r}. Give its {len(gaps)} texts "
                 f"as JSON, {example}, or give a whole prompt with --raw."
             )
         typed = dict.fromkeys(gaps, typed)
     missing = [gap for gap in gaps if gap not in typed]
     if missing:
         raise UserError(
-            f"The prompts of training were {template!r}, and {missing[0]!r} is missing here; "
-            f"there are {sorted(map(str, typed))}. Give a whole prompt with --raw."
+            f"The format of the training prompts is {template!r}. The text for {missing[0]!r} is "
+            f"missing, and only {sorted(map(str, typed))} arrived. Give it, or give a whole prompt "
+            f"with --raw."
         )
     return "".join(text if gap is None else f"{text}{typed[gap]}" for text, gap in _parts(template))
 

@@ -38,7 +38,7 @@ TOKEN_OF_WORDS = re.compile(r"([A-Za-z]|[^\x00-\x7f]) ")
 
 
 class Shortener:
-    """Cuts texts to a part with the same first, or last, tokens.
+    """Shortener of texts. A shortened text has the same first, or last, tokens.
 
     Args:
         tokenizer: the tokenizer.
@@ -69,7 +69,7 @@ class Shortener:
         return end if len(end) == len(text) else self.opening(text, special) + end
 
     def segments(self, segments: list[Segment], *, special: bool) -> list[Segment]:
-        """Return segments of which `cut` keeps the same tokens (see `adaptrank.data.segments`).
+        """Shorten segments so that `cut` keeps the same tokens (see `adaptrank.data.segments`).
 
         The last segment loses its end, and the text before it loses its beginning. Segments after
         the last one that is trained on are not expected.

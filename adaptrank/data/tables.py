@@ -7,6 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from adaptrank._errors import UserError
 from adaptrank.data.text_files import Reader
 
 RawRow = dict[str, Any]
@@ -30,7 +31,7 @@ class Part(ABC):
         """Yield the rows. Other columns than the given ones may be missing."""
 
     def place(self, k: int) -> str:
-        """Return where row k stands, such as "line 3 of 'a.csv'", or "" if nobody would look."""
+        """Return where row k stands, such as "line 3 of 'a.csv'", or ""."""
         return ""
 
     def class_names(self, column: str) -> list[str] | None:
@@ -107,7 +108,7 @@ class Table:
             yield from islice(chain.from_iterable(parts), start, stop)
 
     def place(self, k: int) -> str:
-        """Return where row k stands, such as "line 3 of 'a.csv'", or "" if nobody would look."""
+        """Return where row k stands, such as "line 3 of 'a.csv'", or ""."""
         for start, stop in self.ranges:
             if k < stop - start:
                 return self._place_of_whole(start + k)
@@ -124,4 +125,10 @@ class Table:
 
     def class_names(self, column: str) -> list[str] | None:
         """Return the names of the classes that a column declares, or None."""
-        return self.parts[0].class_names(column) if self.parts else None
+        names = [part.class_names(column) for part in self.parts]
+        if any(other != names[0] for other in names):
+            raise UserError(
+                f"Files of one source declare different classes in {column!r}: {names}. Make each "
+                "file a source of its own."
+            )
+        return names[0] if names else None

@@ -185,7 +185,8 @@ class TaskData(LightningDataModule, ABC):
     def _lazy_examples(self, rows: Sequence[Row], split: Split) -> LazyExamples:
         """Return examples that are tokenized when they are read."""
         self._lazy.add(split)
-        # A task may remember the form of its rows, which a process beside this one cannot tell.
+        # Encoding a row records its format in this object. A worker process cannot report it, so
+        # the first row is encoded here.
         self.encode([rows[0]], split)
         # Processes that collate ahead get the examples, and must not get the Trainer with them.
         task = copy.copy(self)

@@ -116,14 +116,6 @@ def _closing_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"({token})(?:\s|{token})*\Z")
 
 
-def chat_template_of(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return the chat template that a tokenizer uses without a name, or None if it has none."""
-    template: Any = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
-
-
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the token that ends a turn of the assistant by the chat template, or None.
 

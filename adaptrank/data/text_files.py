@@ -55,7 +55,7 @@ def unreadable(file: Path, kind: str, reason: str, line: int | None = None) -> U
 
 @contextmanager
 def opened(file: Path, kind: str) -> Iterator[IO[bytes]]:
-    """Open a file as bytes. What is compressed by gzip, bzip2 or xz is unpacked on the fly.
+    """Open a file as bytes. Decompress a file of gzip, bzip2 or xz while it is read.
 
     Raises:
         UserError: if the file cannot be opened, is foreign, or ends amid compressed data.
@@ -167,7 +167,7 @@ def _csv_reason(error: csv.Error) -> str:
 
 
 def _check_header(header: list[str], file: Path, kind: str, line: int) -> None:
-    """Raise if two columns have one name. Several may have none, since none of these is used."""
+    """Raise if two columns have one name. Several may be unnamed, because no field uses them."""
     repeated = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
     if repeated:
         reason = f"two columns are named {some(map(repr, repeated))}. Give each a name of its own"

@@ -5,7 +5,7 @@ A value is a text, an `Unquoted`, True, False, None, or a list or a dictionary o
 
 import json
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A decimal number."""
@@ -56,10 +56,6 @@ def as_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return str(value)
-    _refuse_as_text(value)
-
-
-def _refuse_as_text(value: Any) -> NoReturn:
     kinds = {type(None): "null", list: "a list", dict: "an object"}
     raise TypeError(f"{kinds.get(type(value), type(value).__name__)} is no text")
 
@@ -74,7 +70,7 @@ def as_integer(value: Any) -> int | None:
 def as_plain(value: Any) -> Any:
     """Return a value with numbers in place of their characters, as a JSON parser returns it."""
     if isinstance(value, Unquoted):
-        return json.loads(value)
+        return int(value) if INTEGER.fullmatch(value) else float(value)
     if isinstance(value, list):
         return [as_plain(item) for item in value]
     if isinstance(value, dict):
