@@ -57,10 +57,6 @@ COUNT = Range(1)
 """At least one."""
 DECAY = Range(0, 1, open_high=True)
 """A dropout, or the decay of a running average."""
-SHARE = Range(0, 1, open_low=True)
-"""A part of a whole, which may be all of it."""
-
-Ranges = Mapping[str, Range]
 
 
 def check_number(name: str, value: Any, allowed: Range = ANY, whole: bool = False) -> None:
@@ -144,6 +140,9 @@ def _kinds(hint: Any) -> tuple[set[type], set[type]]:
         container = typing.get_origin(alternative)
         if alternative in (int, float):
             numbers.add(alternative)
+        elif container is typing.Literal:
+            choices = {type(choice) for choice in typing.get_args(alternative)}
+            others |= choices - {int, float}
         elif isinstance(container, type):
             of_members, _ = _kinds((typing.get_args(alternative) or (None,))[-1])
             numbers |= of_members
@@ -156,7 +155,7 @@ def _kinds(hint: Any) -> tuple[set[type], set[type]]:
 def _check_value(name: str, value: Any, allowed: Range, whole: bool, kinds: Iterable[type]) -> None:
     """Check a value that is a number, or of one of the other kinds, which may hold numbers."""
     for kind in kinds:
-        if kind is bool or not isinstance(value, kind):
+        if not isinstance(value, kind):
             continue
         members: Iterable[Any] = ()
         if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ from adaptrank.modules import AdaptedModule
 ROUNDING = 5e-5
 """Half a unit of the last digit that is printed of a metric."""
 NEAR_CHANCE = 0.99
-"""Share of the loss of guessing above which a loss is that of guessing, for the few examples."""
+"""A loss above this share of the loss of guessing counts as guessing: few examples leave noise."""
 
 ADVICE = (
     "Tune the learning rate, train longer, and look at the data. The adapter is saved all the same."

@@ -78,7 +78,7 @@ def explain(cli: "AdaptrankCLI", error: Exception) -> str | None:
 
 
 def lost(cli: "AdaptrankCLI") -> bool:
-    """Return whether another process of the run is gone, which has been said then."""
+    """Return whether another process of the run is gone. Its sentence was printed already."""
     trainer = getattr(cli, "trainer", None)
     return trainer is not None and lost_peer(trainer) is not None
 

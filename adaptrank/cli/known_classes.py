@@ -10,7 +10,7 @@ HIDDEN = ("lightning.pytorch.demos", "lightning.pytorch.cli", "adaptrank.cli", "
 
 
 def class_of(kind: Any) -> type | None:
-    """Return the class whose subclasses fit a type: of `list[Callable[[A], B]] | None` B."""
+    """Return the class whose subclasses fit a type. For `list[Callable[[A], B]] | None` it is B."""
     if isinstance(kind, type) and not get_args(kind):
         return None if kind.__module__ == "builtins" else kind
     classes = (class_of(part) for part in get_args(kind))

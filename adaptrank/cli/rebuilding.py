@@ -36,7 +36,6 @@ def save_rebuilt(file: Path, config: Path, out: Path) -> None:
         config: configuration of its run.
         out: folder for the adapter.
     """
-    arguments = ["--config", str(config), "--ckpt_path", str(file), "--evaluate", "false"]
-    cli = _Rebuilding("validate", arguments)
+    cli = _Rebuilding("validate", ["--config", str(config), "--ckpt_path", str(file)])
     module = cli.model
     write_folder(out, lambda folder: save_adapter(adapted_part(module), folder, base_of(module)))

@@ -35,7 +35,7 @@ def trained_conventions(module: "AdaptedModule") -> dict[str, Any]:
 
 
 def agree(module: "AdaptedModule") -> None:
-    """Record the conventions of the data with the model, and warn where it was trained otherwise.
+    """Record the conventions of the data with the model, and warn where the model had others.
 
     What a model was trained with stays recorded until it trains on something else.
 

@@ -142,7 +142,7 @@ def _only(state: Mapping[str, Any], trained: Mapping[str, Tensor]) -> dict[str, 
 
 
 def fill_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Complete a state dict without the frozen tensors before it is loaded strictly; a pre-hook."""
+    """Add the frozen tensors to a state dict that is loaded strictly. This is a load pre-hook."""
     strict = rest[1] if len(rest) > 1 else True
     if not strict or module.backbone is None:
         return

@@ -41,7 +41,7 @@ def read_inputs(
 
     Raises:
         UserTypeError: if the batch is no mapping.
-        UserError: naming a key that nobody would read, or that lacks.
+        UserError: naming the key that the model does not read, or the input that is missing.
     """
     batch = entries(batch)
     known = {*forward_keys(type(model)), *more}

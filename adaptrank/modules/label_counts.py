@@ -1,10 +1,13 @@
-"""Metrics that count the labels of an evaluation, from which follows what guessing would reach."""
+"""Label statistics of an evaluation, which give loss and accuracy of a model that guesses."""
 
 import math
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+EXACT = torch.float32 if torch.backends.mps.is_available() else torch.float64
+"""Dtype of sums of squares, which cancel in float32."""
 
 
 class LabelCounts(Metric):
@@ -57,11 +60,11 @@ class LabelSpread(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("total", "squares", "examples"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
 
     def update(self, labels: Tensor) -> None:
         """Take labels (B,)."""
-        values = labels.float()
+        values = labels.to(EXACT)
         self.total = self.total + values.sum()
         self.squares = self.squares + values.square().sum()
         self.examples = self.examples + len(values)
@@ -72,4 +75,5 @@ class LabelSpread(Metric):
 
     def chance(self) -> dict[str, float]:
         """Return the squared error of a model that always answers the mean. {} if unknown."""
-        return {"loss": float(self.compute())} if self.update_called else {}
+        known = self.update_called and bool(self.examples)
+        return {"loss": float(self.compute())} if known else {}

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from adaptrank._errors import UserError
-from adaptrank._options import NOT_NEGATIVE, POSITIVE, check_number
+from adaptrank._options import ANY, NOT_NEGATIVE, POSITIVE, check_number
 from adaptrank.allocation.schedules import check_length
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -29,11 +29,15 @@ def check_options(schedule: str, warmup: float, lora_plus_ratio: float, seed: in
     check_number("seed", seed, whole=True)
 
 
+NEVER_NEGATIVE = ("lr", "weight_decay", "momentum")
+"""Options of optimizers that are no exponent and no coefficient of a polynomial."""
+
+
 def check_optimizer_options(make: Callable[[Iterable[Any]], torch.optim.Optimizer]) -> None:
     """Check the numbers of an optimizer on a parameter that nobody trains.
 
-    Learning rate, weight decay, momentum and the like must be finite and not negative. An optimizer
-    that cannot be built on such a parameter is left to the run.
+    All numbers must be finite. A learning rate, a weight decay and a momentum must not be negative.
+    An optimizer that cannot be built on such a parameter is left to the run.
 
     Raises:
         UserError: naming the optimizer, the option and its value.
@@ -51,7 +55,8 @@ def check_optimizer_options(make: Callable[[Iterable[Any]], torch.optim.Optimize
         return
     name = type(optimizer).__name__
     for option, value in _numbers(getattr(optimizer, "defaults", {})):
-        check_number(f"{name}: {option}", value, NOT_NEGATIVE)
+        allowed = NOT_NEGATIVE if option in NEVER_NEGATIVE else ANY
+        check_number(f"{name}: {option}", value, allowed)
 
 
 def _numbers(defaults: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -63,7 +68,7 @@ def _numbers(defaults: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def check_clipping(trainer: Trainer) -> None:
-    """Check the clip value of a trainer: Lightning takes a negative one for none.
+    """Check the clip value of a trainer. Lightning would not clip at all under a negative value.
 
     Raises:
         UserError: if it is negative or not finite.

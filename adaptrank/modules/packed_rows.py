@@ -8,20 +8,21 @@ become one mask (B, 1, T, T) here.
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.modules.batch_keys import BOUNDARY_KEYS, takes, token_shape
+from adaptrank.modules.model_losses import has_own_terms
 from adaptrank.parameterizations import wrappers
 
 Inputs = dict[str, Any]
 
 
 def attention_inputs(inputs: Mapping[str, Any], model: Any) -> Inputs:
-    """Return inputs whose mask and positions the model reads as they are meant.
+    """Return inputs under which this model keeps the examples of a row apart.
 
     Args:
         inputs: inputs of a causal language model, with the keys of flash attention, too.
@@ -54,18 +55,18 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
     """Return inputs under which the model keeps the examples of a row apart."""
     positions, mask = ready.get("position_ids"), ready.get("attention_mask")
     rows, length = token_shape(ready)
+    if not _separates(model):
+        # A recurrent layer carries its state from one example to the next.
+        if segments is not None:
+            _refuse("boundaries of examples", model)
+        if positions is not None and _restarts(positions):
+            _refuse("position_ids that begin again", model)
+        return ready
     # Transformers keeps examples apart by itself where nothing but positions tells them apart.
-    told_by_positions = mask is None and segments is None
+    told_by_positions = mask is None and (segments is None or positions is None)
     if positions is None:
         assert segments is not None
         positions = ready["position_ids"] = _positions_of(segments.diff(dim=-1) != 0)
-        told_by_positions = mask is None
-    elif segments is None and not _separates(model):
-        # A recurrent layer carries its state from one example to the next.
-        _refuse_if(_restarts(positions), "position_ids that begin again", model)
-        return ready
-    if not _separates(model):
-        _refuse_if(True, "boundaries of examples", model)
     starts = positions.diff(dim=-1) != 1
     if segments is not None:
         starts = starts | (segments.diff(dim=-1) != 0)
@@ -76,14 +77,14 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
     elif _wraps_single_layers(model) and (mask is None or bool((mask != 0).all())):
         ready["attention_mask"] = None
         ready["position_ids"] = _positions_of(starts) if segments is not None else positions
-    else:
-        _refuse_if(_restarts(positions), "packed rows with padding", model)
+    elif segments is not None or _restarts(positions):
+        _refuse("packed rows with padding", model)
     return ready
 
 
 def _segments(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the number of the example that each token belongs to, (1, T)."""
-    length = token_shape(inputs)[1]
+    """Return the number of the example that each token belongs to, (rows, T)."""
+    rows, length = token_shape(inputs)
     if "seq_idx" in inputs:
         return inputs["seq_idx"]  # type: ignore[no-any-return]
     starts = inputs.get("cu_seq_lens_q", inputs.get("cu_seq_lens_k"))
@@ -92,8 +93,15 @@ def _segments(inputs: Mapping[str, Any]) -> Tensor:
             "The batch has max_length_q or max_length_k, and no cu_seq_lens_q that says where its "
             "examples begin. Give cu_seq_lens_q or position_ids."
         )
-    tokens = torch.arange(length, device=starts.device)
-    return torch.bucketize(tokens, starts[1:].to(tokens.dtype), right=True)[None]
+    # Flash attention counts the tokens of all rows, one row after the other.
+    tokens = torch.arange(rows * length, device=starts.device)
+    ends = starts[1:].to(tokens.dtype)
+    if not len(ends) or int(ends[-1]) != rows * length:
+        raise UserError(
+            f"The batch's cu_seq_lens_q does not end at its {rows * length} tokens. Give the "
+            f"boundaries of all rows, one after the other, from 0 to {rows * length}."
+        )
+    return torch.bucketize(tokens, ends, right=True).view(rows, length)
 
 
 def _positions_of(starts: Tensor) -> Tensor:
@@ -134,7 +142,8 @@ def _prepared_mask(mask: Tensor, inputs: Mapping[str, Any], model: Any) -> Tenso
             f"The batch's attention_mask has the shape {tuple(mask.shape)}. Give "
             f"({rows}, {length}) or ({rows}, 1, {length}, {length})."
         )
-    if not (_separates(model) and _attention_name(model) in ("sdpa", "eager")):
+    reads_it = _attention_name(model) in ("sdpa", "eager") and not has_own_terms(model)
+    if not (_separates(model) and reads_it):
         raise UserError(
             f"{type(model).__name__} with attention {_attention_name(model)!r} cannot read an "
             "attention_mask of four dimensions. Give one of shape (rows, tokens), or position_ids."
@@ -173,7 +182,7 @@ def _text_config(model: Any) -> Any:
 
 
 def _separates(model: Any) -> bool:
-    """Tell whether the model sees tokens of other examples in attention alone, and masks those.
+    """Tell whether tokens meet in attention only, and whether a mask can separate examples there.
 
     It takes positions, its attention masks are those of transformers' `create_causal_mask`, and no
     layer carries a state along the row. ALiBi is computed from a mask (rows, tokens).
@@ -194,12 +203,14 @@ def _takes_dense_mask(model: Any, length: int) -> bool:
     config = _text_config(model)
     bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     reaches = all(bound is None or bound >= length for bound in bounds)
-    return reaches and _attention_name(model) in ("sdpa", "eager")
+    # The balance of experts is computed from a mask (rows, tokens).
+    reads_it = _attention_name(model) in ("sdpa", "eager") and not has_own_terms(model)
+    return reaches and reads_it
 
 
 def _wraps_single_layers(model: nn.Module) -> bool:
     """Tell whether no wrapper surrounds a whole attention, which may bring a cache of its own."""
-    return all(not any(True for _ in wrapper.innermost.children()) for wrapper in wrappers(model))
+    return not any(list(wrapper.innermost.children()) for wrapper in wrappers(model))
 
 
 def _restarts(positions: Tensor) -> bool:
@@ -207,10 +218,9 @@ def _restarts(positions: Tensor) -> bool:
     return bool((positions.diff(dim=-1) < 0).any())
 
 
-def _refuse_if(condition: bool, what: str, model: Any) -> None:
-    if condition:
-        raise UserError(
-            f"The batch has {what}, and {type(model).__name__} with attention "
-            f"{_attention_name(model)!r} does not keep the examples of a row apart. Give each "
-            "example a row of its own, padded, with an attention_mask."
-        )
+def _refuse(what: str, model: Any) -> NoReturn:
+    raise UserError(
+        f"The batch has {what}, and {type(model).__name__} with attention "
+        f"{_attention_name(model)!r} does not keep the examples of a row apart. Give each example "
+        "a row of its own, padded, with an attention_mask."
+    )

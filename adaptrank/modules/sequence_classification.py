@@ -87,7 +87,7 @@ class SequenceClassification(AdaptedModule):
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the backbone, which makes token types only where the model reads them."""
-        tokenizer = backbones.load_tokenizer(self.source)
+        tokenizer = super().tokenizer
         if not self._reads_token_types():
             names = tokenizer.model_input_names
             tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
@@ -170,6 +170,11 @@ class SequenceClassification(AdaptedModule):
             count: number of labelled examples, ().
         """
         if self._is_regression:
+            if labels.shape != output.shape:
+                raise UserError(
+                    f"A regression needs one label for each row, {tuple(output.shape)}, and got "
+                    f"labels of shape {tuple(labels.shape)}. Squeeze them in the collate_fn."
+                )
             return F.mse_loss(output, labels.to(output.dtype))
         loss = F.cross_entropy(output, labels, ignore_index=IGNORED)
         return torch.where(count > 0, loss, 0 * output.sum())
@@ -201,11 +206,12 @@ class SequenceClassification(AdaptedModule):
         self.mean_loss.update(self._loss(output, labels, count), weight=count)
         if self._is_regression:
             labels = labels.float()
-        else:
+        # Every process counts, since all of them sum the counts later.
+        self.labels_seen.update(labels)
+        if not self._is_regression:
             output, labels = output[labels != IGNORED], labels[labels != IGNORED]
         if len(labels):
             self.scores.update(self._predict(output), labels)
-            self.labels_seen.update(labels)
         self.log("loss", self.mean_loss, batch_size=size)
         self.log_dict(self.scores, prog_bar=True, batch_size=size)
 

@@ -48,8 +48,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"Adapter of {file}, step {step}: {out}")
     for line in closed_units(checkpoint):
         print(f"  {line}")
-    print(f"  merge:    python -m adaptrank merge {shlex.quote(str(out))} --out FOLDER")
-    print(f"  evaluate: python -m adaptrank test --config FILE --model.adapter {out}")
+    folder = shlex.quote(str(out))
+    print(f"  merge:    python -m adaptrank merge {folder} --out FOLDER")
+    print(f"  evaluate: python -m adaptrank test --config FILE --model.adapter {folder}")
 
 
 def closed_units(checkpoint: Mapping[str, Any]) -> list[str]:
@@ -60,8 +61,8 @@ def closed_units(checkpoint: Mapping[str, Any]) -> list[str]:
         if closed:
             count = sum(map(len, closed.values()))
             lines.append(
-                f"{name} had closed {count} units by then, and not removed them yet: they are in "
-                f"the adapter."
+                f"{name} had closed {count} units at this step, and not removed them. The "
+                f"adapter contains them."
             )
     return lines
 

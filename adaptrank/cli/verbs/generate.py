@@ -137,7 +137,11 @@ def read_prompts(options: argparse.Namespace, template: str | None = None) -> It
     file = Path(options.file)
     if not file.is_file():
         raise ConfigError(missing_file(options.file, "file of prompts"))
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--file {file} is not UTF-8. Save it as UTF-8.") from None
+    lines = [line for line in text.split("\n") if line.strip()]
     if file.suffix != ".jsonl":
         return [_parse_columns(line, template) for line in lines]
     return [_row_of(line, template, file) for line in lines]
