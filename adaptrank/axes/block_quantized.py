@@ -59,8 +59,8 @@ def encode(state: MutableMapping[str, Any], number: str, values: Tensor) -> None
 
 
 def _block_size(elements: int, blocks: int) -> int:
-    """Return the size of a block: the power of two of which so many blocks hold the elements."""
-    return 1 << max(0, math.ceil(math.log2(max(elements, 1) / max(blocks, 1))))
+    """Return the size of a block: a power of two, and at least 256, as one block may be short."""
+    return max(256, 1 << max(0, math.ceil(math.log2(max(elements, 1) / max(blocks, 1)))))
 
 
 def _nearest(table: Tensor, values: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def _follow(
     """Let the state of one parameter follow a change. States of unknown role stay."""
     for key, value in list(state.items()):
         role = role_of(optimizer, key)
-        if role is None or role is Role.COUNT or not isinstance(value, Tensor):
+        # One number for the whole tensor has no units.
+        if role is None or role is Role.COUNT or not isinstance(value, Tensor) or not value.dim():
             continue
         number = number_of(state, key)
         if number is None:
@@ -130,6 +131,8 @@ def _edit(
         for key, value in list(state.items()):
             if role_of(optimizer, key) not in roles or not isinstance(value, Tensor):
                 continue
+            if not value.dim():
+                continue
             number = number_of(state, key)
             values = dequantized(value) if number is None else decode(state, number)
             edit(values)
@@ -150,14 +153,14 @@ def close_units(tensor: Tensor, dim: int, index: Tensor, optimizers: Optimizers)
 
 
 def scale_copies(tensor: Tensor, factor: Tensor, optimizers: Optimizers) -> None:
-    """Multiply the weight copies of a tensor by what the tensor was multiplied by."""
+    """Multiply the weight copies of a tensor by the factor that the tensor was multiplied by."""
     _edit(tensor, optimizers, (Role.WEIGHT_COPY,), lambda copy: copy.mul_(factor.to(copy)))
 
 
 def shift_copies(
     tensor: Tensor, dim: int, index: Tensor, change: Tensor, optimizers: Optimizers
 ) -> None:
-    """Add to slices of the weight copies of a tensor what was added to the tensor."""
+    """Add the change of a tensor's slices to its weight copies."""
     _edit(
         tensor,
         optimizers,

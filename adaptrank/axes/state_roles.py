@@ -1,4 +1,4 @@
-"""Roles of an optimizer's state: what each of its tensors is to the units of a parameter.
+"""Roles of the tensors in an optimizer's state: first moment, copy of the weights, count, ....
 
 A state is carried through a rank change by its role. A state of unknown role is refused.
 """
@@ -17,7 +17,7 @@ Optimizers = Iterable[torch.optim.Optimizer]
 
 
 class Role(Enum):
-    """What a state tensor is to the units of its parameter."""
+    """Relation of a state tensor to the units of its parameter."""
 
     FIRST_MOMENT = "first moment"
     """Running mean or sum of gradients. It is zero in a fresh and in a closed unit."""

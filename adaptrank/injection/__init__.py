@@ -4,6 +4,7 @@ from adaptrank.injection.fused import join_fused, split_at
 from adaptrank.injection.inject import adapt, describe, wrap_targets
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules
+from adaptrank.injection.paths import last_name, lies_in
 from adaptrank.injection.rank_pattern import apply_rank_pattern
 from adaptrank.injection.switch import (
     MERGED,
@@ -29,6 +30,8 @@ __all__ = [
     "find_modules",
     "is_merged",
     "join_fused",
+    "last_name",
+    "lies_in",
     "select_rows",
     "set_enabled",
     "split_at",

@@ -100,7 +100,7 @@ def wrap_targets(
     split_fused: bool | Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> None:
-    """Do what `adapt` does, without a look at modules outside of the pretrained part."""
+    """Adapt a model as `adapt` does, without the warning about frozen heads."""
     makers = as_makers(parameterization)
     if is_merged(model):
         raise UserError(

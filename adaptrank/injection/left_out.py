@@ -122,14 +122,18 @@ def warn_of_left_out(
     """Log the weights that the targets mean and that cannot be wrapped.
 
     A name in a list of targets may mean layers and, elsewhere, a parameter: experts of a mixture
-    have a `down_proj` that is no layer. Methods of norms or attention miss no weight.
+    have a `down_proj` that is no layer. If no wrapped layer is a matrix, nothing is logged.
     """
+    if isinstance(targets, str) and targets not in ("all", "all-linear"):
+        return
     if not any(isinstance(layer.innermost, kinds.MATRICES) for layer in wrapped):
         return
     left_out = left_out_weights(modules, only_linear=targets != "all")
     if not isinstance(targets, str):
-        left_out = [w for w in left_out if any(ends_in(w.path, name) for name in targets)]
-    elif targets not in ("all", "all-linear"):
-        return
+        left_out = [weight for weight in left_out if _is_named(weight.path, targets)]
     for line in summary(left_out, modules[""]):
         log.warning("%s.", line[0].upper() + line[1:])
+
+
+def _is_named(path: str, names: Iterable[str]) -> bool:
+    return any(ends_in(path, name) for name in names)

@@ -1,7 +1,6 @@
-"""Layers that are no matrix in spite of their type, judged by what they compute."""
+"""Refuse layers that cannot be wrapped although their type is accepted."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -9,33 +8,34 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank.layers.quantized import quantized
 
-_FORWARDS: Mapping[type[nn.Module], tuple[str, Callable[..., Any]]] = {
-    nn.Linear: ("a linear layer", nn.Linear.forward),
-    Conv1D: ("a linear layer", Conv1D.forward),
-    nn.Embedding: ("an embedding", nn.Embedding.forward),
-    nn.Conv2d: ("a convolution", nn.Conv2d.forward),
+_KINDS: Mapping[type[nn.Module], str] = {
+    nn.Linear: "a linear layer",
+    Conv1D: "a linear layer",
+    nn.Embedding: "an embedding",
+    nn.Conv2d: "a convolution",
 }
-"""Kind of layer -> (the kind in words, the forward pass that makes it a matrix)."""
+"""Kind of layer, whose forward pass makes it a matrix -> the kind in words."""
 
 
 def unsupported(layer: nn.Module) -> str | None:
     """Return why a layer of an accepted kind cannot be wrapped, or None if it can."""
-    for kind, (words, forward) in _FORWARDS.items():
+    for kind, words in _KINDS.items():
         if isinstance(layer, kind):
-            return _other_forward(layer, words, forward) or _no_matrix(layer) or _no_weight(layer)
+            return _other_forward(layer, words, kind) or _no_matrix(layer) or _no_weight(layer)
     return None
 
 
-def _other_forward(layer: nn.Module, words: str, forward: Callable[..., Any]) -> str | None:
+def _other_forward(layer: nn.Module, words: str, kind: type[nn.Module]) -> str | None:
     """Return a reason if the layer computes something else than layers of its kind do."""
     name = type(layer).__name__
-    # The layers of bitsandbytes compute W x with a weight of their own format.
+    # The layers of bitsandbytes compute W x with a weight of their own format. Lightning derives
+    # classes from them, which inherit the forward pass.
     is_quantized = isinstance(layer, nn.Linear) and (
-        quantized(layer) or type(layer).__module__.startswith("bitsandbytes.")
+        quantized(layer) or type(layer).forward.__module__.startswith("bitsandbytes.")
     )
     # A hook of accelerate moves tensors between devices, and calls the forward that it replaced.
     is_replaced = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
-    if is_replaced or (type(layer).forward is not forward and not is_quantized):
+    if is_replaced or (type(layer).forward is not kind.forward and not is_quantized):
         return f"{name} changes what {words} computes; leave it out"
     return None
 

@@ -176,10 +176,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a result that nobody else holds in another shape.
+    """Reshape a fresh result, without a view that autograd knows of.
 
-    Autograd does not see a view in it. A model may overwrite what a function returns, but not a
-    view that was made inside of the function.
+    A model may change an output in place, and autograd refuses that for a view that was made inside
+    of a function.
     """
     viewed: Tensor = torch.ops.aten._unsafe_view(result, shape)
     return viewed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.ops import low_rank as ops
-from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep, merged_inside
+from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep
 from adaptrank.parameterizations.formula import check_formula, dense_weight, formula
 from adaptrank.parameterizations.indices import check_indices
 from adaptrank.parameterizations.renamed import renamed_definition
@@ -209,7 +209,7 @@ class Parameterization(Wrapper):
     def numbers_beside_tensors(self) -> int:
         """Return how many numbers the wrapper draws or keeps beside its saved tensors.
 
-        A file whose arguments ask for absurd memory is refused by it.
+        The loader refuses a file whose wrappers ask for too many of them.
         """
         return 0
 
@@ -334,11 +334,15 @@ class Parameterization(Wrapper):
         Values have the adapter's dtype and the layout of the layer. Merging writes them, and
         `definition` computes with them.
         """
+        inside = self.nest[-2::-1]
         if not self.enabled:
-            return merged_inside(self.base, None)
+            inner = next((wrapper for wrapper in inside if wrapper.enabled), None)
+            return {} if inner is None else inner.merged()
         # Wrappers inside that merge a weight and a bias are in the values of this one already.
-        inner = merged_inside(self.base, Parameterization.merged)
-        values = {**inner, "weight": layers.stored(self.innermost, self.dense())}
+        plain_merge = Parameterization.merged
+        inner = next((w for w in inside if type(w).merged is not plain_merge), None)
+        values = {} if inner is None else inner.merged()
+        values["weight"] = layers.stored(self.innermost, self.dense())
         bias = self.trained_bias()
         if bias is not None and bias is not getattr(self.innermost, "bias", None):
             values["bias"] = bias

@@ -6,7 +6,6 @@ is computed from the inside out. For the rest Python is allowed to recurse as de
 """
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ def forward_deep(outermost: "Parameterization", x: Any) -> Any:
         if not passes or (wrapper is not outermost and _is_watched(wrapper)):
             layer = wrapper
             break
-        if wrapper.enabled and (wrapper.rows is None or len(wrapper.rows[0])):
+        if wrapper.enabled:
             waiting.append(wrapper)
     if layer is outermost:
         return outermost.forward_gated(x)
@@ -91,7 +90,7 @@ def forward_deep(outermost: "Parameterization", x: Any) -> Any:
 
 
 def _is_watched(wrapper: nn.Module) -> bool:
-    """Return whether anyone would notice that this wrapper is not called."""
+    """Return whether a hook observes the calls of this wrapper. The no-op hook does not count."""
     pre_hooks = wrapper._forward_pre_hooks.values()
     return bool(
         wrapper._forward_hooks
@@ -113,20 +112,3 @@ def dense_deep(nest: "list[Parameterization]") -> Tensor:
         finally:
             del wrapper.__dict__["_given_weight"]
     return weight
-
-
-def merged_inside(
-    base: nn.Module, left_out: "Callable[[Parameterization], dict[str, Tensor]] | None"
-) -> dict[str, Tensor]:
-    """Return what the base of a wrapper merges: nothing, if it is a plain layer.
-
-    Args:
-        base: the base.
-        left_out: wrappers whose class has this `merged` are left out.
-    """
-    while hasattr(base, "nest"):
-        wrapper = cast("Parameterization", base)
-        if type(wrapper).merged is not left_out and (wrapper.enabled or left_out is not None):
-            return wrapper.merged()
-        base = wrapper.base
-    return {}

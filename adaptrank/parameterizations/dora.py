@@ -136,7 +136,9 @@ class DoRA(Parameterization):
 
 
 def _version(layer: nn.Module) -> tuple[int, int] | None:
-    """Return numbers that change when the weight of a layer is written to or replaced.
+    """Return numbers that change when a weight is written to in place or gets another storage.
+
+    Writes through `weight.data` are not seen. Call `refresh()` after them.
 
     It is None where tensors do not count their versions: in inference mode, and in a compiled
     graph, which takes a frozen weight for a constant.

@@ -1,7 +1,8 @@
-"""Buffers of whole numbers: what they may hold."""
+"""Ranges of the whole numbers in buffers."""
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 def is_index(tensor: Tensor) -> bool:
     """Return whether a tensor holds whole numbers, which mean positions or seeds."""
     has_other_numbers = tensor.is_floating_point() or tensor.is_complex()
-    return not has_other_numbers and tensor.element_size() > 0 and str(tensor.dtype) != "torch.bool"
+    return not has_other_numbers and tensor.dtype is not torch.bool
 
 
 def check_indices(wrapper: "Parameterization", name: str, values: Tensor, key: str = "") -> None:

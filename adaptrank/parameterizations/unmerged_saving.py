@@ -84,7 +84,8 @@ REFUSED_CONFIG = {
 Without a configuration, a named class would fall back on its default size and start at random.
 """
 
-_said: list[bool] = []
+_named_folders: set[Path] = set()
+"""Parents of the folders that a line in the log was about."""
 
 
 def _mark_as_training_state(folder: Path) -> None:
@@ -95,8 +96,8 @@ def _mark_as_training_state(folder: Path) -> None:
         # A quantization without a method is refused before anything is built.
         config["quantization_config"] = REFUSED_CONFIG
         write_json(file, config)
-    if not _said:
-        _said.append(True)
+    if folder.parent not in _named_folders:
+        _named_folders.add(folder.parent)
         log.warning(
             "The Trainer's %s holds the weights of a model with adapters, for resuming only; "
             "write the adapter by adaptrank.save_adapter(model, folder).",

@@ -23,7 +23,7 @@ UNCHANGED = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica",
 """Values of `init_lora_weights`, in lower case, that leave the frozen weight as it is."""
 
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
-"""Beginnings of those that subtract a product of factors from it."""
+"""Beginnings of the values that subtract a product of factors from the frozen weight."""
 
 _SMALLEST_GAP = 1e-5
 """Smallest distance, relative to the largest, at which float32 separates directions of a weight."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank.injection import lies_in
 from adaptrank.parameterizations import Parameterization
 
 ADDED_NAMES = {"SEQ_CLS": ("classifier", "score")}
@@ -101,7 +102,7 @@ def _holder(
     path = _parent(parameter)
     while path and isinstance(modules.get(path), _CONTAINERS):
         path = _parent(path)
-    if path not in modules or not path or any(_is_inside(other, [path]) for other in adapted):
+    if path not in modules or not path or any(lies_in(other, [path]) for other in adapted):
         raise UserError(
             f"{parameter} was trained, and PEFT saves no part of a module that is adapted or is "
             "the model itself. Merge instead."
@@ -109,7 +110,7 @@ def _holder(
     largest = path
     while path := _parent(path):
         names = [f"{path}.{name}" for name, _ in modules[path].named_parameters()]
-        is_adapted = any(_is_inside(other, [path]) for other in adapted)
+        is_adapted = any(lies_in(other, [path]) for other in adapted)
         if is_adapted or not all(name in trained for name in names):
             break
         if not isinstance(modules[path], _CONTAINERS):
@@ -135,7 +136,7 @@ def _named(modules: Mapping[str, nn.Module], names: Collection[str]) -> list[str
 def _is_left_out(path: str, names: Collection[str], modules: Mapping[str, nn.Module]) -> bool:
     """Return whether PEFT adapts no layer at a path because of names in `modules_to_save`."""
     is_component = any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
-    return is_component or _is_inside(path, _named(modules, names))
+    return is_component or lies_in(path, _named(modules, names))
 
 
 def _check_saved(
@@ -144,7 +145,7 @@ def _check_saved(
     """Refuse names that mean modules which PEFT cannot copy."""
     for path in saved:
         others = [other for other in saved if other != path]
-        if isinstance(modules[path], _CONTAINERS) or _is_inside(path, others):
+        if isinstance(modules[path], _CONTAINERS) or lies_in(path, others):
             raise UserError(
                 f"PEFT finds modules to save by the ends of their paths, and "
                 f"{', '.join(names)} means {path} as well, which it cannot save. Merge instead."
@@ -153,12 +154,7 @@ def _check_saved(
 
 def _all_within(paths: Collection[str], parents: Collection[str]) -> bool:
     """Return whether all paths lie in these paths, and none is one of them."""
-    return all(path not in parents and _is_inside(path, parents) for path in paths)
-
-
-def _is_inside(path: str, parents: Collection[str]) -> bool:
-    """Return whether a path is one of these paths, or lies in one of them."""
-    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
+    return all(path not in parents and lies_in(path, parents) for path in paths)
 
 
 def _parent(path: str) -> str:

@@ -18,7 +18,7 @@ def is_quick_pattern(pattern: str) -> bool:
     """Return whether a regular expression matches any path in little time.
 
     PEFT writes names and whole paths. People write patterns such as `layers\\.\\d+\\..*q_proj`.
-    A repetition is of one character here, and neither of a group nor of another repetition.
+    Only a single character may be repeated, and not a group or another repetition.
     """
     if len(pattern) > LONGEST_PATTERN:
         return False

@@ -25,7 +25,7 @@ from adaptrank.interop.peft.initializations import (
 )
 from adaptrank.interop.peft.keys import split_key
 from adaptrank.interop.peft.ties import tied_names, untied_tensors
-from adaptrank.parameterizations import named_layers, wrapped_layers, wrappers
+from adaptrank.parameterizations import enclosed, named_layers, wrapped_layers, wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,18 +60,19 @@ def import_peft(
     config, stored = read_peft(folder)
     check_initialization(config, folder, has_initial=initial is not None)
     first_factors = {} if initial is None else _first_factors(Path(initial), config)
-    modules = named_layers(model)
-    with unchanged_on_error(model) as rollback:
+    root = enclosed(model)
+    modules = named_layers(root)
+    with unchanged_on_error(root) as rollback:
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
-        parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        parameters = {**dict(root.named_parameters()), **dict(root.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
         trained_whole = declared_tensors(
-            config, trained_whole, parameters, tied_names(model), folder
+            config, trained_whole, parameters, tied_names(root), folder
         )
-        for wrapper in wrappers(model):
+        for wrapper in wrappers(root):
             if wrapper.name == name:
                 rollback.announce(wrapper.own_tensors().values())
-        trained_whole = untied_tensors(model, config, trained_whole, folder)
+        trained_whole = untied_tensors(root, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
             subtracted: Callable[[int, float], Product | None]
@@ -82,8 +83,8 @@ def import_peft(
             stored_layer = StoredLayer(folder, config, path, tensors, subtracted)
             converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)
-            _wrap(model, path, converted, name, folder)
-        _load_whole(model, parameters, trained_whole, folder)
+            _wrap(root, path, converted, name, folder)
+        _load_whole(root, parameters, trained_whole, folder)
     return model
 
 
@@ -197,7 +198,7 @@ def _load_whole(
             target = parameters.get(key)
             if target is None or target.shape != value.shape:
                 raise UserError(
-                    f"{folder} holds {key} {tuple(value.shape)}, which this model has not."
+                    f"{folder} holds {key} {tuple(value.shape)}, which this model does not have."
                 )
             originals[target] = target.detach().clone()
             with torch.no_grad():

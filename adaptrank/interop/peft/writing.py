@@ -16,6 +16,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.artifacts import trained_modules, write_files
 from adaptrank.composition.changes import Change, Dense, Product, change_of, rank_for, truncated
+from adaptrank.injection import last_name
 from adaptrank.interop.peft.conversions import PeftLayer, to_peft
 from adaptrank.interop.peft.keys import (
     ALPHA_KEYS,
@@ -25,7 +26,7 @@ from adaptrank.interop.peft.keys import (
     stored_tensor,
 )
 from adaptrank.interop.peft.modules_to_save import whole_modules
-from adaptrank.parameterizations import Parameterization, named_layers, wrapped_layers
+from adaptrank.parameterizations import Parameterization, enclosed, named_layers, wrapped_layers
 
 
 def export_peft(
@@ -59,6 +60,7 @@ def export_peft(
         UserError: if there is nothing to write, or a layer has no such form. Nothing is written
             then.
     """
+    model = enclosed(model)
     wrapped = wrapped_layers(model)
     if not wrapped:
         raise UserError("This model holds no adapter to export.")
@@ -338,7 +340,7 @@ def _frozen_layer(module: nn.Module) -> nn.Module:
 
 def _target_modules(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> list[str] | str:
     """Return names that mean just these paths: last components, whole paths, or an expression."""
-    for names in ({_last_component(path) for path in paths}, set(paths)):
+    for names in ({last_name(path) for path in paths}, set(paths)):
         if {path for path in modules if _is_targeted(path, names)} == set(paths):
             return sorted(names)
     return "|".join(re.escape(path) for path in paths)
@@ -347,10 +349,6 @@ def _target_modules(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> l
 def _is_targeted(path: str, names: Collection[str]) -> bool:
     """Return whether a list of `target_modules` means a path, as PEFT reads it."""
     return path in names or any(path.endswith(f".{name}") for name in names)
-
-
-def _last_component(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def _joined_path(path: str, name: str) -> str:
