@@ -8,15 +8,15 @@ import copy
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import LINEAR_METHODS, METHODS
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -530,7 +530,7 @@ def refusal(model, folder):
 
 
 def check_refused(error, model, before, what):
-    assert type(error) in (UserError, FileNotFoundError) or isinstance(error, UserError), what
+    assert isinstance(error, UserError | FileNotFoundError), what
     sentence = str(error).strip()
     assert sentence, what
     assert sentence.isprintable(), what
@@ -568,7 +568,7 @@ def check_loaded(subject, kind, model, meaning, what):
 
 
 def try_folders(folder, methods, count, seed):
-    """Change files of these methods, load each, and return what came out."""
+    """Change files of these methods, load each, and check what comes out."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     subjects = []
@@ -579,7 +579,7 @@ def try_folders(folder, methods, count, seed):
     changed.mkdir()
     file = changed / WEIGHTS
     outcomes, slowest = Counter(), (0.0, "")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    present = forget_peak()
     for number in range(count):
         subject = subjects[number % len(subjects)]
         kind = draw.choices(["bare", "same", "other"], [6, 3, 1])[0]
@@ -605,32 +605,44 @@ def try_folders(folder, methods, count, seed):
             subject.models.pop(kind)
         else:
             check_refused(error, model, before, what)
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    assert taken * 1024 < BYTES, f"{taken:,} KiB above the model"
+    taken = memory_of("VmHWM") - present
+    assert taken < BYTES, f"{taken:,} bytes above the model"
     report(outcomes, slowest, taken)
-    return outcomes
+    assert {kind for kind, _ in outcomes} >= {change.__name__ for change in ON_PURPOSE}
+    assert outcomes["untouched", "loaded"]
+    assert not outcomes["untouched", "refused"]
+    # A good file that was written anew loads, or the digest of this test would be wrong.
+    assert outcomes["units_dropped", "loaded"]
+
+
+def memory_of(key):
+    """Return a size of this process in bytes: VmRSS is that of now, VmHWM the largest so far."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1])
+
+
+def forget_peak():
+    """Let VmHWM begin anew, and return the present size in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_of("VmRSS")
 
 
 def report(outcomes, slowest, taken):
     for kind in sorted({kind for kind, _ in outcomes}):
         loaded, refused = outcomes[kind, "loaded"], outcomes[kind, "refused"]
         print(f"{kind:20} {loaded:5} loaded {refused:5} refused")
-    print(f"slowest {slowest[0]:.2f} s ({slowest[1]}), {taken / 1024:.0f} MiB above the model")
+    print(f"slowest {slowest[0]:.2f} s ({slowest[1]}), {taken / 2**20:.0f} MiB above the model")
 
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_each_loads_equal_or_is_refused_in_one_sentence(tmp_path, share):
-    outcomes = try_folders(tmp_path, METHODS[share::SHARES], EACH, share)
-    assert sum(outcomes.values()) == EACH
-    assert not outcomes["untouched", "refused"]
-    assert {kind for kind, _ in outcomes} >= {change.__name__ for change in ON_PURPOSE}
+    try_folders(tmp_path, METHODS[share::SHARES], EACH, share)
 
 
 @pytest.mark.tables
 @pytest.mark.parametrize("share", range(SHARES))
 def test_ten_thousand_folders(tmp_path, share):
-    outcomes = try_folders(tmp_path, METHODS[share::SHARES], EACH_OF_MANY, 100 + share)
-    assert sum(outcomes.values()) == EACH_OF_MANY
+    try_folders(tmp_path, METHODS[share::SHARES], EACH_OF_MANY, 100 + share)
 
 
 # ---- things in the place of a file
@@ -669,18 +681,15 @@ def test_something_else_in_the_place_of_the_file(good, tmp_path, thing):
 def test_a_write_that_is_killed_leaves_the_old_file_or_the_new(good, tmp_path):
     """A file is written under a temporary name and renamed: no adapter is ever half-written."""
     shutil.copytree(good, tmp_path / "a")
-    (tmp_path / "a" / f".{WEIGHTS}.123").write_bytes(b"half")
+    (tmp_path / "a" / f".{WEIGHTS}.123.new").write_bytes(b"half")
     loaded, again = (load_adapter(base_of(LoRA), folder) for folder in (tmp_path / "a", good))
     assert torch.equal(loaded.blocks[1]["q"].A, again.blocks[1]["q"].A)
-    with safe_open(good / WEIGHTS, framework="pt") as stored:
-        assert "digest" in json.loads(stored.metadata()["adaptrank"])
 
 
 def test_a_process_killed_in_the_middle_of_saving_never_leaves_a_file_that_loads_wrong(tmp_path):
     import signal
     import subprocess
     import sys
-    import time
 
     script = """
 import sys, torch

@@ -271,6 +271,7 @@ def test_every_method_that_leaves_at_all_computes_the_same_in_peft(tmp_path, nam
         export_peft(model, tmp_path, rank=60)
     except UserError as error:
         assert "PEFT's LoRA has no place for it" in str(error)  # noqa: PT017
+        assert name in ("ResidualOffset", "TensorTrainAdapter")
         return
     torch.testing.assert_close(output(loaded_by_peft(nets_of_layers(), tmp_path)), want, **CLOSE)
     torch.testing.assert_close(output(import_peft(nets_of_layers(), tmp_path)), want, **CLOSE)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -257,26 +256,23 @@ def large_run(folder, events=200):
 
 def test_a_report_of_20_000_axes_stays_small(tmp_path):
     run = large_run(tmp_path / "run", events=2 * MOST_ROWS)
-    start = time.perf_counter()
     history = read_history(run)
     assert len(history.sizes) == SNAPSHOTS
     text = page(history, {}, "replay")
-    seconds = time.perf_counter() - start
     assert len(text) < 300_000
     assert text.count("<tr>") < 2 * MOST_ROWS + 100
     assert "19,500 others are in ranks.json" in text
     assert "501 earlier ones are in ranks.jsonl" in text
     assert '<td>kind_3</td><td class="n">1000</td><td class="n">8000</td>' in text
-    assert seconds < 10
+    *_, with_pictures = write_report(history, tmp_path / "report", "replay")
+    assert with_pictures.stat().st_size < 1_000_000
 
 
 def test_pictures_of_20_000_kinds_stay_small(tmp_path):
     """Each axis has a name of its own, and no number: one row of 20,000 columns."""
     axes = {f"module_{i}_{'x' * 500}:rank": 4 for i in range(AXES)}
     run = write_run(tmp_path / "run", [{**START, "sizes": axes}, {**EVENT, "sizes": {}}])
-    start = time.perf_counter()
     files = write_report(read_history(run), tmp_path / "report", "replay")
-    assert time.perf_counter() - start < 60
     assert sum(file.stat().st_size for file in files) < 3_000_000
     heat_maps({"map": dict.fromkeys(list(axes)[:3000], 1.0)}, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size < 1_000_000
