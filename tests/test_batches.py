@@ -14,6 +14,7 @@ from transformers import DataCollatorWithFlattening
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from adaptrank.modules import Adapter, CausalLM
+from adaptrank.modules.label_counts import LabelSpread
 from adaptrank.parameterizations import AttentionScale, LoRA, Prefix, wrappers
 
 LENGTHS = (9, 4, 12)
@@ -344,3 +345,54 @@ def test_the_balance_of_experts_is_logged_apart():
         trainer = Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2)
         trainer.fit(module, DataLoader(batches, batch_size=None))
         assert bool(trainer.callback_metrics["train_aux_loss"] > 0) is positive
+
+
+def test_boundaries_beside_padding_are_never_dropped():
+    """A window shorter than the row leaves no mask that could separate the examples."""
+    model = tiny("qwen3", sliding_window=4, use_sliding_window=True, max_window_layers=0)
+    batch = padded(boundaries(None, return_seq_idx=True, return_position_ids=False), left=False)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    with pytest.raises(ValueError, match="packed rows with padding"):
+        Ready(model).training_step(batch, 0)
+
+
+def test_boundaries_count_the_tokens_of_all_rows():
+    texts = [torch.randint(3, 40, (length,)) for length in (3, 5, 4, 4)]
+    ids = torch.stack([torch.cat(texts[:2]), torch.cat(texts[2:])])
+    labels = ids.clone()
+    labels[0, 3] = labels[1, 4] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    module = Ready(tiny())
+    ends = torch.tensor([0, 3, 8, 12, 16], dtype=torch.int32)
+    got = losses_of(module, {**batch, "cu_seq_lens_q": ends})
+    torch.testing.assert_close(got, one_by_one(module, texts), rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="does not end at its 16 tokens"):
+        losses_of(module, {**batch, "cu_seq_lens_q": ends[:3]})
+
+
+def test_packed_rows_of_a_mixture_of_experts():
+    """The balance of experts is computed from a mask of two dimensions."""
+    model = tiny("mixtral", output_router_logits=True, sliding_window=None)
+    module = Ready(model, targets=["q_proj"])
+    texts = examples()
+    got = losses_of(module, with_mask(packed(texts)))
+    torch.testing.assert_close(got, one_by_one(module, texts), rtol=1e-9, atol=1e-11)
+    module.training_step(with_mask(packed(texts)), 0).backward()
+    with pytest.raises(ValueError, match="packed rows with padding"):
+        module.training_step(padded(packed(texts), left=False), 0)
+
+
+def test_a_regression_has_one_label_for_each_row():
+    module = TinyClassifier("none", [Adapter([partial(LoRA, rank=2)])], num_labels=1)
+    module.configure_model()
+    output = torch.zeros(4)
+    with pytest.raises(ValueError, match="one label for each row"):
+        module._loss(output, torch.zeros(4, 1), torch.tensor(4))
+    assert module._loss(output, torch.ones(4), torch.tensor(4)) == 1
+
+
+def test_the_variance_of_large_labels():
+    spread = LabelSpread()
+    spread.update(torch.tensor([9999.0, 10001.0] * 50))
+    assert spread.chance()["loss"] == pytest.approx(1.0)
+    assert LabelSpread().chance() == {}

@@ -549,3 +549,68 @@ def test_text_files_of_the_hub_are_read_exactly(kind, tmp_path, monkeypatch, cap
     part = Source(str(tmp_path / "films"), split="train[1:]")
     assert [row["prompt"] for row in CausalLMData([part], [part]).rows("train")] == ["01", "02"]
     assert not caplog.text
+
+
+def test_a_template_without_a_gap_is_the_whole_name_of_a_column(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n')
+    said = problem(lambda: prompts_and_completions(str(path), completion="answer.text"))
+    assert "has no column 'answer.text'" in said
+
+
+def test_no_pair_is_no_column_without_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",text,label\n0,x,a\n1,y,b\n")
+    data = ClassificationData([Source(str(path), text_pair="")], validation=str(path))
+    assert [row["text_pair"] for row in data.rows("train")] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "template", "text"),
+    [
+        ("7", "{n:03}", "007"),
+        ('"7"', "{n:03}", "007"),
+        ("0.12567", "{n:.3}", "0.126"),
+        ("1e5", "{n:>5}", "  1e5"),
+        ('"abc"', "{n:>5}", "  abc"),
+        ("1234.5", "{n:,.2f}", "1,234.50"),
+    ],
+)
+def test_formats_of_numbers(tmp_path, value, template, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"n": {value}, "completion": "c"}}\n')
+    ((prompt, _),) = prompts_and_completions(str(path), prompt=template)
+    assert prompt == text
+
+
+def test_a_fraction_is_no_whole_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": "7.9", "completion": "c"}\n')
+    said = problem(lambda: prompts_and_completions(str(path), prompt="{n:d}"))
+    assert "asks for a whole number, and '7.9' is none" in said
+
+
+def test_declared_classes_in_another_order_are_never_counted(tmp_path):
+    def part(name, names):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features).to_parquet(
+            tmp_path / name
+        )
+        return str(tmp_path / name)
+
+    train = part("train.parquet", ["sports", "world"])
+    other = part("other.parquet", ["world", "sports", "business"])
+    data = ClassificationData(train, validation=other)
+    said = problem(lambda: (data.rows("train"), data.rows("val")))
+    assert "'world' has another number" in said
+    (tmp_path / "both").mkdir()
+    part("both/a.parquet", ["neg", "pos"])
+    part("both/b.parquet", ["pos", "neg"])
+    said = problem(lambda: ClassificationData(str(tmp_path / "both" / "*.parquet")).rows("train"))
+    assert "declare different classes in 'label'" in said
+
+
+def test_an_empty_object_is_a_row_without_a_prompt(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    assert "has no column 'prompt'" in problem(lambda: prompts_and_completions(str(path)))

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from adaptrank._errors import UserError
-from adaptrank._options import Range, check_maker, check_number, numeric_options
+from adaptrank._options import Range, check_arguments, check_maker, check_number, numeric_options
 from adaptrank.allocation import ALLOCATORS
 from adaptrank.cli import main
 from adaptrank.modules import Adapter, CausalLM, SequenceClassification
@@ -214,3 +215,25 @@ def test_copies_need_no_arguments():
     assert pickle.loads(pickle.dumps(layer)).init_args == layer.init_args
     allocator = ALLOCATORS["AdaLoRA"](budget=3)
     assert copy.copy(allocator).budget == 3
+
+
+def test_exponents_of_optimizers_may_be_negative():
+    from transformers import Adafactor
+
+    scaled = partial(Adafactor, scale_parameter=False, relative_step=False, lr=1e-3)
+    for make in (scaled, torch.optim.Adafactor):
+        CausalLM("none", [Adapter([LoRA])], optimizer=make)
+    with pytest.raises(ValueError, match="decay_rate=nan"):
+        CausalLM("none", [Adapter([LoRA])], optimizer=partial(scaled, decay_rate=float("nan")))
+
+
+def test_words_beside_numbers_are_no_numbers():
+    class Mixed:
+        def __init__(self, scale: Literal["auto"] | float = "auto", flag: bool | int = 1):
+            pass
+
+    check_arguments(Mixed, {"scale": "auto", "flag": True})
+    with pytest.raises(ValueError, match="scale=nan"):
+        check_arguments(Mixed, {"scale": float("nan"), "flag": 1})
+    with pytest.raises(ValueError, match="scale=True"):
+        check_arguments(Mixed, {"scale": True, "flag": 1})

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft", minversion="0.21")
 
+IDS = torch.arange(3, 20)[None]
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 ids = torch.arange(5, 17)[None]
 SEQ_CLS = {"name": "tiny", "auto_class": "AutoModelForSequenceClassification"}
@@ -298,3 +299,18 @@ def test_what_peft_would_ignore_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"out_proj: nn.MultiheadAttention reads this weight"):
         export_peft(adapt(encoder, ["out_proj"], LoRA), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_export_and_import_see_through_modules_around_a_model(tmp_path):
+    model = adapt_and_perturb(llama())
+    want = model(IDS).logits
+    export_peft(torch.compile(model, backend="eager"), tmp_path)
+    around = nn.DataParallel(llama())
+    assert import_peft(around, tmp_path) is around
+    torch.testing.assert_close(around.module(IDS).logits, want, **CLOSE)
+
+
+def adapt_and_perturb(model):
+    adapt(model, ["q_proj"], partial(LoRA, rank=2), train_modules=["lm_head"])
+    perturb(model, 0.2)
+    return model

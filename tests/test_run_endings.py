@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from adaptrank import _files, adapt, save_adapter
 from adaptrank._errors import UserError
 from adaptrank.allocation import AdaLoRA
-from adaptrank.artifacts import read_adapter
+from adaptrank.artifacts import TENSORS, extract_adapter, read_adapter
 from adaptrank.artifacts.checkpoint_files import CheckpointFiles, ensure_checkpoint_files
 from adaptrank.cli.chance import no_better_than_chance
 from adaptrank.modules import AdaptedModule, CausalLM
@@ -793,3 +794,32 @@ def test_plain_calls_say_what_an_early_end_leaves(caplog, tmp_path):
     assert caplog.text.count("AdaLoRA was stopped at step 6, before its last event at step 10") == 1
     save_adapter(model, tmp_path / "after")
     assert "between two events" not in caplog.text
+
+
+def test_a_factored_moment_is_looked_at_too():
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter]["exp_avg_sq_row"] = torch.full((3,), math.inf)
+    trainer = SimpleNamespace(
+        optimizers=[optimizer], callbacks=[], global_step=4, log_every_n_steps=1
+    )
+    module = SimpleNamespace(device="cpu", named_parameters=lambda: [("p", parameter)])
+    with pytest.raises(NotFiniteError, match="exp_avg_sq_row"):
+        FiniteWeights().check(trainer, module)
+
+
+def test_a_checkpoint_that_does_not_say_where_its_tensors_are(tmp_path):
+    nest = [{"class": "LoRA", "init_args": {"rank": 1}, "name": "default"}]
+    description = {
+        "base": {"fingerprint": "0"},
+        "adapters": [{"nest": nest, "layers": {"q": [4, 4]}}],
+        "ranks": {},
+        "trained_modules": [],
+        "tied": {},
+        "split": {},
+    }
+    for places in (None, {"keys": {}}, {"keys": [], "gated": {}}):
+        checkpoint = {"state_dict": {}, TENSORS: places}
+        with pytest.raises(ValueError, match="does not say where its adapter's tensors are"):
+            extract_adapter(checkpoint, description, tmp_path / "c.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -333,3 +333,28 @@ def test_the_single_state_of_rmsprop_in_8_bits_is_a_second_moment():
 def test_an_allocator_that_edits_single_moments_refuses_8_bits():
     with pytest.raises(TypeError, match="keeps 'state1' in 8 bits, and this allocator changes"):
         run(ALLOCATORS["DyLoRA"](), EightBit)
+
+
+def test_a_small_block_of_8_bits_keeps_its_size():
+    """bitsandbytes reads blocks of 256 elements, also where the first one was short."""
+    from adaptrank.axes.block_quantized import decode
+
+    layer = lora(m=70, n=90)
+    optimizer = EightBit([layer.A, layer.B])
+    only_axis(layer).resize([1], 4, generator(0, "a", 1), [optimizer])
+    state = optimizer.state[layer.A]
+    assert state["state1"].numel() == 450
+    assert len(state["absmax1"]) == 2
+    only_axis(layer).resize([0], 0, generator(0, "a", 1), [optimizer])
+    assert len(optimizer.state[layer.A]["absmax1"]) == 1
+    assert decode(optimizer.state[layer.A], "1").shape == (1, 90)
+
+
+def test_one_moment_for_a_whole_tensor_stays():
+    layer = lora(m=7, n=9)
+    optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.1)
+    for tensor in (layer.A, layer.B):
+        optimizer.state[tensor]["exp_avg_sq"] = torch.tensor(3.0)
+    only_axis(layer).resize([1, 0], 2, generator(0, "a", 1), [optimizer])
+    assert optimizer.state[layer.A]["exp_avg_sq"] == 3
+    only_axis(layer).close([0], [optimizer])

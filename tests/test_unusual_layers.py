@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from adaptrank import adapt, describe, merge
+from adaptrank.layers.support import unsupported
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, Prefix, wrapped_layers
 from adaptrank.testing import perturb
 
@@ -303,3 +304,16 @@ def test_a_method_without_linear_layers_lists_nothing(caplog):
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL))
     adapt(model, "all", Prefix)
     assert not caplog.records
+
+
+def test_a_layer_that_inherits_the_forward_of_bitsandbytes_is_wrapped(monkeypatch):
+    """Lightning derives its layers from those of bitsandbytes, in a module of its own."""
+
+    class Inherits(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    layer = Inherits(4, 4)
+    assert unsupported(layer) is not None
+    monkeypatch.setattr(Inherits.forward, "__module__", "bitsandbytes.nn.modules")
+    assert unsupported(layer) is None

@@ -511,3 +511,21 @@ def test_patterns_that_people_write_are_quick():
         assert is_quick_pattern(pattern), pattern
     for pattern in ("(a+)+", "(a|a)*", "(.*)*", ".*.*.*.*", "(?=a*)*", r"(a)\1", "[", "x" * 1001):
         assert not is_quick_pattern(pattern), pattern
+
+
+def test_a_batch_of_another_size_is_refused_in_a_nest_of_any_depth():
+    model = many(40, partial(LoRA, rank=1), sequential())
+    x = torch.randn(3, 48, dtype=torch.float64)
+    with pytest.raises(ValueError, match="reads 3 rows"), select_rows(model, [None, None]):
+        model(x)
+
+
+def test_reading_a_deep_nest_raises_the_limit_of_recursion():
+    layer = many(150, partial(LoRA, rank=1), sequential())[0]
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        layer.__setstate__(vars(layer))
+        assert sys.getrecursionlimit() > 2000
+    finally:
+        sys.setrecursionlimit(limit)
