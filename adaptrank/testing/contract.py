@@ -25,6 +25,7 @@ from adaptrank.testing.bases import (
     perturb,
 )
 from adaptrank.testing.costs import check_cost
+from adaptrank.testing.emptying import check_emptying
 from adaptrank.testing.forward import (
     check_definition,
     check_exact_gradients,
@@ -100,6 +101,7 @@ def check_contract(
     check_pruning(build, sample)
     check_growth(build, sample)
     check_limits(build)
+    check_emptying(build, sample)
     check_gate_gradient(build, sample)
     check_gates(build, sample)
     check_merged(build, sample)
