@@ -119,7 +119,8 @@ class DyLoRA(Policy[PrefixState]):
 
     def before_pass(self, state: PrefixState, axes: Axes) -> None:
         """Draw b of the next optimizer step."""
-        state.b = self.drawn(self.run.steps_done + 1, max(map(len, axes.values())))
+        most = max(1, *map(len, axes.values()))
+        state.b = self.drawn(self.run.steps_done + 1, most)
 
     @staticmethod
     def gate(axis: RankAxis, b: int | None) -> Tensor:
@@ -130,7 +131,8 @@ class DyLoRA(Policy[PrefixState]):
         size, axes_of_layer = len(axis), max(len(layer.axes) for layer, _ in axis.members)
         b = size if b is None else min(b, size)
         in_prefix = torch.arange(size, device=axis.closing()[0].tensor.device) < b
-        return in_prefix * float((size / b) ** (1 / axes_of_layer))
+        # An axis without units has an empty gate, whatever its factor.
+        return in_prefix * float((size / max(b, 1)) ** (1 / axes_of_layer))
 
     def update(self, state: PrefixState, axes: Axes) -> None:
         """Mask the gradients, and remember everything that the step must leave as it is."""

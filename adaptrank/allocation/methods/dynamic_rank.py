@@ -31,7 +31,8 @@ class DynamicRank(Policy[UnitShares]):
     rank-one unit |D_i| is the product of the norms of its factors. The budget falls on a cubic
     curve from the total at the start to `budget`. Pruned units are removed physically.
 
-    No gradient is needed, so the score costs next to nothing.
+    No gradient is needed, so the score costs next to nothing. A unit that is alone in its layer has a
+    share of 1, so the last unit of a layer goes only if the budget is below the number of layers.
 
     Source: arXiv:2405.17357 ("DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank
     Distribution"), from its abstract and summaries. The decay of 0.9 and the start of 1.5 times the
@@ -42,7 +43,9 @@ class DynamicRank(Policy[UnitShares]):
     Args:
         budget: final total in `unit`; None is the total at the start divided by 1.5.
         beta: decay of the running average, from 0 to below 1.
-        unit, every, warmup, final, floor, seed: as in `Policy`.
+        floor: smallest number of units of an axis; 0, since the abstract and the summaries name no
+            floor for the components that are pruned.
+        unit, every, warmup, final, seed: as in `Policy`.
     Raises:
         ValueError: for a decay out of range.
     """
@@ -57,7 +60,7 @@ class DynamicRank(Policy[UnitShares]):
         every: int = 10,
         warmup: int | float = 0.1,
         final: int | float = 0.3,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
