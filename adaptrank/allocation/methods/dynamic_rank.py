@@ -31,8 +31,8 @@ class DynamicRank(Policy[UnitShares]):
     rank-one unit |D_i| is the product of the norms of its factors. The budget falls on a cubic
     curve from the total at the start to `budget`. Pruned units are removed physically.
 
-    No gradient is needed, so the score costs next to nothing. A unit that is alone in its layer has a
-    share of 1, so the last unit of a layer goes only if the budget is below the number of layers.
+    No gradient is needed, so the score costs next to nothing. A unit that is alone in its layer has
+    a share of 1. So a layer loses its last unit only if the budget is below the number of layers.
 
     Source: arXiv:2405.17357 ("DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank
     Distribution"), from its abstract and summaries. The decay of 0.9 and the start of 1.5 times the
