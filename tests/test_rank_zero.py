@@ -200,7 +200,7 @@ def test_no_unit_may_help_and_one_stays():
 
 
 class Mixed(nn.Module):
-    """A layer without units, one whose second axis has none, and one with three units."""
+    """A layer without units, one with two axes without, and one with three units."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +212,8 @@ class Mixed(nn.Module):
         axes = rank_axes(self)
         self.lost = [key for key in axes if key.startswith("layers.0")]
         self.stopped = [key for key in axes if key.startswith("layers.1")]
-        self.lost.append(self.stopped.pop(1))
+        # Between two axes without units, a unit holds no number at all.
+        self.lost += [self.stopped.pop(2), self.stopped.pop(0)]
 
     def empty(self):
         for key in self.lost:
