@@ -75,6 +75,18 @@ def test_compose_merges_what_is_no_product(two, cli, tiny_llama):  # noqa: F811
     assert max(errors) ** 2 <= 0.1 + 1e-6
 
 
+def test_compose_records_how_it_trims(two, cli):  # noqa: F811
+    for options, trim in (([], "whole"), (["--trim", "layer"], "layer")):
+        out = f"ties-{trim}"
+        code, _, err = cli(
+            "compose", "a", "b", "--method", "ties", "--rank", 2, "--out", out, *options
+        )
+        assert code == 0, err
+        report = json.loads((two / out / "composition.json").read_text())
+        assert report["options"]["trim"] == trim
+        assert ("kept" in next(iter(report["layers"].values()))) == (trim == "whole")
+
+
 def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
     code, _, err = cli("compose", "h", "a", "--sequential", "--out", "c")
     assert code == 2
@@ -101,6 +113,7 @@ def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
         (["a", "b", "--method", "tie", "--out", "c"], "Did you mean 'ties'?"),
         (["a", "b", "--weights", "1", "--out", "c"], "1 weights for 2 adapters"),
         (["a", "b", "--density", "0.5", "--out", "c"], "sum has no option 'density'"),
+        (["a", "b", "--method", "ties", "--trim", "all", "--out", "c"], "one of whole, layer"),
         (["a", "b", "--rank", "2", "--error", "0.1", "--out", "c"], "rank and error were given"),
     ],
 )
