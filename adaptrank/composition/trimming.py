@@ -18,7 +18,7 @@ from torch import Tensor
 DIGITS = (18, 16, 15, 14)
 """Bits of each digit of a float64 without its sign. The first two hold the whole of a float32."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """Number of entries that are looked at in float64 at once."""
 
 TaskMatrices = Sequence[Tensor | None]
@@ -54,8 +54,10 @@ def largest(D: Tensor, count: int) -> Tensor:
     threshold = magnitudes.kthvalue(D.numel() - count + 1).values
     stays = magnitudes > threshold
     equal = magnitudes == threshold
-    stays |= equal & (equal.cumsum(0) <= count - stays.sum())
-    return D * stays.view_as(D)
+    room = count - int(stays.sum())
+    if int(equal.sum()) > room:
+        equal &= equal.cumsum(0) <= room
+    return D * (stays | equal).view_as(D)
 
 
 def kept_of(size: int, density: float) -> int:
