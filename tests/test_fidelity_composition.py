@@ -172,10 +172,11 @@ def test_an_adapter_without_a_layer_is_trimmed_over_its_own(tasks, tmp_path):
         torch.testing.assert_close(have[path], want[path], **EXACT)
 
 
-def test_a_zero_sum_takes_the_majority_of_the_whole_vector():
-    """Votes cancel in the first layer, and most entries of the second one are negative."""
-    one = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[-1.0, -2.0, -3.0]])}
-    two = {"a": torch.tensor([[-1.0, 2.0]]), "b": torch.tensor([[-1.0, -2.0, 1.0]])}
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_zero_sum_takes_the_majority_of_the_whole_vector(sign):
+    """Votes cancel in the first layer, and most entries of the second one have one sign."""
+    one = {"a": torch.tensor([[1.0, 2.0]]), "b": sign * torch.tensor([[1.0, 2.0, 3.0]])}
+    two = {"a": torch.tensor([[-1.0, 2.0]]), "b": sign * torch.tensor([[1.0, 2.0, -1.0]])}
     options = options_of("ties", {"density": 1.0})
     layers = [(path, [Dense(one[path]), Dense(two[path])]) for path in one]
     plans = whole_trims("ties", options, [1.0, 1.0], lambda: layers)
@@ -183,7 +184,7 @@ def test_a_zero_sum_takes_the_majority_of_the_whole_vector():
         path: OPERATORS["ties"](changes, [1.0, 1.0], path, whole=plans[path], **options).dense()
         for path, changes in layers
     }
-    assert have["a"].tolist() == [[-1.0, 2.0]]
+    assert have["a"].tolist() == [[sign, 2.0]]
     assert [v for D in have.values() for v in D.flatten().tolist()] == ties_vector(
         [flat(one), flat(two)]
     )
@@ -258,8 +259,10 @@ def test_task_arithmetic_is_the_scaled_sum(tasks):
 
 
 def magnitudes(draw, dtype):
-    """Values with many equal magnitudes, of several sizes."""
-    values = draw(st.lists(st.sampled_from([0.0, 1.0, -1.0, 1.5, -3e-7, 2e5, -0.1]), max_size=30))
+    """Many equal magnitudes, of several sizes, and some that only float64 tells apart."""
+    near = [1 + 2.0**-i for i in (30, 40, 52)]
+    known = [0.0, 1.0, -1.0, 1.5, -3e-7, 2e5, *near]
+    values = draw(st.lists(st.sampled_from(known), max_size=30))
     random = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     more = torch.randn(draw(st.integers(0, 30)), generator=random, dtype=torch.float64)
     return torch.cat([torch.tensor(values, dtype=torch.float64), more]).to(dtype)
