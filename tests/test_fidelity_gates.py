@@ -440,5 +440,57 @@ def test_dylora_steps_as_released(frozen, rule):
     assert (largest > 1e-3) == (rule == "drawn")
 
 
-def test_axes_of_the_file_are_those_of_its_layers():
-    assert list(rank_axes(Layers((3, 2)).layers)) == ["0:rank", "1:rank"]
+# ---- axes without units
+
+
+def trained(model, allocator, optimizer, steps):
+    """Train a model of `Layers` to regress on ones, in a plain loop."""
+    allocator.start(model, optimizer, steps)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3)).double()
+    for _ in range(steps):
+        sum((layer(x) - 1).square().mean() for layer in model.layers).backward()
+        allocator.before_step()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+    allocator.finish()
+
+
+POLICIES = {
+    "SoRA": lambda: SoRA(floor=0, xi=0.0, every=4, warmup=0, final=2),
+    "SoRA to a budget": lambda: SoRA(2, floor=0, xi=0.0, every=4, warmup=0, final=2),
+    "BeamLoRA": lambda: BeamLoRA(p0=0.5, until=1.0, every=4, final=2),
+    "BeamLoRA exact": lambda: BeamLoRA(p0=0.5, until=1.0, every=4, final=2, split="exact"),
+    "DyLoRA": lambda: DyLoRA(truncate=2),
+    "DyLoRA drawn": lambda: DyLoRA(frozen=False, rule="drawn"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_axis_without_units_takes_part_and_stays_empty(name):
+    model, allocator = Layers((3, 2, 4)), POLICIES[name]()
+    rank_axes(model)["layers.1:rank"].resize([])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    trained(model, allocator, optimizer, 12)
+    sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
+    assert sizes["layers.1:rank"] == 0
+    assert sum(sizes.values()) == {"SoRA to a budget": 2, "DyLoRA": 4}.get(name, 7)
+    assert all(axis.gate is None for axis in rank_axes(model).values())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_sora_prunes_an_axis_whose_gates_are_all_zero():
+    """With a floor of 0, as in the release, the units of one layer leave and it is idle."""
+
+    class Closing(SoRA):
+        def finish_step(self, state, axes):
+            super().finish_step(state, axes)
+            if state:
+                state.values(axes["layers.1:rank"]).data.zero_()
+
+    model, allocator = Layers((3, 2, 4)), Closing(floor=0, xi=0.0, every=4, warmup=0, final=2)
+    trained(model, allocator, head_first(model), 12)
+    assert [len(axis) for axis in rank_axes(model).values()] == [3, 0, 4]
+    assert model.layers[1].idle
+    x = torch.randn(3, 4).double()
+    assert torch.equal(model.layers[1](x), model.layers[1].base(x))
