@@ -9,7 +9,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank.allocation import BeamLoRA, DyLoRA, LoRAPrune, SoRA
-from adaptrank.allocation.methods.loraprune import mask_within_layers
 from adaptrank.allocation.plans import Resize
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt
@@ -273,9 +272,9 @@ def test_an_event_of_beamlora_starts_the_logits_without_moments():
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, channels=4):
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(2, 4), nn.Linear(4, 2)
+        self.up_proj, self.down_proj = nn.Linear(2, channels), nn.Linear(channels, 2)
 
 
 @pytest.mark.parametrize("count", [4, 9, 10, 12, 19, 20, 32])
@@ -306,28 +305,46 @@ def released_local_prune(importance, mask, ratio, target):
     return [0 if group in lowest else 1 for group in range(len(mask))]
 
 
-def test_masks_of_loraprune_are_the_released_ones_over_a_schedule():
-    """Averages that are drawn anew at each event: without the mask, groups would come back."""
+@pytest.mark.parametrize("ties", [False, True])
+def test_masks_of_loraprune_are_the_released_ones_over_a_schedule(ties):
+    """Averages are drawn anew at each event, so that without masks groups would come back.
+
+    Where open groups have an average of 0 the release may open a masked one. Here none comes back.
+    """
     torch.manual_seed(0)
-    events, target, back = 30, 0.6, 0
-    for size in (3, 7, 20, 33):
-        masked, mask = {}, [1] * size
-        for event in range(1, events + 1):
-            importance = torch.rand(size, dtype=torch.float64) + 0.01
-            progress = event / events
-            ratio = target * (1 - (1 - progress) ** 3)
-            mask = released_local_prune(importance.tolist(), mask, ratio, target)
-            scores = {"a": importance * torch.tensor(mask_of(masked, size))}
-            free = mask_within_layers({"a": importance}, target, progress, {})
-            plan = mask_within_layers(scores, target, progress, masked)
-            back += any(unit not in plan["a"].units for unit in free["a"].units) if plan else 0
-            masked = {key: change.units for key, change in plan.items()}
-            assert mask_of(masked, size) == mask, (size, event)
-    assert back > 20
-
-
-def mask_of(masked, size):
-    return [0 if group in masked.get("a", ()) else 1 for group in range(size)]
+    model = nn.Sequential(Block(7), Block(20), Block(33), Block(5))
+    adapt(model, [f"{i}.up_proj" for i in range(4)], partial(LoRA, rank=1))
+    allocator, target = LoRAPrune(0.6, every=2, warmup=4, final=4), 0.6
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    allocator.start(model, torch.optim.SGD(parameters), 64)
+    state, axes = allocator.engine.state, allocator.run.axes
+    masks, returns = {key: [1] * len(axis) for key, axis in axes.items()}, 0
+    for step in range(1, 65):
+        averages = {}
+        for key, axis in axes.items():
+            values = torch.rand(len(axis)).double() + 0.01
+            if ties:
+                values *= torch.rand(len(axis)) > 0.9
+            state.importance(axis, torch.zeros_like(values)).copy_(values)
+            averages[key] = values.tolist()
+        event = allocator.step()
+        if event is None:
+            continue
+        ratio = target * (1 - (1 - (step - 4) / 56) ** 3)
+        for key, mask in masks.items():
+            masks[key] = released_local_prune(averages[key], mask, ratio, target)
+            closed = {group for group, is_open in enumerate(masks[key]) if not is_open}
+            now = set(event["closed"].get(key, ()))
+            assert len(now) == len(closed)
+            if ties:
+                masks[key] = [0 if group in now else 1 for group in range(len(mask))]
+                assert all(masks[key][group] <= mask[group] for group in range(len(mask)))
+            else:
+                assert now == closed
+            order = sorted(range(len(mask)), key=lambda group: averages[key][group])
+            returns += now != set(order[: len(now)])
+    assert len(allocator.events) == 28
+    assert returns > 20
 
 
 def test_a_run_of_loraprune_masks_what_the_release_would():
