@@ -72,10 +72,10 @@ class BeamLoRA(Policy[BeamState]):
     slices and Adam moments as they were half an interval ago; otherwise equal units would get equal
     gradients for ever. The logits of both become the mean of the two. An event sets the moments of
     all logits to zero, as in the release, also where nothing was pruned. So an event changes the
-    function a little. `split="exact"` copies the present slices and gives both units
-    half of the weight. That changes nothing but the pruned units. To tell the two apart it adds
-    noise of 1e-3 to one factor of the copied unit, and subtracts it from that of its copy. Only the
-    logits of these units lose their moments.
+    function a little. `split="exact"` copies the present slices and gives both units half of the
+    weight. That changes nothing but the pruned units. To tell the two apart it adds noise of 1e-3
+    to one factor of the copied unit, and subtracts it from that of its copy. Only the logits of
+    these units lose their moments.
 
     The logits of an axis follow the learning rate of the parameter group that holds its closing
     factor (B of LoRA), at its place in the schedule.
@@ -85,8 +85,9 @@ class BeamLoRA(Policy[BeamState]):
     and the event. The last event multiplies w into the weights.
 
     Source: arXiv:2502.13604; rules from the authors' code: rank 64, alpha 128, tau 0.05, p0 0.95,
-    an event every 3000 of 37,000 steps, t_end two thirds of them. The tables were not read. The
-    release decays s, which pulls it to uniform; here s does not decay.
+    an event every 3000 of 37,000 steps, t_end two thirds of them. The tables were not read. In the
+    release s is in the optimizer of the factors, whose weight decay is 0 in its script. Here s
+    never decays, since decay would pull it to uniform.
 
     Args:
         p0: share of the weight that is kept at the first step.
