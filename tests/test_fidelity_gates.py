@@ -127,7 +127,7 @@ def test_soras_gates_step_as_released(prox_scale):
         {key: torch.zeros_like(g) for key, g in gates_of(allocator).items()},
         dict.fromkeys(axes, 0.0),
     )
-    for trial in range(150):
+    for trial in range(100):
         step = int(torch.randint(1, 400, ()))
         steps = next(t.tensor for _, name, t in state.items() if name == "steps")
         steps.fill_(step - 1)
@@ -360,7 +360,7 @@ def test_a_run_of_loraprune_masks_what_the_release_would():
     )
     model = adapt(LlamaForCausalLM(config).double(), "all-linear", partial(LoRA, rank=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    total, target = 24, 0.6
+    total, target = 16, 0.6
     allocator = LoRAPrune(target, beta=0.9, every=2, warmup=0, final=0)
     allocator.start(model, optimizer, total)
     parts = {
