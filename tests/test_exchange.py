@@ -296,8 +296,10 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
             init_r=3, target_r=2, lora_alpha=7, target_modules=ALL, total_step=10
         ),
         lambda: peft.LoKrConfig(r=2, alpha=7, target_modules=ALL, decompose_factor=4),
+        # It divides no side, so that PEFT's pairs of sizes are others than those of our factor.
+        lambda: peft.LoKrConfig(r=2, alpha=7, target_modules=ALL, decompose_factor=11),
     ],
-    ids=["LoRA", "rsLoRA", "patterns", "DoRA", "AdaLoRA", "LoKr"],
+    ids=["LoRA", "rsLoRA", "patterns", "DoRA", "AdaLoRA", "LoKr", "LoKr, other pairs"],
 )
 def test_what_peft_wrote_is_read_and_goes_back(tmp_path, config):
     model = theirs(config())
