@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from adaptrank._errors import UserError
 from adaptrank._options import DECAY
-from adaptrank.allocation.renamed import warn_renamed
 from adaptrank.allocation.checks import check_can_prune
 from adaptrank.allocation.plans import Plan, Scores, exchange
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.renamed import warn_renamed
 from adaptrank.allocation.schedules import late_drop
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
@@ -24,8 +24,8 @@ class ElaLoRA(Policy[TrackedTensors]):
     There are two rules. With `rule="published"`, the released one, a single pool serves both
     directions, and an axis at its floor offers nothing. So an axis that fell to one unit can never
     grow again. With `rule="two_pools"`, the default, each direction has a pool of its own, and such
-    an axis still bids for growth. It decides otherwise in two of three random states. Tables and reports
-    call it "ElaLoRA (two pools)".
+    an axis still bids for growth. It decides otherwise in two of three random states. Tables and
+    reports call it "ElaLoRA (two pools)".
 
     Scores are those of AdaLoRA: running sensitivity times uncertainty of every element, without
     bias correction. Fresh units start at a score of zero, so intervals should be long (20 steps
