@@ -3,11 +3,8 @@
 from functools import partial
 
 import lightning
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import everything, fit
 from torch import nn
@@ -15,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank.allocation import EVA, AdaLoRA, ElaLoRA, GeLoRA
 from adaptrank.allocation.initial.layer_inputs import watch
-from adaptrank.allocation.initial.sketch import Sketch
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import NOLA, SVD, DoRA, HyperAdapt, LoRA, MELoRA, PiCa, SBoRA
@@ -56,21 +52,6 @@ class Low(lightning.LightningModule):
 
 def sizes(model):
     return {key: len(axis) for key, axis in rank_axes(model).items()}
-
-
-@given(st.integers(1, 5), st.integers(1, 6))
-def test_the_sketch_has_the_leading_vectors_of_all_rows(batches, k):
-    torch.manual_seed(batches)
-    rows = [
-        torch.randn(30, 8).double()
-        @ torch.diag(torch.tensor([9.0, 7, 5, 3, 1, 0.5, 0.2, 0.1]).double())
-        for _ in range(batches)
-    ]
-    sketch = Sketch(8)
-    for part in rows:
-        sketch.add(part)
-    S = np.linalg.svd(torch.cat(rows).numpy(), compute_uv=False)
-    np.testing.assert_allclose(sketch.shares()[:k].numpy(), (S**2 / (S**2).sum())[:k], rtol=1e-8)
 
 
 def test_inputs_of_rank_two_get_at_most_two_ranks_and_the_total_is_exact():
@@ -134,7 +115,7 @@ def test_units_that_read_parts_of_the_input_have_directions_of_their_part():
                 for unit in range(min(4, len(axis))):
                     mini = int(layer.block[unit])
                     part = rows[:, 4 * mini : 4 * mini + 4]
-                    lead = torch.linalg.svd(part).Vh[0]
+                    lead = torch.linalg.svd(part - part.mean(0)).Vh[0]
                     cosine = float((lead @ layer.A[unit]).abs())
                     self.checked += cosine > 0.999 or len(axis) < 4
 

@@ -107,8 +107,8 @@ def test_the_start_is_the_least_squares_fit(method):
     """
     torch.manual_seed(0)
     holder = nn.Module()
-    layer = holder.layer = method(nn.Linear(48, 24).double())
-    target = torch.randn(24, 48, dtype=torch.float64)
+    layer = holder.layer = method(nn.Linear(24, 16).double())
+    target = torch.randn(16, 24, dtype=torch.float64)
     (axis,) = rank_axes(holder).values()
     (closing,) = axis.closing()
     base = layer.dense().detach()
