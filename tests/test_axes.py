@@ -317,8 +317,6 @@ def test_resizing_refuses_what_does_not_exist():
     for keep, grow, sentence in (
         ([0, 6], 0, "has units 0 to 5; asked to keep"),
         ([-1], 0, "has units 0 to 5"),
-        ([], 0, "at least 1 must stay"),
-        ([], 2, "at least 1 must stay"),
         ([0], -1, "grow -1"),
         (None, 19, r"holds at most 24 units; asked for 6 \+ 19"),
         ([0] * 25, 0, "holds at most 24 units"),
@@ -326,8 +324,11 @@ def test_resizing_refuses_what_does_not_exist():
         with pytest.raises(ValueError, match=sentence):
             axis.resize(keep, grow, generator(0, "a", 0))
     assert len(axis) == 6
-    assert axis.limits() == (1, 24)
-    assert rank_axes(LoRA(nn.Linear(4, 4)))[":rank"].limits() == (1, None)
+    assert axis.limits() == (0, 24)
+    assert rank_axes(LoRA(nn.Linear(4, 4)))[":rank"].limits() == (0, None)
+    axis.resize([])
+    with pytest.raises(ValueError, match=r"has no units; asked to keep \[0\]"):
+        axis.resize([0])
 
 
 # ---- identity of parameters, and autograd
@@ -514,8 +515,7 @@ def test_stored_ranks_are_read_from_the_shapes():
     [
         ("P", (24, 5), r"different ranks \(P: 5, Q: 6, l: 6\); the file is damaged"),
         ("l", (6, 1), r"l was stored with shape \(6, 1\), and has 1 dimension"),
-        ("all", 0, "stored with 0 units, and holds 1 to 24"),
-        ("all", 30, "stored with 30 units, and holds 1 to 24"),
+        ("all", 30, "stored with 30 units, and holds 0 to 24"),
     ],
 )
 def test_a_damaged_file_is_refused(name, shape, sentence):

@@ -68,7 +68,8 @@ def execute(
             done["closed"][key] = list(change.units)
             continue
         size = len(axis)
-        axis.resize(change.keep, change.grow, generator(seed, key, step), optimizers)
+        random, others = generator(seed, key, step), axes.values()
+        axis.resize(change.keep, change.grow, random, optimizers, others)
         state.follow(axis, change)
         removed = sorted(set(range(size)) - set(change.keep))
         if removed:

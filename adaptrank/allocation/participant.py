@@ -102,11 +102,11 @@ class Participant(LightningShell):
     ) -> None:
         if unit not in ("ranks", "parameters"):
             raise UserError(f"unit={unit!r}; a budget counts 'ranks' or 'parameters'.")
-        below_floor = cap is not None and cap < floor
-        if every < 1 or floor < 1 or below_floor or (budget is not None and budget < 1):
+        low_cap = cap is not None and cap < max(1, floor)
+        if every < 1 or floor < 0 or low_cap or (budget is not None and budget < 1):
             raise UserError(
-                f"every={every}, floor={floor}, cap={cap}, budget={budget}: all are at least 1, "
-                f"and cap at least floor."
+                f"every={every}, floor={floor}, cap={cap}, budget={budget}: floor is at least 0, "
+                f"the others are at least 1, and cap is not below floor."
             )
         check_length("warmup", warmup)
         check_length("final", final)

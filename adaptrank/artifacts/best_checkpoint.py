@@ -121,7 +121,7 @@ def load_best(module: LightningModule, best: Best) -> int:
     fit_ranks(module, state_dict)
     module.load_state_dict(state_dict, strict=module.strict_loading)
     for wrapper in wrappers(module):
-        wrapper.refresh()
+        wrapper.renew()
     return int(checkpoint["global_step"])
 
 

@@ -87,7 +87,7 @@ def load_tensors(
     for target in whole.values():
         target.requires_grad_(isinstance(target, nn.Parameter) and target.is_floating_point())
     for wrapper in wrappers(model):
-        wrapper.refresh()
+        wrapper.renew()
 
 
 # ---- what is checked

@@ -3,7 +3,7 @@
 All of it is derived from the one line `axes` of a parameterization. Nothing here knows a method.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -49,7 +49,7 @@ class RankAxis:
     def limits(self) -> tuple[int, int | None]:
         """Return the least and the largest number of units. None means no upper limit."""
         ceilings = [layer.max_units(axis) for layer, axis in self.members]
-        return 1, min((ceiling for ceiling in ceilings if ceiling is not None), default=None)
+        return 0, min((ceiling for ceiling in ceilings if ceiling is not None), default=None)
 
     def allows(self, size: int) -> bool:
         """Return whether a number of units is within the limits."""
@@ -170,6 +170,8 @@ class RankAxis:
         """
         closing = self.closing()
         with_grad = {slot.label for slot in closing if slot.tensor.grad is not None}
+        if not with_grad and all(layer.idle for layer, _ in self.members):
+            return self.closing()[0].tensor.new_zeros(len(self))
         if not with_grad:
             names = ", ".join(slot.name for slot in closing)
             raise RuntimeError(
@@ -218,6 +220,7 @@ class RankAxis:
         grow: int = 0,
         generator: torch.Generator | None = None,
         optimizers: Optimizers = (),
+        others: "Iterable[RankAxis]" = (),
     ) -> None:
         """Keep these units, in this order, and add `grow` fresh units. The function stays the same.
 
@@ -226,13 +229,13 @@ class RankAxis:
         dropped.
 
         Args:
-            keep: indices of units, which may permute or repeat. None keeps all.
+            keep: indices of units, which may permute or repeat, or none. None keeps all.
             grow: number of fresh units, which come last.
             generator: CPU generator for the random numbers of a method. It is needed if grow > 0.
             optimizers: optimizers whose state has to follow.
+            others: axes that lend a fresh unit its second moment if no unit is left here.
         Raises:
-            ValueError: if an index does not exist, no unit would be left, or the upper limit would
-                be exceeded.
+            ValueError: if an index does not exist, or the upper limit would be exceeded.
         """
         all_units = list(range(len(self)))
         keep = all_units if keep is None else list(keep)
@@ -243,9 +246,11 @@ class RankAxis:
         if grow:
             generator = generator or torch.Generator().manual_seed(0)
             fresh = fresh_slices(self.key, self.members, grow, generator)
+            lenders = [] if keep else list(others)
             for slot in self.slots():
                 kept = range(len(keep))
-                replace_units(slot.tensor, slot.dim, kept, fresh[slot.label], optimizers)
+                like = _same_tensors(slot, lenders)
+                replace_units(slot.tensor, slot.dim, kept, fresh[slot.label], optimizers, like)
         self._refresh()
 
     @torch.no_grad()
@@ -262,18 +267,26 @@ class RankAxis:
 
     def _refresh(self) -> None:
         for layer, _ in self.members:
-            layer.refresh()
+            layer.renew()
+
+
+def _same_tensors(slot: Slot, axes: Iterable[RankAxis]) -> list[Tensor]:
+    """Return the tensor of a slot in other axes: that of the same name and method."""
+    kind = (type(slot.layer), slot.name)
+    same = [other for axis in axes for other in axis.slots() if other.name == slot.name]
+    return [other.tensor for other in same if (type(other.layer), other.name) == kind]
 
 
 def _check_resize(axis: RankAxis, keep: Sequence[int], grow: int) -> None:
     size = len(axis)
     least, largest = axis.limits()
     if any(not 0 <= unit < size for unit in keep):
-        raise UserError(f"{axis.key} has units 0 to {size - 1}; asked to keep {keep}.")
-    # Fresh units take their shapes from the kept ones, so `grow` does not count here.
+        present = f"units 0 to {size - 1}" if size else "no units"
+        raise UserError(f"{axis.key} has {present}; asked to keep {keep}.")
     if len(keep) < least or grow < 0:
         raise UserError(
-            f"{axis.key} would keep {len(keep)} units and grow {grow}; at least {least} must stay."
+            f"{axis.key} would keep {len(keep)} units and grow {grow}; use {least} or more, and "
+            f"a growth of 0 or more."
         )
     # An axis that is larger than its upper limit may stay as large as it is.
     if largest is not None and len(keep) + grow > max(largest, size):
@@ -285,6 +298,9 @@ def _check_resize(axis: RankAxis, keep: Sequence[int], grow: int) -> None:
 def _reduce(elements: Tensor, dim: int, reduce: str) -> Tensor:
     """Reduce all dimensions but one: (units,)."""
     rows = elements.movedim(dim, 0).flatten(1) if elements.dim() > 1 else elements[:, None]
+    # A tensor may have no elements because another axis has no units.
+    if not rows.shape[1]:
+        return rows.new_zeros(len(rows))
     if reduce == "norm":
         return cast(Tensor, rows.norm(dim=1))
     return cast(Tensor, getattr(rows, reduce)(1))

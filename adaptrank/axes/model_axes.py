@@ -96,7 +96,7 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for axis, size in resized:
         axis.resize_to(size)
     for wrapper in wrappers(model):
-        wrapper.refresh()
+        wrapper.renew()
 
 
 def _stored_sizes(

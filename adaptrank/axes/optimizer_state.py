@@ -12,7 +12,12 @@ from adaptrank.axes.state_roles import Optimizers, Role, role_of, with_inner
 
 
 def replace_units(
-    tensor: Tensor, dim: int, keep: Sequence[int], fresh: Tensor | None, optimizers: Optimizers
+    tensor: Tensor,
+    dim: int,
+    keep: Sequence[int],
+    fresh: Tensor | None,
+    optimizers: Optimizers,
+    like: Sequence[Tensor] = (),
 ) -> None:
     """Set a tensor to its kept slices followed by the fresh ones. Optimizer state follows.
 
@@ -25,6 +30,7 @@ def replace_units(
         keep: indices of the kept slices, in their new order.
         fresh: new slices, or None.
         optimizers: optimizers that may hold state of the tensor.
+        like: tensors of other axes, whose second moments a fresh slice gets if none is kept here.
     """
     index = torch.tensor(list(keep), dtype=torch.long, device=tensor.device)
     kept = tensor.detach().index_select(dim, index)
@@ -37,7 +43,7 @@ def replace_units(
     for optimizer in with_inner(optimizers):
         state = optimizer.state.get(tensor)
         if state:
-            _follow(optimizer, state, change)
+            _follow(optimizer, state, change, like)
 
     tensor.grad = None
     # Swap the data in two steps, through another dtype. This makes autograd forget the gradient
@@ -63,8 +69,14 @@ class _Change:
     index: Tensor
     fresh: Tensor | None
 
-    def apply(self, value: Tensor, role: Role) -> Tensor:
-        """Return a state after the change."""
+    def apply(self, value: Tensor, role: Role, lent: float) -> Tensor:
+        """Return a state after the change.
+
+        Args:
+            value: the state before.
+            role: its role.
+            lent: second moment of fresh units if none is kept.
+        """
         dim = self._dim_in(value, role)
         if dim is None:
             return value
@@ -75,7 +87,7 @@ class _Change:
             return torch.cat([kept, self.fresh.to(value)], dim)
         shape = list(kept.shape)
         shape[dim] = self.fresh.shape[self.dim]
-        return torch.cat([kept, _neutral(kept, value, dim, role).expand(shape)], dim)
+        return torch.cat([kept, _neutral(kept, dim, role, lent).expand(shape)], dim)
 
     def _dim_in(self, value: Tensor, role: Role) -> int | None:
         """Return the dimension of a state that counts units, or None if there is none."""
@@ -90,17 +102,40 @@ class _Change:
         return self.dim + value.dim() - ndim
 
 
-def _neutral(kept: Tensor, value: Tensor, dim: int, role: Role) -> Tensor:
+def _neutral(kept: Tensor, dim: int, role: Role, lent: float) -> Tensor:
     """Return the state of a fresh unit, with length 1 in the dimension that counts units."""
+    # Adam has one step counter for the whole tensor, so its bias correction is over for a fresh
+    # unit as well. With a zero second moment such a unit would jump.
     if role is not Role.FIRST_MOMENT and kept.shape[dim] > 0:
-        # Adam has one step counter for the whole tensor, so its bias correction is over for a fresh
-        # unit as well. With a zero second moment such a unit would jump.
         return kept.mean(dim, keepdim=True)
-    return torch.zeros_like(value.narrow(dim, 0, 1))
+    shape = list(kept.shape)
+    shape[dim] = 1
+    return kept.new_full(shape, 0.0 if role is Role.FIRST_MOMENT else lent)
+
+
+def _lent(optimizer: torch.optim.Optimizer, key: str, like: Sequence[Tensor]) -> float:
+    """Return the mean of a state over some tensors, or else over all that the optimizer moves."""
+    for tensors in (like, list(optimizer.state)):
+        total, count = 0.0, 0
+        for tensor in tensors:
+            state = optimizer.state.get(tensor, {})
+            value = state.get(key)
+            # One number for a whole tensor is a count.
+            if not isinstance(value, Tensor) or not value.dim() or not value.numel():
+                continue
+            number = number_of(state, key)
+            values = dequantized(value) if number is None else decode(state, number)
+            total, count = total + float(values.double().sum()), count + values.numel()
+        if total:
+            return total / count
+    return 0.0
 
 
 def _follow(
-    optimizer: torch.optim.Optimizer, state: MutableMapping[str, Any], change: _Change
+    optimizer: torch.optim.Optimizer,
+    state: MutableMapping[str, Any],
+    change: _Change,
+    like: Sequence[Tensor],
 ) -> None:
     """Let the state of one parameter follow a change. States of unknown role stay."""
     for key, value in list(state.items()):
@@ -108,11 +143,14 @@ def _follow(
         # One number for the whole tensor has no units.
         if role is None or role is Role.COUNT or not isinstance(value, Tensor) or not value.dim():
             continue
+        none_kept = change.fresh is not None and not len(change.index)
+        needs_one = none_kept and role not in (Role.FIRST_MOMENT, Role.WEIGHT_COPY)
+        lent = _lent(optimizer, key, like) if needs_one else 0.0
         number = number_of(state, key)
         if number is None:
-            state[key] = change.apply(dequantized(value), role)
+            state[key] = change.apply(dequantized(value), role, lent)
         else:
-            encode(state, number, change.apply(decode(state, number), role))
+            encode(state, number, change.apply(decode(state, number), role, lent))
 
 
 def _edit(

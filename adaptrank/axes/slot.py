@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
-from adaptrank.parameterizations import Parameterization
+from adaptrank.parameterizations import Parameterization, start_scale
 
 Member = tuple[Parameterization, str]
 """A wrapper, and the name of one of its axes."""
@@ -73,7 +73,9 @@ def fresh_slices(
 ) -> dict[str, Tensor]:
     """Return the new slices of each slot of an axis, by label.
 
-    They are zero in the closing factors. In all others they come from the method's `fresh`.
+    They are zero in the closing factors. In all others they come from the method's `fresh`. If the
+    axis has no units, and another closing factor or another empty axis closes the layer anyway,
+    the closing factors are drawn as well. Two zero factors would never learn.
 
     Args:
         key: of the axis, for error messages.
@@ -85,23 +87,46 @@ def fresh_slices(
     for number, (layer, axis) in enumerate(members):
         for name, value in layer.fresh(axis, count, generator).items():
             drawn[_label(name, number)] = value
+    slots = slots_of(members)
+    is_empty = not slots[0].tensor.shape[slots[0].dim]
+    draws_all = is_empty and all(_is_closed_beside(layer, axis) for layer, axis in members)
+    closing_names = {layer.axis_tensors(axis)[-1][0] for layer, axis in members}
 
     slices = {}
     # Of a tensor with several dimensions on the axis, the later dimensions see the earlier ones
     # grown already.
     grown_shapes: dict[int, list[int]] = {}
-    for slot in slots_of(members):
+    for slot in slots:
         grown_shape = grown_shapes.setdefault(id(slot.tensor), list(slot.tensor.shape))
         shape = list(grown_shape)
         shape[slot.dim] = count
         grown_shape[slot.dim] += count
-        value = torch.zeros(shape) if slot.closes else drawn[slot.label]
+        if not slot.closes:
+            value = drawn[slot.label]
+        elif draws_all or (is_empty and slot.name not in closing_names):
+            scale = start_scale(slot.layer, slot.name, generator)
+            value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        else:
+            value = torch.zeros(shape)
         if list(value.shape) != shape:
             raise UserError(
                 f"{key}: fresh() drew {tuple(value.shape)} for {slot.name}, not {tuple(shape)}."
             )
         slices[slot.label] = value.to(slot.tensor)
     return slices
+
+
+def _is_closed_beside(layer: Parameterization, axis: str) -> bool:
+    """Return whether a layer changes nothing, whatever the units of this axis are."""
+    own_names = {name for name, _ in layer.axis_tensors(axis)}
+    for other in layer.axes:
+        if other == axis or axis not in layer.stopped_by(other):
+            continue
+        closing_name = layer.axis_tensors(other)[-1][0]
+        is_closed = closing_name not in own_names and not getattr(layer, closing_name).any()
+        if not layer.axis_size(other) or is_closed:
+            return True
+    return False
 
 
 def _label(name: str, member: int) -> str:

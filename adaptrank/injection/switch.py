@@ -140,7 +140,7 @@ def _without(layer: Parameterization, name: str) -> nn.Module:
             continue
         if wrapper.base is not outermost:
             wrapper.base = outermost
-            wrapper.refresh()
+            wrapper.renew()
         outermost = wrapper
     return outermost
 

@@ -76,6 +76,9 @@ def project(layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, A.T)
     if isinstance(layer, nn.Conv2d):
+        # A convolution has at least one output.
+        if not len(A):
+            return project(layer, x, A.new_zeros(1, A.shape[1]))[..., :0]
         y: Tensor = layer._conv_forward(x, stored(layer, A), None)
         return channels_last(layer, y)
     return F.linear(x, A)

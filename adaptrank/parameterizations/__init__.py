@@ -15,6 +15,7 @@ from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.starting import start_scale
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
@@ -59,6 +60,7 @@ __all__ = [
     "pretrained_part",
     "replace_layer",
     "replace_layers",
+    "start_scale",
     "wrapped_layers",
     "wrappers",
 ]

@@ -1,7 +1,7 @@
 """The contract of a method: a layer that wraps a layer, and the change of its weight."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -17,6 +17,7 @@ from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep
 from adaptrank.parameterizations.formula import check_formula, dense_weight, formula
 from adaptrank.parameterizations.indices import check_indices
 from adaptrank.parameterizations.renamed import renamed_definition
+from adaptrank.parameterizations.starting import rms_of, start_scale
 from adaptrank.parameterizations.wrapper import Wrapper
 from adaptrank.registry import Registry
 
@@ -174,7 +175,8 @@ class Parameterization(Wrapper):
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw n new slices for every tensor of the axis but the closing one, which starts at zero.
 
-        The default draws from a normal distribution at the root mean square of the living units.
+        The default draws from a normal distribution at the root mean square of the living units. If
+        none is left, it is that of the tensor as the constructor draws it.
         """
         *opening, (closing, _) = self.axis_tensors(axis)
         slices: dict[str, Tensor] = {}
@@ -183,7 +185,7 @@ class Parameterization(Wrapper):
             if name == closing or name in slices:
                 continue
             living = cast(Tensor, getattr(self, name)).detach()
-            rms = float(living.double().square().mean().sqrt())
+            rms = rms_of(living) if living.numel() else start_scale(self, name, generator)
             if rms == 0:
                 raise UserError(
                     f"{type(self).__name__}.axes[{axis!r}] names {name!r} before the tensor that "
@@ -212,6 +214,20 @@ class Parameterization(Wrapper):
         The loader refuses a file whose wrappers ask for too many of them.
         """
         return 0
+
+    def acts_without(self, axis: str) -> bool:
+        """Return whether the wrapper still changes its base when the axis has no units.
+
+        A method overrides it that trains something beside the units, such as a magnitude.
+        """
+        return False
+
+    def stopped_by(self, axis: str) -> Collection[str]:
+        """Return the axes whose units add nothing while this axis has no units: by default all.
+
+        Units that grow there meanwhile may start anywhere, because the output does not show them.
+        """
+        return self.axes
 
     def refresh(self) -> None:
         """Recompute what derives from axis tensors or from the base.
@@ -290,6 +306,19 @@ class Parameterization(Wrapper):
 
     # ---- what others ask
 
+    def renew(self) -> None:
+        """Bring `idle`, and what the method derives from its tensors, up to date.
+
+        It has to be called after tensors of the wrapper or of its base were replaced.
+        """
+        self.idle = bool(self.emptied())
+        self.refresh()
+
+    def emptied(self) -> list[str]:
+        """List the axes without units, and without which the wrapper changes nothing."""
+        empty = [axis for axis in self.axes if not self.axis_size(axis)]
+        return [axis for axis in empty if not self.acts_without(axis)]
+
     @property
     def bias(self) -> Tensor | None:
         """The bias (m,) in the dtype of the frozen weight, as a plain layer has it."""
@@ -315,7 +344,7 @@ class Parameterization(Wrapper):
         (m, n), dtype = self.shape, self.adapter_dtype
         Us, Vs = [], []
         for wrapper in self.nest:
-            if not wrapper.enabled:
+            if not wrapper.enabled or wrapper.idle:
                 continue
             with wrapper.reading_gates():
                 factors = wrapper.factors()
@@ -335,8 +364,8 @@ class Parameterization(Wrapper):
         `definition` computes with them.
         """
         inside = self.nest[-2::-1]
-        if not self.enabled:
-            inner = next((wrapper for wrapper in inside if wrapper.enabled), None)
+        if not self.enabled or self.idle:
+            inner = next((w for w in inside if w.enabled and not w.idle), None)
             return {} if inner is None else inner.merged()
         # Wrappers inside that merge a weight and a bias are in the values of this one already.
         plain_merge = Parameterization.merged
@@ -369,9 +398,7 @@ class Parameterization(Wrapper):
         if isinstance(self.innermost, layers.MATRICES):
             words.append(f"{self.shape[1]} -> {self.shape[0]}")
         words.append(f"name={self.name!r}")
-        for axis in self.axes:
-            name, dim = self.axis_tensors(axis)[0]
-            words.append(f"{axis}={getattr(self, name).shape[dim]}")
+        words += [f"{axis}={self.axis_size(axis)}" for axis in self.axes]
         if not self.enabled:
             words.append("off")
         return ", ".join(words)
@@ -385,7 +412,7 @@ def _refresh_after_load(layer: nn.Module, _: object) -> None:
     wrapper = cast(Parameterization, layer)
     for name in wrapper.index_ranges():
         check_indices(wrapper, name, getattr(wrapper, name))
-    wrapper.refresh()
+    wrapper.renew()
 
 
 @cache

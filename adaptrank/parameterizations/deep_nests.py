@@ -75,11 +75,12 @@ def forward_deep(outermost: "Parameterization", x: Any) -> Any:
     waiting: list[Parameterization] = []
     layer: nn.Module = outermost.innermost
     for wrapper in reversed(outermost.nest):
-        passes = not wrapper.enabled or wrapper.rows is not None or wrapper.only_adds
+        is_off = not wrapper.enabled or wrapper.idle
+        passes = is_off or wrapper.rows is not None or wrapper.only_adds
         if not passes or (wrapper is not outermost and _is_watched(wrapper)):
             layer = wrapper
             break
-        if wrapper.enabled:
+        if not is_off:
             waiting.append(wrapper)
     if layer is outermost:
         return outermost.forward_gated(x)

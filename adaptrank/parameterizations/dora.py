@@ -101,6 +101,9 @@ class DoRA(Parameterization):
         once = 2 * r * (m * n + r * n + r * m)
         return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r + m)
 
+    def acts_without(self, axis: str) -> bool:
+        return True  # the magnitude
+
     def refresh(self) -> None:
         # The base may have been loaded anew.
         self.squares = None

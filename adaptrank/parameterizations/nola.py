@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -105,6 +105,13 @@ class NOLA(LowRankUpdate):
             self.register_buffer(name, None, persistent=False)
         self.refresh()
 
+    def acts_without(self, axis: str) -> bool:
+        return not self.stopped_by(axis)
+
+    def stopped_by(self, axis: str) -> Collection[str]:
+        has_anchor = axis == "alpha" and self.init == "anchored"
+        return () if has_anchor else self.axes
+
     def refresh(self) -> None:
         if self.seed.is_meta:
             return
@@ -113,8 +120,7 @@ class NOLA(LowRankUpdate):
             A0 = _draw(int(self.seed), "A0", 0, (r, n)) / math.sqrt(n)
             self.A0 = A0.to(self.alpha)
         if self.materialize:
-            self.bases_a = torch.stack([*self._drawn("a")]).to(self.alpha)
-            self.bases_b = torch.stack([*self._drawn("b")]).to(self.alpha)
+            self.bases_a, self.bases_b = self._kept("a"), self._kept("b")
 
     @formula
     def weight(self) -> Tensor:
@@ -172,10 +178,19 @@ class NOLA(LowRankUpdate):
         shape = self.matrix_shape(side)
         return _chunks(int(self.seed), side, self._ids(side), shape, self.chunk)
 
+    def _kept(self, side: str) -> Tensor:
+        """Return the matrices of a side as they are kept, (chunks, chunk, size)."""
+        chunks = [*self._drawn(side)]
+        size = math.prod(self.matrix_shape(side))
+        kept = torch.stack(chunks) if chunks else torch.empty(0, self.chunk, size)
+        return kept.to(self.alpha)
+
     def _combined(self, side: str, coefficients: Tensor, c: float) -> Tensor:
         """Return c sum_j a_j A_j, or that of the output side, in the dtype of the coefficients."""
         kept = cast(Tensor | None, getattr(self, f"bases_{side}"))
         shape = self.matrix_shape(side)
+        if not len(coefficients):
+            return coefficients.new_zeros(shape)
         draw: Callable[[], Any]
         if kept is None:
             # Bound to the current values, because a backward pass may come after a resize.

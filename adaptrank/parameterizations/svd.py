@@ -56,7 +56,7 @@ class SVD(LowRankUpdate):
         if not 1 <= rank <= min(m, n):
             raise UserError(f"rank={rank} does not fit a {m}x{n} layer; use 1 to {min(m, n)}.")
         self.scale = alpha / rank
-        self.orth = orth
+        self.orth, self.init_std = orth, init_std
         self.dropout = nn.Dropout(dropout)
         self.P = self.zeros(m, rank)
         self.Q = self.zeros(rank, n)
@@ -77,8 +77,8 @@ class SVD(LowRankUpdate):
 
     def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {
-            "P": _orthogonal_to(self.P.detach(), n, generator),
-            "Q": _orthogonal_to(self.Q.detach().T, n, generator).T,
+            "P": _orthogonal_to(self.P.detach(), n, generator, self.init_std),
+            "Q": _orthogonal_to(self.Q.detach().T, n, generator, self.init_std).T,
         }
 
     def penalty(self) -> Tensor | None:
@@ -89,13 +89,14 @@ class SVD(LowRankUpdate):
         return deviation * (self.orth / 2)
 
 
-def _orthogonal_to(living: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def _orthogonal_to(living: Tensor, n: int, generator: torch.Generator, std: float) -> Tensor:
     """Draw n columns (d, n) orthogonal to the columns of `living` (d, r) and to each other.
 
-    Their length is the root mean square length of the living columns.
+    Their length is the root mean square length of the living columns, or that of the start, for
+    elements of standard deviation `std`, if there are none.
     """
     columns = living.to("cpu", torch.float64)
-    length = columns.square().sum(0).mean().sqrt()
+    length = columns.square().sum(0).mean().sqrt() if columns.numel() else std * len(columns) ** 0.5
     drawn = torch.randn(len(columns), n, generator=generator, dtype=torch.float64)
     # Orthonormalizing the living columns first makes this a projection. A - Q Q^T A with a raw Q
     # would not be one.

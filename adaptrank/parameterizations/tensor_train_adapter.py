@@ -1,6 +1,6 @@
 """TensorTrainAdapter: a bottleneck adapter whose two matrices are tensor trains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -170,6 +170,12 @@ class TensorTrainAdapter(ModuleWrapper):
             once += trains.flops_left(cores[:split]) + trains.flops_right(cores[split:])
             kept += rows + bond
         return Cost(flops, once, kept + (narrow if self.activation == "gelu" else 0))
+
+    def acts_without(self, axis: str) -> bool:
+        return True  # both biases
+
+    def stopped_by(self, axis: str) -> Collection[str]:
+        return [other for other in self.axes if other[0] == axis[0]]  # bonds of the same train
 
     def max_units(self, axis: str) -> int:
         return trains.max_bond(self.modes, axis)

@@ -126,7 +126,8 @@ def left(cores: Sequence[Tensor]) -> Tensor:
     matrix = cores[0].flatten(0, 1)
     with unrounded(matrix):
         for core in cores[1:]:
-            matrix = (matrix @ core.flatten(1)).reshape(-1, core.shape[-1])
+            rows = len(matrix) * core.shape[1]
+            matrix = (matrix @ core.flatten(1)).reshape(rows, core.shape[-1])
     return matrix
 
 
@@ -135,7 +136,8 @@ def right(cores: Sequence[Tensor]) -> Tensor:
     matrix = cores[-1].flatten(1)
     with unrounded(matrix):
         for core in reversed(cores[:-1]):
-            matrix = (core.flatten(0, 1) @ matrix).reshape(core.shape[0], -1)
+            columns = core.shape[1] * matrix.shape[1]
+            matrix = (core.flatten(0, 1) @ matrix).reshape(core.shape[0], columns)
     return matrix
 
 

@@ -46,6 +46,8 @@ class Wrapper(Traits, nn.Module, ABC):
     """Name of the adapter that this wrapper belongs to."""
     enabled: bool = True
     """Whether the wrapper is on. One that is off computes what its base computes."""
+    idle: bool = False
+    """Whether an axis without units leaves nothing to add. An idle wrapper costs nothing."""
     rows: tuple[Tensor, int] | None = None
     """(indices, batch size): the rows of a batch that this wrapper is on for, or None for all."""
     gates: "Mapping[str, Tensor | Callable[[], Tensor]]" = {}
@@ -248,6 +250,11 @@ class Wrapper(Traits, nn.Module, ABC):
                 pairs.append((name, dim))
         return pairs
 
+    def axis_size(self, axis: str) -> int:
+        """Return the number of units of an axis."""
+        name, dim = self.axis_tensors(axis)[0]
+        return int(getattr(self, name).shape[dim])
+
     # ---- gates
 
     def gated(self, name: str, axis: str | None = None) -> Tensor:
@@ -301,7 +308,7 @@ class Wrapper(Traits, nn.Module, ABC):
         """Compute the adapted output where this wrapper is on, and the base's output elsewhere."""
         if self.depth > FEW_WRAPPERS and len(args) == 1 and not kwargs:
             return forward_deep(cast("Parameterization", self), args[0])
-        if not self.enabled:
+        if not self.enabled or self.idle:
             return self.base(*args, **kwargs)
         if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
             # A call such as linear(input=x). The methods do not know the name.
@@ -321,6 +328,8 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def add_to(self, x: Any, y: Any) -> Any:
         """Return the adapted output from the output y of the base, in all rows or in some."""
+        if self.idle:
+            return y
         if self.rows is not None:
             self._check_rows(x)
             return self._put_rows(x, y)

@@ -25,6 +25,7 @@ from adaptrank.testing.bases import (
     perturb,
 )
 from adaptrank.testing.costs import check_cost
+from adaptrank.testing.emptying import check_emptying
 from adaptrank.testing.forward import (
     check_definition,
     check_exact_gradients,
@@ -77,6 +78,7 @@ def check_parameterization(
     for base in bases:
         build = builder(cls, base)
         check_contract(build, sample, count)
+        check_emptying(build, sample)
         if base is bases[0]:
             check_gradients(builder(cls, base, **cls.exact_gradient), sample)
             check_cost(builder(cls, copy.deepcopy(base).float()), sample)

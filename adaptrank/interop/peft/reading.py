@@ -181,7 +181,7 @@ def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: P
             )
         with torch.no_grad():
             target.copy_(value)
-    wrapper.refresh()
+    wrapper.renew()
 
 
 def _load_whole(

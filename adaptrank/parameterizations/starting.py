@@ -1,0 +1,37 @@
+"""The scale at which a method starts a tensor, for a unit that grows where none is left."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from adaptrank import layers
+
+if TYPE_CHECKING:
+    from adaptrank.parameterizations.base import Parameterization
+
+
+def rms_of(tensor: Tensor) -> float:
+    """Return the root mean square of a tensor's elements, 0 if it has none."""
+    values = tensor.detach().double()
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+
+
+def start_scale(wrapper: "Parameterization", name: str, generator: torch.Generator) -> float:
+    """Return the root mean square of a tensor as the constructor draws it.
+
+    The wrapper is built once more, over the same base and from the same arguments. Neither the
+    wrapper nor the state of a global generator changes.
+
+    Args:
+        wrapper: the wrapper whose tensor has no units left.
+        name: attribute of the wrapper.
+        generator: CPU generator that the draw is seeded from.
+    """
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    device = layers.device(wrapper.innermost)
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked):
+        torch.manual_seed(seed)
+        again = type(wrapper)(wrapper.base, **wrapper.init_args)
+    return rms_of(cast(Tensor, getattr(again, name)))
