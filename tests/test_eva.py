@@ -65,6 +65,23 @@ def test_inputs_of_rank_two_get_at_most_two_ranks_and_the_total_is_exact():
     assert allocator.events[0]["total"] == 16
 
 
+@pytest.mark.parametrize(("floor", "left"), [(0, 0), (1, 1)])
+def test_a_layer_whose_inputs_do_not_vary_loses_its_units(floor, left):
+    class Still(Low):
+        def __init__(self):
+            super().__init__()
+            self.still = adapt(nn.Sequential(nn.Linear(16, 12)), "all-linear", LORA4)
+
+        def forward(self, index):
+            return [*super().forward(index), self.still(torch.full((40, 16), 0.3))]
+
+    model, allocator = Still(), EVA(floor=floor)
+    fit(model, allocator, steps=2)
+    found = sizes(model)
+    assert found["still.0:rank"] == left
+    assert sum(found.values()) == allocator.events[0]["total"] == 20
+
+
 @pytest.mark.parametrize(
     "method", [LORA4, partial(DoRA, rank=4), partial(SVD, rank=4), [HyperAdapt, LORA4]]
 )

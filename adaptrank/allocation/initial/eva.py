@@ -25,13 +25,15 @@ class EVA(RankInitializer):
     every layer batch by batch: a sketch of round(rho r) components of the centred inputs,
     X - mean = U S V^T. The explained variance ratio of component i is S_i^2 / sum |x - mean|^2,
     over the variance of its own layer. The ratios of all layers are pooled, and the largest win:
-    at least `floor` units for each layer and at most rho r, with the total of the start. The
-    search ends after a batch in which every assigned component kept its direction, with a cosine
-    of at least tau. Then A takes the leading v_i as its rows. B stays zero, so the function does
-    not change. Layers that read the same tensor (query, key, value) share one sketch. If units
-    read parts of the input, each part has its own sketch. The sketches of several processes are
-    merged at the end. Memory is (round(rho r) + 1) n numbers for each different input. Padding and
-    tokens without a label are left out. The model is in evaluation mode.
+    at least `floor` units for each layer, which may be none, and at most rho r, with the total of
+    the start. Ties fall to the first layer in natural order. The search ends after a batch in
+    which every assigned component kept its direction, with a cosine of at least tau. Then A takes
+    the leading v_i as its rows. B stays zero, so the function does not change.
+
+    Layers that read the same tensor (query, key, value) share one sketch. If units read parts of
+    the input, each part has its own sketch. The sketches of several processes are merged at the
+    end. Memory is (round(rho r) + 1) n numbers for each different input. Padding and tokens
+    without a label are left out. The model is in evaluation mode.
 
     The scale of a layer stays alpha over the rank at construction, so that gradients do not depend
     on the new rank, as with `adjust_scaling_factors` of HF PEFT.
@@ -52,7 +54,7 @@ class EVA(RankInitializer):
         max_batches: most training batches to read.
         budget: total to share out. None is the total at the start.
         unit: unit of the total, "ranks" or "parameters".
-        floor: least number of units of an axis.
+        floor: least number of units of an axis. With 0, as published, a layer may lose all.
     Raises:
         UserError: for arguments out of range. At the start of a run: if there are no batches.
     """
@@ -70,7 +72,7 @@ class EVA(RankInitializer):
         max_batches: int = 32,
         budget: int | None = None,
         unit: Literal["ranks", "parameters"] = "ranks",
-        floor: int = 1,
+        floor: int = 0,
         center: bool = True,
     ) -> None:
         super().__init__(budget, unit, floor)

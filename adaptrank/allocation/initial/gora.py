@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank._options import COUNT
+from adaptrank._options import COUNT, NOT_NEGATIVE
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.least_squares import fit_change
@@ -56,8 +56,9 @@ class GoRA(RankInitializer):
     paper means was not verified. Departures: the sign is that of a descent step. The release adds
     +gamma G, while its own check compares with -lr G. In the scripts the scale after the start is
     alpha / sqrt(r) of each layer's new rank. Here it stays that of the construction, so
-    `LoRA(rslora=True)` comes nearest. The parser's r_min is 1, as here, and that of the scripts is
-    4, half of r. Methods other than LoRA are ours.
+    `LoRA(rslora=True)` comes nearest. The model is in evaluation mode for its gradients, and in
+    training mode there. The parser's r_min is 1, as here, and that of the scripts is 4, half of r.
+    Methods other than LoRA are ours.
 
     Args:
         batches: training batches to average over.
@@ -65,7 +66,7 @@ class GoRA(RankInitializer):
         phi: price of a unit: "identity", "sqrt" or "log1p" of m + n.
         temperature: temperature T of a softmax over the layers, 0.5 in the release. None
             normalizes by the sum, as in its scripts.
-        r_min: least size of an axis.
+        r_min: least size of an axis. 0 lets a layer lose all its units.
         r_max: largest size of an axis. None is four times the present one.
         share: "exact" or "reference".
         init: whether the gradient becomes the start. Otherwise only the ranks are chosen.
@@ -77,7 +78,7 @@ class GoRA(RankInitializer):
     """
 
     source = "arXiv:2502.12171"
-    ranges: ClassVar = {"r_min": COUNT, "r_max": COUNT}
+    ranges: ClassVar = {"r_min": NOT_NEGATIVE, "r_max": COUNT}
     options = {"init": frozenset({"gradient_init"})}
 
     def __init__(
@@ -128,6 +129,8 @@ class GoRA(RankInitializer):
         if not self.init:
             return
         for key, axis in axes.items():
+            if not len(axis):
+                continue
             gradients = gradients_of(key, axis, evidence)
             gamma = self.lr * expansion(axis, gradients)
             targets = []

@@ -14,13 +14,13 @@ class Moments(NamedTuple):
         SV: matrix (k, n) for which SV^T SV = sum (x - mean) (x - mean)^T.
         mean: mean of the rows, (n,), in float64. It is zero in an uncentred sketch.
         total: sum of |x - mean|^2 over all rows, never truncated.
-        count: number of rows.
+        rows: number of rows.
     """
 
     SV: Tensor
     mean: Tensor
     total: float
-    count: int
+    rows: int
 
 
 class Sketch:
@@ -66,7 +66,7 @@ class Sketch:
         Args:
             parts: moments of each process, this one included.
         """
-        if len(parts) > 1 and any(part.count for part in parts):
+        if len(parts) > 1 and any(part.rows for part in parts):
             self._become(parts)
 
     def shares(self) -> Tensor:
@@ -97,7 +97,7 @@ class Sketch:
         return self.SV[index] / (S**1.5 if whiten else S)
 
     def _become(self, parts: Sequence[Moments]) -> None:
-        moments = _combined([part for part in parts if part.count])
+        moments = _combined([part for part in parts if part.rows])
         self.moments = moments._replace(SV=_leading(moments, self.components))
 
 
@@ -114,17 +114,17 @@ def _combined(parts: Sequence[Moments]) -> Moments:
     """Return the moments of the rows of all parts together.
 
     The scatter around the common mean is the sum of the scatters around the means of the parts,
-    and of count (mean - common mean) (mean - common mean)^T. The latter is one more row of SV.
+    and of rows (mean - common mean) (mean - common mean)^T. The latter is one more row of SV.
     """
     device, dtype = parts[-1].SV.device, parts[-1].SV.dtype
-    count = sum(part.count for part in parts)
+    total_rows = sum(part.rows for part in parts)
     means = torch.stack([part.mean.to(device) for part in parts])
-    counts = torch.tensor([part.count for part in parts], device=device, dtype=torch.float64)
-    mean = counts @ means / count
+    counts = torch.tensor([part.rows for part in parts], device=device, dtype=torch.float64)
+    mean = counts @ means / total_rows
     shifts = counts.sqrt()[:, None] * (means - mean)
     total = sum(part.total for part in parts) + float(shifts.square().sum())
-    rows = [part.SV.to(device, dtype) for part in parts if len(part.SV)]
-    return Moments(torch.cat([*rows, shifts.to(dtype)]), mean, total, count)
+    scatters = [part.SV.to(device, dtype) for part in parts if len(part.SV)]
+    return Moments(torch.cat([*scatters, shifts.to(dtype)]), mean, total, total_rows)
 
 
 def _leading(moments: Moments, components: int) -> Tensor:
@@ -134,7 +134,7 @@ def _leading(moments: Moments, components: int) -> Tensor:
     the norm of all rows, their mean included, are dropped.
     """
     S, Vh = torch.linalg.svd(moments.SV, full_matrices=False)[1:]
-    norm = (moments.total + moments.count * float(moments.mean.square().sum())) ** 0.5
+    norm = (moments.total + moments.rows * float(moments.mean.square().sum())) ** 0.5
     kept = int((S[:components] > 1e-6 * norm).sum())
     leading: Tensor = S[:kept, None] * Vh[:kept]
     # The sign of a singular vector is free: its largest entry becomes positive.
