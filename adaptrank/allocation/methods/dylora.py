@@ -128,7 +128,8 @@ class DyLoRA(Policy[PrefixState]):
 
     def before_pass(self, state: PrefixState, axes: Axes) -> None:
         """Draw b of the next optimizer step."""
-        state.b = self.drawn(self.run.steps_done + 1, max(map(len, axes.values())))
+        most = max(1, *map(len, axes.values()))
+        state.b = self.drawn(self.run.steps_done + 1, most)
 
     @staticmethod
     def gate(axis: RankAxis, b: int | None) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.checks import smallest_adapter
 from adaptrank.allocation.context import Axes
-from adaptrank.allocation.events import Event
+from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.gates import leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
 from adaptrank.allocation.policy import Policy
@@ -29,6 +30,9 @@ class SoRA(Policy[TrainedGates]):
     the outcome. With a `budget`, xi is raised at each step to the value that leaves at most b(t)
     units open, on AdaLoRA's cubic curve. That makes runs comparable. Gates of layers that took no
     part in a step are shrunk by that value alone.
+
+    A matrix whose gates are all zero loses all of its units. If all gates of the model are zero at
+    the last event, one unit stays, so that the adapter can be trained on.
 
     Without decay of the factors the penalty can be escaped: g falls and A grows. Keep weight decay
     on (0.1 in the release). Where a unit closes by one number already (l of the SVD form, the
@@ -51,7 +55,9 @@ class SoRA(Policy[TrainedGates]):
         l1: weight of sum |g| / (number of gates) in the loss, beside the proximal step; 10 in the
             script of the release.
         gate_lr_ratio: learning rate of the gates of an axis over that of its closing factor.
-        unit, every, warmup, final, floor, seed: as in `Policy`; warmup only delays `xi_end` and the
+        floor: smallest number of units of an axis; 0 as in the authors' code, which keeps the
+            units whose gate is not zero.
+        unit, every, warmup, final, seed: as in `Policy`; warmup only delays `xi_end` and the
             budget.
     Raises:
         ValueError: for a negative strength or an unknown word.
@@ -73,7 +79,7 @@ class SoRA(Policy[TrainedGates]):
         every: int = 10,
         warmup: int | float = 0.1,
         final: int | float = 0.1,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
@@ -169,6 +175,8 @@ class SoRA(Policy[TrainedGates]):
             key: max(int((values > 0).sum()), min(self.floor, len(values)))
             for key, values in scores.items()
         }
+        if not any(count.values()):
+            return self._keep_one()
         plan = keep_best(scores, cost, min(budget, cost.total(count)), self.floor)
         # What the budget leaves over must not buy a cheap unit whose gate is zero.
         for key, values in scores.items():
@@ -179,6 +187,23 @@ class SoRA(Policy[TrainedGates]):
             if len(open_units) < len(values):
                 plan[key] = Resize(tuple(sorted(open_units)))
         return plan
+
+    def propose(
+        self, state: TrainedGates, scores: Scores, cost: CostModel, budget: int, step: int
+    ) -> Proposal:
+        plan = self.plan(scores, cost, budget, step)
+        if self.acts_at(step) and not any(bool(values.any()) for values in scores.values()):
+            return Proposal(plan, "every gate is zero, so lower `xi`")
+        return Proposal(plan)
+
+    def _keep_one(self) -> Plan:
+        """Return a plan that leaves the cheapest adapter which changes anything."""
+        smallest = smallest_adapter(self.run)
+        assert smallest is not None, "gates do not change sizes"
+        sizes = self.run.sizes()
+        return {
+            key: Resize(tuple(range(size))) for key, size in smallest.items() if size < sizes[key]
+        }
 
     def acts_at(self, step: int) -> bool:
         return step >= self.run.phases.end
