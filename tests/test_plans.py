@@ -1,6 +1,7 @@
 """Pure: importance, cost, budget -> what to keep, close and grow."""
 
 import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings

@@ -55,8 +55,7 @@ class DynamicRank(Policy[UnitShares]):
         budget: final total in `unit`; None is the total at the start divided by 1.5.
         soft: close units until the last event. False removes them at each event.
         beta: decay of the running average, from 0 to below 1.
-        floor: smallest number of units of an axis; 0, since the abstract and the summaries name no
-            floor for the components that are pruned.
+        floor: smallest number of units of an axis; 0, since the paper names no floor.
         unit, every, warmup, final, seed: as in `Policy`.
     Raises:
         ValueError: for a decay out of range.
