@@ -65,7 +65,7 @@ def test_it_loads_no_weight_and_leaves_no_folder(files, tmp_path, capsys, monkey
     file = files("elalora_llama")
     main(["plan", "--config", str(file)])
     out = capsys.readouterr().out
-    assert "ElaLoRA, " in out
+    assert "ElaLoRA (two pools), " in out
     assert "trainable" in out
     assert not Path("runs").exists()
 

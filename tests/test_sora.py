@@ -43,7 +43,7 @@ def test_the_gates_adam_is_torchs(betas):
         for p, grad in zip(want, grads, strict=True):
             p.grad = grad
         optimizer.step()
-        adam(have, grads, first, second, step, 0.03, betas)
+        adam(have, grads, first, second, step, [0.03, 0.03], betas)
         for a, b in zip(have, want, strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-14)
 
@@ -310,9 +310,9 @@ def test_a_skipped_step_does_not_count_in_the_gates_adam(monkeypatch):
                 self.gate_parameters()[0].grad.fill_(float("nan"))
             super().on_before_optimizer_step(*args)
 
-    def counting(values, grads, first, second, step, lr):
+    def counting(values, grads, first, second, step, rates, **settings):
         counted.append((allocator.run.steps_done + 1, step))
-        adam(values, grads, first, second, step, lr)
+        adam(values, grads, first, second, step, rates, **settings)
 
     monkeypatch.setattr("adaptrank.allocation.trained_gates.adam", counting)
     allocator = Look(**PHASES)
@@ -361,9 +361,10 @@ def test_the_learning_rate_is_that_of_the_run():
     rates = []
 
     class Gates(TrainedGates):
-        def adam_step(self, axes, gradients, learning_rate):
-            super().adam_step(axes, gradients, learning_rate)
-            rates.append(learning_rate)
+        def adam_step(self, axes, gradients, learning_rates):
+            super().adam_step(axes, gradients, learning_rates)
+            rates.append(next(iter(learning_rates.values())))
+            assert set(learning_rates.values()) == {rates[-1]}
 
     class Look(SoRA):
         def init_state(self, axes):

@@ -135,8 +135,9 @@ def exchange(
     spent on the winning axes until no further unit of them fits.
 
     `reference=True` is the released rule with one pool for both. An axis at its floor is absent
-    from that pool and can never grow again. With two pools this holds only for an axis without
-    units, which has none to offer.
+    from that pool and can never grow again. A unit that is chosen for both is pruned, and its axis
+    gets a fresh one for it. With two pools an axis without units has none to offer, and stays
+    empty.
 
     Args:
         scores: axis -> (units,), higher is kept.
@@ -151,7 +152,7 @@ def exchange(
     caps = caps or {}
     sizes = {axis: len(values) for axis, values in scores.items()}
     losing, winning = _pools(scores, pool, floor, caps, reference)
-    to_prune, to_grow = _pick_swaps(losing, winning, swaps)
+    to_prune, to_grow = _pick_swaps(losing, winning, swaps, renew=reference)
     winners = list(dict.fromkeys(axis for axis, _ in to_grow)) if to_prune else []
 
     filling = Filling(sizes, cost, budget)
@@ -189,15 +190,18 @@ def _pools(
 
 
 def _pick_swaps(
-    losing: list[_Offer], winning: list[_Offer], swaps: int
+    losing: list[_Offer], winning: list[_Offer], swaps: int, renew: bool
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Return the (axis, unit) to prune, and those whose axis grows, each in its order.
 
-    A unit among the first `swaps` of both lists is left alone. Winners beyond that number stay in
-    the list, because a costly unit that is pruned may pay for several cheap ones.
+    A unit among the first `swaps` of both lists is left alone, or is in both results with `renew`.
+    Winners beyond that number stay in the list, because a costly unit that is pruned may pay for
+    several cheap ones.
     """
     prune = [offer.name for offer in losing]
     grow = [offer.name for offer in winning]
+    if renew:
+        return prune[: min(swaps, len(grow))], grow
     distinct = len({*prune, *grow})
     swaps = min(swaps, len(prune), len(grow), distinct // 2)
     both = {*prune[:swaps]} & {*grow[:swaps]}

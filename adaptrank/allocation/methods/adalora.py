@@ -3,9 +3,10 @@
 from typing import ClassVar, Literal
 
 from adaptrank._options import DECAY
-from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
+from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
+from adaptrank.allocation.soft_pruning import close_instead
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
@@ -75,15 +76,5 @@ class AdaLoRA(Policy[TrackedTensors]):
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
         if self.soft and step < self.run.phases.end:
-            return _close_instead(plan, scores)
+            return close_instead(plan, scores)
         return plan
-
-
-def _close_instead(plan: Plan, scores: Scores) -> Plan:
-    """Return a plan that closes the units which the given plan removes."""
-    soft: Plan = {}
-    for key, change in plan.items():
-        assert isinstance(change, Resize)
-        removed = set(range(len(scores[key]))) - set(change.keep)
-        soft[key] = Close(tuple(sorted(removed)))
-    return soft

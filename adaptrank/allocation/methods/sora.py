@@ -23,11 +23,13 @@ class SoRA(Policy[TrainedGates]):
     """Train a gate g on each unit, shrink it after each step, and prune units whose gate is zero.
 
     The proximal step is g <- sign(g) max(|g| - xi, 0). The gates have an Adam of their own, without
-    weight decay, at the learning rate of the run. A gate that is zero still has a gradient, and may
-    come back. The last event removes units with a zero gate physically, and multiplies the other
-    gates into the weights. What is left is the plain method, and its ranks are the outcome. With a
-    `budget`, xi is raised at each step to the value that leaves at most b(t) units open, on
-    AdaLoRA's cubic curve. That makes runs comparable.
+    weight decay. The gates of an axis follow the learning rate of the parameter group that holds
+    its closing factor (B of LoRA), at its place in the schedule. A gate that is zero still has a
+    gradient, and may come back. The last event removes units with a zero gate physically, and
+    multiplies the other gates into the weights. What is left is the plain method, and its ranks are
+    the outcome. With a `budget`, xi is raised at each step to the value that leaves at most b(t)
+    units open, on AdaLoRA's cubic curve. That makes runs comparable. Gates of layers that took no
+    part in a step are shrunk by that value alone.
 
     A matrix whose gates are all zero loses all of its units. If all gates of the model are zero at
     the last event, one unit stays, so that the adapter can be trained on.
@@ -39,7 +41,8 @@ class SoRA(Policy[TrainedGates]):
     Source: arXiv:2311.11696; rules from the authors' code: 8 units, alpha 16, learning rate 8e-4 to
     1.2e-3, xi 3e-4 at every step, which is a `xi` of 0.4 times the learning rate here. There xi is
     then raised in stages (`xi_end` is one ramp). Its proximal operator sets shrunk values below xi
-    to zero once more (`prox="reference"`).
+    to zero once more (`prox="reference"`). Its Adam is that of transformers, with an eps of 1e-6
+    that is added before the bias correction, and so is the Adam here.
 
     Args:
         budget: most units, or parameters, at the end; None leaves it to xi.
@@ -51,7 +54,7 @@ class SoRA(Policy[TrainedGates]):
             learning rate becomes.
         l1: weight of sum |g| / (number of gates) in the loss, beside the proximal step; 10 in the
             script of the release.
-        gate_lr_ratio: learning rate of the gates over that of the run.
+        gate_lr_ratio: learning rate of the gates of an axis over that of its closing factor.
         floor: smallest number of units of an axis; 0 as in the authors' code, which keeps the
             units whose gate is not zero.
         unit, every, warmup, final, seed: as in `Policy`; warmup only delays `xi_end` and the
@@ -95,7 +98,7 @@ class SoRA(Policy[TrainedGates]):
         self.l1, self.gate_lr_ratio = l1, gate_lr_ratio
 
     def init_state(self, axes: Axes) -> TrainedGates:
-        return TrainedGates("g")
+        return TrainedGates("g", eps=1e-6, raw_eps=True)
 
     def install(self, state: TrainedGates, axes: Axes) -> None:
         """Multiply every unit by its gate: N(0, 1) on a fresh adapter, 1 on a trained one."""
@@ -123,24 +126,37 @@ class SoRA(Policy[TrainedGates]):
         penalized = {
             key: grad + self.l1 / count * gates[key].sign() for key, grad in gradients.items()
         }
-        learning_rate = self.run.learning_rate * self.gate_lr_ratio
-        state.adam_step(axes, penalized, learning_rate)
-        threshold = self._threshold(gates, learning_rate, self.run.steps_done + 1)
-        for gate in gates.values():
-            gate.copy_(soft_threshold(gate, threshold, self.prox == "reference"))
+        rates = self.run.learning_rates(axes)
+        rates = {key: rate * self.gate_lr_ratio for key, rate in rates.items()}
+        state.adam_step(axes, penalized, rates)
+        trained_rates = {key: rates[key] for key in gradients}
+        thresholds = self._thresholds(gates, trained_rates, self.run.steps_done + 1)
+        for key, gate in gates.items():
+            gate.copy_(soft_threshold(gate, thresholds[key], self.prox == "reference"))
 
-    def _threshold(self, gates: dict[str, Tensor], learning_rate: float, step: int) -> float:
-        """Return xi of a step, raised to what the budget of the step asks for."""
+    def _thresholds(
+        self, gates: dict[str, Tensor], rates: dict[str, float], step: int
+    ) -> dict[str, float]:
+        """Return the threshold of each axis: its xi, raised to what the budget of the step needs.
+
+        Args:
+            gates: axis key -> gates.
+            rates: axis key -> learning rate of the gates, of the axes that took part in the step.
+            step: optimizer step.
+        """
         progress = self.run.phases.progress(step)
         xi = self.xi
         if self.xi_end is not None:
             xi = self.xi + (self.xi_end - self.xi) * progress
-        xi *= learning_rate if self.prox_scale == "lr" else 1.0
+        thresholds = dict.fromkeys(gates, 0.0)
+        for key, rate in rates.items():
+            thresholds[key] = xi * rate if self.prox_scale == "lr" else xi
         if self.budget is None:
-            return xi
+            return thresholds
         magnitudes = {key: gate.abs().cpu() for key, gate in gates.items()}
         budget = cubic(self.run.start_total, self.budget, progress)
-        return max(xi, threshold_for(magnitudes, self.run.cost(), budget, self.floor))
+        shared = threshold_for(magnitudes, self.run.cost(), budget, self.floor, thresholds)
+        return {key: max(threshold, shared) for key, threshold in thresholds.items()}
 
     def finish_step(self, state: TrainedGates, axes: Axes) -> None:
         if state:
