@@ -91,7 +91,7 @@ FOUND = {
     "AdaLoRA": (4, lambda: AdaLoRA(4, **FAST)),
     "AdaLoRA, hard": (4, lambda: AdaLoRA(4, soft=False, **FAST)),
     "SoRA": (4, lambda: SoRA(4, xi=0.02, gate_lr_ratio=4.0, **FAST)),
-    "SubLoRA": (4, lambda: SubLoRA(4, "exact", 1, **FAST | {"every": 30, "warmup": 25})),
+    "SubLoRA": (4, lambda: SubLoRA(4, "published", 1, **FAST | {"every": 30, "warmup": 25})),
     "ElaLoRA, floor 0": (1, lambda: ElaLoRA(floor=0, swaps=1, **FAST | {"every": 10})),
     # Its rule moves a unit in every round, so it stops at the third.
     "ALoRA": (1, lambda: ALoRA(units=1, rounds=3, batches=4, **FAST | {"every": 13})),
@@ -308,7 +308,10 @@ def start_pair(name, nest, phases, steps):
     axes = rank_axes(model)
     next(iter(axes.values())).resize([])
     units = sum(map(len, axes.values()))
-    few = {"ElaLoRA": {"floor": 0, "swaps": 9}, "ALoRA": {"units": 0.4}}
+    few = {
+        "ElaLoRA": {"floor": 0, "swaps": 9},
+        "ALoRA": {"units": 0.4, "importance": "ablation_first_order"},
+    }
     budget = {"budget": max(len(axes) // 2, units // 4), "batches": 1}
     if name in ("ElaLoRA", "ALoRA"):
         budget = few[name]
@@ -332,9 +335,9 @@ FEW = [
     ("AdaLoRA", ("TensorTrain",)),
     ("ALoRA", ("LoRA",)),
     ("SoRA", ("DoRA",)),
-    ("SubLoRA", ("TensorTrain",)),
+    ("SubLoRA", ("LoRA",)),
     ("ElaLoRA", ("SVD",)),
-    ("DynamicRank", ("NOLA",)),
+    ("DynamicRank", ("PiCa",)),
     ("BeamLoRA", ("LoRA",)),
     ("DyLoRA", ("LoRA",)),
 ]

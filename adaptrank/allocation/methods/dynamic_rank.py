@@ -96,6 +96,10 @@ class DynamicRank(Policy[UnitShares]):
         target = int(start / 1.5) if self.budget is None else self.budget
         return late_cubic(start, target, self.run.phases.progress(step))
 
+    @property
+    def only_prunes(self) -> bool:
+        return True
+
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
         if self.soft and step < self.run.phases.end:
