@@ -217,8 +217,6 @@ class ResultWriter:
                 f"The result at {path} is no product of small factors; make it one with a rank, an "
                 f"energy or an error, or merge it into the base."
             )
-        if not change.rank:
-            return
         if not (torch.isfinite(change.U).all() and torch.isfinite(change.V).all()):
             raise UserError(f"The result at {path} is not finite; look at the adapters.")
         # Every layer has rank=1 and alpha=1 as arguments, so alpha / rank is 1. The file states
@@ -228,5 +226,6 @@ class ResultWriter:
         layer.A.data = change.V.to(layer.A).contiguous()
         layer.B.data = change.U.to(layer.B).contiguous()
         layer.requires_grad_(False)
+        layer.renew()
         replace_layer(self.model, plain, layer)
         self.facts[path]["rank"] = change.rank
