@@ -54,6 +54,9 @@ class Participant(LightningShell):
     ranges: ClassVar[Mapping[str, Range]] = {}
     """Numeric argument -> the values that make sense, beside those that the constructor checks. Any
     other number has to be finite, and whole where its annotation says so."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Argument -> the value that stands for it in a checkpoint from before the argument existed,
+    where the default of the argument is another."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities that an axis must have beside pruning, such as "grow"."""
     options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -162,8 +165,12 @@ class Participant(LightningShell):
         return dict(arguments)
 
     def argument_defaults(self) -> dict[str, Any]:
-        """Return the default values of the constructor's arguments."""
-        return self.present_arguments(constructor_defaults(type(self)))
+        """Return the values of arguments that a checkpoint does not have.
+
+        They are the defaults of the constructor, or the values that the library had `earlier`.
+        """
+        defaults = {**constructor_defaults(type(self)), **self.earlier}
+        return self.present_arguments(defaults)
 
     def describe_allocator(self) -> dict[str, Any]:
         """Return class, arguments and their defaults, and what reads those of a checkpoint."""

@@ -41,7 +41,9 @@ class DynamicRank(Policy[UnitShares]):
 
     Pruning is soft: an event closes units. They keep their slices and their gradients, and may be
     chosen at the next event. The last event removes closed units physically. With `soft=False`
-    every event removes units. No gradient is needed, so the score costs next to nothing.
+    every event removes units. No gradient is needed, so the score costs next to nothing. A unit
+    that is alone in its layer has a share of 1, so the last unit of a layer goes only if the budget
+    is below the number of layers.
 
     Source: arXiv:2405.17357 ("DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank
     Distribution"). The rules are from the authors' code, MIkumikumi0116/DoRA at 1c76b34: decay 0.9,
@@ -53,7 +55,8 @@ class DynamicRank(Policy[UnitShares]):
         budget: final total in `unit`; None is the total at the start divided by 1.5.
         soft: close units until the last event. False removes them at each event.
         beta: decay of the running average, from 0 to below 1.
-        unit, every, warmup, final, floor, seed: as in `Policy`.
+        floor: smallest number of units of an axis; 0, since the paper names no floor.
+        unit, every, warmup, final, seed: as in `Policy`.
     Raises:
         ValueError: for a decay out of range.
     """
@@ -69,7 +72,7 @@ class DynamicRank(Policy[UnitShares]):
         every: int = 10,
         warmup: int | float = 0.15,
         final: int | float = 0.5,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)

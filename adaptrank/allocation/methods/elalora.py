@@ -43,7 +43,10 @@ class ElaLoRA(Policy[TrackedTensors]):
         beta: decay of the running averages.
         unit: what stays constant, "ranks" or "parameters" (never above, and within one unit of
             the start).
-        every, warmup, final, floor, seed: as in `Policy`.
+        floor: smallest number of units of an axis; 1 as in the authors' code, where an axis offers
+            at most all of its units but one. With 0 an axis that lost its last unit stays empty:
+            it has none to offer.
+        every, warmup, final, seed: as in `Policy`.
         cap: largest size of an axis. None is four times its size at the start, and no cap for the
             published rule.
         two_pools: earlier name of `rule`: True is "two_pools", and False "published".

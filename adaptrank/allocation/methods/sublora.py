@@ -68,8 +68,11 @@ class SubLoRA(Policy[SecondOrderState]):
         rule: what M is. "fisher" from single examples, "published", the Hessian, or "block", the
             Fisher matrix within each axis and zero elsewhere.
         batches: training batches that g and M are estimated on.
-        allow_under_budget: keep no unit that is predicted to hurt by staying.
-        unit, every, warmup, final, floor, seed: as in `Policy`.
+        allow_under_budget: keep no unit that is predicted to hurt by staying, but at least one of
+            all.
+        floor: smallest number of units of an axis; 0, since the objective of the paper counts
+            discarded units and no layers.
+        unit, every, warmup, final, seed: as in `Policy`.
         estimator: earlier name of `rule`, where "exact" is "published".
     Raises:
         ValueError: for an unknown rule or no batches; at the start, for a Hessian that is too
@@ -88,7 +91,7 @@ class SubLoRA(Policy[SecondOrderState]):
         every: int = 50,
         warmup: int | float = 0.3,
         final: int | float = 0.3,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
         estimator: Literal["fisher", "exact", "block"] | None = None,
     ) -> None:
@@ -128,6 +131,10 @@ class SubLoRA(Policy[SecondOrderState]):
         start = self.run.start_total
         target = max(start // 2, 1) if self.budget is None else self.budget
         return cubic(start, target, self.run.phases.progress(step))
+
+    @property
+    def only_prunes(self) -> bool:
+        return not self.allow_under_budget
 
     def propose(
         self, state: SecondOrderState, scores: Scores, cost: CostModel, budget: int, step: int

@@ -78,12 +78,12 @@ def _lora_to_peft(wrapper: LoRA) -> PeftLayer:
 
 @to_peft.register
 def _dora_to_peft(wrapper: DoRA) -> PeftLayer:
-    rank = len(wrapper.A)
-    tensors = {
-        "lora_A": wrapper.A,
-        "lora_B": wrapper.B,
-        "lora_magnitude_vector": wrapper.m,
-    }
+    A, B = wrapper.A.detach(), wrapper.B.detach()
+    if not len(A):
+        # The magnitude acts without units, and PEFT knows no rank of 0.
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
+    rank = len(A)
+    tensors = {"lora_A": A, "lora_B": B, "lora_magnitude_vector": wrapper.m}
     return PeftLayer("LORA", rank, wrapper.scale * rank, tensors, {"use_dora": True})
 
 
@@ -174,7 +174,8 @@ class OurLayer:
 
     Args:
         method: the class with its arguments. It still lacks the layer to wrap.
-        tensors: attribute of the wrapper -> its value.
+        tensors: attribute of the wrapper -> its value. It may have no units, which `method` cannot
+            build: the axis is emptied then.
     """
 
     method: "partial[Any]"
@@ -215,16 +216,21 @@ def read_lora(stored: StoredLayer) -> OurLayer:
 
 
 def read_adalora(stored: StoredLayer) -> OurLayer:
-    """Read a layer of type ADALORA: an SVD update. PEFT divides its alpha by the remaining rank."""
-    A, B = _factors(stored)
+    """Read a layer of type ADALORA: an SVD update. PEFT divides its alpha by the remaining rank.
+
+    A layer without a unit gets the scale that PEFT would give to one unit.
+    """
+    A, B = _factors(stored, may_be_empty=True)
     singular_values = stored.tensors.get("lora_E")
     if singular_values is None:
         raise UserError(f"{stored.folder} is of AdaLoRA, and has no lora_E of {stored.path}.")
     alpha = float(stored.config.get("lora_alpha") or DEFAULT_ALPHA)
+    rank = max(1, len(A))
+    remaining_rank = _remaining_rank(stored, rank) if len(A) else 1.0
     # PEFT adds the same small number, so that a rank of 0 divides nothing by 0.
-    scale = alpha / (_remaining_rank(stored, len(A)) + 1e-5)
+    scale = alpha / (remaining_rank + 1e-5)
     return OurLayer(
-        partial(SVD, rank=len(A), alpha=scale * len(A)),
+        partial(SVD, rank=rank, alpha=scale * rank),
         {"Q": A, "P": B, "l": singular_values.flatten()},
     )
 
@@ -298,8 +304,13 @@ READERS: dict[str, Reader] = {"LORA": read_lora, "ADALORA": read_adalora, "LOKR"
 """PEFT's type of adapter -> the function that reads one layer of it."""
 
 
-def _factors(stored: StoredLayer) -> tuple[Tensor, Tensor]:
-    """Return A (r, n) and B (m, r) of a layer, with the kernels of a convolution flattened."""
+def _factors(stored: StoredLayer, may_be_empty: bool = False) -> tuple[Tensor, Tensor]:
+    """Return A (r, n) and B (m, r) of a layer, with the kernels of a convolution flattened.
+
+    Args:
+        stored: the layer.
+        may_be_empty: whether r may be 0.
+    """
     tensors = stored.tensors
     A = tensors.get("lora_A", tensors.get("lora_embedding_A"))
     B = tensors.get("lora_B", tensors.get("lora_embedding_B"))
@@ -308,7 +319,7 @@ def _factors(stored: StoredLayer) -> tuple[Tensor, Tensor]:
             f"{stored.folder} has no lora_A or no lora_B of {stored.path}. It has "
             f"{', '.join(sorted(tensors))}."
         )
-    are_matrices = A.dim() >= 2 and B.dim() >= 2 and len(A) > 0
+    are_matrices = A.dim() >= 2 and B.dim() >= 2 and (may_be_empty or len(A) > 0)
     if not are_matrices or not A.is_floating_point() or not B.is_floating_point():
         raise UserError(
             f"{stored.folder}: the factors of {stored.path} are {tuple(A.shape)} and "
