@@ -29,6 +29,7 @@ from adaptrank.allocation import (
     SoRA,
     SubLoRA,
 )
+from adaptrank.allocation.plans import Resize
 from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
 from adaptrank.training.finite import FiniteWeights, NotFiniteError
@@ -99,11 +100,30 @@ class Variance(AdaLoRA):
     importance = "explained_variance"
 
 
+class Emptied(AdaLoRA):
+    """The first layer loses its units and gets two again, when the second layer loses its own."""
+
+    importance, exact, requires = "magnitude", False, frozenset({"grow"})
+
+    def plan(self, scores, cost, budget, step):
+        first, second, third = scores
+        return {
+            10: {first: Resize(())},
+            14: {first: Resize((), 2), second: Resize(())},
+            18: {second: Resize((), 1), third: Resize((2, 0))},
+        }[step]
+
+
 SCENARIOS = {
     "adalora": (Shared, ALL["AdaLoRA"], {}),
     "hard": (Shared, ALL["AdaLoRA hard"], {"accumulate_grad_batches": 2}),
     "elalora": (partial(Shared, LoRA), lambda: ElaLoRA(**PHASES), {"accumulate_grad_batches": 2}),
     "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
+    "emptied": (
+        partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]),
+        lambda: Emptied(budget=8, soft=False, floor=0, **PHASES),
+        {},
+    ),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
     "inputs": (
         partial(Shared, LoRA),

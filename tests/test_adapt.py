@@ -258,6 +258,7 @@ def test_two_named_adapters_are_switched_by_flags():
         ({"layers.1.q_proj:rank": 2}, {"layers.1.q_proj": 2}),
         ({"layers.1.q_proj": 5}, {"layers.1.q_proj": 5}),
         ({"q_proj": 7}, {f"layers.{i}.q_proj": 7 for i in range(3)}),
+        ({"q_proj": 0}, {f"layers.{i}.q_proj": 0 for i in range(3)}),
         ({r"layers\.[01]\..*": 1}, {p: 1 for p in QV if ".2." not in p}),
         ({"q_proj": {"rank": 6}}, {f"layers.{i}.q_proj": 6 for i in range(3)}),
         (
@@ -293,10 +294,10 @@ def test_a_wrong_rank_pattern():
         match=r"names 'q_porj', .*; axes here: layers.0.q_proj:rank,.*\. Did you mean 'q_proj'\?",
     ):
         adapt(Net(), QV, LoRA, rank_pattern={"q_porj": 2})
-    with pytest.raises(ValueError, match=r"asks layers.0.q_proj:rank for 9 units; it holds 1 to 8"):
+    with pytest.raises(ValueError, match=r"asks layers.0.q_proj:rank for 9 units; it holds 0 to 8"):
         adapt(Net(), QV, partial(SVD, rank=4), rank_pattern={"q_proj": 9})
-    with pytest.raises(ValueError, match=r"for 0 units; it holds 1 to any number"):
-        adapt(Net(), QV, LoRA, rank_pattern={"q_proj": 0})
+    with pytest.raises(ValueError, match=r"for -1 units; it holds 0 to any number"):
+        adapt(Net(), QV, LoRA, rank_pattern={"q_proj": -1})
 
 
 def test_a_rank_pattern_of_a_second_adapter_leaves_the_first():

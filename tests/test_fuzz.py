@@ -171,7 +171,7 @@ def read_naively(model, description, tensors):
             present = getattr(owner, name)
             present.data = value.to(present.dtype)
     for wrapper in owners.values():
-        wrapper.refresh()
+        wrapper.renew()
     return model
 
 
@@ -451,7 +451,10 @@ def tensors_changed(subject, draw, description, tensors):
 
 
 def units_dropped(subject, draw, description, tensors):
-    """Drop units of one axis in all its tensors, as an allocator does, so that the file is good."""
+    """Drop units of one axis in all its tensors, as an allocator does, so that the file is good.
+
+    An axis may lose all of them.
+    """
     if not description["ranks"]:
         return
     key = draw.choice(sorted(description["ranks"]))
@@ -459,7 +462,7 @@ def units_dropped(subject, draw, description, tensors):
     from adaptrank.axes import rank_axes
 
     axis = rank_axes(model)[key]
-    keep = draw.randint(1, len(axis))
+    keep = draw.choice([0, draw.randint(0, len(axis))])
     prefixes = {}
     for path, layer in wrapped_layers(model).items():
         for position, wrapper in enumerate(layer.nest):

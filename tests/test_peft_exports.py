@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptrank import adapt
 from adaptrank._errors import UserError
+from adaptrank.axes import rank_axes
 from adaptrank.interop.peft import export_peft, import_peft
 from adaptrank.parameterizations import HyperAdapt, LoRA, ResidualOffset
 from adaptrank.testing import perturb
@@ -276,6 +277,84 @@ def test_every_method_that_leaves_at_all_computes_the_same_in_peft(tmp_path, nam
         return
     torch.testing.assert_close(output(loaded_by_peft(nets_of_layers(), tmp_path)), want, **CLOSE)
     torch.testing.assert_close(output(import_peft(nets_of_layers(), tmp_path)), want, **CLOSE)
+
+
+# ---- layers without units
+
+
+@pytest.mark.parametrize("emptied", [["first"], ["first", "last"]], ids=["one layer", "all layers"])
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls in METHODS if cls.wraps(nn.Linear(6, 4)) and rank_axes(cls(nn.Linear(48, 24)))],
+    ids=lambda cls: cls.__name__,
+)
+def test_layers_without_units_compute_the_same_in_peft(tmp_path, cls, emptied):
+    """PEFT's LoRA refuses a rank of 0, so that such a layer is left out, or has a zero unit."""
+    model = adapt(nets_of_layers(), ["first", "last"], cls)
+    perturb(model, 0.2)
+    layers = [model.get_submodule(path) for path in emptied]
+    for layer in layers:
+        for axis in rank_axes(layer).values():
+            axis.resize([])
+    want = output(model)
+    if not all(wrapper.mergeable for wrapper in layers):
+        with pytest.raises(UserError, match="PEFT's LoRA has no place for it"):
+            export_peft(model, tmp_path, rank=60)
+        return
+    report = export_peft(model, tmp_path, rank=60)
+    assert {report["layers"][path]["rank"] for path in emptied} == {0}
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    left_out = len(emptied) == 1 and layers[0].idle
+    assert targets == (["last"] if left_out else ["first", "last"])
+    torch.testing.assert_close(output(loaded_by_peft(nets_of_layers(), tmp_path)), want, **CLOSE)
+    torch.testing.assert_close(output(import_peft(nets_of_layers(), tmp_path)), want, **CLOSE)
+
+
+def test_adalora_of_peft_after_its_allocation(tmp_path):
+    """PEFT stores layers whose units are all masked with tensors of size zero."""
+    config = peft.AdaLoraConfig(
+        init_r=2,
+        target_r=1,
+        tinit=1,
+        tfinal=2,
+        deltaT=1,
+        total_step=8,
+        lora_alpha=6,
+        target_modules=["first", "last"],
+    )
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(nets_of_layers(), config).double()
+    # In float64 PEFT takes its count of units for a parameter.
+    trained = [parameter for name, parameter in theirs.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    last = theirs.base_model.model.last
+    for step in range(8):
+        # Only the last layer has an effect, so that it gets all of the budget.
+        (last(torch.ones(3, last.in_features, dtype=torch.float64)) - 1).square().sum().backward()
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    kept = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"]
+    assert sorted(sum(units) for units in kept.values()) == [0, 2]
+    want = output(theirs)
+    ours = import_peft(nets_of_layers(), tmp_path / "theirs")
+    assert ours.first.idle
+    assert {key: len(axis) for key, axis in rank_axes(ours).items()} == {
+        "first:rank": 0,
+        "last:rank": 2,
+    }
+    torch.testing.assert_close(output(ours), want, **CLOSE)
+    # A unit that grows there has the scale of one unit in PEFT, alpha / (1 + 1e-5).
+    assert ours.first.scale == pytest.approx(6, rel=1e-4)
+    export_peft(ours, tmp_path / "back")
+    again = loaded_by_peft(nets_of_layers(), tmp_path / "back")
+    torch.testing.assert_close(output(again), want, **CLOSE)
 
 
 @pytest.mark.parametrize(

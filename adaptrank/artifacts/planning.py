@@ -108,5 +108,8 @@ def at_the_end(model: nn.Module, unit: str, budget: int) -> int:
         return budget
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
     total = sum(sizes.values())
+    # Axes without any unit have no proportion, and grow alike.
+    if not total:
+        sizes, total = dict.fromkeys(sizes, 1), len(sizes)
     scaled: Mapping[str, float] = {key: size * budget / total for key, size in sizes.items()}
     return round(cost_model(model).total(scaled))

@@ -55,19 +55,14 @@ class StoredTensors(Mapping[str, Tensor]):
         """The texts in the header."""
         return self._handle.metadata() or {}
 
-    def check(self, may_be_empty: bool = False) -> None:
-        """Refuse keys that are no names, and tensors without a number.
+    def check(self) -> None:
+        """Refuse keys that are no names.
 
-        Args:
-            may_be_empty: accept tensors without a number.
-        Raises:
-            UserError: names the first of them.
+        A tensor may hold no number: its axis has no units.
         """
         for key in self:
             if not is_plain_text(key, 4096):
                 raise UserError(f"{self.file} is damaged: the key of a tensor in it is no name.")
-            if not may_be_empty and 0 in self.shape(key):
-                raise UserError(f"{self.file} is damaged: {key} holds no number.")
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Product:
         Q, R = torch.linalg.qr(self.U.double())
         P, L = torch.linalg.qr(self.V.double().T)
         u, S, vh = torch.linalg.svd(R @ L.T, full_matrices=False)
-        return _with_fixed_signs(Q @ u, S, vh @ P.T)
+        return with_fixed_signs(Q @ u, S, vh @ P.T)
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class Dense:
     @cached_property
     def spectrum(self) -> Spectrum:
         """Singular value decomposition of the matrix."""
-        return _with_fixed_signs(*torch.linalg.svd(self.D.double(), full_matrices=False))
+        return with_fixed_signs(*torch.linalg.svd(self.D.double(), full_matrices=False))
 
 
-def _with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
+def with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
     """Flip pairs of singular vectors so that the largest entry of each left one is positive."""
     if not len(S):
         return Spectrum(U, S, Vh)
@@ -216,8 +216,8 @@ def rank_for(change: Change, energy: float | None = None, error: float | None = 
 def shared_ranks(changes: Sequence[Change], budget: int) -> list[int]:
     """Return a rank for each layer, so that all layers together keep most energy.
 
-    Rank k of a layer costs k (m + n) parameters. Each layer gets rank 1 at least. Then the
-    directions with most energy per parameter come first.
+    Rank k of a layer costs k (m + n) parameters. Each layer gets rank 1 at least, unless its change
+    has rank 0. Then the directions with most energy per parameter come first.
 
     Args:
         changes: one of each layer.
@@ -226,11 +226,12 @@ def shared_ranks(changes: Sequence[Change], budget: int) -> list[int]:
         ValueError: if rank 1 of each layer is more than the budget.
     """
     prices = [sum(change.shape) for change in changes]
-    spent = sum(prices)
+    ranks = [min(1, change.rank) for change in changes]
+    spent = sum(rank * price for rank, price in zip(ranks, prices, strict=True))
     if spent > budget:
         raise UserError(
             f"A budget of {budget:,} parameters is below {spent:,}, "
-            f"one direction for each of {len(changes)} layers."
+            f"one direction for each of {sum(ranks)} layers."
         )
     directions = []
     for layer, change in enumerate(changes):
@@ -238,7 +239,6 @@ def shared_ranks(changes: Sequence[Change], budget: int) -> list[int]:
             if k > 0:
                 directions.append((-(float(singular_value) ** 2) / prices[layer], layer, k))
 
-    ranks = [1] * len(changes)
     finished: set[int] = set()
     for negative_value, layer, k in sorted(directions):
         price = prices[layer]

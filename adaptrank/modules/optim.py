@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
     LoRA+ ratio, which `apply_lora_plus` reads and removes.
 
     Raises:
-        UserError: if a LoRA+ ratio is requested and no method has a closing factor.
+        UserError: if a LoRA+ ratio is requested and no method has a closing factor, or if no layer
+            has a unit and nothing else trains.
     """
     closing = {id(slot.tensor) for axis in rank_axes(model).values() for slot in axis.closing()}
     has_ratio = lora_plus_ratio != 1.0
@@ -34,6 +35,12 @@ def parameter_groups(model: nn.Module, lora_plus_ratio: float = 1.0) -> list[dic
         decays = id(parameter) not in exempt
         is_closing = has_ratio and id(parameter) in closing
         groups.setdefault((decays, is_closing), []).append(parameter)
+    trained = [parameter for group in groups.values() for parameter in group]
+    if trained and not any(parameter.numel() for parameter in trained):
+        raise UserError(
+            "No layer has a unit, so that nothing trains: give some layers 1 or more in "
+            "rank_pattern."
+        )
     return [_group(parameters, *kind) for kind, parameters in groups.items()]
 
 

@@ -43,10 +43,12 @@ class AdapterGradients(Callback):
     ) -> None:
         """Take the mean over all targets of the step, and add the gradient of the mean penalty.
 
+        Tensors of axes without units have no gradient afterwards.
         Each of several optimizers gets the penalty's gradient for its own tensors, and gets it
         once. The means of the losses and the penalty are logged.
         """
         if self._acts(trainer):
+            _drop_empty_gradients(pl_module)
             self._take_step_mean(trainer, pl_module)
             moved = None if len(trainer.optimizers) == 1 else _tensors_of(optimizer)
             value = add_penalty_gradients(pl_module, moved)
@@ -78,6 +80,13 @@ def ensure_gradients(trainer: Trainer) -> None:
     in_front = present[0] if present else AdapterGradients()
     others = [callback for callback in callbacks if callback is not in_front]
     trainer.callbacks = [in_front, *others]  # type: ignore[attr-defined]
+
+
+def _drop_empty_gradients(module: LightningModule) -> None:
+    """Drop gradients without elements, of which PyTorch can take no largest absolute value."""
+    for parameter in module.parameters():
+        if parameter.grad is not None and not parameter.numel():
+            parameter.grad = None
 
 
 def _instances(trainer: Trainer) -> Iterator[AdapterGradients]:

@@ -31,24 +31,34 @@ def add_penalty_gradients(model: nn.Module, moved: Container[int] | None = None)
         group_values, group_gradients = _one_by_one(group) if batched is None else batched
         values += group_values
         gradients += group_gradients
-    if not values:
-        return None
     if moved is not None:
         gradients = [(parameter, grad) for parameter, grad in gradients if id(parameter) in moved]
-        if not gradients:
-            return None
+    if not gradients:
+        return None
+    # An idle wrapper has a penalty of 0. It counts in the mean, so that the weight of the others
+    # does not depend on it.
+    count = len(values) + sum(wrapper.idle for wrapper in _penalized(model))
     # Not backward(): under data parallel that would wake the reducer a second time.
-    weighted = torch._foreach_div([grad for _, grad in gradients], len(values))
+    weighted = torch._foreach_div([grad for _, grad in gradients], count)
     for (parameter, _), grad in zip(gradients, weighted, strict=True):
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-    return torch.stack(values).mean()
+    return torch.stack(values).sum() / count
+
+
+def _penalized(model: nn.Module) -> list[Parameterization]:
+    """Return the enabled wrappers whose method has a penalty."""
+    return [
+        wrapper
+        for wrapper in wrappers(model)
+        if wrapper.enabled and type(wrapper).penalty is not Parameterization.penalty
+    ]
 
 
 def _groups(model: nn.Module) -> list[list[Parameterization]]:
     """Return the wrappers with a penalty, grouped by those that can be computed together."""
     groups: dict[Hashable, list[Parameterization]] = {}
-    for wrapper in wrappers(model):
-        if wrapper.enabled and type(wrapper).penalty is not Parameterization.penalty:
+    for wrapper in _penalized(model):
+        if not wrapper.idle:
             groups.setdefault(_group_key(wrapper), []).append(wrapper)
     return list(groups.values())
 

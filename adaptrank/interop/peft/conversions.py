@@ -19,6 +19,7 @@ from adaptrank.interop.peft.initializations import Product
 from adaptrank.interop.peft.keys import ALPHA_KEYS, pattern_value
 from adaptrank.parameterizations import Parameterization
 from adaptrank.parameterizations.dora import DoRA
+from adaptrank.parameterizations.kronecker import divisor
 from adaptrank.parameterizations.lokr import LoKr
 from adaptrank.parameterizations.lora import LoRA
 from adaptrank.parameterizations.svd import SVD
@@ -77,12 +78,12 @@ def _lora_to_peft(wrapper: LoRA) -> PeftLayer:
 
 @to_peft.register
 def _dora_to_peft(wrapper: DoRA) -> PeftLayer:
-    rank = len(wrapper.A)
-    tensors = {
-        "lora_A": wrapper.A,
-        "lora_B": wrapper.B,
-        "lora_magnitude_vector": wrapper.m,
-    }
+    A, B = wrapper.A.detach(), wrapper.B.detach()
+    if not len(A):
+        # The magnitude acts without units, and PEFT knows no rank of 0.
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
+    rank = len(A)
+    tensors = {"lora_A": A, "lora_B": B, "lora_magnitude_vector": wrapper.m}
     return PeftLayer("LORA", rank, wrapper.scale * rank, tensors, {"use_dora": True})
 
 
@@ -96,8 +97,40 @@ def _lokr_to_peft(wrapper: LoKr) -> PeftLayer:
         tensors["lokr_w2"] = wrapper.B1 @ wrapper.B2
     else:
         tensors |= {"lokr_w2_a": wrapper.B1, "lokr_w2_b": wrapper.B2}
-    options = {"decompose_both": False, "decompose_factor": wrapper.factor}
+    options = {"decompose_both": False, "decompose_factor": _factor_in_peft(wrapper)}
     return PeftLayer("LOKR", rank, wrapper.scale * rank, tensors, options)
+
+
+def _factor_in_peft(wrapper: LoKr) -> int:
+    """Return a `decompose_factor` that gives both coarse sizes of a layer in PEFT."""
+    (m, n), (m1, n1) = wrapper.shape, wrapper.coarse.shape
+    stated = [wrapper.factor] if isinstance(wrapper.factor, int) else []
+    for factor in (*stated, -1, m1, n1):
+        if (_coarse_size(m, factor), _coarse_size(n, factor)) == (m1, n1):
+            return factor
+    raise UserError(
+        f"PEFT has no decompose_factor that makes a {m1} x {n1} factor of a {m} x {n} layer; "
+        f"merge the adapter, or train with factor=-1."
+    )
+
+
+def _coarse_size(size: int, factor: int) -> int:
+    """Return the size of the coarse factor that PEFT gives to a side of a layer.
+
+    It is the factor, if that divides the size. Otherwise it is the smaller one of a divisor and its
+    partner. The divisor is the first one from the square root on, or the largest one up to the
+    factor if that comes earlier.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor
+    largest = size if factor == -1 else factor
+    coarse = 1
+    while coarse * coarse < size:
+        following = next(d for d in range(coarse + 1, size + 1) if size % d == 0)
+        if following > largest:
+            break
+        coarse = following
+    return min(coarse, size // coarse)
 
 
 # ---- from PEFT to our classes
@@ -141,7 +174,8 @@ class OurLayer:
 
     Args:
         method: the class with its arguments. It still lacks the layer to wrap.
-        tensors: attribute of the wrapper -> its value.
+        tensors: attribute of the wrapper -> its value. It may have no units, which `method` cannot
+            build: the axis is emptied then.
     """
 
     method: "partial[Any]"
@@ -182,16 +216,21 @@ def read_lora(stored: StoredLayer) -> OurLayer:
 
 
 def read_adalora(stored: StoredLayer) -> OurLayer:
-    """Read a layer of type ADALORA: an SVD update. PEFT divides its alpha by the remaining rank."""
-    A, B = _factors(stored)
+    """Read a layer of type ADALORA: an SVD update. PEFT divides its alpha by the remaining rank.
+
+    A layer without a unit gets the scale that PEFT would give to one unit.
+    """
+    A, B = _factors(stored, may_be_empty=True)
     singular_values = stored.tensors.get("lora_E")
     if singular_values is None:
         raise UserError(f"{stored.folder} is of AdaLoRA, and has no lora_E of {stored.path}.")
     alpha = float(stored.config.get("lora_alpha") or DEFAULT_ALPHA)
+    rank = max(1, len(A))
+    remaining_rank = _remaining_rank(stored, rank) if len(A) else 1.0
     # PEFT adds the same small number, so that a rank of 0 divides nothing by 0.
-    scale = alpha / (_remaining_rank(stored, len(A)) + 1e-5)
+    scale = alpha / (remaining_rank + 1e-5)
     return OurLayer(
-        partial(SVD, rank=len(A), alpha=scale * len(A)),
+        partial(SVD, rank=rank, alpha=scale * rank),
         {"Q": A, "P": B, "l": singular_values.flatten()},
     )
 
@@ -218,10 +257,21 @@ def read_lokr(stored: StoredLayer) -> OurLayer:
         LoKr,
         rank=rank,
         alpha=alpha,
-        factor=int(stored.config.get("decompose_factor") or -1),
+        factor=_our_factor(int(stored.config.get("decompose_factor") or -1), tensors),
         decompose_both=decompose_both,
     )
     return OurLayer(method, tensors)
+
+
+def _our_factor(stated: int, tensors: Mapping[str, Tensor]) -> int | list[int]:
+    """Return the stated factor, or both coarse sizes if it has another meaning here."""
+    left, right = (tensors[name] if name in tensors else tensors["A"] for name in ("A1", "A2"))
+    coarse = (left.shape[:1].numel(), right.shape[-1:].numel())
+    fine = (tensors["B1"].shape[:1].numel(), tensors["B2"].shape[-1:].numel())
+    sizes = [first * second for first, second in zip(coarse, fine, strict=True)]
+    if not all(sizes) or [divisor(size, stated) for size in sizes] == list(coarse):
+        return stated
+    return list(coarse)
 
 
 def _undivided(stored: StoredLayer, fine: Tensor) -> dict[str, Tensor]:
@@ -254,8 +304,13 @@ READERS: dict[str, Reader] = {"LORA": read_lora, "ADALORA": read_adalora, "LOKR"
 """PEFT's type of adapter -> the function that reads one layer of it."""
 
 
-def _factors(stored: StoredLayer) -> tuple[Tensor, Tensor]:
-    """Return A (r, n) and B (m, r) of a layer, with the kernels of a convolution flattened."""
+def _factors(stored: StoredLayer, may_be_empty: bool = False) -> tuple[Tensor, Tensor]:
+    """Return A (r, n) and B (m, r) of a layer, with the kernels of a convolution flattened.
+
+    Args:
+        stored: the layer.
+        may_be_empty: whether r may be 0.
+    """
     tensors = stored.tensors
     A = tensors.get("lora_A", tensors.get("lora_embedding_A"))
     B = tensors.get("lora_B", tensors.get("lora_embedding_B"))
@@ -264,7 +319,7 @@ def _factors(stored: StoredLayer) -> tuple[Tensor, Tensor]:
             f"{stored.folder} has no lora_A or no lora_B of {stored.path}. It has "
             f"{', '.join(sorted(tensors))}."
         )
-    are_matrices = A.dim() >= 2 and B.dim() >= 2 and len(A) > 0
+    are_matrices = A.dim() >= 2 and B.dim() >= 2 and (may_be_empty or len(A) > 0)
     if not are_matrices or not A.is_floating_point() or not B.is_floating_point():
         raise UserError(
             f"{stored.folder}: the factors of {stored.path} are {tuple(A.shape)} and "

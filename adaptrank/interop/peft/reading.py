@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
+from adaptrank.axes import rank_axes
 from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
@@ -25,7 +26,13 @@ from adaptrank.interop.peft.initializations import (
 )
 from adaptrank.interop.peft.keys import split_key
 from adaptrank.interop.peft.ties import tied_names, untied_tensors
-from adaptrank.parameterizations import enclosed, named_layers, wrapped_layers, wrappers
+from adaptrank.parameterizations import (
+    Parameterization,
+    enclosed,
+    named_layers,
+    wrapped_layers,
+    wrappers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -97,8 +104,7 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config = read_config(folder)
     with open_weights(folder / WEIGHTS) as stored:
-        # AdaLoRA may leave a layer without a unit.
-        stored.check(may_be_empty=True)
+        stored.check()
         return config, dict(stored)
 
 
@@ -172,6 +178,7 @@ def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: P
     """Wrap the layer at a path and copy the stored tensors into the wrapper."""
     wrap_targets(model, f"^{re.escape(path)}$", converted.method, name=name, split_fused=False)
     wrapper = next(w for w in wrapped_layers(model)[path].nest if w.name == name)
+    _empty_axes(wrapper, converted.tensors)
     for attribute, value in converted.tensors.items():
         target = getattr(wrapper, attribute)
         if tuple(value.shape) != tuple(target.shape):
@@ -182,6 +189,17 @@ def _wrap(model: nn.Module, path: str, converted: OurLayer, name: str, folder: P
         with torch.no_grad():
             target.copy_(value)
     wrapper.renew()
+
+
+def _empty_axes(wrapper: Parameterization, tensors: Mapping[str, Tensor]) -> None:
+    """Empty the axes of a wrapper that have no units in its stored tensors."""
+    for axis in rank_axes(wrapper).values():
+        layer, axis_name = axis.members[0]
+        # The wrapper may lie around wrappers of other adapters.
+        if layer is wrapper:
+            name, _ = wrapper.axis_tensors(axis_name)[0]
+            if not tensors[name].numel():
+                axis.resize([])
 
 
 def _load_whole(

@@ -42,7 +42,8 @@ def export_peft(
     A layer whose method PEFT has too (LoRA, DoRA, LoKr) keeps its own tensors. A layer whose change
     is a product of two factors becomes a LoRA of that product. Both are exact. Ranks and scales
     that differ from layer to layer go into `rank_pattern` and `alpha_pattern`. Any other change
-    becomes the best LoRA of a stated rank or error.
+    becomes the best LoRA of a stated rank or error. A layer without units is left out, as PEFT's
+    LoRA knows no rank of 0. If no layer has units, each gets one unit of zeros.
 
     Args:
         model: any module that holds wrappers. The parts of a split fused layer are put together.
@@ -65,8 +66,8 @@ def export_peft(
     if not wrapped:
         raise UserError("This model holds no adapter to export.")
     exported = _export_layers(model, wrapped, uniform, Approximation(rank, error))
-    peft_layers = {path: layer.peft for path, layer in exported.items()}
-    true_ranks = {path: layer.rank for path, layer in peft_layers.items()}
+    true_ranks = {path: layer.rank for path, layer in exported.items()}
+    peft_layers = {path: layer.peft for path, layer in _changing(exported).items()}
     kind = _common_kind(peft_layers.values())
     if uniform:
         peft_layers = _with_equal_ranks(peft_layers)
@@ -114,14 +115,19 @@ class Approximation:
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """A layer in PEFT's terms, the rank of its change, and the relative error of the approximation.
+    """A layer in PEFT's terms.
 
-    `rank` differs from the rank of `peft` for a change of rank 0, as PEFT has no rank of 0.
+    Args:
+        peft: the layer. It has one unit of zeros where ours has none, as PEFT has no rank of 0.
+        rank: number of our units.
+        error: relative error of the approximation.
+        changes: whether the layer changes its frozen weight at all.
     """
 
     peft: PeftLayer
     rank: int
     error: float
+    changes: bool = True
 
 
 def _export_layers(
@@ -142,6 +148,11 @@ def _export_layers(
             change = _fused_change(model, fused_path, wrapped)
             exported[fused_path] = _as_lora(change, fused_path, approximation)
     return exported
+
+
+def _changing(exported: Mapping[str, ExportedLayer]) -> Mapping[str, ExportedLayer]:
+    """Return the layers that change their weight, or all if none does: PEFT needs a layer."""
+    return {path: layer for path, layer in exported.items() if layer.changes} or exported
 
 
 def _check_exportable(path: str, layer: Parameterization) -> None:
@@ -181,13 +192,14 @@ def _export_layer(
     layer: Parameterization, path: str, uniform: bool, approximation: Approximation
 ) -> ExportedLayer:
     """Return the layer with its own tensors if PEFT has its method, and as a LoRA otherwise."""
-    enabled = [wrapper for wrapper in layer.nest if wrapper.enabled]
+    enabled = [wrapper for wrapper in layer.nest if wrapper.enabled and not wrapper.idle]
     converted = None
     if len(enabled) == 1 and not enabled[0].gates:
         converted = to_peft(enabled[0])
     if converted is None or (uniform and not converted.is_plain_lora):
         return _as_lora(change_of(layer), path, approximation)
-    return ExportedLayer(converted, converted.rank, 0.0)
+    sizes = [enabled[0].axis_size(axis) for axis in enabled[0].axes]
+    return ExportedLayer(converted, converted.rank if all(sizes) else 0, 0.0)
 
 
 def _as_lora(change: Change, path: str, approximation: Approximation) -> ExportedLayer:
@@ -200,9 +212,8 @@ def _as_lora(change: Change, path: str, approximation: Approximation) -> Exporte
         # PEFT knows no rank of 0.
         U, V = U.new_zeros(U.shape[0], 1), V.new_zeros(1, V.shape[1])
     rank = U.shape[1]
-    return ExportedLayer(
-        PeftLayer("LORA", rank, rank, {"lora_A": V, "lora_B": U}), change.rank, error
-    )
+    peft = PeftLayer("LORA", rank, rank, {"lora_A": V, "lora_B": U})
+    return ExportedLayer(peft, change.rank, error, changes=change.rank > 0)
 
 
 def _approximated(change: Dense, path: str, approximation: Approximation) -> tuple[Product, float]:
