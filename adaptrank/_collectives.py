@@ -38,7 +38,8 @@ def from_all(value: T) -> list[T]:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, on each."""
-    if not several():
+    # An axis without units has nothing to send, on any process.
+    if not several() or not tensor.numel():
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)

@@ -288,7 +288,7 @@ def allocator_page(name: str, cls: Any) -> str:
     }
     return "\n\n".join(
         [
-            f"# {name}",
+            f"# {cls.default_title()}",
             plain(doc.summary),
             *map(prose, doc.body),
             table([(k, v) for k, v in facts.items() if v], "", ""),

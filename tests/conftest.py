@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from fidelity_page import named_tests
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +25,15 @@ torch.set_num_threads(
 )  # several workers share two cores, and summation order must not depend on their number
 
 __all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that docs/fidelity.md names, so that `-m fidelity` runs them and no others."""
+    tests = named_tests()
+    for item in items:
+        if (item.path.name, getattr(item, "originalname", item.name)) in tests:
+            item.add_marker(pytest.mark.fidelity)
 
 
 @pytest.fixture(autouse=True)

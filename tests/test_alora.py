@@ -142,7 +142,9 @@ def test_refusals():
     with pytest.raises(
         ValueError, match="ALoRA would never act: every axis starts at its floor of 1"
     ):
-        fit(Toy(partial(LoRA, rank=1)), ALoRA(**PHASES))
+        fit(Toy(partial(LoRA, rank=1)), ALoRA(floor=1, **PHASES))
+    with pytest.raises(ValueError, match="ALoRA would never act: the adapter has one unit in all"):
+        fit(Toy(partial(LoRA, rank=1), widths=(12,)), ALoRA(**PHASES))
     for arguments in ({"units": 0}, {"units": 1.5}, {"rounds": 0}, {"batches": 0}):
         with pytest.raises(ValueError, match="prune at least one unit"):
             ALoRA(**arguments)

@@ -107,7 +107,7 @@ def ranks(model):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: AdaLoRA(budget=30, every=2, warmup=4, final=4),
+        lambda: AdaLoRA(budget=8, soft=False, every=2, warmup=4, final=4),
         lambda: ElaLoRA(every=2, warmup=4, final=4, swaps=6),
     ],
     ids=["AdaLoRA", "ElaLoRA"],
@@ -117,6 +117,8 @@ def test_in_transformers_trainer_and_through_its_checkpoints(make, tmp_path):
     model, _ = train(tmp_path, allocator)
     assert [event["step"] for event in allocator.events] == [6, 8]
     assert ranks(model) != ranks(llama())
+    if isinstance(allocator, AdaLoRA):
+        assert 0 in allocator.events[0]["sizes"].values()
     assert sum(ranks(model).values()) == allocator.events[-1]["total"]
     for step in (3, 7, 8, 10):
         again = make()
@@ -143,5 +145,5 @@ def test_a_checkpoint_without_the_allocators_state_is_refused(tmp_path):
 def test_a_refusal_in_a_loop_changes_nothing():
     model = Toy()
     with pytest.raises(ValueError, match="AdaLoRA: a budget of 2 ranks is below 3"):
-        AdaLoRA(budget=2).start(model, torch.optim.Adam(model.parameters()), TOTAL)
+        AdaLoRA(budget=2, floor=1).start(model, torch.optim.Adam(model.parameters()), TOTAL)
     assert sum(sizes(model).values()) == 12

@@ -70,8 +70,11 @@ def test_compose_merges_what_is_no_product(two, cli, tiny_llama):  # noqa: F811
     load_adapter(nested, two / "h", "h")
     load_adapter(nested, two / "a", "a")  # a HyperAdapt in a LoRA is their sum
     torch.testing.assert_close(logits(merged), logits(nested), rtol=1e-4, atol=1e-5)
-    code, out, _ = cli("compose", "a", "h", "--energy", 0.9, "--json", "--out", "low")
-    errors = [facts["error"] for facts in json.loads(out)["layers"].values()]
+    trimming = ("--method", "ties", "--trim", "layer")
+    code, out, _ = cli("compose", "a", "h", *trimming, "--energy", 0.9, "--json", "--out", "low")
+    report = json.loads(out)
+    assert report["options"]["trim"] == "layer"
+    errors = [facts["error"] for facts in report["layers"].values()]
     assert max(errors) ** 2 <= 0.1 + 1e-6
 
 
@@ -101,6 +104,7 @@ def test_compose_in_sequence(two, cli, tiny_llama):  # noqa: F811
         (["a", "b", "--method", "tie", "--out", "c"], "Did you mean 'ties'?"),
         (["a", "b", "--weights", "1", "--out", "c"], "1 weights for 2 adapters"),
         (["a", "b", "--density", "0.5", "--out", "c"], "sum has no option 'density'"),
+        (["a", "b", "--method", "ties", "--trim", "all", "--out", "c"], "one of whole, layer"),
         (["a", "b", "--rank", "2", "--error", "0.1", "--out", "c"], "rank and error were given"),
     ],
 )

@@ -259,7 +259,15 @@ def test_unknown_options_are_named():
         options_of("sum", {"density": 0.2})
     with pytest.raises(ValueError, match="knots has no option 'drop'; it has within, cut, density"):
         options_of("knots", {"drop": 0.2})
-    assert options_of("knots", {"within": "dare", "drop": 0.2}) == {"within": "dare", "drop": 0.2}
+    with pytest.raises(ValueError, match="trim='all': one of whole, layer"):
+        options_of("ties", {"trim": "all"})
+
+
+def test_options_are_filled_up_with_their_defaults():
+    assert options_of("magnitude_prune", {"density": 0.5}) == {"density": 0.5, "trim": "layer"}
+    inner = {"within": "dare", "cut": 1e-9, "drop": 0.2, "seed": 0}
+    assert options_of("knots", {"within": "dare", "drop": 0.2}) == inner
+    assert options_of("knots", {})["trim"] == options_of("ties", {})["trim"] == "whole"
 
 
 # ---- how adapters lie to each other
@@ -480,7 +488,9 @@ def test_every_operator_on_adapters(tmp_path, operator):
     a, one = made(tmp_path / "a", LORA5, 1)
     b, two = made(tmp_path / "b", LORA2, 2)
     model = Base()
-    report = compose(model, [a, b], operator=operator, compression=Compression(error=1e-9))
+    layerwise = {} if operator == "dare" else {"trim": "layer"}
+    compression = Compression(error=1e-9)
+    report = compose(model, [a, b], operator=operator, compression=compression, **layerwise)
     for path, have in result(model).items():
         changes = [Dense(one[path]), Dense(two[path])]
         want = OPERATORS[operator](changes, (1.0, 1.0), path).dense()

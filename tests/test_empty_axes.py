@@ -1,13 +1,22 @@
 """Axes without units: what they cost, what optimizers keep, and how they grow again."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from adaptrank import adapt
 from adaptrank.axes import generator, rank_axes
-from adaptrank.parameterizations import LoRA, TensorTrain
-from adaptrank.testing import perturb
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    TensorTrain,
+    TensorTrainAdapter,
+)
+from adaptrank.testing import check_emptying, perturb
 
 
 def stack(*kinds, width=16):
@@ -90,3 +99,50 @@ def test_an_idle_layer_runs_the_frozen_layer_and_nothing_else(kind):
     for axis in rank_axes(model).values():
         axis.resize([])
     assert operations(model) == operations(plain)
+
+
+NESTS = [
+    (LoRA, HyperAdapt),
+    (HyperAdapt, LoRA),
+    (DoRA, LoRA),
+    (SVD, TensorTrain),
+    (LoRA, TensorTrainAdapter),
+]
+
+
+@pytest.mark.parametrize("kinds", NESTS, ids=lambda kinds: "-".join(k.__name__ for k in kinds))
+def test_a_nest_of_which_one_wrapper_has_no_units(kinds):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.Linear(24, 16).double()
+        for kind in kinds:
+            layer = kind(layer)
+        return layer
+
+    check_emptying(build)
+
+
+def test_hundreds_of_idle_wrappers_add_nothing():
+    layer = nn.Linear(4, 4).double()
+    frozen = copy.deepcopy(layer)
+    for _ in range(40):
+        layer = LoRA(layer, rank=1)
+    perturb(layer)
+    axes = list(rank_axes(layer).values())
+    for axis in axes[:-1]:
+        axis.resize([])
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = frozen(x) + layer.scale * x @ layer.A.T @ layer.B.T
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.dense(), frozen.weight + layer.scale * layer.B @ layer.A)
+    axes[-1].resize([])
+    assert torch.equal(layer(x), frozen(x))
+
+
+def test_rows_of_a_batch_and_an_idle_adapter():
+    layer = LoRA(nn.Linear(4, 4).double())
+    perturb(layer)
+    rank_axes(layer)[":rank"].resize([])
+    layer.rows = (torch.tensor([0]), 3)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.base(x))

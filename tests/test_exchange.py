@@ -158,6 +158,7 @@ def peft_header(folder):
         (llama, partial(NOLA, rank=2)),
         (gpt2, partial(NOLA, rank=2)),
         (llama, partial(LoKr, rank=2)),  # PEFT's wraps no Conv1D
+        (llama, partial(LoKr, rank=2, factor=11)),  # PEFT makes other pairs of a factor of 11
     ],
 )
 def test_methods_that_peft_has_as_well(tmp_path, make, method):
@@ -296,8 +297,10 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
             init_r=3, target_r=2, lora_alpha=7, target_modules=ALL, total_step=10
         ),
         lambda: peft.LoKrConfig(r=2, alpha=7, target_modules=ALL, decompose_factor=4),
+        # It divides no side, so that PEFT's pairs of sizes are others than those of our factor.
+        lambda: peft.LoKrConfig(r=2, alpha=7, target_modules=ALL, decompose_factor=11),
     ],
-    ids=["LoRA", "rsLoRA", "patterns", "DoRA", "AdaLoRA", "LoKr"],
+    ids=["LoRA", "rsLoRA", "patterns", "DoRA", "AdaLoRA", "LoKr", "LoKr, other pairs"],
 )
 def test_what_peft_wrote_is_read_and_goes_back(tmp_path, config):
     model = theirs(config())
@@ -313,6 +316,12 @@ def test_what_peft_wrote_is_read_and_goes_back(tmp_path, config):
     torch.testing.assert_close(
         logits(load_adapter(llama(), tmp_path / "own")), logits(ours), rtol=0, atol=0
     )
+
+
+def test_a_pair_that_peft_cannot_make_is_refused(tmp_path):
+    model = adapt(llama(), ".*q_proj", partial(LoKr, rank=2, factor=[2, 4]))
+    with pytest.raises(ValueError, match="makes a 2 x 4 factor of a 32 x 32 layer; merge"):
+        export_peft(model, tmp_path)
 
 
 def test_refused_imports_leave_the_model_as_it_was(tmp_path):

@@ -107,8 +107,8 @@ def test_the_start_is_the_least_squares_fit(method):
     """
     torch.manual_seed(0)
     holder = nn.Module()
-    layer = holder.layer = method(nn.Linear(48, 24).double())
-    target = torch.randn(24, 48, dtype=torch.float64)
+    layer = holder.layer = method(nn.Linear(24, 16).double())
+    target = torch.randn(16, 24, dtype=torch.float64)
     (axis,) = rank_axes(holder).values()
     (closing,) = axis.closing()
     base = layer.dense().detach()
@@ -173,6 +173,23 @@ def test_allocation_alone_leaves_the_function():
         ):
             fit(Low(method), Look(), steps=1)
         fit(Low(method), Look(init=False, batches=2), steps=1)
+
+
+@pytest.mark.parametrize("share", ["exact", "reference"])
+def test_a_layer_without_gradient_may_lose_all_its_units(share):
+    weights, prices = {"a": 1.0, "b": 0.0}, {"a": 20.0, "b": 20.0}
+    sizes_, largest = dict.fromkeys(weights, 4), dict.fromkeys(weights, 16)
+    assert shared_out(weights, prices, sizes_, 0, largest, share) == {"a": 8, "b": 0}
+
+
+def test_the_start_passes_over_a_layer_without_units():
+    model = Low()
+    axes = rank_axes(model)
+    axes["low.0:rank"].resize(keep=[])
+    gradients = {(key, 0): torch.ones(12, 16) for key in axes}
+    GoRA().initialize(axes, gradients)
+    assert model.low[0].B.shape == (12, 0)
+    assert model.low[1].B.any()
 
 
 def test_frozen_weights_stay_frozen_and_without_gradient():

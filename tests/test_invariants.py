@@ -56,14 +56,14 @@ def problems(draw):
         )
         for n in names
     }
-    floor = draw(st.integers(1, 3))
+    floor = draw(st.integers(0, 3))
     return Problem(
         layers,
         draw(st.booleans()),
         draw(st.sampled_from(["ranks", "parameters"])),
         draw(st.sampled_from([1, 2, 5, 10**6])),
         floor,
-        draw(st.none() | st.integers(floor, 8)),
+        draw(st.none() | st.integers(max(1, floor), 8)),
         draw(st.floats(0, 0.95)),
         draw(st.frozensets(st.sampled_from(EVENTS), max_size=2)),
     )
@@ -123,8 +123,18 @@ def allocator_for(problem, model):
     )
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
     start = cost(sizes)
-    least = cost({key: min(problem.floor, size) for key, size in sizes.items()})
+    floors = {key: min(problem.floor, size) for key, size in sizes.items()}
+    above = {
+        key: cost(floors | {key: floors[key] + 1}) for key in sizes if sizes[key] > floors[key]
+    }
+    layers = [[key for key in sizes if key.startswith(f"{name}.")] for name in problem.layers]
+    # Less than that leaves nothing to decide, or no layer at all.
+    least = max(
+        min(above.values(), default=start),
+        min(cost(dict.fromkeys(sizes, 0) | dict.fromkeys(keys, 1)) for keys in layers),
+    )
     assume(least < start)
+    assume(sum(sizes.values()) > 1)
     phases = {
         "every": 2,
         "warmup": 1,
@@ -188,7 +198,7 @@ def state(model, optimizer, allocator):
 def surviving(tensor, dims, plan):
     for dim, key in dims.items():
         if isinstance(change := plan.get(key), Resize):
-            tensor = tensor.index_select(dim, torch.tensor(change.keep))
+            tensor = tensor.index_select(dim, torch.tensor(change.keep, dtype=torch.long))
     return tensor
 
 

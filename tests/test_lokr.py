@@ -72,6 +72,20 @@ def test_a_rank_that_does_not_fit(rank):
         LoKr(nn.Linear(48, 24), rank=rank)
 
 
+def test_both_sizes_may_be_stated():
+    build = testing.builder(LoKr, nn.Linear(48, 24).double(), rank=2, factor=[2, 12])
+    assert build().A.shape == (2, 12)
+    testing.check_contract(build)
+    with pytest.raises(
+        ValueError, match=r"factor=\[5, 12\]: give one number, or two that divide 24"
+    ):
+        LoKr(nn.Linear(48, 24), factor=[5, 12])
+
+
+def test_the_default_scale_is_that_of_peft():
+    assert LoKr(nn.Linear(48, 24)).scale == 8 / 8
+
+
 def test_errors():
     with pytest.raises(ValueError, match="zero='C' is no factor"):
         LoKr(nn.Linear(48, 24), zero="C")

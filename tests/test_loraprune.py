@@ -122,12 +122,12 @@ def test_how_many_go(size, sparsity, progress):
     assert 0 <= lost < size
     assert lost <= size * sparsity + 1e-9
     scores = torch.rand(size).round(decimals=1)
-    plan = mask_within_layers({"a": scores}, sparsity, progress)
+    plan = mask_within_layers({"a": scores}, sparsity, progress, {})
     assert set(plan["a"].units if plan else ()) == set(ranked(scores)[size - lost :])
 
 
 def test_excluded_layers_are_whole_and_the_schedule_is_cubic():
-    model, allocator = Model(), LoRAPrune(0.5, **PHASES)
+    model, allocator = Model(), LoRAPrune(0.5, whole=0.25, **PHASES)
     fit(model, allocator, steps=10)
     assert [event["step"] for event in allocator.events] == [4, 6, 8]
     for event in allocator.events:
@@ -137,7 +137,7 @@ def test_excluded_layers_are_whole_and_the_schedule_is_cubic():
             assert len(closed) == int(rho * (3 if key.endswith("heads") else 20) + 1e-9)
         assert event["total"] == event["budget"]
     layers = {key.split(".")[2] for key in allocator.events[-1]["closed"]}
-    assert layers == {"1", "2"}, "the first 10 % of the layers and the last one lose nothing"
+    assert layers == {"1", "2"}, "the first quarter of the layers and the last one lose nothing"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_excluded_layers_are_whole_and_the_schedule_is_cubic():
 @pytest.mark.parametrize("bias", [False, True])
 def test_masked_and_cut_models_compute_the_same(method, bias, tmp_path):
     model = Model(method, bias=bias)
-    fit(model, LoRAPrune(0.6, **PHASES), steps=10)
+    fit(model, LoRAPrune(0.6, whole=0.25, **PHASES), steps=10)
     want = logits(model.backbone)
     save_adapter(model.backbone, tmp_path / "a")
     loaded = load_adapter(llama(bias=bias), tmp_path / "a")

@@ -23,7 +23,7 @@ NEVER = (math.nan, math.inf, -math.inf, True, "8", [math.nan])
 
 MAY_BE_ZERO = {
     "dropout", "orth", "depth", "encoder", "seed", "warmup", "final", "until", "swaps", "whole",
-    "beta", "sparsity", "xi", "xi_end", "l1",
+    "beta", "sparsity", "xi", "xi_end", "l1", "floor", "r_min",
 }  # fmt: skip
 NOT_ZERO = {("LoRAPrune", "sparsity")}
 MAY_BE_MINUS_ONE = {"seed", ("Kronecker", "factor"), ("LoKr", "factor")}

@@ -94,7 +94,7 @@ class Watched(lightning.Callback):
         if self.allocator.unit == "ranks" and event["budget"] is not None:
             assert event["total"] <= event["budget"]
             assert event["total"] == event["budget"] or not self.allocator.exact
-        assert all(len(axis) >= 1 for axis in axes.values())
+        assert all(len(axis) >= self.allocator.floor for axis in axes.values())
         assert cost_model(module).total({key: len(axis) for key, axis in axes.items()}) == sum(
             p.numel()
             for p in {

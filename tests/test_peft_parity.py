@@ -446,3 +446,28 @@ def test_prefix_tuning(make, encoder):
             input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
         ).logits
         torch.testing.assert_close(padded[0, 2:], ours(input_ids=ids[:1, 2:]).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize(("method", "use_dora"), [(LoRA, False), (DoRA, True)])
+def test_an_embedding_starts_as_that_of_peft(method, use_dora):
+    """A is zero and B is normal, so that the first step of Adam moves it as far."""
+    torch.manual_seed(0)
+    tokens = torch.arange(0, 4000, 40)
+    target = torch.randn(100, 32)
+    base = nn.Embedding(4000, 32)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"], use_dora=use_dora)
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config)
+    ours = method(base, rank=8, alpha=16)
+    stored = {name.split(".")[-2]: p for name, p in theirs.named_parameters() if "lora_emb" in name}
+    factors = [stored["lora_embedding_A"], ours.A], [stored["lora_embedding_B"], ours.B]
+    assert not any(A.any() for A in factors[0])
+    for B in factors[1]:
+        assert abs(float(B.detach().std()) - 1) < 0.2
+    distances = []
+    for model in (theirs, ours):
+        start = model(tokens).detach()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        (model(tokens) - target).square().mean().backward()
+        optimizer.step()
+        distances.append(float((model(tokens).detach() - start).norm()))
+    assert distances[1] == pytest.approx(distances[0], rel=0.2)

@@ -65,7 +65,7 @@ def test_it_loads_no_weight_and_leaves_no_folder(files, tmp_path, capsys, monkey
     file = files("elalora_llama")
     main(["plan", "--config", str(file)])
     out = capsys.readouterr().out
-    assert "ElaLoRA, " in out
+    assert "ElaLoRA (two pools), " in out
     assert "trainable" in out
     assert not Path("runs").exists()
 
@@ -101,11 +101,22 @@ def test_what_a_run_refuses_it_refuses_with_the_same_sentence(change, sentence, 
     assert said[0] == said[1]
 
 
-def test_a_budget_below_the_floors(files, capsys):
-    file = files("adalora_llama", allocator={"budget": 3})
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"budget": 3, "floor": 1}, "a budget of 3 ranks is below 14"),
+        ({"budget": 14, "floor": 1}, "leaves the floor of 1 unit(s) to each of 14 axes"),
+        (
+            {"budget": 84},
+            "would never act: it prunes to a budget, and this one leaves all as it is",
+        ),
+    ],
+)
+def test_a_budget_at_which_nothing_can_move(files, capsys, arguments, sentence):
+    file = files("adalora_llama", allocator=arguments)
     with pytest.raises(SystemExit):
         main(["plan", "--config", str(file)])
-    assert "a budget of 3 ranks is below" in " ".join(capsys.readouterr().err.split())
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_a_configuration(capsys):

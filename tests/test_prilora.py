@@ -460,6 +460,6 @@ def test_a_run_that_would_never_prune():
 )
 def test_arguments_out_of_range(arguments):
     with pytest.raises(
-        ValueError, match=r"ranks are at least 1|both are fractions|all are at least 1"
+        ValueError, match=r"ranks are at least 1|both are fractions|others are at least 1"
     ):
         PRILoRA(**arguments)

@@ -7,6 +7,7 @@ import logging
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from adaptrank.allocation import EVA, AdaLoRA, BeamLoRA, ElaLoRA, SoRA
 from adaptrank.checkpoints import compare_nests, describe_nests, plain, read_checkpoint
+from adaptrank.checkpoints.accepted import accept_optimizers
 from adaptrank.data import ArithmeticProblems
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import SVD, LoRA
@@ -190,6 +192,26 @@ def test_a_changed_learning_rate_holds_once_it_is_accepted(checkpoint, tiny_llam
     assert int(trainer.optimizers[0].state[group["params"][0]]["step"]) == 6
 
 
+@pytest.mark.parametrize("count", [3, 2])
+def test_each_group_of_a_new_optimizer_takes_its_place_in_the_schedule(count):
+    """A head's group listed first has a schedule of its own, or a learning rate of 0."""
+    fresh = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 8.0} for _ in range(count)])
+    for group in fresh.param_groups:
+        group["initial_lr"] = group["lr"]
+    stored = [(0.0, 0.0), (0.5, 1.0), (0.1, 1.0)]
+    groups = [{"lr": rate, "initial_lr": start, "params": []} for rate, start in stored]
+    checkpoint = {
+        "optimizer_states": [{"state": {}, "param_groups": groups}],
+        "lr_schedulers": [],
+    }
+    trainer = SimpleNamespace(optimizers=[fresh], lr_scheduler_configs=[])
+    here = {"optimizers": [{"class": "SGD", "groups": [{}] * count}]}
+    there = {"optimizers": [{"class": "AdamW", "groups": [{}] * 3}]}
+    accept_optimizers(trainer, here, there, checkpoint)
+    rates = [group["lr"] for group in checkpoint["optimizer_states"][0]["param_groups"]]
+    assert rates == pytest.approx([4.0, 4.0, 0.8] if count == 3 else [4.0, 4.0])
+
+
 def test_a_rank_initializer_does_not_reset_a_run_that_has_begun(checkpoint, tiny_llama):
     model = module(tiny_llama)
     model.accept_changes = True
@@ -263,6 +285,19 @@ def test_other_arguments_are_named_in_a_loop_of_ones_own(case):
         else:
             with pytest.raises(ValueError, match=sentence):
                 run.start()
+
+
+def test_an_argument_that_the_stored_run_did_not_know_has_its_earlier_value():
+    """DyLoRA stepped the drawn units alone before it had a `rule`."""
+    stored = stopped("dylora")
+    del stored["allocators"][0]["run"]["init_args"]["rule"]
+    run = Run("dylora")
+    run.restore(copy.deepcopy(stored), STOP)
+    run.start()
+    other = Run("dylora_published")
+    other.restore(copy.deepcopy(stored), STOP)
+    with pytest.raises(ValueError, match="rule is 'published' here and 'drawn' in the checkpoint"):
+        other.start()
 
 
 def test_other_adapters_and_another_class_are_named_in_a_loop_of_ones_own():

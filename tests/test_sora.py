@@ -43,7 +43,7 @@ def test_the_gates_adam_is_torchs(betas):
         for p, grad in zip(want, grads, strict=True):
             p.grad = grad
         optimizer.step()
-        adam(have, grads, first, second, step, 0.03, betas)
+        adam(have, grads, first, second, step, [0.03, 0.03], betas)
         for a, b in zip(have, want, strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-14)
 
@@ -61,10 +61,10 @@ def test_the_proximal_operator_on_a_grid():
 
 
 @given(
-    st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.lists(st.lists(st.integers(0, 6), max_size=6), min_size=1, max_size=4),
     st.lists(st.integers(1, 5), min_size=4, max_size=4),
     st.integers(0, 60),
-    st.integers(1, 2),
+    st.integers(0, 2),
 )
 def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, floor):
     """The result equals that of trying every threshold, with ties, zeros and unequal costs."""
@@ -80,7 +80,7 @@ def test_the_least_threshold_that_the_budget_pays_for(values, prices, budget, fl
         )
 
     every = [k / 4 for k in range(7)]
-    largest = max(float(v.max()) for v in sizes.values())
+    largest = max([0.0, *torch.cat(list(sizes.values())).tolist()])
     xi = threshold_for(sizes, cost, budget, floor)
     assert xi == next((one for one in every if left(one) <= budget), largest)
 
@@ -134,7 +134,7 @@ def test_a_run_ends_in_the_plain_method_and_folding_changes_nothing(method):
             return done
 
     x = torch.randn(5, 16)
-    model, allocator = Toy(method), Look(xi=30.0, **PHASES)
+    model, allocator = Toy(method), Look(xi=4.0, **PHASES)
     start = sum(sizes(model).values())
     fit(model, allocator)
     assert all(axis.gate is None for axis in rank_axes(model).values())
@@ -145,19 +145,19 @@ def test_a_run_ends_in_the_plain_method_and_folding_changes_nothing(method):
         == sum(sizes(model).values())
         <= start
     )
-    assert min(sizes(model).values()) >= 1
+    assert "every gate is zero" not in allocator.events[-1]["reason"]
+    assert sum(sizes(model).values()) >= 1
 
 
 def test_the_proximal_step_finds_units_to_drop():
-    model, allocator = Toy(LORA4), SoRA(xi=60.0, **PHASES)
+    model, allocator = Toy(LORA4), SoRA(xi=8.0, **PHASES)
     fit(model, allocator)
-    assert 3 <= sum(sizes(model).values()) < 12
+    assert 1 <= sum(sizes(model).values()) < 12
     assert allocator.events[0]["budget"] is None
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.tables) for seed in (1, 2))]
-)
+@pytest.mark.tables
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_finds_the_planted_ranks_by_its_default_xi_alone(seed):
     """Without a budget, and with the decay of the release, the planted ranks are found."""
 
@@ -310,9 +310,9 @@ def test_a_skipped_step_does_not_count_in_the_gates_adam(monkeypatch):
                 self.gate_parameters()[0].grad.fill_(float("nan"))
             super().on_before_optimizer_step(*args)
 
-    def counting(values, grads, first, second, step, lr):
+    def counting(values, grads, first, second, step, rates, **settings):
         counted.append((allocator.run.steps_done + 1, step))
-        adam(values, grads, first, second, step, lr)
+        adam(values, grads, first, second, step, rates, **settings)
 
     monkeypatch.setattr("adaptrank.allocation.trained_gates.adam", counting)
     allocator = Look(**PHASES)
@@ -336,7 +336,7 @@ def test_gates_are_float32_over_a_half_precision_adapter():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
     def make():
-        return SoRA(6, xi=1.0, **PHASES)
+        return SoRA(2, xi=1.0, **PHASES)
 
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole, allocator = Toy(LORA4), make()
@@ -353,6 +353,7 @@ def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
         have = everything(model, again)
         assert have.keys() == want.keys()
         assert not [key for key in want if not torch.equal(have[key], want[key])], step
+        assert 0 in sizes(model).values()
         assert resumed.events == allocator.events
 
 
@@ -360,9 +361,10 @@ def test_the_learning_rate_is_that_of_the_run():
     rates = []
 
     class Gates(TrainedGates):
-        def adam_step(self, axes, gradients, learning_rate):
-            super().adam_step(axes, gradients, learning_rate)
-            rates.append(learning_rate)
+        def adam_step(self, axes, gradients, learning_rates):
+            super().adam_step(axes, gradients, learning_rates)
+            rates.append(next(iter(learning_rates.values())))
+            assert set(learning_rates.values()) == {rates[-1]}
 
     class Look(SoRA):
         def init_state(self, axes):

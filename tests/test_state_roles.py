@@ -331,7 +331,7 @@ def test_the_single_state_of_rmsprop_in_8_bits_is_a_second_moment():
 
 
 def test_an_allocator_that_edits_single_moments_refuses_8_bits():
-    with pytest.raises(TypeError, match="keeps 'state1' in 8 bits, and this allocator changes"):
+    with pytest.raises(TypeError, match="keeps 'state1' quantized, and this allocator changes"):
         run(ALLOCATORS["DyLoRA"](), EightBit)
 
 

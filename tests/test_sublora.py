@@ -31,7 +31,7 @@ class Rows(Toy):
         )
 
 
-@pytest.mark.parametrize("estimator", ["fisher", "exact", "block"])
+@pytest.mark.parametrize("rule", ["fisher", "published", "block"])
 @pytest.mark.parametrize(
     "method",
     [
@@ -45,8 +45,8 @@ class Rows(Toy):
     ],
     ids=["LoRA", "SVD", "DoRA", "hybrid", "TT", "MELoRA", "PiCa"],
 )
-def test_the_budget_is_met_exactly_in_every_round(method, estimator):
-    model, allocator = Rows(method), SubLoRA(estimator=estimator, batches=1, **PHASES)
+def test_the_budget_is_met_exactly_in_every_round(method, rule):
+    model, allocator = Rows(method), SubLoRA(rule=rule, batches=1, **PHASES)
     start = sum(sizes(model).values())
     fit(model, allocator)
     assert [event["step"] for event in allocator.events] == [10, 14, 18]
@@ -109,6 +109,6 @@ def test_refusals(monkeypatch):
         r"within",
     ):
         fit(Rows(NOLA), SubLoRA(batches=1, **PHASES))
-    fit(Rows(NOLA), SubLoRA(estimator="block", batches=1, **PHASES))
-    with pytest.raises(ValueError, match="use 'fisher', 'exact' or 'block'"):
-        SubLoRA(estimator="hessian")
+    fit(Rows(NOLA), SubLoRA(rule="block", batches=1, **PHASES))
+    with pytest.raises(ValueError, match="use 'fisher', 'published' or 'block'"):
+        SubLoRA(rule="hessian")

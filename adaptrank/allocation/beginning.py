@@ -58,7 +58,7 @@ def _event_of(
             pruned[key] = list(range(size, sizes_before[key]))
     event: Event = {
         "step": 0,
-        "reason": f"ranks to start from, by {participant.label}",
+        "reason": f"ranks to start from, by {participant.title}",
         "unit": run.unit,
         "sizes": run.start_sizes,
         "grown": grown,

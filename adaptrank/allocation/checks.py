@@ -118,14 +118,22 @@ def _why_nothing(participant: "Participant", run: Run) -> str:
 
 
 def check_budget(participant: "Participant", run: Run) -> None:
-    """Check that the final budget can be met from the sizes at the start.
+    """Check that the final budget can be met from the sizes at the start, and that units can move.
 
     Raises:
-        ValueError: if it is below the floors, above the start, or would leave all as it is.
+        ValueError: if it is below the floors or above the start, pays for no unit, leaves all as it
+            is, or leaves its floor to every axis.
     """
     cost, name, unit = run.cost(), participant.label, run.unit
     start, floor = run.start_total, participant.floor
-    least = cost.total({key: min(floor, size) for key, size in run.start_sizes.items()})
+    floors = {key: min(floor, size) for key, size in run.start_sizes.items()}
+    least = cost.total(floors)
+    smallest = smallest_adapter(run)
+    if smallest is None:
+        raise UserError(
+            f"{name} has nothing to allocate: no layer has units at the start; start with a higher "
+            f"rank."
+        )
     target = participant.budget_at(run.phases.end)
     if target is None:
         return
@@ -139,11 +147,42 @@ def check_budget(participant: "Participant", run: Run) -> None:
             f"{name}: a budget of {target} {unit} is above the {start} the run starts with; "
             f"start with more ranks, or lower `budget`."
         )
-    if participant.budget is None and participant.only_prunes and target == start:
+    if participant.only_prunes and target == start:
+        what = "has none" if participant.budget is None else "this one leaves all as it is"
         raise UserError(
-            f"{name} would never act: it prunes to a budget, and has none; set `budget` below "
-            f"the {start} {unit} of the start."
+            f"{name} would never act: it prunes to a budget, and {what}; set `budget` below the "
+            f"{start} {unit} of the start."
         )
+    if target < cost.total(smallest):
+        raise UserError(
+            f"{name}: a budget of {target} {unit} leaves no layer a unit, and the cheapest layer "
+            f"needs {cost.total(smallest)}; raise `budget`, or start with a higher rank."
+        )
+    may_keep = [key for key, size in run.start_sizes.items() if size > floors[key]]
+    fits = any(least + cost.marginal(key, floors) <= target for key in may_keep)
+    if participant.budget is not None and floor and not fits:
+        raise UserError(
+            f"{name}: a budget of {target} {unit} leaves the floor of {floor} unit(s) to each of "
+            f"{len(run.axes)} axes, and nothing to decide; raise `budget` or lower `floor`."
+        )
+
+
+def smallest_adapter(run: Run) -> dict[str, int] | None:
+    """Return the sizes of the cheapest adapter that changes anything.
+
+    One layer has one unit on each of its axes, and all others have none. It is None if no layer has
+    units on all of its axes.
+    """
+    axes_of_layer: dict[int, list[str]] = {}
+    for key, axis in run.axes.items():
+        for layer, _ in axis.members:
+            axes_of_layer.setdefault(id(layer), []).append(key)
+    sizes, none = run.sizes(), dict.fromkeys(run.axes, 0)
+    adapters = []
+    for keys in axes_of_layer.values():
+        if all(sizes[key] for key in keys):
+            adapters.append(none | dict.fromkeys(keys, 1))
+    return min(adapters, key=run.cost().total, default=None)
 
 
 def check_plan(
@@ -182,12 +221,17 @@ def check_plan(
 
 
 def check_can_prune(participant: "Participant", sizes: Mapping[str, int]) -> None:
-    """Check that at least one axis has more units than its floor.
+    """Check that at least one axis has more units than its floor, and that the last unit may stay.
 
     Raises:
-        ValueError: if every axis starts at its floor.
+        ValueError: if every axis starts at its floor, or there is but one unit.
     """
     floor = participant.floor
+    if sum(sizes.values()) == 1:
+        raise UserError(
+            f"{participant.label} would never act: the adapter has one unit in all; start with a "
+            f"higher rank."
+        )
     if all(size <= floor for size in sizes.values()):
         raise UserError(
             f"{participant.label} would never act: every axis starts at its floor of {floor} "

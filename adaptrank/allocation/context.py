@@ -96,10 +96,25 @@ class Run:
         tensors = self.trained_tensors()
         return [optimizer for optimizer in self.optimizers if holds(optimizer, tensors)]
 
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the first parameter group of the optimizer that owns the axes."""
-        return float((self.owners() or self.optimizers)[0].param_groups[0]["lr"])
+    def learning_rates(self, axes: Axes) -> dict[str, float]:
+        """Return the present learning rate of each axis, {axis key: learning rate}.
+
+        It is that of the parameter group that holds the closing factor of the axis. So where
+        LoRA+ trains A and B in two groups, the group of B counts. If no optimizer moves the closing
+        factor, another tensor of the axis counts. The rate is 0 if no optimizer moves any of them.
+        """
+        rate_of: dict[int, float] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                rate = float(group["lr"])
+                for parameter in group["params"]:
+                    rate_of.setdefault(id(parameter), rate)
+        rates = {}
+        for key, axis in axes.items():
+            tensors = [slot.tensor for slot in [*axis.closing(), *axis.slots()]]
+            moved = (rate_of[id(tensor)] for tensor in tensors if id(tensor) in rate_of)
+            rates[key] = next(moved, 0.0)
+        return rates
 
     @property
     def examples(self) -> Sequence[Any]:

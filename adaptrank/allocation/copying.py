@@ -20,8 +20,8 @@ def kinds_of(axis: RankAxis) -> list[Kind]:
     buffers = []
     for slot in axis.slots():
         if not slot.tensor.is_floating_point():
-            rows = slot.tensor.movedim(slot.dim, 0).reshape(len(axis), -1)
-            buffers.append(rows.tolist())
+            moved = slot.tensor.movedim(slot.dim, 0)
+            buffers.append(moved.reshape(len(axis), moved.shape[1:].numel()).tolist())
     kinds = []
     for unit in range(len(axis)):
         numbers: list[int] = []

@@ -15,22 +15,26 @@ def adam(
     first: Sequence[Tensor],
     second: Sequence[Tensor],
     step: int,
-    lr: float,
+    learning_rates: Sequence[float],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    raw_eps: bool = False,
 ) -> None:
     """Make one step of Adam without weight decay, in place, on all tensors at once.
 
-    Source: arXiv:1412.6980. The released codes train gates with an optimizer of their own.
+    Source: arXiv:1412.6980. `raw_eps=True` is the form of the AdamW in transformers, which adds
+    `eps` to the root of the second moment before the bias of the moment is corrected.
+
     Args:
         values: trained tensors.
         grads: gradients of the same shapes.
         first: first moments.
         second: second moments.
         step: number of this step, counted from 1, without the skipped ones.
-        lr: learning rate.
+        learning_rates: learning rate of each tensor.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
+        raw_eps: whether `eps` is added before the correction of the bias.
     """
     if not values:
         return
@@ -40,9 +44,11 @@ def adam(
     torch._foreach_mul_(list(second), betas[1])
     torch._foreach_addcmul_(list(second), list(grads), list(grads), 1 - betas[1])
     denominators = list(torch._foreach_sqrt(list(second)))
-    torch._foreach_div_(denominators, second_correction**0.5)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(list(values), list(first), denominators, -lr / first_correction)
+    root_of_correction = second_correction**0.5
+    torch._foreach_div_(denominators, root_of_correction)
+    torch._foreach_add_(denominators, eps / root_of_correction if raw_eps else eps)
+    step_sizes = [-rate / first_correction for rate in learning_rates]
+    torch._foreach_addcdiv_(list(values), list(first), denominators, step_sizes)
 
 
 def leaf(axis: RankAxis) -> Tensor:
@@ -68,25 +74,32 @@ def soft_threshold(values: Tensor, xi: float, reference: bool = False) -> Tensor
 
 
 def threshold_for(
-    sizes: Mapping[str, Tensor], cost: CostModel, budget: int, floor: int = 1
+    sizes: Mapping[str, Tensor],
+    cost: CostModel,
+    budget: int,
+    floor: int = 1,
+    least: Mapping[str, float] | None = None,
 ) -> float:
     """Return the least xi whose proximal step leaves open what the budget pays for.
 
-    All axes share one threshold, whatever their units cost. It is 0 if the budget holds anyway,
-    and the largest size if no threshold is enough.
+    All axes share this threshold, whatever their units cost. An axis whose `least` is larger is
+    shrunk by that. The result is 0 if the budget holds anyway, and the largest size if no threshold
+    is enough.
 
     Args:
         sizes: axis -> |g|, (units,).
         cost: cost model in the unit of the budget.
         budget: largest cost of the open units.
         floor: units of an axis that count as open even if all of its gates are zero.
+        least: axis -> threshold that it has in any case; 0 for an axis that is left out.
     """
+    least = least or {}
     values = torch.cat([gates.flatten() for gates in sizes.values()])
     levels: list[float] = [0.0, *values[values > 0].sort().values.tolist()]
 
     def fits(xi: float) -> bool:
         open_units = {
-            key: max(int((gates > xi).sum()), min(floor, len(gates)))
+            key: max(int((gates > max(xi, least.get(key, 0.0))).sum()), min(floor, len(gates)))
             for key, gates in sizes.items()
         }
         return cost.total(open_units) <= budget

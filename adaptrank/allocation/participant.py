@@ -54,6 +54,9 @@ class Participant(LightningShell):
     ranges: ClassVar[Mapping[str, Range]] = {}
     """Numeric argument -> the values that make sense, beside those that the constructor checks. Any
     other number has to be finite, and whole where its annotation says so."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Argument -> the value that stands for it in a checkpoint from before the argument existed,
+    where the default of the argument is another."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Capabilities that an axis must have beside pruning, such as "grow"."""
     options: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -83,7 +86,8 @@ class Participant(LightningShell):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments, and check every number before a constructor computes with it."""
         self = super().__new__(cls)
-        self.__dict__["init_args"] = constructor_arguments(cls, *args, **kwargs)
+        arguments = constructor_arguments(cls, *args, **kwargs)
+        self.__dict__["init_args"] = cls.present_arguments(arguments)
         # Copying and unpickling call __new__ without arguments.
         if args or kwargs:
             check_arguments(cls, self.__dict__["init_args"])
@@ -131,19 +135,50 @@ class Participant(LightningShell):
 
     @property
     def label(self) -> str:
-        """Name in errors, tables and reports."""
+        """Name in errors, configurations and checkpoints: that of the class."""
         return type(self).__name__
 
+    @property
+    def variant(self) -> str:
+        """What its rule is called where it decides otherwise than the published one, else ""."""
+        return ""
+
+    @property
+    def title(self) -> str:
+        """Name in tables and reports, with the variant: "ElaLoRA (two pools)"."""
+        return f"{self.label} ({self.variant})" if self.variant else self.label
+
+    @classmethod
+    def default_title(cls) -> str:
+        """Return the title with default arguments, or the class name if some have no default."""
+        try:
+            return cls().title  # type: ignore[call-arg]  # a concrete class has defaults
+        except TypeError:  # a user's class
+            return cls.__name__
+
+    @classmethod
+    def present_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments of the constructor, as an earlier version named them, as they are now.
+
+        Checkpoints hold such arguments.
+        """
+        return dict(arguments)
+
     def argument_defaults(self) -> dict[str, Any]:
-        """Return the default values of the constructor's arguments."""
-        return constructor_defaults(type(self))
+        """Return the values of arguments that a checkpoint does not have.
+
+        They are the defaults of the constructor, or the values that the library had `earlier`.
+        """
+        defaults = {**constructor_defaults(type(self)), **self.earlier}
+        return self.present_arguments(defaults)
 
     def describe_allocator(self) -> dict[str, Any]:
-        """Return class, arguments and their defaults, for the record of a run."""
+        """Return class, arguments and their defaults, and what reads those of a checkpoint."""
         return {
             "class": self.label,
             "init_args": self.init_args,
             "defaults": self.argument_defaults(),
+            "present_arguments": self.present_arguments,
         }
 
     @property

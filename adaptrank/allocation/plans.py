@@ -65,7 +65,7 @@ def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> P
         scores: axis -> (units,), higher is kept.
         cost: cost model in the unit of the budget.
         budget: total after the plan, `cost.fixed` included.
-        floor: least number of units an axis keeps.
+        floor: least number of units an axis keeps; 0 lets an axis lose all of them.
     Returns:
         A `Resize` for every axis that loses units.
     Raises:
@@ -135,7 +135,9 @@ def exchange(
     spent on the winning axes until no further unit of them fits.
 
     `reference=True` is the released rule with one pool for both. An axis at its floor is absent
-    from that pool and can never grow again.
+    from that pool and can never grow again. A unit that is chosen for both is pruned, and its axis
+    gets a fresh one for it. With two pools an axis without units has none to offer, and stays
+    empty.
 
     Args:
         scores: axis -> (units,), higher is kept.
@@ -150,7 +152,7 @@ def exchange(
     caps = caps or {}
     sizes = {axis: len(values) for axis, values in scores.items()}
     losing, winning = _pools(scores, pool, floor, caps, reference)
-    to_prune, to_grow = _pick_swaps(losing, winning, swaps)
+    to_prune, to_grow = _pick_swaps(losing, winning, swaps, renew=reference)
     winners = list(dict.fromkeys(axis for axis, _ in to_grow)) if to_prune else []
 
     filling = Filling(sizes, cost, budget)
@@ -188,15 +190,18 @@ def _pools(
 
 
 def _pick_swaps(
-    losing: list[_Offer], winning: list[_Offer], swaps: int
+    losing: list[_Offer], winning: list[_Offer], swaps: int, renew: bool
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Return the (axis, unit) to prune, and those whose axis grows, each in its order.
 
-    A unit among the first `swaps` of both lists is left alone. Winners beyond that number stay in
-    the list, because a costly unit that is pruned may pay for several cheap ones.
+    A unit among the first `swaps` of both lists is left alone, or is in both results with `renew`.
+    Winners beyond that number stay in the list, because a costly unit that is pruned may pay for
+    several cheap ones.
     """
     prune = [offer.name for offer in losing]
     grow = [offer.name for offer in winning]
+    if renew:
+        return prune[: min(swaps, len(grow))], grow
     distinct = len({*prune, *grow})
     swaps = min(swaps, len(prune), len(grow), distinct // 2)
     both = {*prune[:swaps]} & {*grow[:swaps]}
@@ -324,9 +329,10 @@ def reallocate(
     """Prune the lowest units of all, and share as many fresh ones among axes that lost none.
 
     This is a round of ALoRA (arXiv:2403.16187). The shares are equal, and a remainder goes to
-    the axes of higher mean score: 8 over three axes are 3, 3, 2. If every axis lost a unit,
-    nothing is added, and the total shrinks for good. If units cost unequally, fresh units are
-    bought in turns, as long as they cost no more than the pruned ones.
+    the axes of higher mean score: 8 over three axes are 3, 3, 2. An axis without units lost none,
+    so it may grow. It has no mean, and comes after all others. If every axis lost a unit, nothing
+    is added, and the total shrinks for good. The last unit of all is never pruned. If units cost
+    unequally, fresh units are bought in turns, as long as they cost no more than the pruned ones.
 
     Args:
         scores: axis -> (units,), higher is kept.
@@ -357,19 +363,27 @@ def reallocate(
         return cap is None or filling.sizes[axis] < cap
 
     untouched = [axis for axis in axes if not pruned[axis]]
-    winners = sorted(untouched, key=lambda axis: -float(scores[axis].double().mean()))
+    winners = sorted(untouched, key=lambda axis: -_mean(scores[axis]))
     fill_in_turns(filling, winners, may_grow)
     grown = {axis: filling.sizes[axis] - remaining[axis] for axis in axes}
     return _resizes(sizes, pruned, grown)
 
 
+def _mean(values: Tensor) -> float:
+    """Return the mean score of an axis. One without units comes last."""
+    return float(values.double().mean()) if len(values) else -math.inf
+
+
 def _lowest_of_all(scores: Scores, axes: list[str], units: int, floor: int) -> dict[str, set[int]]:
-    """Return axis -> its pruned units: the lowest scores of all axes, within the floors."""
+    """Return axis -> its pruned units: the lowest scores of all axes, within the floors.
+
+    One unit of all stays, or nothing could be trained and scored any more.
+    """
     entries: list[tuple[float, int, int]] = []
     for place, axis in enumerate(axes):
         entries += [(score, place, unit) for unit, score in enumerate(scores[axis].tolist())]
     pruned: dict[str, set[int]] = {axis: set() for axis in axes}
-    left = units
+    left = min(units, len(entries) - 1)
     for _, place, unit in sorted(entries):
         gone = pruned[axes[place]]
         if left > 0 and len(scores[axes[place]]) - len(gone) > floor:

@@ -73,7 +73,8 @@ def _other_settings(participant: "Participant", run: Run, stored: Mapping[str, A
     """Return the arguments of the allocator and of the adapters that differ, as clauses."""
     if stored.get("class") != participant.label:
         return [f"the allocator is {participant.label} here and {stored.get('class')} there"]
-    here, there = participant.init_args, stored.get("init_args", {})
+    here = participant.init_args
+    there = participant.present_arguments(stored.get("init_args", {}))
     differences = [
         difference
         for difference in compare_settings(here, there, participant.argument_defaults())

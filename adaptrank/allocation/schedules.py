@@ -94,6 +94,18 @@ def cubic(start: int, target: int, progress: float) -> int:
     return math.floor(target + (start - target) * (1 - progress) ** 3 + 1e-9)
 
 
+def late_cubic(start: int, target: int, progress: float) -> int:
+    """Return the budget of dynamic rank distribution, start - floor((start - target) progress^3).
+
+    At least one unit of the budget is gone from the first event on. The curve falls late: half of
+    the way has an eighth of the fall, where AdaLoRA's curve has seven eighths.
+
+    Source: arXiv:2405.17357, the authors' code.
+    """
+    lost = math.floor((start - target) * progress**3 + 1e-9)
+    return start - max(lost, 1)
+
+
 def late_drop(swaps: int, progress: float) -> int:
     """Return ElaLoRA's number of swaps, swaps (1 - progress^3), halves rounded up.
 

@@ -17,11 +17,14 @@ class TrainedGates(TrackedTensors):
 
     Args:
         name: letter of the trained numbers in the paper.
+        eps: eps of Adam.
+        raw_eps: whether it is added before the bias of the second moment is corrected, see `adam`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, eps: float = 1e-8, raw_eps: bool = False) -> None:
         super().__init__()
         self.name = name
+        self.eps, self.raw_eps = eps, raw_eps
 
     def values(self, axis: RankAxis) -> Tensor:
         """Return the trained numbers of an axis, (units,); they start at zero."""
@@ -36,14 +39,18 @@ class TrainedGates(TrackedTensors):
                 gradients[key] = grad
         return gradients
 
-    def adam_step(self, axes: Axes, gradients: Mapping[str, Tensor], learning_rate: float) -> None:
-        """Make a step of Adam on the axes that have a gradient."""
+    def adam_step(
+        self, axes: Axes, gradients: Mapping[str, Tensor], learning_rates: Mapping[str, float]
+    ) -> None:
+        """Make a step of Adam on the axes that have a gradient, each at its learning rate."""
         values = [self.values(axes[key]).detach() for key in gradients]
         first = [self._moment(axes[key], "m") for key in gradients]
         second = [self._moment(axes[key], "v") for key in gradients]
         counter = torch.zeros((), dtype=torch.int64)
         step = self.track(next(iter(axes.values())), "steps", counter, None).add_(1)
-        adam(values, list(gradients.values()), first, second, int(step), learning_rate)
+        rates = [learning_rates[key] for key in gradients]
+        grads = list(gradients.values())
+        adam(values, grads, first, second, int(step), rates, eps=self.eps, raw_eps=self.raw_eps)
 
     def clear_moments(self, axis: RankAxis, units: list[int]) -> None:
         """Set the Adam moments of some units to zero."""

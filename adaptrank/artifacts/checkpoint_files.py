@@ -20,6 +20,9 @@ class CheckpointFiles(TorchCheckpointIO):
     writes to the system's folder for temporary files, and copies from there if that is on another
     file system. Paths with a protocol, as in "s3://", are left to it.
 
+    It also loads the quantized tensors of an optimizer, such as torchao's, which Lightning's own
+    plugin cannot.
+
     The task modules of this library and the command line set this plugin. Other runs take it as
     `Trainer(plugins=[CheckpointFiles()])`.
     """
@@ -42,6 +45,16 @@ class CheckpointFiles(TorchCheckpointIO):
         torch.save(checkpoint, archive)
         with atomic_file(file) as temporary, temporary.open("wb") as stream:
             stream.write(archive.getbuffer())
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint onto the CPU.
+
+        Lightning's default is a function that does the same. PyTorch takes no function for a tensor
+        subclass.
+        """
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def ensure_checkpoint_files(trainer: Trainer) -> None:

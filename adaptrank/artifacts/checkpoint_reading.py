@@ -1,5 +1,6 @@
 """Read a checkpoint, or say in one sentence why it cannot be one."""
 
+import importlib
 import pickle
 import re
 import zipfile
@@ -33,8 +34,8 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
     if path.is_file() and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no Lightning checkpoint, or it is damaged.")
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        checkpoint: Any = _load(path, weights_only)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
         raise
     except Exception as error:
         raise explain_damage(path, error) from error
@@ -43,12 +44,35 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
     return loaded
 
 
+def _load(path: Path, weights_only: bool) -> Any:
+    """Load a file onto the CPU. The state of a torchao optimizer takes an import of torchao."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        if not _forbidden_name(error).startswith("torchao."):
+            raise
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError:
+            raise UserError(
+                f"{path} holds the state of an optimizer of torchao, which is not installed here; "
+                "install torchao."
+            ) from None
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+
+
+def _forbidden_name(error: BaseException) -> str:
+    """Return the name of the pickled object that PyTorch refused, or ""."""
+    found = re.search(r"[Uu]nsupported global:(?: GLOBAL)? (\S+)", str(error))
+    return found.group(1) if found else ""
+
+
 def explain_damage(path: str | Path, error: BaseException) -> UserError:
     """Return the error of a file that could not be loaded, as one sentence."""
-    forbidden = re.search(r"[Uu]nsupported global:(?: GLOBAL)? (\S+)", str(error))
+    forbidden = _forbidden_name(error)
     if isinstance(error, pickle.UnpicklingError) and forbidden:
         return UserError(
-            f"{path} holds a pickled object, {forbidden.group(1)}, which may run code when it is "
+            f"{path} holds a pickled object, {forbidden}, which may run code when it is "
             "loaded. If you trust the file, `fit` and `test` take it with --weights_only false, "
             "and Trainer.fit with weights_only=False."
         )

@@ -140,9 +140,10 @@ class RunFiles(Callback):
         self.started = time.perf_counter()
         self._moving = moves_left(trainer)
         axes = rank_axes(adapted_part(pl_module))
-        allocates = any(hasattr(callback, "events") for callback in _callbacks(trainer))
-        if axes and allocates and not trainer.global_step and trainer.is_global_zero:
-            self._append([_start_event({key: len(axis) for key, axis in axes.items()})])
+        titles = _titles_of_allocators(trainer)
+        if axes and titles and not trainer.global_step and trainer.is_global_zero:
+            sizes = {key: len(axis) for key, axis in axes.items()}
+            self._append([_start_event(sizes, titles)])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,12 +241,22 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def _start_event(sizes: Mapping[str, int]) -> dict[str, Any]:
+def _titles_of_allocators(trainer: Trainer) -> list[str]:
+    """Return the names of all callbacks that have events, with their variants."""
+    return [
+        str(getattr(callback, "title", type(callback).__name__))
+        for callback in _callbacks(trainer)
+        if hasattr(callback, "events")
+    ]
+
+
+def _start_event(sizes: Mapping[str, int], titles: Sequence[str]) -> dict[str, Any]:
     """Return the first line of `ranks.jsonl`, in the form of an allocator's event."""
     total = sum(sizes.values())
     return {
         "step": 0,
         "reason": "the start",
+        "allocators": titles,
         "sizes": sizes,
         "active": total,
         "allocated": total,

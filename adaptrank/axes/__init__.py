@@ -5,6 +5,7 @@ from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
 from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import shift_copies
+from adaptrank.axes.quantized_tensors import dequantized
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
 from adaptrank.axes.state_roles import (
@@ -31,6 +32,7 @@ __all__ = [
     "check_optimizer",
     "compact",
     "cost_model",
+    "dequantized",
     "find_groups",
     "fit_ranks",
     "generator",

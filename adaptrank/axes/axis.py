@@ -73,6 +73,11 @@ class RankAxis:
         return any(slot.tensor.requires_grad for slot in self.slots())
 
     @property
+    def stopped(self) -> bool:
+        """Whether the units add nothing, because an axis of their layer has none."""
+        return all(_is_stopped(layer, axis) for layer, axis in self.members)
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """Capabilities that every layer of the axis has beside pruning.
 
@@ -170,8 +175,8 @@ class RankAxis:
         """
         closing = self.closing()
         with_grad = {slot.label for slot in closing if slot.tensor.grad is not None}
-        if not with_grad and all(layer.idle for layer, _ in self.members):
-            return self.closing()[0].tensor.new_zeros(len(self))
+        if not with_grad and self.stopped:
+            return closing[0].tensor.new_zeros(len(self))
         if not with_grad:
             names = ", ".join(slot.name for slot in closing)
             raise RuntimeError(
@@ -268,6 +273,11 @@ class RankAxis:
     def _refresh(self) -> None:
         for layer, _ in self.members:
             layer.renew()
+
+
+def _is_stopped(layer: Parameterization, axis: str) -> bool:
+    empty = [other for other in layer.axes if not layer.axis_size(other)]
+    return any(axis in layer.stopped_by(other) for other in empty)
 
 
 def _same_tensors(slot: Slot, axes: Iterable[RankAxis]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 value = table[code] * absmax[block], with blocks of 256 consecutive elements of the flattened
 tensor. A block runs across units, so a state is decoded, changed and encoded again.
 
-Source: arXiv:2110.02861; the form is that of bitsandbytes, and of torchao's tensor subclasses.
+Source: arXiv:2110.02861; the form is that of bitsandbytes.
 """
 
 import math
@@ -70,11 +70,3 @@ def _nearest(table: Tensor, values: Tensor) -> Tensor:
     below = above - 1
     nearer_below = (values - ordered[below]) <= (ordered[above] - values)
     return order[torch.where(nearer_below, below, above)]
-
-
-def dequantized(value: Tensor) -> Tensor:
-    """Return a plain tensor for a quantized tensor subclass, and any other tensor as it is."""
-    if type(value).dequantize is Tensor.dequantize:
-        return value
-    plain: Tensor = value.dequantize()
-    return plain

@@ -107,17 +107,24 @@ def _has_gradient(layer: Parameterization) -> bool:
     return any(parameter.grad is not None for _, parameter in layer.own_parameters())
 
 
-def find_groups(model: nn.Module) -> dict[str, Groups]:
-    """Return the heads and channels of every attention and MLP that has a wrapped layer.
+def find_groups(model: nn.Module, wrapped: bool = True) -> dict[str, Groups]:
+    """Return the heads and channels of every attention and MLP.
 
     Their keys come in natural order of the paths. Query heads that share one key and value head are
     one group with it.
+
+    Args:
+        model: plain or adapted.
+        wrapped: leave out groups that have no wrapped layer.
     """
     by_key: dict[str, Groups] = {}
     for path, module in named_layers(model).items():
         for groups in _groups_of(path, module):
             by_key[groups.key] = groups
-    return {key: by_key[key] for key in sorted(by_key, key=natural) if by_key[key].members}
+    in_order = {key: by_key[key] for key in sorted(by_key, key=natural)}
+    if not wrapped:
+        return in_order
+    return {key: groups for key, groups in in_order.items() if groups.members}
 
 
 def _groups_of(path: str, module: nn.Module) -> list[Groups]:

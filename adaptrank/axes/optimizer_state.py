@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptrank.axes.block_quantized import decode, dequantized, encode, number_of
+from adaptrank.axes.block_quantized import decode, encode, number_of
+from adaptrank.axes.quantized_tensors import dequantized, requantized
 from adaptrank.axes.state_roles import Optimizers, Role, role_of, with_inner
 
 
@@ -148,7 +149,7 @@ def _follow(
         lent = _lent(optimizer, key, like) if needs_one else 0.0
         number = number_of(state, key)
         if number is None:
-            state[key] = change.apply(dequantized(value), role, lent)
+            state[key] = requantized(change.apply(dequantized(value), role, lent), value)
         else:
             encode(state, number, change.apply(decode(state, number), role, lent))
 

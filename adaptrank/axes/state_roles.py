@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserTypeError
-from adaptrank.axes.block_quantized import dequantized, is_quantized, number_of
+from adaptrank.axes.block_quantized import is_quantized, number_of
+from adaptrank.axes.quantized_tensors import dequantized, is_sharded, misfit_of_kind
 
 Optimizers = Iterable[torch.optim.Optimizer]
 
@@ -138,11 +139,16 @@ def with_inner(optimizers: Optimizers) -> Iterator[torch.optim.Optimizer]:
     queue = list(optimizers)
     while queue:
         optimizer = queue.pop(0)
-        if id(optimizer.state) not in seen:
-            seen.add(id(optimizer.state))
+        if _state_id(optimizer) not in seen:
+            seen.add(_state_id(optimizer))
             yield optimizer
         inner = [value for value in vars(optimizer).values() if _is_optimizer(value)]
-        queue += [value for value in inner if id(value.state) not in seen]
+        queue += [value for value in inner if _state_id(value) not in seen]
+
+
+def _state_id(optimizer: torch.optim.Optimizer) -> int:
+    """Return the identity of an optimizer's state, or its own if it has none."""
+    return id(getattr(optimizer, "state", optimizer))
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -153,7 +159,7 @@ def states_of(tensor: Tensor, optimizers: Optimizers) -> Iterator[tuple[str, Rol
     """Yield (key, role, state) of every state that has the shape of the tensor.
 
     Raises:
-        UserTypeError: if a state is in 8 bits, where elements cannot be changed one by one.
+        UserTypeError: if a state is quantized, where elements cannot be changed one by one.
     """
     for optimizer in with_inner(optimizers):
         state = optimizer.state.get(tensor, {})
@@ -163,7 +169,7 @@ def states_of(tensor: Tensor, optimizers: Optimizers) -> Iterator[tuple[str, Rol
                 continue
             if is_quantized(state, key) or dequantized(value) is not value:
                 raise UserTypeError(
-                    f"{type(optimizer).__name__} keeps {key!r} in 8 bits, and this allocator "
+                    f"{type(optimizer).__name__} keeps {key!r} quantized, and this allocator "
                     f"changes the state of single units; use {', '.join(SUPPORTED[:2])} or the "
                     "32-bit form of the optimizer."
                 )
@@ -184,8 +190,8 @@ def check_optimizer(
     """Refuse an optimizer whose state cannot follow a rank change.
 
     Some of PyTorch's optimizers are refused by name. All are judged by their state: each tensor in
-    it must have a known role and a shape that fits the role. An optimizer has no state before its
-    first step, so it has to be checked again after it.
+    it must have a known role, a shape that fits the role, and elements that can be moved. An
+    optimizer has no state before its first step, so it has to be checked again after it.
 
     Args:
         optimizer: the optimizer.
@@ -193,8 +199,11 @@ def check_optimizer(
     Raises:
         TypeError: names the optimizer, the state, and the optimizers that work.
     """
+    tensors = None if tensors is None else list(tensors)
     for each in with_inner([optimizer]):
         reason = "" if _is_refused(each) else misfit_of_state(each, tensors)
+        if reason is None:
+            reason = _misfit_of_kinds(each, tensors)
         if reason is None:
             continue
         why = f" ({reason})" if reason else ""
@@ -206,8 +215,35 @@ def check_optimizer(
         )
 
 
+def _misfit_of_kinds(
+    optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor] | None
+) -> str | None:
+    """Describe a parameter or a state whose elements cannot be moved, or return None."""
+    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    if tensors is not None:
+        ids = {id(tensor) for tensor in tensors}
+        moved = [p for p in moved if id(p) in ids]
+    if any(is_sharded(p) for p in moved):
+        return "its parameters are sharded over processes, and an adapter has to stay whole"
+    if getattr(optimizer, "is_paged", False) and any(p.device.type != "cpu" for p in moved):
+        return "its state is in paged memory; take the form without Paged in its name"
+    for parameter in moved:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            role = role_of(optimizer, key)
+            has_units = isinstance(value, Tensor) and value.dim() and role is not Role.COUNT
+            if role is None or not has_units or is_quantized(state, key):
+                continue
+            if reason := misfit_of_kind(value):
+                return f"its {key!r} {reason}"
+    return None
+
+
 def _is_refused(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer is refused by its class. Adafactor of transformers is known."""
+    if not hasattr(optimizer, "state"):
+        # torchao's CPU offload trains copies of the parameters, which nothing here can find.
+        return True
     for cls in type(optimizer).__mro__:
         if cls.__module__.startswith("transformers."):
             return False
@@ -231,7 +267,7 @@ def misfit_of_state(
         A clause without parentheses, or None if all states fit.
     """
     ids = None if tensors is None else {id(tensor) for tensor in tensors}
-    states: Mapping[Any, Any] = optimizer.state
+    states: Mapping[Any, Any] = getattr(optimizer, "state", {})
     for parameter, state in states.items():
         if not isinstance(parameter, Tensor):
             if not known_roles_only and _has_tensors(state):

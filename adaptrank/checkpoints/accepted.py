@@ -1,6 +1,6 @@
 """Make accepted changes of an optimizer hold, since its state would restore the old settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -38,9 +38,8 @@ def accept_optimizers(
                 old = described_stored[index]["groups"][number]
                 _change_group(group, optimizer.param_groups[number], new, old)
         else:
-            progress = _progress_of(states[index]) if index < len(states) else 1.0
-            fresh = _fresh_state(optimizer, progress)
-            states[index : index + 1] = [fresh]
+            stored_groups = states[index]["param_groups"] if index < len(states) else []
+            states[index : index + 1] = [_fresh_state(optimizer, stored_groups)]
     del states[len(trainer.optimizers) :]
     for config, state in zip(
         trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False
@@ -69,17 +68,26 @@ def _change_group(
             group["initial_lr"] = target
 
 
-def _progress_of(state: Mapping[str, Any]) -> float:
-    """Return the learning rate of the first group as a share of its start."""
-    group = state["param_groups"][0] if state["param_groups"] else {}
-    start = float(group.get("initial_lr", group.get("lr", 1.0)))
-    return float(group.get("lr", 1.0)) / start if start else 1.0
+def _progress_of(group: Mapping[str, Any]) -> float | None:
+    """Return the learning rate of a group as a share of its start, or None for a start of 0."""
+    rate = float(group.get("lr", 1.0))
+    start = float(group.get("initial_lr", rate))
+    return rate / start if start else None
 
 
-def _fresh_state(optimizer: Optimizer, progress: float) -> dict[str, Any]:
-    """Return the state of an optimizer that has made no step, at a place in the schedule."""
+def _fresh_state(optimizer: Optimizer, stored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of an optimizer that has made no step, at a place in the schedule.
+
+    A group takes its place from the stored group of its number if there are as many. Otherwise all
+    take that of the first group whose learning rate does not start at 0.
+    """
     state = optimizer.state_dict()
-    for group in state["param_groups"]:
+    groups = state["param_groups"]
+    places = [_progress_of(group) for group in stored]
+    common = next((place for place in places if place is not None), 1.0)
+    if len(places) != len(groups):
+        places = [common] * len(groups)
+    for group, place in zip(groups, places, strict=True):
         if "initial_lr" in group:
-            group["lr"] = group["initial_lr"] * progress
+            group["lr"] = group["initial_lr"] * (common if place is None else place)
     return state

@@ -68,9 +68,10 @@ def compare_allocators(
         differences.append(Difference("allocator", clause))
     for name in new.keys() & old.keys():
         if "init_args" in new[name] and "init_args" in old[name]:
+            present_arguments = new[name].get("present_arguments", dict)
             differences += compare_settings(
                 new[name]["init_args"],
-                old[name]["init_args"],
+                present_arguments(old[name]["init_args"]),
                 new[name].get("defaults"),
                 f" of {name}",
             )

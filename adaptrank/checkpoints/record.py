@@ -90,7 +90,7 @@ def identify_base(model: nn.Module) -> str:
 
 
 def describe_allocators(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return class, arguments and their defaults of each allocator and rank initializer."""
+    """Return the description of each allocator and rank initializer, by `describe_allocator`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     described = []
     for callback in callbacks:

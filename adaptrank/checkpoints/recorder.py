@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from adaptrank._errors import UserError
 from adaptrank.artifacts import check_form, explain_damage
+from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints.accepted import accept_optimizers
 from adaptrank.checkpoints.differences import Difference, refuse
@@ -217,6 +218,7 @@ def _load_checkpoint(
     trainer: Trainer, strategy: Strategy, path: Any, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     """Load a checkpoint as the strategy does, and say in a sentence what is wrong with the file."""
+    ensure_checkpoint_files(trainer)
     try:
         checkpoint = type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
     except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):

@@ -85,7 +85,7 @@ class Product:
         Q, R = torch.linalg.qr(self.U.double())
         P, L = torch.linalg.qr(self.V.double().T)
         u, S, vh = torch.linalg.svd(R @ L.T, full_matrices=False)
-        return _with_fixed_signs(Q @ u, S, vh @ P.T)
+        return with_fixed_signs(Q @ u, S, vh @ P.T)
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class Dense:
     @cached_property
     def spectrum(self) -> Spectrum:
         """Singular value decomposition of the matrix."""
-        return _with_fixed_signs(*torch.linalg.svd(self.D.double(), full_matrices=False))
+        return with_fixed_signs(*torch.linalg.svd(self.D.double(), full_matrices=False))
 
 
-def _with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
+def with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
     """Flip pairs of singular vectors so that the largest entry of each left one is positive."""
     if not len(S):
         return Spectrum(U, S, Vh)

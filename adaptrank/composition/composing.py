@@ -68,7 +68,9 @@ def compose(
         others: what happens to modules that were trained whole, such as a classifier: refuse, take
             the first adapter's, average, or leave out.
         signs: count conflicts of signs for the report, which forms (m, n) matrices.
-        options: of the operator.
+        options: of the operator. One of them is `trim`: of each adapter's change, the largest
+            entries stay of "whole", all layers together, or of each "layer". The default is the one
+            of the method's release. "whole" takes four more passes over the layers.
     Returns:
         The report, JSON-able: `Similarity.report`, and for each layer its rank, `error` of the
         compression, and `from_sum`, the relative distance of the result from the weighted sum.

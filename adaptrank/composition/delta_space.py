@@ -1,7 +1,7 @@
 """Compose in delta space: each layer's changes at the original base become one change."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from adaptrank.composition.changes import (
 from adaptrank.composition.operators import OPERATORS
 from adaptrank.composition.request import Request, adapter_name
 from adaptrank.composition.similarity import Similarity
+from adaptrank.composition.trimming import LayerTrim
+from adaptrank.composition.whole_trims import whole_trims
 from adaptrank.injection import join_fused
 from adaptrank.parameterizations import Parameterization, replace_layer, wrapped_layers
 from adaptrank.parameterizations.lora import LoRA
@@ -35,21 +37,29 @@ def compose_in_delta_space(
     Args:
         model: with the adapters loaded under `adapter_name`.
         request: the arguments of `compose`.
-        options: options of the operator.
+        options: all options of the operator, see `options_of`.
         similarity: takes the changes of each layer.
     Returns:
         {path: facts for the report}.
     """
     layers = wrapped_layers(model)
     compression = request.compression
+
+    def all_changes() -> Iterator[tuple[str, list[Change | None]]]:
+        for path, layer in layers.items():
+            yield path, changes(layer, request.count)
+
+    trims = whole_trims(request.operator, options, request.weights, all_changes)
     waiting: dict[str, Change] = {}
     with ResultWriter(model, request.merged) as writer:
         for path in list(layers):
             # No variable here holds the layer, so that its factors are freed as soon as possible.
             change, distance = _take_change(
-                model, path, layers.pop(path), request, options, similarity
+                model, path, layers.pop(path), request, options, trims.get(path), similarity
             )
             writer.facts[path] = {"from_sum": distance}
+            if path in trims:
+                writer.facts[path]["kept"] = list(trims[path].kept)
             if compression.parameters is None:
                 writer.put(path, change, compression.rank_of(change))
             else:
@@ -68,11 +78,14 @@ def _take_change(
     layer: Parameterization,
     request: Request,
     options: Mapping[str, Any],
+    whole: LayerTrim | None,
     similarity: Similarity,
 ) -> tuple[Change, float]:
     """Combine the changes of one layer, and take its wrappers off."""
     layer_changes = changes(layer, request.count)
     similarity.add(path, layer_changes, weight_norm(layer))
+    if whole is not None:
+        options = {**options, "whole": whole}
     combined = _combine(layer_changes, path, request, options)
     replace_layer(model, layer, layer.innermost)
     return combined

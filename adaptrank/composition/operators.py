@@ -3,11 +3,14 @@
 Operators are pure and deterministic, and work in delta space. Working on factors entry by entry
 would depend on how a product is factored. Operators that look at entries form the (m, n) matrices
 of one layer at a time.
+
+Some trim: of the entries of a change only the largest stay. They do so over the `whole` task
+vector, which is all layers of one task together, or `layer` by layer. In the first case `whole`
+holds the part of the layer, from `whole_trims`. Without it the layer is the whole task vector.
 """
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,13 +19,19 @@ from torch import Tensor
 
 from adaptrank._errors import UserError
 from adaptrank.composition.changes import Change, Dense, Product, total
+from adaptrank.composition.election import balance, elected_signs, mean_of_elected
+from adaptrank.composition.shared_basis import shared_blocks
+from adaptrank.composition.trimming import LayerTrim, kept_of, largest
 
 Operator = Callable[..., Change]
 """(changes, weights, key, **options) -> change. `key` names the layer, for random numbers."""
 
+Trim = Literal["whole", "layer"]
+"""Over which entries a change is trimmed: those of all layers of the task, or of each layer."""
+
 
 def add(changes: Sequence[Change], weights: Sequence[float], key: str = "") -> Change:
-    """Return sum_i w_i D_i, exactly (naive LoRA summation, arXiv:2508.11985).
+    """Return sum_i w_i D_i, exactly (task arithmetic, arXiv:2212.04089; LoRAs: arXiv:2508.11985).
 
     Factors of products are put side by side.
     """
@@ -30,7 +39,12 @@ def add(changes: Sequence[Change], weights: Sequence[float], key: str = "") -> C
 
 
 def magnitude_prune(
-    changes: Sequence[Change], weights: Sequence[float], key: str = "", density: float = 0.2
+    changes: Sequence[Change],
+    weights: Sequence[float],
+    key: str = "",
+    density: float = 0.2,
+    trim: Trim = "layer",
+    whole: LayerTrim | None = None,
 ) -> Change:
     """Return sum_i w_i trim(D_i), where trim keeps the largest entries.
 
@@ -39,9 +53,11 @@ def magnitude_prune(
         weights: one for each change.
         key: path of the layer.
         density: fraction of the entries of each change that stays, in (0, 1].
+        trim: "layer" or "whole".
+        whole: the layer's part of a trim over all layers.
     """
-    _in_range("density", density, 0, 1)
-    return _weighted_sum([_trim(change.dense(), density) for change in changes], weights)
+    _check(density=density, trim=trim)
+    return _weighted_sum(_trimmed([change.dense() for change in changes], density, whole), weights)
 
 
 def ties(
@@ -49,28 +65,33 @@ def ties(
     weights: Sequence[float],
     key: str = "",
     density: float = 0.2,
+    trim: Trim = "whole",
     scale: float = 1.0,
     elect: Literal["total", "frequency"] = "total",
     normalize: Literal["count", "weights"] = "count",
+    whole: LayerTrim | None = None,
 ) -> Change:
     """TIES (arXiv:2306.01708): trim, elect a sign for each entry, average the entries that agree.
 
     With weights of 1 the result is a mean, not a sum. For two changes that share no entry it equals
-    the sum, and for two equal changes it equals one of them.
+    the sum, and for two equal changes it equals one of them. Where a sum is zero, its sign is that
+    of most entries of the vector, - in a draw. (The released code keeps one entry more where
+    density times the size is a whole number, and all entries equal to the smallest that stays.)
 
     Args:
         changes: of one layer.
         weights: one for each change.
         key: path of the layer.
         density: fraction of the entries of each change that stays, in (0, 1].
+        trim: "whole", as released, or "layer".
         scale: lambda, a factor of the result.
-        elect: the sign of the weighted sum, or of most changes. The sign of zero is +.
+        elect: the sign of the weighted sum, or of most changes, + in a draw (as in HF PEFT).
         normalize: divide by the number of changes that agree, or by the sum of their |weights|.
+        whole: the layer's part of a trim over all layers.
     """
-    _in_range("density", density, 0, 1)
-    _check_votes(elect, normalize)
-    trimmed = [_trim(change.dense(), density) for change in changes]
-    return Dense(_elect_and_average(trimmed, weights, scale, elect, normalize))
+    _check(density=density, trim=trim, elect=elect, normalize=normalize)
+    trimmed = _trimmed([change.dense() for change in changes], density, whole)
+    return _elected(trimmed, weights, scale, elect, normalize, whole)
 
 
 def dare(
@@ -91,7 +112,8 @@ def dare(
         drop: probability that an entry is dropped, in [0, 1).
         seed: seed of the masks. Each change and each layer has a mask of its own.
     """
-    return _weighted_sum(_drop_entries(changes, key, drop, seed), weights)
+    _check(drop=drop)
+    return _weighted_sum(_dropped(changes, key, drop, seed), weights)
 
 
 def dare_ties(
@@ -100,11 +122,16 @@ def dare_ties(
     key: str = "",
     drop: float = 0.5,
     seed: int = 0,
+    density: float = 1.0,
+    trim: Trim = "whole",
     scale: float = 1.0,
     elect: Literal["total", "frequency"] = "total",
     normalize: Literal["count", "weights"] = "count",
+    whole: LayerTrim | None = None,
 ) -> Change:
-    """DARE, then TIES without trimming.
+    """DARE, then TIES. Nothing is trimmed by default, as in KnOTS' DARE-TIES.
+
+    DARE's own release trims as well: density=0.2.
 
     Args:
         changes: of one layer.
@@ -112,13 +139,16 @@ def dare_ties(
         key: path of the layer.
         drop: as in `dare`.
         seed: as in `dare`.
+        density: fraction of the entries, dropped ones included, that stays, in (0, 1].
+        trim: as in `ties`.
         scale: as in `ties`.
         elect: as in `ties`.
         normalize: as in `ties`.
+        whole: the layer's part of a trim over all layers.
     """
-    _check_votes(elect, normalize)
-    dropped = _drop_entries(changes, key, drop, seed)
-    return Dense(_elect_and_average(dropped, weights, scale, elect, normalize))
+    _check(drop=drop, density=density, trim=trim, elect=elect, normalize=normalize)
+    trimmed = _trimmed(_dropped(changes, key, drop, seed), density, whole)
+    return _elected(trimmed, weights, scale, elect, normalize, whole)
 
 
 def knots(
@@ -127,13 +157,15 @@ def knots(
     key: str = "",
     within: Literal["ties", "dare_ties", "magnitude_prune", "dare", "sum"] = "ties",
     cut: float = 1e-9,
+    whole: LayerTrim | None = None,
     **options: Any,
 ) -> Change:
     """KnOTS (arXiv:2410.19735): apply another operator in the basis that all changes share.
 
     [D_1 ... D_N] = U S [V_1 ... V_N]^T gives blocks X_i = S V_i^T. The result is U X, where X is
     the other operator's result for the blocks. With the sum, the result is the sum. Products form
-    no (m, n) matrix, only the blocks, (R, n) each, where R is the sum of the ranks.
+    no (m, n) matrix, only the blocks, (R, n) each, where R is the sum of the ranks. A whole task
+    vector has the blocks of all layers.
 
     Args:
         changes: of one layer.
@@ -142,18 +174,17 @@ def knots(
         within: operator on the blocks.
         cut: singular values below this fraction of the largest are dropped. (The released code
             drops those below 1e-5 absolute.)
+        whole: the layer's part of a trim over all layers.
         options: of that operator.
     """
-    _one_of("within", within, tuple(name for name in OPERATORS if name != "knots"))
-    U, S, blocks = _shared_basis(changes)
-    kept = cut * S[0] < S if len(S) else S.new_zeros(0, dtype=torch.bool)
-    U, S = U[:, kept], S[kept]
-    if not len(S):
+    _check_within(within)
+    U, blocks = shared_blocks(changes, cut)
+    if not U.shape[1]:
         return total(changes, weights)
-    X = [Dense(S[:, None] * block[kept]) for block in blocks]
-    merged = OPERATORS[within](X, weights, key, **options)
-    like = changes[0].like
-    return Product(U.to(like), merged.dense().to(like))
+    if whole is not None:
+        options["whole"] = whole
+    merged = OPERATORS[within]([Dense(X) for X in blocks], weights, key, **options)
+    return Product(U, merged.dense())
 
 
 OPERATORS: Mapping[str, Operator] = {
@@ -168,26 +199,47 @@ OPERATORS: Mapping[str, Operator] = {
 
 
 def options_of(operator: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given options of an operator.
+    """Return all options of an operator: the given ones, and the defaults of the others.
 
     Raises:
-        ValueError: for an option that the operator does not have.
+        ValueError: for an option that the operator does not have, or a value out of range.
     """
-    known = _option_names(operator)
+    defaults = _defaults(operator)
     if operator == "knots":
-        within = values.get("within", "ties")
-        known = ["within", "cut", *(_option_names(within) if within in OPERATORS else [])]
+        defaults |= _defaults(_check_within(values.get("within", defaults["within"])))
     for name in values:
-        if name not in known:
+        if name not in defaults:
             raise UserError(
-                f"{operator} has no option {name!r}; it has {', '.join(known) or 'none'}."
+                f"{operator} has no option {name!r}; it has {', '.join(defaults) or 'none'}."
             )
-    return dict(values)
+    options = {**defaults, **values}
+    _check(**options)
+    return options
 
 
-def _option_names(operator: str) -> list[str]:
-    """Return the names of an operator's arguments after changes, weights and key."""
-    return list(inspect.signature(OPERATORS[operator]).parameters)[3:]
+def _defaults(operator: str) -> dict[str, Any]:
+    """Return an operator's options with their defaults."""
+    parameters = inspect.signature(OPERATORS[operator]).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in ("changes", "weights", "key", "whole", "options")
+    }
+
+
+def task_matrices(
+    operator: str, changes: Sequence[Change], key: str, options: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the matrices that an operator trims, one for each change of a layer.
+
+    They are the changes, the entries that DARE leaves of them, or their blocks in KnOTS' basis.
+    """
+    if operator == "knots":
+        _, blocks = shared_blocks(changes, options["cut"])
+        return task_matrices(options["within"], [Dense(X) for X in blocks], key, options)
+    if "drop" in options:
+        return _dropped(changes, key, options["drop"], options["seed"])
+    return [change.dense() for change in changes]
 
 
 def _weighted_sum(matrices: Sequence[Tensor], weights: Sequence[float]) -> Dense:
@@ -197,41 +249,31 @@ def _weighted_sum(matrices: Sequence[Tensor], weights: Sequence[float]) -> Dense
     return Dense(result)
 
 
-def _trim(D: Tensor, density: float) -> Tensor:
-    """Zero all but the ceil(density * size) largest entries by |value|.
-
-    Of equal entries the one with the lower index stays.
-    """
-    count = math.ceil(density * D.numel())
-    if count >= D.numel():
-        return D
-    order = D.abs().flatten().argsort(descending=True, stable=True)[:count]
-    mask = torch.zeros(D.numel(), dtype=torch.bool, device=D.device)
-    mask[order] = True
-    return D * mask.view_as(D)
+def _trimmed(matrices: Sequence[Tensor], density: float, whole: LayerTrim | None) -> list[Tensor]:
+    """Zero all but the largest entries of each matrix."""
+    if whole is None:
+        kept = [kept_of(D.numel(), density) for D in matrices]
+    else:
+        kept = list(whole.kept)
+    return [largest(D, count) for D, count in zip(matrices, kept, strict=True)]
 
 
-def _elect_and_average(
-    matrices: Sequence[Tensor], weights: Sequence[float], scale: float, elect: str, normalize: str
-) -> Tensor:
+def _elected(
+    matrices: Sequence[Tensor],
+    weights: Sequence[float],
+    scale: float,
+    how: str,
+    normalize: str,
+    whole: LayerTrim | None,
+) -> Dense:
     """Elect a sign for each entry, and average the weighted entries that have it."""
-    stacked = torch.stack([weight * D for D, weight in zip(matrices, weights, strict=True)])
-    votes = stacked if elect == "total" else stacked.sign()
-    sign = torch.where(votes.sum(0) < 0, -1.0, 1.0).to(stacked)
-    agree = (stacked.sign() == sign) & (stacked != 0)
-    counted = agree.to(stacked)
-    if normalize == "weights":
-        sizes = torch.tensor(weights, dtype=stacked.dtype, device=stacked.device).abs()
-        counted = counted * sizes.view(-1, 1, 1)
-    # An entry that no change has is zero, whatever it is divided by.
-    divisor = counted.sum(0).clamp_min(torch.finfo(stacked.dtype).tiny)
-    averaged: Tensor = scale * (stacked * agree).sum(0) / divisor
-    return averaged
+    signs = elected_signs(matrices, weights, how)
+    undecided = balance(signs) if whole is None else whole.balance
+    return Dense(mean_of_elected(matrices, weights, signs, undecided, scale, normalize))
 
 
-def _drop_entries(changes: Sequence[Change], key: str, drop: float, seed: int) -> list[Tensor]:
+def _dropped(changes: Sequence[Change], key: str, drop: float, seed: int) -> list[Tensor]:
     """Zero random entries of each change, and scale the others by 1 / (1 - drop)."""
-    _in_range("drop", 1 - drop, 0, 1, f"drop={drop}: a probability of at least 0 and below 1.")
     dropped = []
     for position, change in enumerate(changes):
         D = change.dense()
@@ -242,44 +284,29 @@ def _drop_entries(changes: Sequence[Change], key: str, drop: float, seed: int) -
     return dropped
 
 
-def _shared_basis(changes: Sequence[Change]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Decompose [D_1 | D_2 | ...] = U S [V_1^T | V_2^T | ...] in float64.
-
-    Returns:
-        U (m, R), S (R,), and V_i^T (R, n) of each change.
-    """
-    products = [change for change in changes if isinstance(change, Product)]
-    if len(products) == len(changes):
-        return _shared_basis_of_products(products)
-    matrices = [change.dense().double() for change in changes]
-    U, S, Vh = torch.linalg.svd(torch.cat(matrices, 1), full_matrices=False)
-    return U, S, list(Vh.split([D.shape[1] for D in matrices], 1))
+CHOICES = {
+    "trim": ("whole", "layer"),
+    "elect": ("total", "frequency"),
+    "normalize": ("count", "weights"),
+}
+"""Option -> its values."""
 
 
-def _shared_basis_of_products(
-    products: Sequence[Product],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Decompose products through the (R, R) core that is left of QR of all factors."""
-    Q, R = torch.linalg.qr(torch.cat([product.U.double() for product in products], 1))
-    bases, cores = [], []
-    for product in products:
-        basis, core = torch.linalg.qr(product.V.double().T)
-        bases.append(basis)
-        cores.append(core.T)
-    block: Tensor = torch.block_diag(*cores)  # type: ignore[no-untyped-call]
-    u, S, vh = torch.linalg.svd(R @ block, full_matrices=False)
-    parts = vh.split([basis.shape[1] for basis in bases], 1)
-    return Q @ u, S, [part @ basis.T for part, basis in zip(parts, bases, strict=True)]
+def _check(**options: Any) -> None:
+    """Refuse values out of range."""
+    for name, allowed in CHOICES.items():
+        if name in options:
+            _one_of(name, options[name], allowed)
+    density, drop = options.get("density", 1.0), options.get("drop", 0.0)
+    if not 0 < density <= 1:
+        raise UserError(f"density={density}: above 0, and at most 1.")
+    if not 0 <= drop < 1:
+        raise UserError(f"drop={drop}: a probability of at least 0 and below 1.")
 
 
-def _check_votes(elect: str, normalize: str) -> None:
-    _one_of("elect", elect, ("total", "frequency"))
-    _one_of("normalize", normalize, ("count", "weights"))
-
-
-def _in_range(name: str, value: float, above: float, most: float, sentence: str = "") -> None:
-    if not above < value <= most:
-        raise UserError(sentence or f"{name}={value}: above {above}, and at most {most}.")
+def _check_within(within: str) -> str:
+    _one_of("within", within, tuple(name for name in OPERATORS if name != "knots"))
+    return within
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

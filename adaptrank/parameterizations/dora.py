@@ -12,6 +12,7 @@ from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.lora import AXES_OF_EMBEDDING
 
 
 class DoRA(Parameterization):
@@ -20,6 +21,8 @@ class DoRA(Parameterization):
     s = alpha / rank is fixed at construction. Row norms need no (m, n) product:
     ||V_j||^2 = ||W_j||^2 + 2 s (W A^T)_j B_j + s^2 B_j (A A^T) B_j. As the paper proposes, the norm
     is a constant for the gradient. With `detach_norm=False` autograd sees it, too.
+
+    A and B start as those of LoRA do, also over an embedding.
 
     Source: arXiv:2402.09353.
     Shapes: W (m, n), A (r, n), B (m, r), magnitude m (m,). Parameters: r (m + n) + m.
@@ -64,7 +67,11 @@ class DoRA(Parameterization):
         self.dropout = nn.Dropout(dropout)
         self.A = self.zeros(rank, n)
         self.B = self.zeros(m, rank)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if isinstance(self.innermost, nn.Embedding):
+            self.axes = AXES_OF_EMBEDDING
+            nn.init.normal_(self.B)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.m = self.zeros(m)
         self.register_buffer("squares", None, persistent=False)
         # The same arithmetic as in training, so that m / ||V|| starts at 1 exactly.
@@ -73,7 +80,7 @@ class DoRA(Parameterization):
 
     @formula
     def weight(self) -> Tensor:
-        V = self.base_weight + self.scale * self.gated("B") @ self.A
+        V = self.base_weight + self.scale * self.gated("B") @ self.gated("A")
         # As in `row_norms`, a row of zeros stays a row of zeros.
         norm = V.norm(dim=1).clamp_min(math.sqrt(torch.finfo(V.dtype).tiny))
         scale: Tensor = self.m / (norm.detach() if self.detach_norm else norm)
@@ -82,19 +89,19 @@ class DoRA(Parameterization):
     def forward_adapted(self, x: Tensor) -> Tensor:
         if not self.fuses(x) or self.apply_dropout(x) is not x:
             return super().forward_adapted(x)
-        B = self.gated("B")
-        y = self.add_product(x, self.scale * B, self.A)
+        B, A = self.gated("B"), self.gated("A")
+        y = self.add_product(x, self.scale * B, A)
         # The bias is subtracted inside the deviation, so that k = 1 is the identity to the bit.
-        return scaling.scale_output(y, self.m / self.row_norms(B) - 1, self.trained_bias())
+        return scaling.scale_output(y, self.m / self.row_norms(B, A) - 1, self.trained_bias())
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        B, bias = self.gated("B"), self.trained_bias()
-        k = self.m / self.row_norms(B)
+        B, A, bias = self.gated("B"), self.gated("A"), self.trained_bias()
+        k = self.m / self.row_norms(B, A)
         if x.is_floating_point() and self.dropout.p and self.training:
             x = self.dropout(x)
             y = layers.channels_last(self.innermost, self.base(x.to(y.dtype)))
         z = y if bias is None else y - bias
-        return (k - 1) * z + k * self.scale * F.linear(self.project(x, self.A), B)
+        return (k - 1) * z + k * self.scale * F.linear(self.project(x, A), B)
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
@@ -108,9 +115,9 @@ class DoRA(Parameterization):
         # The base may have been loaded anew.
         self.squares = None
 
-    def row_norms(self, B: Tensor) -> Tensor:
-        """Return ||V_j|| for each row j of V = W + s B A, (m,)."""
-        s, A = self.scale, self.A
+    def row_norms(self, B: Tensor, A: Tensor | None = None) -> Tensor:
+        """Return ||V_j|| for each row j of V = W + s B A, (m,), by default with the present A."""
+        s, A = self.scale, self.A if A is None else A
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             W, squares = self._frozen_rows()
             # Summed in float64: the terms may cancel, and a fresh unit must not change the order of

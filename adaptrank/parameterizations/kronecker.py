@@ -29,7 +29,8 @@ class Kronecker(Parameterization):
     warning says so if a product then has more numbers than a LoRA of rank one.
 
     Source: KronA, arXiv:2212.10650, which is the case r = 1 with a tuned s. Only its abstract was
-        read. The balanced factors are the rule of LoKr in HF PEFT and LyCORIS.
+        read. The balanced factors are the rule of LoKr in HF PEFT and LyCORIS. One product is LoKr
+        in LyCORIS with whole factors, start and scale included.
     Shapes: W (m, n), A (r, m1, n1), B (r, m2, n2), with m = m1 m2 and n = n1 n2. For a convolution,
         n1 divides the channels. Parameters: r (m1 n1 + m2 n2).
     Args:

@@ -21,9 +21,14 @@ class LoKr(Parameterization):
     neither B nor the Kronecker product is formed. One factor starts at zero, so training starts at
     W.
 
-    Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT, whose defaults
-        are rank 8 and alpha 8. HF PEFT leaves B undivided from rank >= max(m2, n2) / 2 on. Here B
-        is a product for every rank.
+    Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT. Their defaults
+        are rank 8 and alpha 8, so s is 1, as here. HF PEFT leaves B undivided from
+        rank >= max(m2, n2) / 2 on. Here B is a product for every rank, and a rank of 8 would not
+        fit small layers. With factor=-1 the sizes m1 and n1 are those of HF PEFT for every size. A
+        positive factor that does not divide a size is passed by there, once it lies above the
+        square root of the size. So the pairs differ for 64 of the sizes up to 128 with some factor
+        up to 16, and for no size above 210 with those factors. Files keep the meaning of their
+        factor, and adapters of HF PEFT come with both sizes, factor=[m1, n1].
     Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2. Decomposed,
         A1 (m1, r), A2 (r, n1) with r as at construction. Parameters: m1 n1 + r (m2 + n2), or
         r (m1 + n1) + r (m2 + n2).
@@ -31,13 +36,14 @@ class LoKr(Parameterization):
         rank: number r of units of B.
         alpha: numerator of the scale s.
         factor: m1 and n1 are the largest divisors up to it. -1 makes m1 <= m2 and n1 <= n2 as equal
-            as possible.
+            as possible. A list [m1, n1] states both.
         decompose_both: A = A1 A2 if rank < max(m1, n1) / 2.
         zero: factor that starts at zero: "A" as in HF PEFT (A1 if A is decomposed), or "B" as in
             LyCORIS. For "B" it is B1, which closes a unit. LyCORIS has B2 start at zero.
         dropout: probability of dropping an input element on the way to B2, in [0, 1).
     Raises:
-        ValueError: if rank is below 1 or above min(m2, n2), or factor is neither -1 nor positive.
+        ValueError: if rank is below 1 or above min(m2, n2), factor is neither -1 nor positive, or
+            its numbers do not divide m and n.
     """
 
     source = "arXiv:2212.10650"
@@ -49,15 +55,15 @@ class LoKr(Parameterization):
         base: nn.Module,
         *,
         rank: int = 4,
-        alpha: float = 8.0,
-        factor: int = -1,
+        alpha: float = 4.0,
+        factor: int | list[int] = -1,
         decompose_both: bool = False,
         zero: Literal["A", "B"] = "A",
         dropout: float = 0.0,
     ) -> None:
         super().__init__(base)
         m, n = self.shape
-        m1, n1 = divisor(m, factor), divisor(n, factor)
+        m1, n1 = _coarse_shape(m, n, factor)
         self.largest_rank = min(m // m1, n // n1)
         if not 1 <= rank <= self.largest_rank:
             raise UserError(
@@ -110,3 +116,15 @@ class LoKr(Parameterization):
 
     def max_units(self, axis: str) -> int:
         return self.largest_rank
+
+
+def _coarse_shape(m: int, n: int, factor: int | list[int]) -> tuple[int, int]:
+    """Return (m1, n1), the shape of A."""
+    if isinstance(factor, int):
+        return divisor(m, factor), divisor(n, factor)
+    if len(factor) != 2 or min(factor) < 1 or m % factor[0] or n % factor[1]:
+        raise UserError(
+            f"factor={factor}: give one number, or two that divide {m} and {n}, the layer's "
+            f"outputs and inputs."
+        )
+    return factor[0], factor[1]

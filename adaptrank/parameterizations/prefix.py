@@ -28,7 +28,9 @@ class Prefix(ModuleWrapper):
     models with rotary positions a prefix key is used as it is, after rotation. A model with learned
     positions has T fewer of them. Gradient checkpointing drops the cache and is refused.
 
-    Source: prefix-tuning, arXiv:2101.00190 (recalled). Sizes, start and learning rates are this
+    Source: prefix-tuning, arXiv:2101.00190, and its released code for GPT-2. There the table is as
+        wide as the model, and the hidden layer 512. Here both have the width e. There and in HF
+        PEFT the deviation of the start is 1, which `std=1` gives. Sizes and learning rates are this
         library's choice. Others use 10 to 30 tokens and 1e-2, or 1e-3 with an encoder.
     Shapes: P (L, 2, h, T, d) for L layers of h key-value heads of width d. With an encoder
         E (T, e), and W1 (e, e), W2 (2 L h d, e) with their biases. Parameters: 2 L h T d, or

@@ -19,7 +19,7 @@ class SVD(LowRankUpdate):
     directions orthogonal to the living ones, and l = 0.
 
     Source: parameterization of AdaLoRA, arXiv:2303.10512, and of ElaLoRA, arXiv:2504.00254. P and Q
-        start as in their released codes.
+        start as in their released codes. That of AdaLoRA has s = alpha / (rank + 1e-5).
     Shapes: W (m, n), P (m, r), l (r,), Q (r, n). Parameters: r (m + n + 1).
     Penalty: orth * (||P^T P - I||_F + ||Q Q^T - I||_F) / 2. As in both released codes, the norms
         are not squared. The library averages the penalty over the layers, which is the mean over

@@ -28,7 +28,9 @@ class TensorTrain(LowRankUpdate):
 
     Source: LoRETTA_rep, arXiv:2402.11417. Its scripts use rank 8, alpha 16, tt_rank 5, dropout
         0.05. The authors' code does not clamp a bond to what its modes can use, and contracts all
-        cores to the whole factor.
+        cores to the whole factor. So its trains need no bond between the modes of the layer and r.
+        Seven of its nine for r = 8 have none on one side, 16, 16, 8, 4, 4 for 4096 x 8 among them,
+        and have no place here.
     Shapes: W (m, n), A_k (r_{k-1}, n_k, r_k) for modes n_1 ... n_d of n and then r. B_k the same
         for r and then modes of m. Parameters: the sum of r_{k-1} n_k r_k over the cores of both.
     Args:

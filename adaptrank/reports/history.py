@@ -44,6 +44,12 @@ class History:
     summary: dict[str, Any]
 
     @property
+    def allocators(self) -> list[str]:
+        """Names of the allocators, with their variants. Runs of earlier versions have none."""
+        named: list[str] = self.events[0].get("allocators", []) if self.events else []
+        return named
+
+    @property
     def start(self) -> Sizes:
         """Sizes at the start."""
         return self.sizes[0][1]

@@ -54,7 +54,7 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
     events = history.events
     return render(
         "run.html.j2",
-        title=f"Ranks of {history.name}",
+        title=_title(history),
         facts=[(name, value) for name, value in _facts(history) if value],
         pictures=[Picture(DESCRIPTIONS[name], png) for name, png in pictures.items()],
         replay=replay,
@@ -64,6 +64,11 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
         axes=_most_changed(axes),
         axes_left_out=max(0, len(axes) - MOST_ROWS),
     )
+
+
+def _title(history: History) -> str:
+    names = ", ".join(history.allocators)[:LONGEST_TEXT]
+    return f"Ranks of {history.name}, {names}" if names else f"Ranks of {history.name}"
 
 
 def _axis_rows(history: History) -> list[dict[str, Any]]:

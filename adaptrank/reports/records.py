@@ -76,6 +76,7 @@ COUNTS = (table_of(is_count), "whole numbers by axis")
 METRICS = (table_of(optional(is_number)), "numbers by name")
 
 EVENT: Fields = {
+    "allocators": (list_of(is_text), "a list of texts"),
     "reason": TEXT,
     "skipped": TEXT,
     "unit": TEXT,

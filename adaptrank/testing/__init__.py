@@ -30,6 +30,7 @@ from adaptrank.testing.costs import (
     check_cost,
     measure_cost,
 )
+from adaptrank.testing.emptying import check_emptying
 from adaptrank.testing.forward import (
     check_definition,
     check_exact_gradients,
@@ -68,6 +69,7 @@ __all__ = [
     "check_copies",
     "check_cost",
     "check_definition",
+    "check_emptying",
     "check_exact_gradients",
     "check_factors",
     "check_gate_gradient",

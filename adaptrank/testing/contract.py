@@ -78,6 +78,7 @@ def check_parameterization(
     for base in bases:
         build = builder(cls, base)
         check_contract(build, sample, count)
+        check_emptying(build, sample)
         if base is bases[0]:
             check_gradients(builder(cls, base, **cls.exact_gradient), sample)
             check_cost(builder(cls, copy.deepcopy(base).float()), sample)
@@ -101,7 +102,6 @@ def check_contract(
     check_pruning(build, sample)
     check_growth(build, sample)
     check_limits(build)
-    check_emptying(build, sample)
     check_gate_gradient(build, sample)
     check_gates(build, sample)
     check_merged(build, sample)

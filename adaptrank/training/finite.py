@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptrank._collectives import from_all, several
 from adaptrank._errors import RunError, some
+from adaptrank.axes import dequantized
 from adaptrank.training.adapter_gradients import HasGates
 from adaptrank.training.callback_order import ensure_in_front
 
@@ -191,9 +192,9 @@ def _all_finite(tensors: list[Tensor]) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a sharded tensor, and any other tensor as it is."""
+    """Return plain values: this process's part of a sharded tensor, and of a quantized one."""
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    return dequantized(tensor if to_local is None else to_local())
 
 
 def _problem(trainer: Trainer, module: LightningModule) -> str:

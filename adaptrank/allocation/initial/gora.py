@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank._options import COUNT
+from adaptrank._options import COUNT, NOT_NEGATIVE
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.least_squares import fit_change
@@ -35,27 +35,38 @@ PRICES: dict[str, Callable[[float], float]] = {
 class GoRA(RankInitializer):
     """Give ranks by mean |W G|, where G is the gradient of a weight W averaged over some batches.
 
-    Importances are normalized by their sum, or by a softmax of temperature `temperature`. The
-    total is the sum over the layers of phi(m + n) r, where phi is the identity, the root or
-    log(1 + .). It is that of the start, and is shared out by largest remainder within r_min and
-    r_max, so that it is met. With `share="reference"` ranks are rounded as released, and the total
-    comes out as it will.
+    Importances x are normalized by their sum, or by softmax((x - min) / (max - min) / T) with
+    T = `temperature`. The total is the sum over the layers of phi(m + n) r, where phi is the
+    identity, the root or log(1 + .). It is that of the start, and is shared out by largest
+    remainder within r_min and r_max, so that it is met. With `share="reference"` ranks are rounded
+    as released, and the total comes out as it will.
 
-    Then the closing factor becomes the least-squares fit of -gamma G, gamma = lr sqrt(n) / r. For
-    LoRA, B = -gamma / s G A^T (A A^T)^-1. So the first loss differs from that of the base, by
-    design. The sign is that of a descent step. The snapshot of the release that was read has no
-    minus there, while its own check compares with one.
+    Then the closing factor becomes the least-squares fit of -gamma G. For LoRA, with W (m, n),
+
+        B = -gamma / s G A^T (A A^T)^-1,    gamma = lr sqrt(n / r).
+
+    So the first change of W is -gamma times G projected onto the rows of A, whatever alpha, the
+    scale s and the length of A's rows are. Its norm is about lr |G|, because random rows catch
+    sqrt(r / n) of |G|. The same holds for any method: gamma = lr sqrt(numbers in W / numbers in
+    the closing factor), summed over the layers that share a factor. The first loss differs from
+    that of the base, by design.
 
     Source: arXiv:2502.12171. The rules are from the authors' code: 32 batches, 8 units, 4 to 32,
     lr 5e-2, alpha 16, union_mean in its scripts and union_norm in its parser. Which of the two the
-    paper means was not verified.
+    paper means was not verified. Departures: the sign is that of a descent step. The release adds
+    +gamma G, while its own check compares with -lr G. In the scripts the scale after the start is
+    alpha / sqrt(r) of each layer's new rank. Here it stays that of the construction, so
+    `LoRA(rslora=True)` comes nearest. The model is in evaluation mode for its gradients, and in
+    training mode there. The parser's r_min is 1, as here, and that of the scripts is 4, half of r.
+    Methods other than LoRA are ours.
 
     Args:
         batches: training batches to average over.
         importance_of_weight: "union_mean", "union_norm", "grad_norm" or "grad_mean".
         phi: price of a unit: "identity", "sqrt" or "log1p" of m + n.
-        temperature: temperature of a softmax over the layers. None normalizes by the sum.
-        r_min: least size of an axis.
+        temperature: temperature T of a softmax over the layers, 0.5 in the release. None
+            normalizes by the sum, as in its scripts.
+        r_min: least size of an axis. 0 lets a layer lose all its units.
         r_max: largest size of an axis. None is four times the present one.
         share: "exact" or "reference".
         init: whether the gradient becomes the start. Otherwise only the ranks are chosen.
@@ -67,7 +78,7 @@ class GoRA(RankInitializer):
     """
 
     source = "arXiv:2502.12171"
-    ranges: ClassVar = {"r_min": COUNT, "r_max": COUNT}
+    ranges: ClassVar = {"r_min": NOT_NEGATIVE, "r_max": COUNT}
     options = {"init": frozenset({"gradient_init"})}
 
     def __init__(
@@ -118,10 +129,12 @@ class GoRA(RankInitializer):
         if not self.init:
             return
         for key, axis in axes.items():
-            n = axis.members[0][0].shape[1]
-            gamma = self.lr * math.sqrt(n) / len(axis)
+            if not len(axis):
+                continue
+            gradients = gradients_of(key, axis, evidence)
+            gamma = self.lr * expansion(axis, gradients)
             targets = []
-            for gradient in gradients_of(key, axis, evidence):
+            for gradient in gradients:
                 targets.append(None if gradient is None else -gamma * gradient)
             fit_change(axis, targets)
 
@@ -169,16 +182,34 @@ def gradients_of(
     return [gradients.get((key, index)) for index in range(len(axis.members))]
 
 
+def expansion(axis: RankAxis, gradients: list[Tensor | None]) -> float:
+    """Return |G| over the norm of its fit by the closing factors, for a G of independent numbers.
+
+    The fit is a projection onto a space with as many dimensions as the closing factors have
+    numbers. For LoRA this is sqrt(m n / (m r)) = sqrt(n / r).
+
+    Args:
+        axis: axis whose closing factors are fitted.
+        gradients: gradient of each layer, (m, n), or None for a layer without one.
+    """
+    numbers = sum(gradient.numel() for gradient in gradients if gradient is not None)
+    factors = {id(slot.tensor): slot.tensor for slot in axis.closing()}
+    fitted = sum(factor.numel() for factor in factors.values())
+    return math.sqrt(numbers / fitted)
+
+
 def normalized(importances: Mapping[str, float], temperature: float | None) -> dict[str, float]:
-    """Return the importances over their sum, or a softmax of that. All zero stay zero."""
-    total = sum(importances.values())
-    if not total:
-        return dict(importances)
-    shares = {key: value / total for key, value in importances.items()}
+    """Return the importances over their sum, or softmax((x - min) / (max - min) / temperature).
+
+    Equal importances get equal shares. Under a sum, zeros stay zeros.
+    """
     if temperature is None:
-        return shares
-    logits = torch.tensor(list(shares.values()), dtype=torch.float64) / temperature
-    return dict(zip(shares, torch.softmax(logits, 0).tolist(), strict=True))
+        total = sum(importances.values())
+        return {key: value / total if total else value for key, value in importances.items()}
+    values = torch.tensor(list(importances.values()), dtype=torch.float64)
+    spread = values.max() - values.min()
+    logits = (values - values.min()) / (spread if spread else 1.0) / temperature
+    return dict(zip(importances, torch.softmax(logits, 0).tolist(), strict=True))
 
 
 def shared_out(
@@ -191,8 +222,8 @@ def shared_out(
 ) -> dict[str, int]:
     """Return ranks r with sum price r = sum price r_0, each about weight total / price. Pure.
 
-    `share="reference"` is the released rounding, clip(round(total w) // price, least, largest),
-    which keeps no total.
+    `share="reference"` is the released rounding, clip(round(total w) // price, least, largest)
+    with prices that are not rounded. It keeps no total.
 
     Args:
         weights: axis -> normalized importance.
@@ -206,7 +237,7 @@ def shared_out(
         total = sum(prices[key] * size for key, size in sizes.items())
         ranks = {}
         for key, weight in weights.items():
-            rank = round(total * weight) // max(1, round(prices[key]))
+            rank = int(round(total * weight) // prices[key])
             ranks[key] = min(max(rank, least), largest[key])
         return ranks
     # Costs are integers: prices that are not count in thousandths.

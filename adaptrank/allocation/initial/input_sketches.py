@@ -33,10 +33,12 @@ class InputSketches:
     Args:
         axes: axes of the model.
         components: axis -> most components of a sketch.
+        center: subtract the mean of the inputs.
     """
 
-    def __init__(self, axes: Axes, components: Mapping[str, int]) -> None:
+    def __init__(self, axes: Axes, components: Mapping[str, int], center: bool = True) -> None:
         self._components = components
+        self._center = center
         self._columns = {key: read_columns(axis) for key, axis in axes.items()}
         self._owner: dict[str, str] = {}
         """Axis -> first axis that reads the same tensors."""
@@ -70,7 +72,9 @@ class InputSketches:
         """Make each sketch one of the inputs of all processes."""
         for key in sorted(self._sketches, key=natural):
             for sketch in self._sketches[key]:
-                sketch.merge(from_all((sketch.SV.cpu(), sketch.total)))
+                moments = sketch.moments
+                moments = moments._replace(SV=moments.SV.cpu(), mean=moments.mean.cpu())
+                sketch.merge(from_all(moments))
 
     def shares(self) -> Scores:
         """Return the explained variance of the components of each axis that was seen.
@@ -101,4 +105,4 @@ class InputSketches:
         for owner in first.values():
             sharing = [key for key in self._owner if self._owner[key] == owner]
             components = max(self._components[key] for key in sharing)
-            self._sketches[owner] = [Sketch(components) for _ in self._columns[owner]]
+            self._sketches[owner] = [Sketch(components, self._center) for _ in self._columns[owner]]

@@ -3,9 +3,10 @@
 from typing import ClassVar, Literal
 
 from adaptrank._options import DECAY
-from adaptrank.allocation.plans import Close, Plan, Resize, Scores, keep_best
+from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
+from adaptrank.allocation.soft_pruning import close_instead
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
@@ -29,7 +30,8 @@ class AdaLoRA(Policy[TrackedTensors]):
 
     Source: arXiv:2303.10512; rules from the authors' code. Its README prunes 12 to 8 ranks, with a
     warm-up of 500, a final phase of 1500 and an event every 10 of 3000 steps, betas of 0.85, and an
-    orthogonality weight of 0.1 (`SVD(orth=0.1)`).
+    orthogonality weight of 0.1 (`SVD(orth=0.1)`). There is no floor: a matrix may lose all of its
+    units.
 
     Args:
         budget: final total in `unit`; None is the total at the start divided by 1.5, as in the
@@ -37,7 +39,9 @@ class AdaLoRA(Policy[TrackedTensors]):
         soft: close units until the last event. False removes them at each event.
         importance: score of a unit, any of `scores.IMPORTANCES`.
         beta: decay of the running averages.
-        unit, every, warmup, final, floor, seed: as in `Policy`.
+        floor: smallest number of units of an axis; 0 as in the authors' code, which chooses among
+            all units of the model.
+        unit, every, warmup, final, seed: as in `Policy`.
     """
 
     source = "arXiv:2303.10512"
@@ -53,7 +57,7 @@ class AdaLoRA(Policy[TrackedTensors]):
         every: int = 10,
         warmup: int | float = 0.1,
         final: int | float = 0.3,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
@@ -65,18 +69,12 @@ class AdaLoRA(Policy[TrackedTensors]):
         target = int(start / 1.5) if self.budget is None else self.budget
         return cubic(start, target, self.run.phases.progress(step))
 
+    @property
+    def only_prunes(self) -> bool:
+        return True
+
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
         if self.soft and step < self.run.phases.end:
-            return _close_instead(plan, scores)
+            return close_instead(plan, scores)
         return plan
-
-
-def _close_instead(plan: Plan, scores: Scores) -> Plan:
-    """Return a plan that closes the units which the given plan removes."""
-    soft: Plan = {}
-    for key, change in plan.items():
-        assert isinstance(change, Resize)
-        removed = set(range(len(scores[key]))) - set(change.keep)
-        soft[key] = Close(tuple(sorted(removed)))
-    return soft

@@ -39,7 +39,9 @@ class ALoRA(Policy[TrackedTensors]):
         batches: training batches that a score which evaluates the loss is averaged over. The score
             of one batch with few examples is noisy.
         unit: what is never exceeded, "ranks" or "parameters".
-        every, warmup, final, floor, cap, seed: as in `Policy`.
+        floor: smallest number of units of an axis; 0, since the paper names none. An axis without
+            units lost none in a round, and so takes part in the shares, after all others.
+        every, warmup, final, cap, seed: as in `Policy`.
     Raises:
         ValueError: for units, rounds or batches out of range; at the start, if every axis is at
             its floor, or for exact ablation of too many units.
@@ -59,7 +61,7 @@ class ALoRA(Policy[TrackedTensors]):
         every: int = 50,
         warmup: int | float = 0.2,
         final: int | float = 0.3,
-        floor: int = 1,
+        floor: int = 0,
         cap: int | None = None,
         seed: int = 0,
     ) -> None:

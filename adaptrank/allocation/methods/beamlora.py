@@ -70,25 +70,31 @@ class BeamLoRA(Policy[BeamState]):
 
     The K pruned units of an axis become copies of its K strongest, paired at random. A copy takes
     slices and Adam moments as they were half an interval ago; otherwise equal units would get equal
-    gradients for ever. The logits of both become the mean of the two, without moments. So an event
-    changes the function a little. `split="exact"` copies the present slices and gives both units
-    half of the weight. That changes nothing but the pruned units. To tell the two apart it adds
-    noise of 1e-3 to one factor of the copied unit, and subtracts it from that of its copy.
+    gradients for ever. The logits of both become the mean of the two. An event sets the moments of
+    all logits to zero, as in the release, also where nothing was pruned. So an event changes the
+    function a little. `split="exact"` copies the present slices and gives both units half of the
+    weight. That changes nothing but the pruned units. To tell the two apart it adds noise of 1e-3
+    to one factor of the copied unit, and subtracts it from that of its copy. Only the logits of
+    these units lose their moments.
+
+    The logits of an axis follow the learning rate of the parameter group that holds its closing
+    factor (B of LoRA), at its place in the schedule.
 
     Where a layer has parts, and a unit belongs to one for good, a copy stays in its part. A part of
     one unit has no copies. The snapshot takes three copies of the adapter between half an interval
     and the event. The last event multiplies w into the weights.
 
     Source: arXiv:2502.13604; rules from the authors' code: rank 64, alpha 128, tau 0.05, p0 0.95,
-    an event every 3000 of 37,000 steps, t_end two thirds of them. The tables were not read. The
-    release decays s, which pulls it to uniform; here s does not decay.
+    an event every 3000 of 37,000 steps, t_end two thirds of them. The tables were not read. In the
+    release s is in the optimizer of the factors, whose weight decay is 0 in its script. Here s
+    never decays, since decay would pull it to uniform.
 
     Args:
         p0: share of the weight that is kept at the first step.
         tau: temperature of the softmax.
         until: t_end, in steps or as a fraction of all; from there on nothing is pruned.
         split: "snapshot", as released, or "exact".
-        gate_lr_ratio: learning rate of s over that of the run.
+        gate_lr_ratio: learning rate of the logits of an axis over that of its closing factor.
         every, warmup, final, seed: as in `Policy`.
     Raises:
         ValueError: for arguments out of range; at the start, if no axis has two units.
@@ -140,7 +146,9 @@ class BeamLoRA(Policy[BeamState]):
         """Train the logits. No other tensor of the step depends on them."""
         gradients = state.with_gradient(axes)
         if gradients:
-            state.adam_step(axes, gradients, self.run.learning_rate * self.gate_lr_ratio)
+            rates = self.run.learning_rates(axes)
+            rates = {key: rate * self.gate_lr_ratio for key, rate in rates.items()}
+            state.adam_step(axes, gradients, rates)
 
     def finish_step(self, state: BeamState, axes: Axes) -> None:
         if not state:
@@ -193,6 +201,8 @@ class BeamLoRA(Policy[BeamState]):
         if self.split == "snapshot":
             targets = {key: _split(copied)[1] for key, copied in pairs.items()}
             state.use_snapshot(self.trained_tensors(axes), targets)
+            for axis in axes.values():
+                state.clear_moments(axis, [*range(len(axis))])
         if step >= self.run.phases.end:
             for axis in axes.values():
                 axis.fold(self.run.optimizers)
@@ -216,7 +226,6 @@ class BeamLoRA(Policy[BeamState]):
         mean = (before[sources] + before[targets]) / 2
         logits[sources] = mean
         logits[targets] = mean
-        state.clear_moments(axis, [*sources, *targets])
 
     @torch.no_grad()
     def split_exactly(

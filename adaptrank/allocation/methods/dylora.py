@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError, nearest
 from adaptrank.allocation.context import Axes
+from adaptrank.allocation.gates import leaf
 from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.scores.elements import Elements, elements
@@ -55,29 +56,34 @@ class DyLoRA(Policy[PrefixState]):
     b holds for all layers; an axis with fewer units takes all it has. In a layer with several axes,
     k, each takes the k-th root of its r / b. Afterwards every b is an adapter of its own:
     `truncate` keeps the first b units of each layer for good, and evaluation during the run uses
-    `b_eval`. Everything that a step leaves out keeps its values and its moments to the last bit,
-    momentum included. With `frozen`, the entries of a tensor between two axes train that b units
-    of both axes have and b - 1 units have not.
+    `b_eval`. With `frozen`, the entries of a tensor between two axes train that b units of both
+    axes have and b - 1 units have not.
+
+    As in the release, entries that a step leaves out have a gradient of zero, and the optimizer
+    steps them all the same: momentum moves them, their moments decay, and so does their weight.
+    With `rule="drawn"` they keep their values and their moments to the last bit.
 
     Source: arXiv:2210.07558; rules from the authors' code, which trains one unit a step (`frozen`),
     8 units, alpha 16, learning rate 5e-4. It scales both factors by the root of r / b, which is the
     same product. The paper's default of `frozen` was not verified.
 
     Args:
+        rule: "published", or "drawn" for a step that changes the drawn units only.
         frozen: train the b-th unit only; False trains the first b.
         b_eval: units that evaluation uses; None is all.
         truncate: units to keep when training is over, of all axes, or {axis: units} for some of
             them; None keeps all.
         seed: seed of b.
     Raises:
-        ValueError: if b_eval or truncate is below 1; at the start, if truncate names an axis that
-            the model has not.
+        ValueError: for an unknown rule, or if b_eval or truncate is below 1; at the start, if
+            truncate names an axis that the model has not.
     """
 
     source = "arXiv:2210.07558"
     requires = frozenset({"ordered"})
     exclusive = True
     moves = False
+    earlier: ClassVar = {"rule": "drawn"}
 
     def __init__(
         self,
@@ -85,14 +91,17 @@ class DyLoRA(Policy[PrefixState]):
         b_eval: int | None = None,
         truncate: int | dict[str, int] | None = None,
         seed: int = 0,
+        rule: Literal["published", "drawn"] = "published",
     ) -> None:
         super().__init__(warmup=0, final=0, seed=seed)
+        if rule not in ("published", "drawn"):
+            raise UserError(f"rule={rule!r}; use 'published' or 'drawn'.")
         least = min(truncate.values(), default=1) if isinstance(truncate, dict) else truncate
         if (b_eval is not None and b_eval < 1) or (least is not None and least < 1):
             raise UserError(
                 f"b_eval={b_eval}, truncate={truncate}: a prefix has at least one unit."
             )
-        self.frozen, self.b_eval, self.truncate = frozen, b_eval, truncate
+        self.frozen, self.b_eval, self.truncate, self.rule = frozen, b_eval, truncate, rule
 
     def init_state(self, axes: Axes) -> PrefixState:
         return PrefixState()
@@ -119,7 +128,8 @@ class DyLoRA(Policy[PrefixState]):
 
     def before_pass(self, state: PrefixState, axes: Axes) -> None:
         """Draw b of the next optimizer step."""
-        state.b = self.drawn(self.run.steps_done + 1, max(map(len, axes.values())))
+        most = max(1, *map(len, axes.values()))
+        state.b = self.drawn(self.run.steps_done + 1, most)
 
     @staticmethod
     def gate(axis: RankAxis, b: int | None) -> Tensor:
@@ -129,8 +139,10 @@ class DyLoRA(Policy[PrefixState]):
         """
         size, axes_of_layer = len(axis), max(len(layer.axes) for layer, _ in axis.members)
         b = size if b is None else min(b, size)
-        in_prefix = torch.arange(size, device=axis.closing()[0].tensor.device) < b
-        return in_prefix * float((size / b) ** (1 / axes_of_layer))
+        multiplier = size / b if b else 1.0
+        gate = torch.zeros_like(leaf(axis))
+        gate[:b] = multiplier ** (1 / axes_of_layer)
+        return gate
 
     def update(self, state: PrefixState, axes: Axes) -> None:
         """Mask the gradients, and remember everything that the step must leave as it is."""
@@ -139,6 +151,8 @@ class DyLoRA(Policy[PrefixState]):
             mask = self._trained_entries(state.b, element, axes)
             if element.tensor.grad is not None:
                 element.tensor.grad.mul_(mask)
+            if self.rule == "published":
+                continue
             for tensor in (element.tensor, *self.moments(element.tensor)):
                 state.untouched.append(Untouched(tensor, tensor.detach().clone(), mask))
 

@@ -1,13 +1,14 @@
 """ElaLoRA: ranks move from layers whose weakest units matter little to layers where they matter."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from adaptrank._errors import UserError
 from adaptrank._options import DECAY
 from adaptrank.allocation.checks import check_can_prune
 from adaptrank.allocation.plans import Plan, Scores, exchange
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.renamed import warn_renamed
 from adaptrank.allocation.schedules import late_drop
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
@@ -18,8 +19,13 @@ class ElaLoRA(Policy[TrackedTensors]):
 
     Each event exchanges up to b (1 - p^3) units, with p from 0 to 1 and halves rounded up. Every
     axis offers its `pool` least important units. The b lowest of all are pruned. The b highest win
-    a fresh unit for their axis. Each direction has a pool of its own. In the released single pool
-    an axis that fell to one unit can never grow again; `two_pools=False` reproduces it.
+    a fresh unit for their axis.
+
+    There are two rules. With `rule="published"`, the released one, a single pool serves both
+    directions, and an axis at its floor offers nothing. So an axis that fell to one unit can never
+    grow again. With `rule="two_pools"`, the default, each direction has a pool of its own, and such
+    an axis still bids for growth. It decides otherwise in two of three random states. Tables and
+    reports call it "ElaLoRA (two pools)".
 
     Scores are those of AdaLoRA: running sensitivity times uncertainty of every element, without
     bias correction. Fresh units start at a score of zero, so intervals should be long (20 steps
@@ -32,13 +38,18 @@ class ElaLoRA(Policy[TrackedTensors]):
     Args:
         swaps: b, the largest number of units to exchange at an event.
         pool: k, the number of units that an axis offers.
-        two_pools: the repaired rule; False is the released one.
+        rule: "two_pools", the repaired rule, or "published", the released one.
         importance: score of a unit, any of `scores.IMPORTANCES`.
         beta: decay of the running averages.
         unit: what stays constant, "ranks" or "parameters" (never above, and within one unit of
             the start).
-        every, warmup, final, floor, seed: as in `Policy`.
-        cap: largest size of an axis; None is four times its size at the start.
+        floor: smallest number of units of an axis; 1 as in the authors' code, where an axis offers
+            at most all of its units but one. With 0 an axis that lost its last unit stays empty:
+            it has none to offer.
+        every, warmup, final, seed: as in `Policy`.
+        cap: largest size of an axis. None is four times its size at the start, and no cap for the
+            published rule.
+        two_pools: earlier name of `rule`: True is "two_pools", and False "published".
     Raises:
         ValueError: for arguments out of range; at the start, if every axis is at its floor.
     """
@@ -51,7 +62,7 @@ class ElaLoRA(Policy[TrackedTensors]):
         self,
         swaps: int = 4,
         pool: int = 2,
-        two_pools: bool = True,
+        rule: Literal["two_pools", "published"] = "two_pools",
         importance: str = "sensitivity_uncertainty",
         beta: float = 0.85,
         unit: Literal["ranks", "parameters"] = "ranks",
@@ -61,15 +72,33 @@ class ElaLoRA(Policy[TrackedTensors]):
         floor: int = 1,
         cap: int | None = None,
         seed: int = 0,
+        two_pools: bool | None = None,
     ) -> None:
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
+        if two_pools is not None:
+            rule = _rule_of(two_pools)
+            warn_renamed("ElaLoRA", f"two_pools={two_pools}", f"rule={rule!r}")
+        if rule not in ("two_pools", "published"):
+            raise UserError(f"rule={rule!r} is unknown; use 'two_pools' or 'published'.")
         if swaps < 0 or pool < 1:
             raise UserError(
                 f"swaps={swaps}, pool={pool}: exchange at least 0 units, and offer at least 1 of "
                 f"each axis."
             )
-        self.swaps, self.pool, self.two_pools = swaps, pool, two_pools
+        self.swaps, self.pool, self.rule = swaps, pool, rule
         self.importance, self.beta = importance, beta
+
+    @property
+    def variant(self) -> str:
+        return "" if self.rule == "published" else "two pools"
+
+    @classmethod
+    def present_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        present = dict(arguments)
+        two_pools = present.pop("two_pools", None)
+        if two_pools is not None:
+            present["rule"] = _rule_of(two_pools)
+        return present
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         swaps = late_drop(self.swaps, self.run.phases.progress(step))
@@ -81,7 +110,7 @@ class ElaLoRA(Policy[TrackedTensors]):
             self.pool,
             self.floor,
             self.caps(),
-            reference=not self.two_pools,
+            reference=self.rule == "published",
         )
 
     def acts_at(self, step: int) -> bool:
@@ -91,10 +120,14 @@ class ElaLoRA(Policy[TrackedTensors]):
 
     def caps(self) -> dict[str, int | None]:
         caps = super().caps()
-        if self.cap is not None:
+        if self.cap is not None or self.rule == "published":
             return caps
         start = self.run.start_sizes
         return {key: min(4 * start[key], bound or 4 * start[key]) for key, bound in caps.items()}
 
     def check_start(self, sizes: Mapping[str, int]) -> None:
         check_can_prune(self, sizes)
+
+
+def _rule_of(two_pools: bool) -> Literal["two_pools", "published"]:
+    return "two_pools" if two_pools else "published"

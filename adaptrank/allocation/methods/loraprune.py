@@ -1,7 +1,7 @@
 """LoRAPrune: heads and channels of the frozen weights are pruned by the gradients of an adapter."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -36,25 +36,26 @@ class LoRAPrune(Policy[GroupAverages]):
     previous average stays.
 
     Within each layer the least important floor(n rho) groups are masked, with
-    rho(t) = sparsity (1 - (1 - p)^3) and p from 0 to 1 between warm-up and the final phase. The
-    first 10 % of the layers and the last one are left whole. Masks are in force during training, in
-    the checkpoint, and in the adapter's file: `load_adapter` cuts the groups out, so that the
-    loaded model is really smaller.
+    rho(t) = sparsity (1 - (1 - p)^3) and p from 0 to 1 between warm-up and the final phase. A
+    masked group stays masked: its score is the average times its mask, and so 0. The first
+    floor(0.1 L) of the L layers of the model and the last one are left whole. Masks are in force
+    during training, in the checkpoint, and in the adapter's file: `load_adapter` cuts the groups
+    out, so that the loaded model is really smaller.
 
     Source: arXiv:2305.18403; rules from the authors' code: sparsity 0.5, an event every 10 steps,
     10 % warm-up and 10 % at the end, beta 0.9, LoRA of rank 8 with alpha 16. It scores after
-    clipping, which makes no difference after division by the L2 norm. The tables were not read in
-    full.
+    clipping, which makes no difference after division by the L2 norm. It has no event at which
+    p is 1, and so ends a little below its sparsity. The tables were not read in full.
 
     Args:
         sparsity: rho at the end, the share of the groups of a layer that is masked, in (0, 1).
-        whole: share of the layers, counted from the first, that lose nothing; the last one never
-            does.
+        whole: share of the model's layers, counted from the first and rounded down, that lose
+            nothing. The last layer never does.
         beta: decay of the running average.
         every, warmup, final: as in `Policy`.
     Raises:
         ValueError: if sparsity or whole is out of range; at the start, if no group has a layer
-            that is wrapped.
+            that is wrapped, or only groups that are left whole.
     """
 
     source = "arXiv:2305.18403"
@@ -80,15 +81,24 @@ class LoRAPrune(Policy[GroupAverages]):
         self.sparsity, self.whole, self.beta = sparsity, whole, beta
 
     def find_axes(self, model: nn.Module) -> Axes:
-        """Return the groups of all layers but the first and the last ones."""
+        """Return the wrapped groups of all layers but the first and the last ones.
+
+        Raises:
+            UserError: if these are the only layers that are wrapped.
+        """
         groups = find_groups(model)
         if not groups:
             return {}
-        layers = list(dict.fromkeys(layer_of(key) for key in groups))
-        first = layers[: math.ceil(self.whole * len(layers))]
+        layers = list(dict.fromkeys(layer_of(key) for key in find_groups(model, wrapped=False)))
+        first = layers[: math.floor(self.whole * len(layers) + 1e-9)]
         spared = {*first, layers[-1]}
         allocated = {key: axis for key, axis in groups.items() if layer_of(key) not in spared}
-        return allocated or groups
+        if not allocated:
+            raise UserError(
+                f"LoRAPrune prunes nothing in the first {len(first)} of {len(layers)} layers nor "
+                f"in the last one, and no other layer has an adapter; adapt the layers between."
+            )
+        return allocated
 
     def init_state(self, axes: Axes) -> GroupAverages:
         return GroupAverages()
@@ -111,7 +121,11 @@ class LoRAPrune(Policy[GroupAverages]):
                 state.importance(axis, importance).lerp_(importance, 1 - self.beta)
 
     def score_units(self, state: GroupAverages, axes: Axes) -> Scores:
-        return {key: state.importance(axis, torch.zeros(len(axis))) for key, axis in axes.items()}
+        scores = {}
+        for key, axis in _groups(axes):
+            importance = state.importance(axis, torch.zeros(len(axis)))
+            scores[key] = importance * axis.open.to(importance)
+        return scores
 
     def budget_at(self, step: int) -> int:
         progress = self.run.phases.progress(step)
@@ -119,7 +133,8 @@ class LoRAPrune(Policy[GroupAverages]):
         return sum(size - masked_groups(size, self.sparsity, progress) for size in sizes)
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        return mask_within_layers(scores, self.sparsity, self.run.phases.progress(step))
+        progress = self.run.phases.progress(step)
+        return mask_within_layers(scores, self.sparsity, progress, self.run.progress.closed)
 
     def carry_out(
         self, state: GroupAverages, plan: Plan, step: int, apply: Callable[[Plan, int], Event]
@@ -156,12 +171,26 @@ def masked_groups(size: int, sparsity: float, progress: float) -> int:
     return min(size - 1, math.floor(size * share + 1e-9))
 
 
-def mask_within_layers(scores: Mapping[str, Tensor], sparsity: float, progress: float) -> Plan:
-    """Close the least important groups of each layer; of equal groups the higher one."""
+def mask_within_layers(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    progress: float,
+    masked: Mapping[str, Sequence[int]],
+) -> Plan:
+    """Close the least important groups of each layer; of equal groups the higher one.
+
+    Args:
+        scores: key -> importance, (groups,).
+        sparsity: share of the groups that is masked at the end.
+        progress: progress of the schedule, from 0 to 1.
+        masked: key -> groups that are masked already. They stay masked.
+    """
     plan: Plan = {}
     for key, values in scores.items():
+        already = masked.get(key, ())
         kept = len(values) - masked_groups(len(values), sparsity, progress)
-        masked = ranked(values)[kept:]
-        if masked:
-            plan[key] = Close(tuple(sorted(masked)))
+        open_groups = [group for group in ranked(values) if group not in already]
+        closed = {*already, *open_groups[kept:]}
+        if closed:
+            plan[key] = Close(tuple(sorted(closed)))
     return plan

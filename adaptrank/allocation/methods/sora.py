@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.checks import smallest_adapter
 from adaptrank.allocation.context import Axes
-from adaptrank.allocation.events import Event
+from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.gates import leaf, soft_threshold, threshold_for
 from adaptrank.allocation.plans import Plan, Resize, Scores, keep_best, ranked
 from adaptrank.allocation.policy import Policy
@@ -22,11 +23,16 @@ class SoRA(Policy[TrainedGates]):
     """Train a gate g on each unit, shrink it after each step, and prune units whose gate is zero.
 
     The proximal step is g <- sign(g) max(|g| - xi, 0). The gates have an Adam of their own, without
-    weight decay, at the learning rate of the run. A gate that is zero still has a gradient, and may
-    come back. The last event removes units with a zero gate physically, and multiplies the other
-    gates into the weights. What is left is the plain method, and its ranks are the outcome. With a
-    `budget`, xi is raised at each step to the value that leaves at most b(t) units open, on
-    AdaLoRA's cubic curve. That makes runs comparable.
+    weight decay. The gates of an axis follow the learning rate of the parameter group that holds
+    its closing factor (B of LoRA), at its place in the schedule. A gate that is zero still has a
+    gradient, and may come back. The last event removes units with a zero gate physically, and
+    multiplies the other gates into the weights. What is left is the plain method, and its ranks are
+    the outcome. With a `budget`, xi is raised at each step to the value that leaves at most b(t)
+    units open, on AdaLoRA's cubic curve. That makes runs comparable. Gates of layers that took no
+    part in a step are shrunk by that value alone.
+
+    A matrix whose gates are all zero loses all of its units. If all gates of the model are zero at
+    the last event, one unit stays, so that the adapter can be trained on.
 
     Without decay of the factors the penalty can be escaped: g falls and A grows. Keep weight decay
     on (0.1 in the release). Where a unit closes by one number already (l of the SVD form, the
@@ -35,7 +41,8 @@ class SoRA(Policy[TrainedGates]):
     Source: arXiv:2311.11696; rules from the authors' code: 8 units, alpha 16, learning rate 8e-4 to
     1.2e-3, xi 3e-4 at every step, which is a `xi` of 0.4 times the learning rate here. There xi is
     then raised in stages (`xi_end` is one ramp). Its proximal operator sets shrunk values below xi
-    to zero once more (`prox="reference"`).
+    to zero once more (`prox="reference"`). Its Adam is that of transformers, with an eps of 1e-6
+    that is added before the bias correction, and so is the Adam here.
 
     Args:
         budget: most units, or parameters, at the end; None leaves it to xi.
@@ -47,8 +54,10 @@ class SoRA(Policy[TrainedGates]):
             learning rate becomes.
         l1: weight of sum |g| / (number of gates) in the loss, beside the proximal step; 10 in the
             script of the release.
-        gate_lr_ratio: learning rate of the gates over that of the run.
-        unit, every, warmup, final, floor, seed: as in `Policy`; warmup only delays `xi_end` and the
+        gate_lr_ratio: learning rate of the gates of an axis over that of its closing factor.
+        floor: smallest number of units of an axis; 0 as in the authors' code, which keeps the
+            units whose gate is not zero.
+        unit, every, warmup, final, seed: as in `Policy`; warmup only delays `xi_end` and the
             budget.
     Raises:
         ValueError: for a negative strength or an unknown word.
@@ -70,7 +79,7 @@ class SoRA(Policy[TrainedGates]):
         every: int = 10,
         warmup: int | float = 0.1,
         final: int | float = 0.1,
-        floor: int = 1,
+        floor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
@@ -89,7 +98,7 @@ class SoRA(Policy[TrainedGates]):
         self.l1, self.gate_lr_ratio = l1, gate_lr_ratio
 
     def init_state(self, axes: Axes) -> TrainedGates:
-        return TrainedGates("g")
+        return TrainedGates("g", eps=1e-6, raw_eps=True)
 
     def install(self, state: TrainedGates, axes: Axes) -> None:
         """Multiply every unit by its gate: N(0, 1) on a fresh adapter, 1 on a trained one."""
@@ -117,24 +126,37 @@ class SoRA(Policy[TrainedGates]):
         penalized = {
             key: grad + self.l1 / count * gates[key].sign() for key, grad in gradients.items()
         }
-        learning_rate = self.run.learning_rate * self.gate_lr_ratio
-        state.adam_step(axes, penalized, learning_rate)
-        threshold = self._threshold(gates, learning_rate, self.run.steps_done + 1)
-        for gate in gates.values():
-            gate.copy_(soft_threshold(gate, threshold, self.prox == "reference"))
+        rates = self.run.learning_rates(axes)
+        rates = {key: rate * self.gate_lr_ratio for key, rate in rates.items()}
+        state.adam_step(axes, penalized, rates)
+        trained_rates = {key: rates[key] for key in gradients}
+        thresholds = self._thresholds(gates, trained_rates, self.run.steps_done + 1)
+        for key, gate in gates.items():
+            gate.copy_(soft_threshold(gate, thresholds[key], self.prox == "reference"))
 
-    def _threshold(self, gates: dict[str, Tensor], learning_rate: float, step: int) -> float:
-        """Return xi of a step, raised to what the budget of the step asks for."""
+    def _thresholds(
+        self, gates: dict[str, Tensor], rates: dict[str, float], step: int
+    ) -> dict[str, float]:
+        """Return the threshold of each axis: its xi, raised to what the budget of the step needs.
+
+        Args:
+            gates: axis key -> gates.
+            rates: axis key -> learning rate of the gates, of the axes that took part in the step.
+            step: optimizer step.
+        """
         progress = self.run.phases.progress(step)
         xi = self.xi
         if self.xi_end is not None:
             xi = self.xi + (self.xi_end - self.xi) * progress
-        xi *= learning_rate if self.prox_scale == "lr" else 1.0
+        thresholds = dict.fromkeys(gates, 0.0)
+        for key, rate in rates.items():
+            thresholds[key] = xi * rate if self.prox_scale == "lr" else xi
         if self.budget is None:
-            return xi
+            return thresholds
         magnitudes = {key: gate.abs().cpu() for key, gate in gates.items()}
         budget = cubic(self.run.start_total, self.budget, progress)
-        return max(xi, threshold_for(magnitudes, self.run.cost(), budget, self.floor))
+        shared = threshold_for(magnitudes, self.run.cost(), budget, self.floor, thresholds)
+        return {key: max(threshold, shared) for key, threshold in thresholds.items()}
 
     def finish_step(self, state: TrainedGates, axes: Axes) -> None:
         if state:
@@ -153,6 +175,8 @@ class SoRA(Policy[TrainedGates]):
             key: max(int((values > 0).sum()), min(self.floor, len(values)))
             for key, values in scores.items()
         }
+        if not any(count.values()):
+            return self._keep_one()
         plan = keep_best(scores, cost, min(budget, cost.total(count)), self.floor)
         # What the budget leaves over must not buy a cheap unit whose gate is zero.
         for key, values in scores.items():
@@ -163,6 +187,23 @@ class SoRA(Policy[TrainedGates]):
             if len(open_units) < len(values):
                 plan[key] = Resize(tuple(sorted(open_units)))
         return plan
+
+    def propose(
+        self, state: TrainedGates, scores: Scores, cost: CostModel, budget: int, step: int
+    ) -> Proposal:
+        plan = self.plan(scores, cost, budget, step)
+        if self.acts_at(step) and not any(bool(values.any()) for values in scores.values()):
+            return Proposal(plan, "every gate is zero, so lower `xi`")
+        return Proposal(plan)
+
+    def _keep_one(self) -> Plan:
+        """Return a plan that leaves the cheapest adapter which changes anything."""
+        smallest = smallest_adapter(self.run)
+        assert smallest is not None, "gates do not change sizes"
+        sizes = self.run.sizes()
+        return {
+            key: Resize(tuple(range(size))) for key, size in smallest.items() if size < sizes[key]
+        }
 
     def acts_at(self, step: int) -> bool:
         return step >= self.run.phases.end

@@ -35,11 +35,13 @@ class SecondOrder:
         g: gradient, (n,).
         blocks: (first index, matrix (k, k)) along the diagonal. The Hessian counts as zero
             elsewhere.
+        empty: axes without units, which have no index.
     """
 
     units: list[tuple[str, int]]
     g: Tensor
     blocks: list[tuple[int, Tensor]]
+    empty: tuple[str, ...] = ()
 
     def diagonal(self) -> Tensor:
         """Return M_ii, (n,)."""
@@ -95,7 +97,8 @@ def estimate(axes: Axes, run: Run, estimator: Estimator) -> SecondOrder:
     for (start, size), matrix in zip(spans, matrices, strict=True):
         mean = run.reduce(matrix) / total
         blocks.append((start, mean + JITTER * torch.eye(size, dtype=mean.dtype)))
-    return SecondOrder(units, run.reduce(g) / total, blocks)
+    empty = tuple(key for key, axis in axes.items() if not len(axis))
+    return SecondOrder(units, run.reduce(g) / total, blocks, empty)
 
 
 def _spans(axes: Axes, split: bool) -> list[tuple[int, int]]:
@@ -145,7 +148,7 @@ def _row_of_hessian(entry: Tensor, leaves: Sequence[Tensor]) -> Tensor:
 
 def by_axis(second: SecondOrder, values: Tensor) -> Scores:
     """Return {axis: (units,)} of a value for each index."""
-    of_axis: dict[str, list[float]] = {}
+    of_axis: dict[str, list[float]] = {axis: [] for axis in second.empty}
     for (axis, _), value in zip(second.units, values.tolist(), strict=True):
         of_axis.setdefault(axis, []).append(value)
     return {axis: torch.tensor(units, dtype=torch.float64) for axis, units in of_axis.items()}

@@ -26,8 +26,11 @@ from adaptrank.axes import RankAxis, Slot, generator
 def magnitude(axis: RankAxis) -> Tensor:
     """Return the product over the factors of the Frobenius norm of the unit's slice, (units,).
 
-    For a rank-1 component it is the norm of the unit.
+    For a rank-1 component it is the norm of the unit. It is zero where another axis of the layer
+    has no units, because the layer then adds nothing.
     """
+    if axis.stopped:
+        return axis.closing()[0].tensor.detach().new_zeros(len(axis))
 
     def floating(slot: Slot) -> Tensor | None:
         return slot.tensor.detach() if slot.tensor.is_floating_point() else None
@@ -121,7 +124,8 @@ def _observe_gates(axes: Axes, run: Run) -> None:
 
 
 def _gate_average(axis: RankAxis, track: Track) -> Tensor:
-    return track("gate", zeros(axis.closing()[0].tensor, len(axis)))
+    average = track("gate", zeros(axis.closing()[0].tensor, len(axis)))
+    return torch.zeros_like(average) if axis.stopped else average
 
 
 # ---- "sensitivity": running averages of |w g|, two floats for each trainable number
@@ -177,7 +181,11 @@ def _observe_elements(axes: Axes, run: Run) -> None:
 
 
 def _sensitivity(axes: Axes, run: Run, uncertainty: bool) -> Scores:
-    """Return AdaLoRA's sum of I, or of I * U with `uncertainty`, for all axes."""
+    """Return AdaLoRA's sum of I, or of I * U with `uncertainty`, for all axes.
+
+    Where another axis of the layer has no units, there are no gradients, and the averages stand
+    still. The units score zero then: they change nothing.
+    """
 
     def average(stream: _Stream) -> Tensor:
         smoothed = stream.track(run, "I")
@@ -196,7 +204,8 @@ def _sensitivity(axes: Axes, run: Run, uncertainty: bool) -> Scores:
     for key, axis in axes.items():
         gates = zeros(axis.closing()[0].tensor.detach(), len(axis))
         gate_value = average(_Stream(axis, "gate", gates, ((key, 0),)))
-        result[key] = triplet(axis, lambda slot: of_tensor.get(id(slot.tensor)), gate_value)
+        score = triplet(axis, lambda slot: of_tensor.get(id(slot.tensor)), gate_value)
+        result[key] = torch.zeros_like(score) if axis.stopped else score
     return result
 
 

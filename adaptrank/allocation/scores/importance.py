@@ -118,9 +118,15 @@ def per_cost(score: Importance) -> Importance:
 
 
 def unit_cost(axis: RankAxis) -> int:
-    """Return the trainable numbers of one unit, at the present sizes of the other axes."""
-    trained = [slot.tensor for slot in axis.slots() if slot.tensor.requires_grad]
-    return sum(tensor.numel() // len(axis) for tensor in trained)
+    """Return the trainable numbers of one unit, at the present sizes of the other axes.
+
+    It is at least 1: beside an axis without units a unit may hold no number.
+    """
+    numbers = 0
+    for slot in axis.slots():
+        if slot.tensor.requires_grad:
+            numbers += slot.tensor.movedim(slot.dim, 0).shape[1:].numel()
+    return max(numbers, 1)
 
 
 def each(score: Callable[[RankAxis, Track], Tensor]) -> Callable[[Axes, Run], Scores]:

@@ -30,11 +30,11 @@ def greedy(
         cost: cost model in the unit of the budget.
         budget: total cost of the kept units.
         floor: least number of units an axis keeps.
-        stop: keep no unit whose gain is not positive.
+        stop: keep no unit whose gain is not positive, but at least one of all.
     """
     every_unit_hurts = bool((alone(second) >= -1e-12).all())
     choices = [_Greedy(second, cost, budget, by_cost=False).choose(floor, stop)]
-    none_kept = {axis: 0 for axis, _ in second.units}
+    none_kept = _no_units(second)
     if any(cost.marginal(axis, none_kept | {axis: 1}) != 1 for axis in none_kept):
         choices.append(_Greedy(second, cost, budget, by_cost=True).choose(floor, stop))
 
@@ -58,7 +58,7 @@ class _Greedy:
 
     def __init__(self, second: SecondOrder, cost: CostModel, budget: int, by_cost: bool) -> None:
         self.axis_of = [axis for axis, _ in second.units]
-        self.filling = Filling(dict.fromkeys(self.axis_of, 0), cost, budget)
+        self.filling = Filling(_no_units(second), cost, budget)
         self.by_cost = by_cost
         self.kept: dict[int, None] = {}
         """Indices in the order in which they were chosen."""
@@ -85,7 +85,7 @@ class _Greedy:
             return sizes[self.axis_of[index]] < floors[self.axis_of[index]]
 
         def within_budget(index: int) -> bool:
-            if stop and self.gains[index] <= 0:
+            if stop and self.kept and self.gains[index] <= 0:
                 return False
             return self.filling.affords(self.axis_of[index])
 
@@ -113,6 +113,11 @@ class _Greedy:
         for other, interaction in enumerate(column.tolist(), start):
             if other != index:
                 self.gains[other] -= interaction
+
+
+def _no_units(second: SecondOrder) -> dict[str, int]:
+    """Return {axis: 0} for all axes, also those without units: a cost may depend on them."""
+    return dict.fromkeys([*(axis for axis, _ in second.units), *second.empty], 0)
 
 
 def as_plan(second: SecondOrder, kept: Sequence[int]) -> Plan:

@@ -34,12 +34,16 @@ def dense_grad(
 ) -> list[Tensor]:
     """Return the gradient of a scalar in each leaf. It is zero in a leaf that is not used.
 
+    Leaves are not used, and the output may have no graph at all, where layers have no units.
+
     Args:
         output: scalar.
         leaves: tensors to derive by.
         create_graph: whether the result can be derived once more.
         keep_graph: whether the output can be derived again.
     """
+    if not output.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
     grads = torch.autograd.grad(
         output,
         leaves,

@@ -14,7 +14,8 @@ operator. The result is one adapter, or with --merge a plain transformers model.
 similar the adapters are, where they interfere, and what each approximation costs."""
 
 OPERATOR_OPTIONS = {
-    "density": (float, "kept fraction of each change: ties, magnitude_prune (0.2)"),
+    "density": (float, "kept fraction of each change: ties, magnitude_prune (0.2), dare_ties (1)"),
+    "trim": (str, "keep the largest of the 'whole' adapter (ties, dare_ties) or of each 'layer'"),
     "drop": (float, "probability that an entry is dropped: dare, dare_ties (0.5)"),
     "seed": (int, "seed of what is dropped (0)"),
     "scale": (float, "scale of the result: ties, dare_ties (1)"),

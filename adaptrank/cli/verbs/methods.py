@@ -24,7 +24,8 @@ bytes that each token keeps for the backward pass. The numbers are those of clos
 "measured" marks a number without a formula, or one that differs from it.
 """
 ALLOCATORS_HEAD = """
-Allocators move ranks, on anything that has a rank axis (--pairs shows which).
+Allocators move ranks, on anything that has a rank axis (--pairs shows which). A name in brackets
+is that of a rule which decides otherwise than the published one; rule=published is the latter.
 """
 FOOT = """
 Arguments: python -m adaptrank fit --allocator.help ElaLoRA
@@ -124,6 +125,7 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
     arguments = _arguments(cls)
     return {
         "name": cls.__name__,
+        "title": cls.default_title(),
         "does": _first_sentence(cls),
         "source": cls.source,
         "score": _score(cls, arguments),
@@ -203,7 +205,7 @@ def _allocators_table(allocators: list[dict[str, Any]]) -> str:
     rows = [("", "score", "needs", "source")]
     for allocator in allocators:
         needs = ", ".join(allocator["needs"]) or "any axis"
-        rows.append((allocator["name"], allocator["score"], needs, allocator["source"] or "-"))
+        rows.append((allocator["title"], allocator["score"], needs, allocator["source"] or "-"))
     return _columns(rows, [allocator["does"] for allocator in allocators])
 
 

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_budget(data: dict[str, Any]) -> None:
     curve = data["budget"]
-    print(f"\n{data['allocator']}, {data['units_at_start']} units at the start")
+    print(f"\n{data['allocator_title']}, {data['units_at_start']} units at the start")
     if data["note"]:
         print(f"  {data['note']}")
     step = max(1, -(-len(curve) // ROWS))
@@ -186,6 +186,7 @@ def _budget(
 
     data: dict[str, Any] = {
         "allocator": type(allocator).__name__,
+        "allocator_title": allocator.title,
         "unit": allocator.unit,
         "budget": [],
         "note": "",

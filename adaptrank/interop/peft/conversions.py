@@ -19,6 +19,7 @@ from adaptrank.interop.peft.initializations import Product
 from adaptrank.interop.peft.keys import ALPHA_KEYS, pattern_value
 from adaptrank.parameterizations import Parameterization
 from adaptrank.parameterizations.dora import DoRA
+from adaptrank.parameterizations.kronecker import divisor
 from adaptrank.parameterizations.lokr import LoKr
 from adaptrank.parameterizations.lora import LoRA
 from adaptrank.parameterizations.svd import SVD
@@ -96,8 +97,40 @@ def _lokr_to_peft(wrapper: LoKr) -> PeftLayer:
         tensors["lokr_w2"] = wrapper.B1 @ wrapper.B2
     else:
         tensors |= {"lokr_w2_a": wrapper.B1, "lokr_w2_b": wrapper.B2}
-    options = {"decompose_both": False, "decompose_factor": wrapper.factor}
+    options = {"decompose_both": False, "decompose_factor": _factor_in_peft(wrapper)}
     return PeftLayer("LOKR", rank, wrapper.scale * rank, tensors, options)
+
+
+def _factor_in_peft(wrapper: LoKr) -> int:
+    """Return a `decompose_factor` that gives both coarse sizes of a layer in PEFT."""
+    (m, n), (m1, n1) = wrapper.shape, wrapper.coarse.shape
+    stated = [wrapper.factor] if isinstance(wrapper.factor, int) else []
+    for factor in (*stated, -1, m1, n1):
+        if (_coarse_size(m, factor), _coarse_size(n, factor)) == (m1, n1):
+            return factor
+    raise UserError(
+        f"PEFT has no decompose_factor that makes a {m1} x {n1} factor of a {m} x {n} layer; "
+        f"merge the adapter, or train with factor=-1."
+    )
+
+
+def _coarse_size(size: int, factor: int) -> int:
+    """Return the size of the coarse factor that PEFT gives to a side of a layer.
+
+    It is the factor, if that divides the size. Otherwise it is the smaller one of a divisor and its
+    partner. The divisor is the first one from the square root on, or the largest one up to the
+    factor if that comes earlier.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor
+    largest = size if factor == -1 else factor
+    coarse = 1
+    while coarse * coarse < size:
+        following = next(d for d in range(coarse + 1, size + 1) if size % d == 0)
+        if following > largest:
+            break
+        coarse = following
+    return min(coarse, size // coarse)
 
 
 # ---- from PEFT to our classes
@@ -224,10 +257,21 @@ def read_lokr(stored: StoredLayer) -> OurLayer:
         LoKr,
         rank=rank,
         alpha=alpha,
-        factor=int(stored.config.get("decompose_factor") or -1),
+        factor=_our_factor(int(stored.config.get("decompose_factor") or -1), tensors),
         decompose_both=decompose_both,
     )
     return OurLayer(method, tensors)
+
+
+def _our_factor(stated: int, tensors: Mapping[str, Tensor]) -> int | list[int]:
+    """Return the stated factor, or both coarse sizes if it has another meaning here."""
+    left, right = (tensors[name] if name in tensors else tensors["A"] for name in ("A1", "A2"))
+    coarse = (left.shape[:1].numel(), right.shape[-1:].numel())
+    fine = (tensors["B1"].shape[:1].numel(), tensors["B2"].shape[-1:].numel())
+    sizes = [first * second for first, second in zip(coarse, fine, strict=True)]
+    if not all(sizes) or [divisor(size, stated) for size in sizes] == list(coarse):
+        return stated
+    return list(coarse)
 
 
 def _undivided(stored: StoredLayer, fine: Tensor) -> dict[str, Tensor]:
