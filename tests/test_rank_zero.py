@@ -10,6 +10,7 @@ from torch import nn
 
 from adaptrank.allocation import (
     ALLOCATORS,
+    EVA,
     AdaLoRA,
     ALoRA,
     DynamicRank,
@@ -56,7 +57,8 @@ class One(nn.Module):
         for base in maps:
             nn.init.zeros_(base.weight)
         self.maps = nn.ModuleList(method(base) for base in maps)
-        self.target = torch.linalg.qr(torch.randn(SIDE, SIDE)).Q[:, :4] @ torch.randn(4, SIDE)
+        self.directions = torch.linalg.qr(torch.randn(SIDE, SIDE)).Q[:, :4]
+        self.target = self.directions @ torch.randn(4, SIDE)
         self.random = torch.Generator().manual_seed(seed)
 
     def draw(self):
@@ -116,6 +118,21 @@ MORE = [
 def test_all_units_end_in_the_one_layer_that_matters(name, method, seed):
     rank, make = FOUND[name]
     assert final_ranks(make(), partial(method, rank=rank), seed) == [0, 0, 4, 0]
+
+
+def test_eva_starts_with_all_units_where_few_directions_carry_the_inputs():
+    """The inputs of one layer vary in four directions alike, those of the others in all twelve."""
+    model = One(partial(LoRA, rank=1), 0)
+    batches = []
+    for _ in range(8):
+        x, y = model.draw()
+        x[:, IMPORTANT] = x[:, IMPORTANT, :4] @ model.directions.T
+        batches.append((x, y))
+    allocator = EVA(rho=4.0)
+    optimizer = torch.optim.Adam(trainable(model).values())
+    allocator.start(model, optimizer, STEPS, batches=batches, loss=model.loss)
+    assert [len(axis) for axis in rank_axes(model).values()] == [0, 0, 4, 0]
+    model.loss(batches[0]).backward()
 
 
 def test_sora_finds_it_by_its_default_xi_alone():
