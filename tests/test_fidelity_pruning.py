@@ -305,16 +305,21 @@ def published_round(scores, units):
 
 
 def test_alora_moves_units_as_the_paper_says():
-    emptied = shrunk = 0
+    compared = emptied = shrunk = 0
     for scores, units, _ in random_states(300):
-        expected = published_round(scores, units)
         total = sum(map(len, scores.values()))
+        if units >= total:  # we keep the last unit of all
+            continue
+        compared += 1
+        expected = published_round(scores, units)
         plan = reallocate(scores, rank_cost(scores), total, units, floor=0)
         unchanged = {axis: Resize(tuple(range(len(values)))) for axis, values in scores.items()}
         found = {axis: (c.keep, c.grow) for axis, c in {**unchanged, **plan}.items()}
         assert found == expected
         emptied += sum(not kept and not grown for kept, grown in found.values())
         shrunk += sum(len(kept) + grown for kept, grown in found.values()) < total
+    print(f"compared {compared}, of which {shrunk} totals shrink")
+    assert compared > 280
     assert emptied > 10
     assert shrunk > 10, "few states in which every axis lost a unit"
 
