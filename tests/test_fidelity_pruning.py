@@ -305,12 +305,10 @@ def published_round(scores, units):
 
 
 def test_alora_moves_units_as_the_paper_says():
-    compared = emptied = shrunk = 0
+    emptied = shrunk = 0
     for scores, units, _ in random_states(300):
         total = sum(map(len, scores.values()))
-        if units >= total:  # we keep the last unit of all
-            continue
-        compared += 1
+        units = min(units, total - 1)  # a model keeps one unit here
         expected = published_round(scores, units)
         plan = reallocate(scores, rank_cost(scores), total, units, floor=0)
         unchanged = {axis: Resize(tuple(range(len(values)))) for axis, values in scores.items()}
@@ -318,8 +316,6 @@ def test_alora_moves_units_as_the_paper_says():
         assert found == expected
         emptied += sum(not kept and not grown for kept, grown in found.values())
         shrunk += sum(len(kept) + grown for kept, grown in found.values()) < total
-    print(f"compared {compared}, of which {shrunk} totals shrink")
-    assert compared > 280
     assert emptied > 10
     assert shrunk > 10, "few states in which every axis lost a unit"
 
