@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/layer_cost.py
 	$(VENV)/bin/python benchmarks/allocator_cost.py
 	$(VENV)/bin/python benchmarks/rank_memory.py
+	$(VENV)/bin/python benchmarks/zero_ranks.py
 	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/training_step.py --data $(DATA)
 	$(VENV)/bin/python benchmarks/fine_tuning_run.py --data $(DATA)

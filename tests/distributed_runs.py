@@ -30,6 +30,7 @@ from adaptrank.allocation import (
     SubLoRA,
 )
 from adaptrank.allocation.plans import Resize
+from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
 from adaptrank.training.finite import FiniteWeights, NotFiniteError
@@ -100,8 +101,16 @@ class Variance(AdaLoRA):
     importance = "explained_variance"
 
 
+def partly_empty():
+    """Return a model whose last layer starts without units."""
+    model = Shared([HyperAdapt, partial(LoRA, rank=4)])
+    *_, last = rank_axes(model).values()
+    last.resize([])
+    return model
+
+
 class Emptied(AdaLoRA):
-    """The first layer loses its units and gets two again, when the second layer loses its own."""
+    """Layers lose all of their units and get some again. The last layer had none."""
 
     importance, exact, requires = "magnitude", False, frozenset({"grow"})
 
@@ -110,7 +119,7 @@ class Emptied(AdaLoRA):
         return {
             10: {first: Resize(())},
             14: {first: Resize((), 2), second: Resize(())},
-            18: {second: Resize((), 1), third: Resize((2, 0))},
+            18: {second: Resize((), 1), third: Resize((), 1)},
         }[step]
 
 
@@ -120,8 +129,8 @@ SCENARIOS = {
     "elalora": (partial(Shared, LoRA), lambda: ElaLoRA(**PHASES), {"accumulate_grad_batches": 2}),
     "hybrid": (partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]), ALL["AdaLoRA hard"], {}),
     "emptied": (
-        partial(Shared, [HyperAdapt, partial(LoRA, rank=4)]),
-        lambda: Emptied(budget=8, soft=False, floor=0, **PHASES),
+        partly_empty,
+        lambda: Emptied(budget=4, soft=False, floor=0, **PHASES),
         {},
     ),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),

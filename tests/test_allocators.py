@@ -357,7 +357,8 @@ def test_resume_is_exact_to_the_bit(name, accumulate, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = fit(whole, allocator, checkpoint, accumulate_grad_batches=accumulate)
     want = everything(whole, trainer)
-    assert name not in few or 0 in allocator.events[1]["sizes"].values()
+    middle = [event["sizes"] for event in allocator.events[:2]]
+    assert name not in few or any(0 in sizes.values() for sizes in middle)
     for step in (4, 12, 14, 18, 21):
         model, resumed = Toy(make=make), make_allocator()
         path = tmp_path / f"step={step}.ckpt"

@@ -94,6 +94,19 @@ def test_merging_leaves_the_bits_of_layers_without_units():
     ]
 
 
+def test_a_quantized_layer_without_units_can_be_merged_away(monkeypatch):
+    """No bit of it changes, and only a change is refused there."""
+    base = net()
+    model = emptied(LoRA, [1], model=copy.deepcopy(base))
+    monkeypatch.setattr("adaptrank.layers.quantized", lambda layer: layer is model[1].innermost)
+    merge(model)
+    assert torch.equal(model[1].weight, base[1].weight)
+    other = emptied(LoRA, [0])
+    monkeypatch.setattr("adaptrank.layers.quantized", lambda layer: layer is other[1].innermost)
+    with pytest.raises(ValueError, match="1 is quantized"):
+        merge(other)
+
+
 # ---- figures
 
 

@@ -171,6 +171,9 @@ def _check_mergeable(model: nn.Module, layers: Mapping[str, Parameterization]) -
                 raise UserError(
                     f"{path}: {type(wrapper).__name__} has no dense form and cannot be merged."
                 )
+        if not any(wrapper.enabled and not wrapper.idle for wrapper in layer.nest):
+            # Nothing is written into this layer.
+            continue
         plain = layer.innermost
         if kinds.quantized(plain):
             raise UserError(

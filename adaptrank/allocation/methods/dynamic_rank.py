@@ -1,6 +1,6 @@
 """DynamicRank: prune to a falling budget by the Frobenius norm of each unit's update."""
 
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -108,11 +108,12 @@ def unit_shares(axis: RankAxis) -> Tensor:
     factors = _rank_one_factors(axis)
     if factors is None:
         norms = magnitude(axis)
-        return norms / (norms.norm() + EPSILON)
-    U, V = factors
-    norms = U.norm(dim=0) * V.norm(dim=1)
-    # |U V|^2 is the inner product of two Gram matrices (r, r), and needs no (m, n) matrix.
-    squared = ((U.T @ U) * (V @ V.T)).sum()
+        squared = norms.square().sum()
+    else:
+        U, V = factors
+        norms = cast(Tensor, U.norm(dim=0) * V.norm(dim=1))
+        # |U V|^2 is the inner product of two Gram matrices (r, r), and needs no (m, n) matrix.
+        squared = ((U.T @ U) * (V @ V.T)).sum()
     return norms / (squared.clamp_min(0).sqrt() + EPSILON)
 
 
