@@ -91,7 +91,7 @@ FOUND = {
     "AdaLoRA": (4, lambda: AdaLoRA(4, **FAST)),
     "AdaLoRA, hard": (4, lambda: AdaLoRA(4, soft=False, **FAST)),
     "SoRA": (4, lambda: SoRA(4, xi=0.02, gate_lr_ratio=4.0, **FAST)),
-    "SubLoRA": (4, lambda: SubLoRA(4, "exact", 1, **FAST | {"every": 30, "warmup": 25})),
+    "SubLoRA": (4, lambda: SubLoRA(4, "published", 1, **FAST | {"every": 30, "warmup": 25})),
     "ElaLoRA, floor 0": (1, lambda: ElaLoRA(floor=0, swaps=1, **FAST | {"every": 10})),
     # Its rule moves a unit in every round, so it stops at the third.
     "ALoRA": (1, lambda: ALoRA(units=1, rounds=3, batches=4, **FAST | {"every": 13})),
