@@ -107,6 +107,10 @@ class DynamicRank(Policy[UnitShares]):
         curve = late_cubic if self.rule == "published" else cubic
         return curve(start, target, self.run.phases.progress(step))
 
+    @property
+    def only_prunes(self) -> bool:
+        return True
+
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
         if self.soft and step < self.run.phases.end:
