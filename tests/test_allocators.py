@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from adaptrank.allocation import ALLOCATORS, AdaLoRA, Allocator, ElaLoRA
+from adaptrank.allocation import ALLOCATORS, AdaLoRA, Allocator, DynamicRank, ElaLoRA
 from adaptrank.allocation.plans import Close, Resize
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.injection import adapt
@@ -455,6 +455,7 @@ def test_a_second_run_with_one_allocator_starts_anew():
             lambda: AdaLoRA(budget=12, **PHASES),
             "would never act: .* this one leaves all as it is; set `budget` below the 12 ranks",
         ),
+        (lambda: DynamicRank(budget=12, **PHASES), "this one leaves all as it is"),
         (
             lambda: Chosen(budget=3, **PHASES),
             r"a budget of 3 ranks leaves the floor of 1 unit\(s\) to each of 3 axes, and nothing "

@@ -10,6 +10,7 @@ from torch import nn
 
 from adaptrank.allocation import (
     ALLOCATORS,
+    EVA,
     AdaLoRA,
     ALoRA,
     DynamicRank,
@@ -56,7 +57,8 @@ class One(nn.Module):
         for base in maps:
             nn.init.zeros_(base.weight)
         self.maps = nn.ModuleList(method(base) for base in maps)
-        self.target = torch.linalg.qr(torch.randn(SIDE, SIDE)).Q[:, :4] @ torch.randn(4, SIDE)
+        self.directions = torch.linalg.qr(torch.randn(SIDE, SIDE)).Q[:, :4]
+        self.target = self.directions @ torch.randn(4, SIDE)
         self.random = torch.Generator().manual_seed(seed)
 
     def draw(self):
@@ -116,6 +118,21 @@ MORE = [
 def test_all_units_end_in_the_one_layer_that_matters(name, method, seed):
     rank, make = FOUND[name]
     assert final_ranks(make(), partial(method, rank=rank), seed) == [0, 0, 4, 0]
+
+
+def test_eva_starts_with_all_units_where_few_directions_carry_the_inputs():
+    """The inputs of one layer vary in four directions alike, those of the others in all twelve."""
+    model = One(partial(LoRA, rank=1), 0)
+    batches = []
+    for _ in range(8):
+        x, y = model.draw()
+        x[:, IMPORTANT] = x[:, IMPORTANT, :4] @ model.directions.T
+        batches.append((x, y))
+    allocator = EVA(rho=4.0)
+    optimizer = torch.optim.Adam(trainable(model).values())
+    allocator.start(model, optimizer, STEPS, batches=batches, loss=model.loss)
+    assert [len(axis) for axis in rank_axes(model).values()] == [0, 0, 4, 0]
+    model.loss(batches[0]).backward()
 
 
 def test_sora_finds_it_by_its_default_xi_alone():
@@ -200,7 +217,7 @@ def test_no_unit_may_help_and_one_stays():
 
 
 class Mixed(nn.Module):
-    """A layer without units, one whose second axis has none, and one with three units."""
+    """A layer without units, one with two axes without, and one with three units."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +229,8 @@ class Mixed(nn.Module):
         axes = rank_axes(self)
         self.lost = [key for key in axes if key.startswith("layers.0")]
         self.stopped = [key for key in axes if key.startswith("layers.1")]
-        self.lost.append(self.stopped.pop(1))
+        # Between two axes without units, a unit holds no number at all.
+        self.lost += [self.stopped.pop(2), self.stopped.pop(0)]
 
     def empty(self):
         for key in self.lost:
@@ -307,7 +325,10 @@ def start_pair(name, nest, phases, steps):
     axes = rank_axes(model)
     next(iter(axes.values())).resize([])
     units = sum(map(len, axes.values()))
-    few = {"ElaLoRA": {"floor": 0, "swaps": 9}, "ALoRA": {"units": 0.4}}
+    few = {
+        "ElaLoRA": {"floor": 0, "swaps": 9},
+        "ALoRA": {"units": 0.4, "importance": "ablation_first_order"},
+    }
     budget = {"budget": max(len(axes) // 2, units // 4), "batches": 1}
     if name in ("ElaLoRA", "ALoRA"):
         budget = few[name]
@@ -331,9 +352,9 @@ FEW = [
     ("AdaLoRA", ("TensorTrain",)),
     ("ALoRA", ("LoRA",)),
     ("SoRA", ("DoRA",)),
-    ("SubLoRA", ("TensorTrain",)),
+    ("SubLoRA", ("LoRA",)),
     ("ElaLoRA", ("SVD",)),
-    ("DynamicRank", ("NOLA",)),
+    ("DynamicRank", ("PiCa",)),
     ("BeamLoRA", ("LoRA",)),
     ("DyLoRA", ("LoRA",)),
 ]
