@@ -29,10 +29,14 @@ __all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests that docs/fidelity.md names, so that `-m fidelity` runs them and no others."""
+    """Mark the tests that docs/fidelity.md names, but for their long rows, which are tables.
+
+    `-m fidelity` runs them and no others.
+    """
     tests = named_tests()
     for item in items:
-        if (item.path.name, getattr(item, "originalname", item.name)) in tests:
+        is_named = (item.path.name, getattr(item, "originalname", item.name)) in tests
+        if is_named and item.get_closest_marker("tables") is None:
             item.add_marker(pytest.mark.fidelity)
 
 

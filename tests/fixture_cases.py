@@ -238,7 +238,7 @@ ALLOCATOR_CASES: dict[str, Case] = {
     "elalora": (Chain, lambda: [ElaLoRA(swaps=3, **PHASES)]),
     "alora": (Chain, lambda: [ALoRA(units=2, batches=2, **PHASES)]),
     "sublora": (Chain, lambda: [SubLoRA(budget=6, batches=2, **PHASES)]),
-    "sora": (Chain, lambda: [SoRA(budget=7, **PHASES)]),
+    "sora": (Chain, lambda: [SoRA(budget=7, floor=1, **PHASES)]),
     "beamlora": (Chain, lambda: [BeamLoRA(p0=0.6, **PHASES)]),
     "dylora": (Chain, lambda: [DyLoRA(seed=3, rule="drawn")]),
     "dylora_published": (Chain, lambda: [DyLoRA(seed=3)]),
@@ -247,7 +247,7 @@ ALLOCATOR_CASES: dict[str, Case] = {
     "gora": (Chain, lambda: [GoRA(batches=4, temperature=0.1)]),
     "gelora": (Widening, lambda: [GeLoRA(samples=96)]),
     "prilora": (Chain, lambda: [PRILoRA(first=2, last=6, every=3, final=2)]),
-    "eva_and_adalora": (Chain, lambda: [EVA(max_batches=4), AdaLoRA(budget=6, **PHASES)]),
+    "eva_and_adalora": (Chain, lambda: [EVA(max_batches=4), AdaLoRA(budget=6, floor=1, **PHASES)]),
 }
 """Name -> (model, allocators of the run, rank initializer first)."""
 

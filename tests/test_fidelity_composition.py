@@ -279,6 +279,13 @@ def test_the_selection_over_layers_is_that_of_a_sort(data, dtype):
     assert [value for D in have for value in D] == trimmed_vector(vector, density)
 
 
+def test_magnitudes_that_only_float64_tells_apart():
+    one, two = torch.tensor([[1, 1 + 2**-40], [-1 - 2**-52, 1 + 2**-30]], dtype=torch.float64)
+    kept = kept_in_layers(lambda: [("a", [one]), ("b", [two])], 1, 0.5)
+    assert kept == {"a": [1], "b": [1]}
+    assert kept_in_layers(lambda: [("a", [one]), ("b", [two])], 1, 0.25) == {"a": [0], "b": [1]}
+
+
 def test_the_passes_hold_no_more_than_two_layers():
     references, most = [], 0
 

@@ -210,6 +210,7 @@ def test_inputs_that_do_not_vary_have_no_direction(mean):
     assert sketch.shares().tolist() == [0] * 4
     assert sketch.direction(0, False) is None
     assert not sketch.settled(1, 0.99)
+    assert sketch.settled(0, 0.99), "a layer without units does not hold up the search"
 
 
 class Parallel(nn.Module):

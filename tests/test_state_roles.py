@@ -332,7 +332,7 @@ def test_the_single_state_of_rmsprop_in_8_bits_is_a_second_moment():
 
 def test_an_allocator_that_edits_single_moments_refuses_8_bits():
     with pytest.raises(TypeError, match="keeps 'state1' quantized, and this allocator changes"):
-        run(ALLOCATORS["DyLoRA"](), EightBit)
+        run(DyLoRA(truncate=2, rule="drawn"), EightBit)
 
 
 def test_a_small_block_of_8_bits_keeps_its_size():

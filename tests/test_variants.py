@@ -6,7 +6,16 @@ import pytest
 from fixture_cases import STOP, TOTAL, Run
 from jsonargparse import ArgumentParser
 
-from adaptrank.allocation import ALLOCATORS, AdaLoRA, ElaLoRA, Participant, SubLoRA
+from adaptrank.allocation import (
+    ALLOCATORS,
+    AdaLoRA,
+    DyLoRA,
+    DynamicRank,
+    ElaLoRA,
+    GoRA,
+    Participant,
+    SubLoRA,
+)
 from adaptrank.allocation.initial.eva import EVA
 from adaptrank.artifacts.run import RunFiles
 from adaptrank.checkpoints.other_runs import compare_allocators
@@ -21,6 +30,12 @@ TITLES = {
     "SubLoRA": lambda: SubLoRA(rule="published"),
     "SubLoRA (Fisher within each axis)": lambda: SubLoRA(rule="block"),
     "AdaLoRA": lambda: AdaLoRA(),
+    "GoRA (exact total)": lambda: GoRA(),
+    "GoRA": lambda: GoRA(share="reference"),
+    "DyLoRA": lambda: DyLoRA(),
+    "DyLoRA (drawn units only)": lambda: DyLoRA(rule="drawn"),
+    "DynamicRank": lambda: DynamicRank(),
+    "DynamicRank (early)": lambda: DynamicRank(rule="early"),
 }
 EARLIER = {
     "ElaLoRA": ({"two_pools": False}, {"rule": "published"}),
@@ -74,6 +89,16 @@ def test_a_record_with_the_earlier_name_is_compared_by_its_meaning(name):
     (difference,) = compare_allocators([cls().describe_allocator()], stored)
     assert difference.clause.startswith("rule of")
     assert "'published' in the checkpoint" in difference.clause
+
+
+def test_a_dynamic_rank_that_was_stored_before_it_had_rules_is_early_and_hard():
+    arguments = DynamicRank().init_args
+    arguments = {name: arguments[name] for name in arguments if name not in ("rule", "soft")}
+    stored = [{"class": "DynamicRank", "init_args": arguments}]
+    same = DynamicRank(rule="early", soft=False)
+    assert compare_allocators([same.describe_allocator()], stored) == []
+    names = {d.name for d in compare_allocators([DynamicRank().describe_allocator()], stored)}
+    assert names == {"rule", "soft"}
 
 
 def stored_run(rule):

@@ -147,7 +147,7 @@ def check_budget(participant: "Participant", run: Run) -> None:
             f"{name}: a budget of {target} {unit} is above the {start} the run starts with; "
             f"start with more ranks, or lower `budget`."
         )
-    if participant.only_prunes and target == start:
+    if participant.only_prunes and start in (target, participant.budget):
         what = "has none" if participant.budget is None else "this one leaves all as it is"
         raise UserError(
             f"{name} would never act: it prunes to a budget, and {what}; set `budget` below the "

@@ -20,8 +20,8 @@ def shared_blocks(changes: Sequence[Change], cut: float) -> tuple[Tensor, list[T
     """
     U, S, parts = _decomposed(changes)
     # A vote by frequency depends on the signs of the basis.
-    basis = with_fixed_signs(U, S, torch.cat(parts, 1))
-    U, parts = basis.U, basis.Vh.split([part.shape[1] for part in parts], 1)
+    basis = with_fixed_signs(U, S, torch.cat(list(parts), 1))
+    U, parts = basis.U, torch.split(basis.Vh, [part.shape[1] for part in parts], 1)
     kept = cut * S[0] < S if len(S) else S.new_zeros(0, dtype=torch.bool)
     like = changes[0].like
     blocks = [(S[kept, None] * part[kept]).to(like) for part in parts]

@@ -164,6 +164,6 @@ class _Search:
 
 def _bit_patterns(matrix: Tensor) -> Iterator[Tensor]:
     """Yield the magnitudes of a matrix as whole numbers of the same order, chunk by chunk."""
-    for chunk in matrix.flatten().split(CHUNK):
+    for chunk in torch.split(matrix.flatten(), CHUNK):
         bits: Tensor = chunk.double().abs().view(torch.int64)
         yield bits

@@ -21,14 +21,14 @@ class LoKr(Parameterization):
     neither B nor the Kronecker product is formed. One factor starts at zero, so training starts at
     W.
 
-    Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT. Their defaults
-        are rank 8 and alpha 8, so s is 1, as here. HF PEFT leaves B undivided from
-        rank >= max(m2, n2) / 2 on. Here B is a product for every rank, and a rank of 8 would not
-        fit small layers. With factor=-1 the sizes m1 and n1 are those of HF PEFT for every size. A
-        positive factor that does not divide a size is passed by there, once it lies above the
-        square root of the size. So the pairs differ for 64 of the sizes up to 128 with some factor
-        up to 16, and for no size above 210 with those factors. Files keep the meaning of their
-        factor, and adapters of HF PEFT come with both sizes, factor=[m1, n1].
+    Source: KronA, arXiv:2212.10650, with the factors of LoKr in LyCORIS and HF PEFT. The defaults
+        of HF PEFT are rank 8 and alpha 8, so s is 1, as here. Those of LyCORIS are 4 and 1. Both
+        leave B undivided from rank >= max(m2, n2) / 2 on. Here B is a product for every rank, and a
+        rank of 8 would not fit small layers. With factor=-1 the sizes m1 and n1 are those of HF
+        PEFT for every size. A positive factor that does not divide a size is passed by there, once
+        it lies above the square root of the size. So the pairs differ for 64 of the sizes up to 128
+        with some factor up to 16, and for no size above 210 with those factors. Files keep the
+        meaning of their factor, and adapters of HF PEFT come with both sizes, factor=[m1, n1].
     Shapes: W (m, n), A (m1, n1), B1 (m2, r), B2 (r, n2), with m = m1 m2 and n = n1 n2. Decomposed,
         A1 (m1, r), A2 (r, n1) with r as at construction. Parameters: m1 n1 + r (m2 + n2), or
         r (m1 + n1) + r (m2 + n2).

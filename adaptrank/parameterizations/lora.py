@@ -1,6 +1,7 @@
 """LoRA: a low-rank product beside a frozen weight."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capab
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
-AXES_OF_EMBEDDING = {"rank": {"B": 1, "A": 0}}
+AXES_OF_EMBEDDING: dict[str, Mapping[str, int | tuple[int, ...]]] = {"rank": {"B": 1, "A": 0}}
 """Axes over an embedding, whose factor A starts at zero and so closes a unit."""
 
 

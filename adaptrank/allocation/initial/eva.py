@@ -50,7 +50,7 @@ class EVA(RankInitializer):
         init: whether the leading directions become the start. Otherwise only the ranks are chosen.
         whiten: divide each direction by the square root of its singular value S_i.
         center: subtract the mean of the inputs, as published. Without it the first direction is
-            often the mean: the first row of A had a cosine of 0.97 with it in a MiniLM.
+            often that of the mean.
         max_batches: most training batches to read.
         budget: total to share out. None is the total at the start.
         unit: unit of the total, "ranks" or "parameters".

@@ -28,6 +28,10 @@ class AdaLoRA(Policy[TrackedTensors]):
     rewards noisy units, and vanishes where training is deterministic. `importance="sensitivity"`
     does not.
 
+    Scores take the weights that gave the gradients, before the step and before clipping. The
+    release takes those after the step. In runs of four small layers at a learning rate of 1e-2 that
+    changed the mask of one event in nine.
+
     Source: arXiv:2303.10512; rules from the authors' code. Its README prunes 12 to 8 ranks, with a
     warm-up of 500, a final phase of 1500 and an event every 10 of 3000 steps, betas of 0.85, and an
     orthogonality weight of 0.1 (`SVD(orth=0.1)`). There is no floor: a matrix may lose all of its

@@ -103,6 +103,10 @@ class DyLoRA(Policy[PrefixState]):
             )
         self.frozen, self.b_eval, self.truncate, self.rule = frozen, b_eval, truncate, rule
 
+    @property
+    def variant(self) -> str:
+        return "" if self.rule == "published" else "drawn units only"
+
     def init_state(self, axes: Axes) -> PrefixState:
         return PrefixState()
 

@@ -1,6 +1,6 @@
 """DynamicRank: prune to a falling budget by the Frobenius norm of each unit's update."""
 
-from typing import Literal
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.schedules import late_cubic
+from adaptrank.allocation.schedules import cubic, late_cubic
 from adaptrank.allocation.scores.elements import zeros
 from adaptrank.allocation.scores.gradient import magnitude
 from adaptrank.allocation.soft_pruning import close_instead
@@ -37,7 +37,8 @@ class DynamicRank(Policy[UnitShares]):
 
     The budget is start - floor((start - budget) p^3), with p from 0 to 1 between the warm-up and
     the final phase, and at least one below the start. So most units go late, where AdaLoRA's go
-    early.
+    early. With `rule="early"` the budget is AdaLoRA's, and |D|^2 is the sum of squares everywhere,
+    as in an earlier version. Tables and reports call that "DynamicRank (early)".
 
     Pruning is soft: an event closes units. They keep their slices and their gradients, and may be
     chosen at the next event. The last event removes closed units physically. With `soft=False`
@@ -54,19 +55,22 @@ class DynamicRank(Policy[UnitShares]):
     Args:
         budget: final total in `unit`; None is the total at the start divided by 1.5.
         soft: close units until the last event. False removes them at each event.
+        rule: "published", or "early".
         beta: decay of the running average, from 0 to below 1.
         floor: smallest number of units of an axis; 0, since the paper names no floor.
         unit, every, warmup, final, seed: as in `Policy`.
     Raises:
-        ValueError: for a decay out of range.
+        ValueError: for an unknown rule or a decay out of range.
     """
 
     source = "arXiv:2405.17357"
+    earlier: ClassVar = {"soft": False, "rule": "early"}
 
     def __init__(
         self,
         budget: int | None = None,
         soft: bool = True,
+        rule: Literal["published", "early"] = "published",
         beta: float = 0.9,
         unit: Literal["ranks", "parameters"] = "ranks",
         every: int = 10,
@@ -78,14 +82,20 @@ class DynamicRank(Policy[UnitShares]):
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
         if not 0 <= beta < 1:
             raise UserError(f"beta={beta}: the decay is from 0 to below 1; use 0.9.")
-        self.soft, self.beta = soft, beta
+        if rule not in ("published", "early"):
+            raise UserError(f"rule={rule!r} is unknown; use 'published' or 'early'.")
+        self.soft, self.rule, self.beta = soft, rule, beta
+
+    @property
+    def variant(self) -> str:
+        return "" if self.rule == "published" else "early"
 
     def init_state(self, axes: Axes) -> UnitShares:
         return UnitShares()
 
     def update(self, state: UnitShares, axes: Axes) -> None:
         for axis in axes.values():
-            share = unit_shares(axis)
+            share = unit_shares(axis, self.rule == "published")
             state.share(axis, share).lerp_(share, 1 - self.beta)
 
     def score_units(self, state: UnitShares, axes: Axes) -> Scores:
@@ -94,7 +104,12 @@ class DynamicRank(Policy[UnitShares]):
     def budget_at(self, step: int) -> int:
         start = self.run.start_total
         target = int(start / 1.5) if self.budget is None else self.budget
-        return late_cubic(start, target, self.run.phases.progress(step))
+        curve = late_cubic if self.rule == "published" else cubic
+        return curve(start, target, self.run.phases.progress(step))
+
+    @property
+    def only_prunes(self) -> bool:
+        return True
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         plan = keep_best(scores, cost, budget, self.floor)
@@ -103,16 +118,22 @@ class DynamicRank(Policy[UnitShares]):
         return plan
 
 
-def unit_shares(axis: RankAxis) -> Tensor:
-    """Return |D_i| / (|D| + 1e-8) of the units of an axis, (units,)."""
-    factors = _rank_one_factors(axis)
+def unit_shares(axis: RankAxis, norm_of_sum: bool) -> Tensor:
+    """Return |D_i| / (|D| + 1e-8) of the units of an axis, (units,).
+
+    Args:
+        axis: the axis.
+        norm_of_sum: take |D| as the norm of the sum, where units are products of two vectors.
+    """
+    factors = _rank_one_factors(axis) if norm_of_sum else None
     if factors is None:
         norms = magnitude(axis)
-        return norms / (norms.norm() + EPSILON)
-    U, V = factors
-    norms = U.norm(dim=0) * V.norm(dim=1)
-    # |U V|^2 is the inner product of two Gram matrices (r, r), and needs no (m, n) matrix.
-    squared = ((U.T @ U) * (V @ V.T)).sum()
+        squared = norms.square().sum()
+    else:
+        U, V = factors
+        norms = cast(Tensor, U.norm(dim=0) * V.norm(dim=1))
+        # |U V|^2 is the inner product of two Gram matrices (r, r), and needs no (m, n) matrix.
+        squared = ((U.T @ U) * (V @ V.T)).sum()
     return norms / (squared.clamp_min(0).sqrt() + EPSILON)
 
 
