@@ -1,8 +1,8 @@
 """What layers at rank zero cost: time, bytes kept for the backward pass, operations.
 
-    python benchmarks/zero_ranks.py [--rounds 15] [--blocks 8]
+    python benchmarks/zero_ranks.py [--rounds 15] [--blocks 8] [--tokens 128]
 
-- Model: blocks of SmolLM2's shapes in bf16, 4 x 128 tokens. "a quarter" has LoRA of rank 8 on all
+- Model: blocks of SmolLM2's shapes in bf16, 4 rows of tokens. "a quarter" has LoRA of rank 8 on all
   linear layers of the last quarter of the blocks. "zeros" has LoRA on all linear layers, and those
   of the other three quarters have no units. "all" has rank 8 everywhere. A step is forward,
   backward, clipping and fused AdamW. The floor is a forward and a backward pass without an adapter.
@@ -43,10 +43,10 @@ def models(blocks: int) -> dict[str, nn.Module]:
     return built
 
 
-def steps(blocks: int, rounds: int) -> dict[str, dict[str, Any]]:
+def steps(blocks: int, rounds: int, tokens: int) -> dict[str, dict[str, Any]]:
     """Return time, kept bytes and trained numbers of each variant."""
     built = models(blocks)
-    x = growth.inputs(built["floor"], 4, 128)
+    x = growth.inputs(built["floor"], 4, tokens)
     seconds = common.interleaved(
         {name: growth.step(model, x) for name, model in built.items()}, rounds, warm=2
     )
@@ -121,10 +121,11 @@ def page(found: dict[str, Any]) -> str:
         ),
         common.on(found["machine"]),
         common.paragraph(
-            f"{found['blocks']} blocks of SmolLM2's shapes in bf16, with 4 x 128 tokens. The times",
-            f"are medians and quartiles of {found['rounds']} interleaved rounds. Three quarters of",
-            'the layers of "zeros" have no units. It should be at "a quarter", whose other layers',
-            "have no adapter.",
+            f"{found['blocks']} blocks of SmolLM2's shapes in bf16,",
+            f"with 4 x {found['tokens']} tokens. The times are medians and quartiles of",
+            f"{found['rounds']} interleaved rounds. Three quarters of the layers of",
+            '"zeros" have no units. It should be at "a quarter", whose other layers have no',
+            "adapter.",
         ),
         common.table(["", "trained", "bytes kept", "ms a step", "to a quarter"], rows),
         "## Operations of one layer",
@@ -141,13 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args()
     found: dict[str, Any] = {
         "machine": common.machine(),
         "rounds": args.rounds,
         "blocks": args.blocks,
+        "tokens": args.tokens,
     }
-    found |= {"steps": steps(args.blocks, args.rounds), "operations": operations()}
+    found |= {
+        "steps": steps(args.blocks, args.rounds, args.tokens),
+        "operations": operations(),
+    }
     common.write("zero_ranks", found, page(found))
     print(page(found))
 

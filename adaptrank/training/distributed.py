@@ -5,7 +5,7 @@ Adapters are small, so one flat all-reduce after each backward pass averages the
 frozen base has no gradients to average.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,9 @@ def _load_checkpoint(
 ) -> dict[str, Any]:
     """Give the axes their stored sizes, and then load as the strategy does.
 
-    The strategy calls no hook of the module.
+    The strategy calls no hook of the module. It asks for the optimizer state of every tensor that
+    trains, and a tensor that never had a gradient has none. A layer that began without units has
+    such tensors.
     """
     if not Path(path).is_file():
         raise UserError(
@@ -158,10 +160,33 @@ def _load_checkpoint(
             f"whole, with ModelParallelStrategy(save_distributed_checkpoint=False)."
         )
     assert strategy.lightning_module is not None
-    fit_ranks(
-        strategy.lightning_module, torch.load(path, mmap=True, weights_only=True)["state_dict"]
-    )
-    return ModelParallelStrategy.load_checkpoint(strategy, path, *args, **kwargs)
+    checkpoint = torch.load(path, mmap=True, weights_only=True)
+    fit_ranks(strategy.lightning_module, checkpoint["state_dict"])
+    without_state: list[Tensor] = []
+    for optimizer, stored in zip(
+        strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False
+    ):
+        without_state += _tensors_without_state(optimizer, stored)
+    for tensor in without_state:
+        tensor.requires_grad_(False)
+    try:
+        return ModelParallelStrategy.load_checkpoint(strategy, path, *args, **kwargs)
+    finally:
+        for tensor in without_state:
+            tensor.requires_grad_()
+
+
+def _tensors_without_state(
+    optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the trained tensors of an optimizer that a stored state of it has no state of."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    labels = [label for group in stored["param_groups"] for label in group["params"]]
+    return [
+        tensor
+        for tensor, label in zip(tensors, labels, strict=False)
+        if tensor.requires_grad and label not in stored["state"]
+    ]
 
 
 def apart(module: nn.Module) -> set[str]:
