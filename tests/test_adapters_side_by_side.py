@@ -426,8 +426,8 @@ def test_copies_are_switched_by_themselves():
             "names 'x_proj'",
         ),
         (
-            {"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"q_proj": 0}},
-            "for 0 units",
+            {"targets": ["q_proj"], "parameterization": LoRA, "rank_pattern": {"q_proj": -1}},
+            "for -1 units",
         ),
         ({"targets": ["q_proj"], "parameterization": LoRA, "name": "b"}, "already carries"),
     ],

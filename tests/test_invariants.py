@@ -121,9 +121,12 @@ def allocator_for(problem, model):
         if problem.unit == "parameters"
         else lambda sizes: sum(sizes.values())
     )
-    sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
+    axes = rank_axes(model)
+    sizes = {key: len(axis) for key, axis in axes.items()}
     start = cost(sizes)
-    floors = {key: min(problem.floor, size) for key, size in sizes.items()}
+    # Axes that multiply each other keep a unit.
+    wanted = {key: max(problem.floor, int(axis.multiplies)) for key, axis in axes.items()}
+    floors = {key: min(wanted[key], size) for key, size in sizes.items()}
     above = {
         key: cost(floors | {key: floors[key] + 1}) for key in sizes if sizes[key] > floors[key]
     }

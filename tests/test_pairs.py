@@ -112,7 +112,9 @@ class Watched(lightning.Callback):
         with torch.enable_grad():
             loss = module.training_step(batch)
             closing = [slot.tensor for axis in axes.values() for slot in axis.closing()]
-            grads = dict(zip(map(id, closing), torch.autograd.grad(loss, closing), strict=True))
+            # A layer without units takes no part in the loss.
+            found = torch.autograd.grad(loss, closing, allow_unused=True, materialize_grads=True)
+            grads = dict(zip(map(id, closing), found, strict=True))
         for key in set(self.allocator.events[-1].get("grown", ())):
             axis = axes[key]
             for slot in axis.closing():

@@ -29,6 +29,7 @@ from adaptrank.allocation.state import Progress, TrackedTensors
 from adaptrank.axes import CostModel, fit_ranks, rank_axes, rank_cost
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import (
+    NOLA,
     PARAMETERIZATIONS,
     SVD,
     DoRA,
@@ -329,7 +330,8 @@ def start_pair(name, nest, phases, steps):
         "ElaLoRA": {"floor": 0, "swaps": 9},
         "ALoRA": {"units": 0.4, "importance": "ablation_first_order"},
     }
-    budget = {"budget": max(len(axes) // 2, units // 4), "batches": 1}
+    kept = sum(axis.multiplies for axis in axes.values())
+    budget = {"budget": max(len(axes) // 2, units // 4, kept + 1), "batches": 1}
     if name in ("ElaLoRA", "ALoRA"):
         budget = few[name]
     allocator = build(name, phases, **budget)
@@ -412,13 +414,22 @@ def test_an_adapter_without_units_has_nothing_to_allocate():
             allocator.start(model, optimizer, STEPS)
 
 
-def test_a_layer_of_several_axes_needs_a_unit_on_each():
+def test_axes_that_multiply_each_other_keep_a_unit_each():
     model = adapt(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "all-linear", TensorTrain)
-    axes = len(rank_axes(model)) // 2
-    assert axes > 1
-    with pytest.raises(ValueError, match=f"the cheapest layer needs {axes}"):
-        AdaLoRA(axes - 1, **FAST).foresee(model, STEPS)
-    AdaLoRA(axes, **FAST).foresee(model, STEPS)
+    axes = rank_axes(model)
+    assert len(axes) > 2
+    assert all(axis.multiplies for axis in axes.values())
+    for budget, sentence in ((len(axes) - 1, "is below"), (len(axes), "nothing to decide")):
+        with pytest.raises(ValueError, match=rf"{sentence}.*raise `budget`\."):
+            AdaLoRA(budget, **FAST).foresee(model, STEPS)
+    AdaLoRA(len(axes) + 1, **FAST).foresee(model, STEPS)
+
+
+def test_of_two_sides_only_the_one_that_the_other_needs_keeps_a_unit():
+    """NOLA's input side has an anchor, without which nothing would be left for the output side."""
+    multiply = {key: axis.multiplies for key, axis in rank_axes(NOLA(nn.Linear(8, 8))).items()}
+    assert multiply == {":alpha": False, ":beta": True}
+    assert not any(axis.multiplies for axis in rank_axes(DoRA(nn.Linear(8, 8))).values())
 
 
 def test_if_every_gate_is_zero_one_layer_keeps_a_unit_and_the_record_says_why():

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adaptrank import adapt, testing
+from adaptrank import adapt, set_enabled, testing
+from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import SVD, wrappers
 from adaptrank.training import penalties
 
@@ -32,6 +33,24 @@ def test_penalties_in_batches_are_those_of_one_layer_at_a_time(monkeypatch):
     for have, expected in zip(grads, want, strict=True):
         if expected is not None:
             torch.testing.assert_close(have, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_wrapper_went_through_does_not_change_the_order_of_a_sum(monkeypatch):
+    """A resumed run has not gone through the same, and must be equal to the last bit."""
+    model = adapt(
+        nn.Sequential(*[nn.Linear(12, 12) for _ in range(3)]), "all-linear", partial(SVD, rank=3)
+    )
+    first = rank_axes(model)["0:rank"]
+    first.resize([0, 1])
+    first.resize(grow=1, generator=torch.Generator().manual_seed(0))
+    with first.gated(torch.ones(3)):
+        pass
+    set_enabled(model, False)
+    set_enabled(model, True)
+    groups = []
+    monkeypatch.setattr(penalties, "_batched", lambda group: groups.append(len(group)))
+    penalties.add_penalty_gradients(model)
+    assert groups == [3]
 
 
 class Weighed(SVD):

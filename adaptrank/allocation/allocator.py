@@ -40,7 +40,8 @@ class Allocator(Policy[TrackedTensors], registered=False):
         warmup: steps before the first event; an integer is steps, a float from 0.0 to 1.0 is a
             fraction of all steps.
         final: steps at the end in which nothing moves, in the same form.
-        floor: smallest number of units of an axis; 0 lets an axis lose all of them.
+        floor: smallest number of units of an axis; 0 lets an axis lose all of them. Axes that
+            multiply each other, such as the bonds of a tensor train, keep at least one.
         cap: largest number of units of an axis; None is the ceiling of the method.
         seed: seed of the generator that initializes new units.
     """

@@ -9,6 +9,9 @@ from adaptrank.axes import CostModel
 
 Candidate = TypeVar("Candidate")
 
+Floor = int | Mapping[str, int]
+"""Least number of units: of every axis alike, or of each axis by its key."""
+
 
 class Filling:
     """Sizes that grow towards a budget, and their total cost.
@@ -110,19 +113,25 @@ def value_per_cost(value: float, price: int) -> float:
     return value * price
 
 
+def floor_of(floor: Floor, axis: str) -> int:
+    """Return the least size of an axis, 0 for an axis that is left out."""
+    return floor if isinstance(floor, int) else floor.get(axis, 0)
+
+
 def floors_within(
-    sizes: Mapping[str, int], cost: CostModel, budget: int, floor: int
+    sizes: Mapping[str, int], cost: CostModel, budget: int, floor: Floor
 ) -> dict[str, int]:
     """Return the least size of each axis, min(floor, size).
 
     Raises:
         UserError: if these sizes alone cost more than the budget.
     """
-    floors = {axis: min(floor, size) for axis, size in sizes.items()}
+    floors = {axis: min(floor_of(floor, axis), size) for axis, size in sizes.items()}
     least = cost.total(floors)
     if least > budget:
+        units = floor if isinstance(floor, int) else max(floor.values(), default=0)
         raise UserError(
-            f"A budget of {budget} is below {least}, the cost of {floor} unit(s) on each axis. "
+            f"A budget of {budget} is below {least}, the cost of {units} unit(s) on each axis. "
             f"Raise it, or lower `floor`."
         )
     return floors

@@ -125,9 +125,10 @@ def check_budget(participant: "Participant", run: Run) -> None:
             is, or leaves its floor to every axis.
     """
     cost, name, unit = run.cost(), participant.label, run.unit
-    start, floor = run.start_total, participant.floor
-    floors = {key: min(floor, size) for key, size in run.start_sizes.items()}
-    least = cost.total(floors)
+    start, wanted = run.start_total, participant.floors()
+    floors = {key: min(wanted[key], size) for key, size in run.start_sizes.items()}
+    least, floor = cost.total(floors), max(wanted.values(), default=0)
+    advice = "raise `budget` or lower `floor`" if participant.floor else "raise `budget`"
     smallest = smallest_adapter(run)
     if smallest is None:
         raise UserError(
@@ -140,7 +141,7 @@ def check_budget(participant: "Participant", run: Run) -> None:
     if target < least:
         raise UserError(
             f"{name}: a budget of {target} {unit} is below {least}, the cost of {floor} unit(s) "
-            f"on each of {len(run.axes)} axes; raise `budget` or lower `floor`."
+            f"on each of {len(run.axes)} axes; {advice}."
         )
     if target > start:
         raise UserError(
@@ -163,7 +164,7 @@ def check_budget(participant: "Participant", run: Run) -> None:
     if participant.budget is not None and floor and not fits:
         raise UserError(
             f"{name}: a budget of {target} {unit} leaves the floor of {floor} unit(s) to each of "
-            f"{len(run.axes)} axes, and nothing to decide; raise `budget` or lower `floor`."
+            f"{len(run.axes)} axes, and nothing to decide; {advice}."
         )
 
 
@@ -226,13 +227,13 @@ def check_can_prune(participant: "Participant", sizes: Mapping[str, int]) -> Non
     Raises:
         ValueError: if every axis starts at its floor, or there is but one unit.
     """
-    floor = participant.floor
+    floor, floors = participant.floor, participant.floors()
     if sum(sizes.values()) == 1:
         raise UserError(
             f"{participant.label} would never act: the adapter has one unit in all; start with a "
             f"higher rank."
         )
-    if all(size <= floor for size in sizes.values()):
+    if all(size <= floors[key] for key, size in sizes.items()):
         raise UserError(
             f"{participant.label} would never act: every axis starts at its floor of {floor} "
             f"unit(s), and none can be pruned; start with a higher rank."

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from adaptrank.allocation.budget import Floor, floor_of
 from adaptrank.axes import CostModel, RankAxis
 
 
@@ -77,7 +78,7 @@ def threshold_for(
     sizes: Mapping[str, Tensor],
     cost: CostModel,
     budget: int,
-    floor: int = 1,
+    floor: Floor = 1,
     least: Mapping[str, float] | None = None,
 ) -> float:
     """Return the least xi whose proximal step leaves open what the budget pays for.
@@ -98,10 +99,10 @@ def threshold_for(
     levels: list[float] = [0.0, *values[values > 0].sort().values.tolist()]
 
     def fits(xi: float) -> bool:
-        open_units = {
-            key: max(int((gates > max(xi, least.get(key, 0.0))).sum()), min(floor, len(gates)))
-            for key, gates in sizes.items()
-        }
+        open_units = {}
+        for key, gates in sizes.items():
+            above = int((gates > max(xi, least.get(key, 0.0))).sum())
+            open_units[key] = max(above, min(floor_of(floor, key), len(gates)))
         return cost.total(open_units) <= budget
 
     # A higher threshold never leaves more units open, so bisection finds the first level.

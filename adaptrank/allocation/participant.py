@@ -239,6 +239,15 @@ class Participant(LightningShell):
         """Return the budget enforced at `step`, or None if the plan is unconstrained."""
         return None
 
+    def floors(self) -> dict[str, int]:
+        """Return the least size of each axis: `floor`, and at least 1 where axes multiply.
+
+        Without a unit on one of them, such as a bond of a tensor train, the units of the others
+        would stay, cost, and do nothing.
+        """
+        axes = self.run.axes
+        return {key: max(self.floor, int(axis.multiplies)) for key, axis in axes.items()}
+
     def caps(self) -> dict[str, int | None]:
         """Return the largest size of each axis; None is no ceiling."""
         return self.run.ceilings(self.cap)

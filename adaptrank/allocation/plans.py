@@ -12,8 +12,10 @@ from torch import Tensor
 from adaptrank._errors import UserError
 from adaptrank.allocation.budget import (
     Filling,
+    Floor,
     fill_budget,
     fill_in_turns,
+    floor_of,
     floors_within,
     value_per_cost,
 )
@@ -54,7 +56,7 @@ def ranked(scores: Tensor) -> list[int]:
 # ---- pruning to a budget
 
 
-def keep_best(scores: Scores, cost: CostModel, budget: int, floor: int = 1) -> Plan:
+def keep_best(scores: Scores, cost: CostModel, budget: int, floor: Floor = 1) -> Plan:
     """Keep the units with most importance per cost, never over the budget.
 
     Each axis keeps its `floor` best units. Then one unit is added at a time, the one with the
@@ -119,7 +121,7 @@ def exchange(
     budget: int,
     swaps: int,
     pool: int = 2,
-    floor: int = 1,
+    floor: Floor = 1,
     caps: Caps | None = None,
     reference: bool = False,
 ) -> Plan:
@@ -170,7 +172,7 @@ def exchange(
 
 
 def _pools(
-    scores: Scores, pool: int, floor: int, caps: Caps, reference: bool
+    scores: Scores, pool: int, floor: Floor, caps: Caps, reference: bool
 ) -> tuple[list[_Offer], list[_Offer]]:
     """Return the units that axes may lose, lowest first, and those that may win, highest first."""
     losing: list[_Offer] = []
@@ -178,7 +180,7 @@ def _pools(
     for place, axis in enumerate(sorted(scores, key=natural)):
         size = len(scores[axis])
         lowest = ranked(scores[axis])[::-1][:pool]
-        may_lose = lowest[: max(0, min(pool, size - floor))]
+        may_lose = lowest[: max(0, min(pool, size - floor_of(floor, axis)))]
         may_win = may_lose if reference else lowest
         losing += [_Offer(float(scores[axis][unit]), place, axis, unit) for unit in may_lose]
 
@@ -323,7 +325,7 @@ def reallocate(
     cost: CostModel,
     budget: int,
     units: int,
-    floor: int = 1,
+    floor: Floor = 1,
     caps: Caps | None = None,
 ) -> Plan:
     """Prune the lowest units of all, and share as many fresh ones among axes that lost none.
@@ -374,7 +376,9 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean()) if len(values) else -math.inf
 
 
-def _lowest_of_all(scores: Scores, axes: list[str], units: int, floor: int) -> dict[str, set[int]]:
+def _lowest_of_all(
+    scores: Scores, axes: list[str], units: int, floor: Floor
+) -> dict[str, set[int]]:
     """Return axis -> its pruned units: the lowest scores of all axes, within the floors.
 
     One unit of all stays, or nothing could be trained and scored any more.
@@ -385,8 +389,8 @@ def _lowest_of_all(scores: Scores, axes: list[str], units: int, floor: int) -> d
     pruned: dict[str, set[int]] = {axis: set() for axis in axes}
     left = min(units, len(entries) - 1)
     for _, place, unit in sorted(entries):
-        gone = pruned[axes[place]]
-        if left > 0 and len(scores[axes[place]]) - len(gone) > floor:
+        axis, gone = axes[place], pruned[axes[place]]
+        if left > 0 and len(scores[axis]) - len(gone) > floor_of(floor, axis):
             gone.add(unit)
             left -= 1
     return pruned

@@ -78,6 +78,13 @@ class RankAxis:
         return all(_is_stopped(layer, axis) for layer, axis in self.members)
 
     @property
+    def multiplies(self) -> bool:
+        """Whether units of another axis of a layer add nothing while this axis has none."""
+        return any(
+            other != axis for layer, axis in self.members for other in layer.stopped_by(axis)
+        )
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """Capabilities that every layer of the axis has beside pruning.
 

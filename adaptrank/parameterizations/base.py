@@ -176,7 +176,7 @@ class Parameterization(Wrapper):
         """Draw n new slices for every tensor of the axis but the closing one, which starts at zero.
 
         The default draws from a normal distribution at the root mean square of the living units. If
-        none is left, it is that of the tensor as the constructor draws it.
+        none is left, or all are zero, it is that of the tensor as the constructor draws it.
         """
         *opening, (closing, _) = self.axis_tensors(axis)
         slices: dict[str, Tensor] = {}
@@ -185,7 +185,8 @@ class Parameterization(Wrapper):
             if name == closing or name in slices:
                 continue
             living = cast(Tensor, getattr(self, name)).detach()
-            rms = rms_of(living) if living.numel() else start_scale(self, name, generator)
+            # It is zero without units, and where the tensor closes another axis that is closed.
+            rms = rms_of(living) or start_scale(self, name, generator)
             if rms == 0:
                 raise UserError(
                     f"{type(self).__name__}.axes[{axis!r}] names {name!r} before the tensor that "

@@ -63,6 +63,11 @@ def _groups(model: nn.Module) -> list[list[Parameterization]]:
     return list(groups.values())
 
 
+SWITCHES = frozenset({"name", "training", "enabled", "idle", "rows", "gates"})
+"""Attributes that no penalty reads. Some wrappers have them only after they were set once, and the
+order of a sum must not depend on that: a resumed run would differ in the last bit."""
+
+
 def _group_key(wrapper: Parameterization) -> Hashable:
     """Return a key that is equal for wrappers whose penalties are one function of like tensors.
 
@@ -71,7 +76,7 @@ def _group_key(wrapper: Parameterization) -> Hashable:
     settings = {
         name: value
         for name, value in vars(wrapper).items()
-        if not name.startswith("_") and name not in ("name", "training")
+        if not name.startswith("_") and name not in SWITCHES
     }
     if not _is_told_by(wrapper, settings):
         return id(wrapper)

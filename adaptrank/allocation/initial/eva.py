@@ -145,7 +145,7 @@ class EVA(RankInitializer):
         shares = sketches.shares()
         unseen = {key: size for key, size in start.items() if key not in shares}
         cost_of_seen = in_steps(cost, dict.fromkeys(shares, 1), unseen)
-        plan = keep_best(shares, cost_of_seen, total, self.floor)
+        plan = keep_best(shares, cost_of_seen, total, self.floors())
         most = {key: len(values) for key, values in shares.items()}
         return {**unseen, **most, **kept_units(plan)}
 

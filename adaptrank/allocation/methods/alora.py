@@ -82,7 +82,7 @@ class ALoRA(Policy[TrackedTensors]):
             return {}
         all_units = sum(map(len, scores.values()))
         pruned = max(1, steps(self.units, all_units))
-        return reallocate(scores, cost, budget, pruned, self.floor, self.caps())
+        return reallocate(scores, cost, budget, pruned, self.floors(), self.caps())
 
     def acts_at(self, step: int) -> bool:
         return step in self.run.phases.events()[: self.rounds]

@@ -112,7 +112,7 @@ class DynamicRank(Policy[UnitShares]):
         return True
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        plan = keep_best(scores, cost, budget, self.floor)
+        plan = keep_best(scores, cost, budget, self.floors())
         if self.soft and step < self.run.phases.end:
             return close_instead(plan, scores)
         return plan

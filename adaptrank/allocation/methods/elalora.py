@@ -108,7 +108,7 @@ class ElaLoRA(Policy[TrackedTensors]):
             budget,
             swaps,
             self.pool,
-            self.floor,
+            self.floors(),
             self.caps(),
             reference=self.rule == "published",
         )

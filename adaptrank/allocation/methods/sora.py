@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.allocation.budget import floor_of
 from adaptrank.allocation.checks import smallest_adapter
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event, Proposal
@@ -155,7 +156,7 @@ class SoRA(Policy[TrainedGates]):
             return thresholds
         magnitudes = {key: gate.abs().cpu() for key, gate in gates.items()}
         budget = cubic(self.run.start_total, self.budget, progress)
-        shared = threshold_for(magnitudes, self.run.cost(), budget, self.floor, thresholds)
+        shared = threshold_for(magnitudes, self.run.cost(), budget, self.floors(), thresholds)
         return {key: max(threshold, shared) for key, threshold in thresholds.items()}
 
     def finish_step(self, state: TrainedGates, axes: Axes) -> None:
@@ -171,13 +172,12 @@ class SoRA(Policy[TrainedGates]):
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
         if not self.acts_at(step):
             return {}
-        count = {
-            key: max(int((values > 0).sum()), min(self.floor, len(values)))
-            for key, values in scores.items()
-        }
+        count, floors = {}, self.floors()
+        for key, values in scores.items():
+            count[key] = max(int((values > 0).sum()), min(floor_of(floors, key), len(values)))
         if not any(count.values()):
             return self._keep_one()
-        plan = keep_best(scores, cost, min(budget, cost.total(count)), self.floor)
+        plan = keep_best(scores, cost, min(budget, cost.total(count)), floors)
         # What the budget leaves over must not buy a cheap unit whose gate is zero.
         for key, values in scores.items():
             open_units = set(ranked(values)[: count[key]])

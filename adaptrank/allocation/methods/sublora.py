@@ -141,7 +141,7 @@ class SubLoRA(Policy[SecondOrderState]):
     ) -> Proposal:
         assert state.quadratic is not None
         kept, monotone = submodular.greedy(
-            state.quadratic, cost, budget, self.floor, self.allow_under_budget
+            state.quadratic, cost, budget, self.floors(), self.allow_under_budget
         )
         plan = submodular.as_plan(state.quadratic, kept)
         if monotone:

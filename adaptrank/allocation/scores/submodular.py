@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from adaptrank.allocation.budget import Filling, fill_budget, value_per_cost
+from adaptrank.allocation.budget import Filling, Floor, fill_budget, floor_of, value_per_cost
 from adaptrank.allocation.plans import Plan, Resize
 from adaptrank.allocation.scores.curvature import SecondOrder, alone
 from adaptrank.axes import CostModel
 
 
 def greedy(
-    second: SecondOrder, cost: CostModel, budget: int, floor: int = 1, stop: bool = False
+    second: SecondOrder, cost: CostModel, budget: int, floor: Floor = 1, stop: bool = False
 ) -> tuple[list[int], bool]:
     """Return the indices to keep, and whether every unit alone would hurt by going.
 
@@ -75,11 +75,11 @@ class _Greedy:
         gains = -second.g - second.diagonal() / 2 + torch.cat(row_sums)
         self.gains: list[float] = gains.tolist()
 
-    def choose(self, floor: int, stop: bool) -> list[int]:
+    def choose(self, floor: Floor, stop: bool) -> list[int]:
         """Return the kept indices: the floors of all axes first, then what the budget pays for."""
         sizes = self.filling.sizes
         available = Counter(self.axis_of)
-        floors = {axis: min(floor, available[axis]) for axis in sizes}
+        floors = {axis: min(floor_of(floor, axis), available[axis]) for axis in sizes}
 
         def below_floor(index: int) -> bool:
             return sizes[self.axis_of[index]] < floors[self.axis_of[index]]
