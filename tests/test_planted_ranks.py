@@ -210,8 +210,8 @@ def test_random_scores_do_not():
     ("row", "arguments"),
     [
         ("ElaLoRA (two pools), sensitivity", {}),
-        ("ALoRA, ablation", {"batches": 1}),
-        ("SubLoRA (Fisher)", {"batches": 1}),
+        pytest.param("ALoRA, ablation", {"batches": 1}, marks=pytest.mark.tables),
+        pytest.param("SubLoRA (Fisher)", {"batches": 1}, marks=pytest.mark.tables),
         ("SoRA, budget 18", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -228,6 +228,7 @@ def test_the_exact_hessian_is_that_of_finite_differences(make):
         assert float(M[i, j]) == pytest.approx(want, rel=rel, abs=absolute)
 
 
+@pytest.mark.tables
 def test_fisher_is_the_hessian_of_a_gaussian_model_up_to_sampling():
     """y = sum_u g_u U_u x + noise of unit variance, with the negative log likelihood as loss.
 

@@ -114,8 +114,8 @@ def value_per_cost(value: float, price: int) -> float:
 
 
 def floor_of(floor: Floor, axis: str) -> int:
-    """Return the least size of an axis, 0 for an axis that is left out."""
-    return floor if isinstance(floor, int) else floor.get(axis, 0)
+    """Return the least size of an axis."""
+    return floor if isinstance(floor, int) else floor[axis]
 
 
 def floors_within(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.allocation import compatibility
+from adaptrank.allocation.budget import floor_of
 from adaptrank.allocation.context import Run
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.schedules import Phases, steps
@@ -126,8 +127,8 @@ def check_budget(participant: "Participant", run: Run) -> None:
     """
     cost, name, unit = run.cost(), participant.label, run.unit
     start, wanted = run.start_total, participant.floors()
-    floors = {key: min(wanted[key], size) for key, size in run.start_sizes.items()}
-    least, floor = cost.total(floors), max(wanted.values(), default=0)
+    floors = {key: min(floor_of(wanted, key), size) for key, size in run.start_sizes.items()}
+    least, floor = cost.total(floors), max((floor_of(wanted, key) for key in floors), default=0)
     advice = "raise `budget` or lower `floor`" if participant.floor else "raise `budget`"
     smallest = smallest_adapter(run)
     if smallest is None:
@@ -233,7 +234,7 @@ def check_can_prune(participant: "Participant", sizes: Mapping[str, int]) -> Non
             f"{participant.label} would never act: the adapter has one unit in all; start with a "
             f"higher rank."
         )
-    if all(size <= floors[key] for key, size in sizes.items()):
+    if all(size <= floor_of(floors, key) for key, size in sizes.items()):
         raise UserError(
             f"{participant.label} would never act: every axis starts at its floor of {floor} "
             f"unit(s), and none can be pruned; start with a higher rank."

@@ -9,6 +9,7 @@ from torch import nn
 from adaptrank._errors import UserError
 from adaptrank._options import Range, check_arguments
 from adaptrank.allocation import compatibility
+from adaptrank.allocation.budget import Floor
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
@@ -239,13 +240,15 @@ class Participant(LightningShell):
         """Return the budget enforced at `step`, or None if the plan is unconstrained."""
         return None
 
-    def floors(self) -> dict[str, int]:
+    def floors(self) -> Floor:
         """Return the least size of each axis: `floor`, and at least 1 where axes multiply.
 
         Without a unit on one of them, such as a bond of a tensor train, the units of the others
         would stay, cost, and do nothing.
         """
         axes = self.run.axes
+        if not axes:  # a schedule is checked without a model
+            return self.floor
         return {key: max(self.floor, int(axis.multiplies)) for key, axis in axes.items()}
 
     def caps(self) -> dict[str, int | None]:
