@@ -141,7 +141,7 @@ class Participant(LightningShell):
 
     @property
     def variant(self) -> str:
-        """What its rule is called where it decides otherwise than the published one, else ""."""
+        """Name of a rule that decides otherwise than the published one; "" for the published."""
         return ""
 
     @property
@@ -159,9 +159,9 @@ class Participant(LightningShell):
 
     @classmethod
     def present_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments of the constructor, as an earlier version named them, as they are now.
+        """Return the arguments of a checkpoint under their present names.
 
-        Checkpoints hold such arguments.
+        An earlier version may have named them otherwise.
         """
         return dict(arguments)
 
@@ -174,7 +174,7 @@ class Participant(LightningShell):
         return self.present_arguments(defaults)
 
     def describe_allocator(self) -> dict[str, Any]:
-        """Return class, arguments and their defaults, and what reads those of a checkpoint."""
+        """Return class, arguments and defaults, and the function that renames old arguments."""
         return {
             "class": self.label,
             "init_args": self.init_args,

@@ -1,13 +1,18 @@
 """Soft pruning: units are closed rather than removed, and may come back until the last event."""
 
-from adaptrank.allocation.plans import Close, Plan, Resize, Scores
+from adaptrank.allocation.budget import Floor
+from adaptrank.allocation.plans import Close, Plan, Scores, keep_best, kept_units, ranked
+from adaptrank.axes import CostModel
 
 
-def close_instead(plan: Plan, scores: Scores) -> Plan:
-    """Return a plan that closes the units which the given plan removes."""
-    soft: Plan = {}
-    for key, change in plan.items():
-        assert isinstance(change, Resize)
-        removed = set(range(len(scores[key]))) - set(change.keep)
-        soft[key] = Close(tuple(sorted(removed)))
-    return soft
+def open_best(scores: Scores, cost: CostModel, budget: int, floor: Floor) -> Plan:
+    """Return a plan that closes every unit which `keep_best` would remove, and opens the others.
+
+    Args:
+        scores: axis -> (units,), higher stays open.
+        cost: cost model in the unit of the budget.
+        budget: total cost of the open units.
+        floor: least number of open units of an axis.
+    """
+    sizes = kept_units(keep_best(scores, cost, budget, floor))
+    return {key: Close(tuple(sorted(ranked(scores[key])[size:]))) for key, size in sizes.items()}

@@ -6,7 +6,7 @@ from adaptrank._options import DECAY
 from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic
-from adaptrank.allocation.soft_pruning import close_instead
+from adaptrank.allocation.soft_pruning import open_best
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
 
@@ -78,7 +78,6 @@ class AdaLoRA(Policy[TrackedTensors]):
         return True
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        plan = keep_best(scores, cost, budget, self.floors())
-        if self.soft and step < self.run.phases.end:
-            return close_instead(plan, scores)
-        return plan
+        closes = self.soft and step < self.run.phases.end
+        prune = open_best if closes else keep_best
+        return prune(scores, cost, budget, self.floors())

@@ -11,7 +11,7 @@ from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import cubic, late_cubic
 from adaptrank.allocation.scores.elements import zeros
 from adaptrank.allocation.scores.gradient import magnitude
-from adaptrank.allocation.soft_pruning import close_instead
+from adaptrank.allocation.soft_pruning import open_best
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel, RankAxis
 
@@ -112,10 +112,9 @@ class DynamicRank(Policy[UnitShares]):
         return True
 
     def plan(self, scores: Scores, cost: CostModel, budget: int, step: int) -> Plan:
-        plan = keep_best(scores, cost, budget, self.floors())
-        if self.soft and step < self.run.phases.end:
-            return close_instead(plan, scores)
-        return plan
+        closes = self.soft and step < self.run.phases.end
+        prune = open_best if closes else keep_best
+        return prune(scores, cost, budget, self.floors())
 
 
 def unit_shares(axis: RankAxis, norm_of_sum: bool) -> Tensor:
