@@ -15,7 +15,6 @@ from adaptrank.allocation.initial import gelora
 from adaptrank.allocation.initial.gelora import ranks_of
 from adaptrank.allocation.initial.hidden_states import pooled
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
-from adaptrank.allocation.plans import in_steps
 from adaptrank.axes import CostModel, cost_model
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import (
@@ -129,7 +128,7 @@ def test_pooling_reads_what_the_mask_lets_through():
 
 def test_costs_of_steps_with_some_axes_fixed():
     cost = CostModel(7, ((3, ("a",)), (2, ("a", "b")), (5, ("b",)), (1, ("c", "c"))))
-    steps = in_steps(cost, {"a": 4, "b": 1, "c": 2}, {"b": 6})
+    steps = cost.in_steps({"a": 4, "b": 1, "c": 2}, {"b": 6})
     for a, c in ((1, 1), (3, 2)):
         assert steps.total({"a": a, "c": c}) == cost.total({"a": 4 * a, "b": 6, "c": 2 * c})
 

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import fit
+from test_state_roles import only_axis, train
 from torch import Tensor, nn
 
 from adaptrank.allocation import ElaLoRA
-from adaptrank.axes import check_optimizer, dequantized, generator, rank_axes
+from adaptrank.axes import check_optimizer, dequantized, generator
 from adaptrank.axes.block_quantized import decode, number_of
 from adaptrank.axes.quantized_tensors import is_quantized_tensor
 from adaptrank.injection import adapt
@@ -134,17 +135,6 @@ def lora(rank=4, m=24, n=2048):
     layer = LoRA(nn.Linear(n, m), rank=rank)
     layer.B.data.normal_().mul_(0.1)
     return layer
-
-
-def train(layer, optimizer, steps=3):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (layer(torch.randn(8, layer.shape[1])) - 1).square().mean().backward()
-        optimizer.step()
-
-
-def only_axis(layer):
-    return next(iter(rank_axes(layer).values()))
 
 
 # ---- tensor subclasses

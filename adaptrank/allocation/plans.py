@@ -394,27 +394,3 @@ def _lowest_of_all(
             gone.add(unit)
             left -= 1
     return pruned
-
-
-# ---- costs of groups of units
-
-
-def in_steps(cost: CostModel, steps: Mapping[str, int], fixed: Mapping[str, int]) -> CostModel:
-    """Return the same costs for sizes that count steps of several units.
-
-    Args:
-        cost: cost of units.
-        steps: axis -> units in one step.
-        fixed: axis -> units of an axis that does not change. Its cost becomes a fixed cost.
-    """
-    fixed_cost = cost.fixed
-    terms = []
-    for factor, axes in cost.terms:
-        units_per_step = [fixed[axis] if axis in fixed else steps[axis] for axis in axes]
-        price = factor * math.prod(units_per_step)
-        moving = tuple(axis for axis in axes if axis not in fixed)
-        if moving:
-            terms.append((price, moving))
-        else:
-            fixed_cost += price
-    return CostModel(fixed_cost, tuple(terms))

@@ -48,6 +48,24 @@ class CostModel:
             cost += factor * math.prod(sizes[other] for other in other_axes) * growth
         return cost
 
+    def in_steps(self, steps: Mapping[str, int], fixed: Mapping[str, int]) -> "CostModel":
+        """Return the same costs for sizes that count steps of several units.
+
+        Args:
+            steps: axis -> units in one step.
+            fixed: axis -> units of an axis that does not change. Its cost becomes a fixed cost.
+        """
+        fixed_cost, terms = self.fixed, []
+        for factor, axes in self.terms:
+            units_per_step = [fixed[axis] if axis in fixed else steps[axis] for axis in axes]
+            price = factor * math.prod(units_per_step)
+            moving = tuple(axis for axis in axes if axis not in fixed)
+            if moving:
+                terms.append((price, moving))
+            else:
+                fixed_cost += price
+        return CostModel(fixed_cost, tuple(terms))
+
     @cached_property
     def _terms_by_axis(self) -> dict[str, list[tuple[int, int, list[str]]]]:
         """Axis -> (factor, power of the axis, other axes) of each term that has the axis."""

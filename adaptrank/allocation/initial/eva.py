@@ -14,7 +14,7 @@ from adaptrank.allocation.initial.input_parts import part_of_units, read_columns
 from adaptrank.allocation.initial.input_sketches import InputSketches, LayerRows
 from adaptrank.allocation.initial.layer_inputs import watch
 from adaptrank.allocation.initial.sketch import Sketch
-from adaptrank.allocation.plans import in_steps, keep_best, kept_units
+from adaptrank.allocation.plans import keep_best, kept_units
 from adaptrank.axes import RankAxis
 
 
@@ -144,7 +144,7 @@ class EVA(RankInitializer):
         total = cost.total(start) if self.budget is None else self.budget
         shares = sketches.shares()
         unseen = {key: size for key, size in start.items() if key not in shares}
-        cost_of_seen = in_steps(cost, dict.fromkeys(shares, 1), unseen)
+        cost_of_seen = cost.in_steps(dict.fromkeys(shares, 1), unseen)
         plan = keep_best(shares, cost_of_seen, total, self.floors())
         most = {key: len(values) for key, values in shares.items()}
         return {**unseen, **most, **kept_units(plan)}

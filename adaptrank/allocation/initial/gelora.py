@@ -21,7 +21,7 @@ from adaptrank.allocation.initial.hidden_states import (
 )
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.intrinsic_dimension import two_nn
-from adaptrank.allocation.plans import apportion, in_steps
+from adaptrank.allocation.plans import apportion
 from adaptrank.parameterizations import wrapped_layers
 
 log = logging.getLogger("adaptrank")
@@ -156,7 +156,7 @@ class GeLoRA(RankInitializer):
         for key, cap in caps.items():
             most_steps[key] = None if cap is None else cap // steps[key]
         outside = {key: size for key, size in self.run.sizes().items() if key not in ranks}
-        cost = in_steps(self.run.cost(), steps, outside)
+        cost = self.run.cost().in_steps(steps, outside)
         shares = apportion(ranks, cost, self.budget, 1, most_steps)
         return {key: share * steps[key] for key, share in shares.items()}
 

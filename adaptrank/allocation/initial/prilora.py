@@ -13,7 +13,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.initial.blocks import cut, find_blocks, warn_outside
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.initial.input_averages import Factor, InputAverages, input_factors
-from adaptrank.allocation.plans import apportion, in_steps
+from adaptrank.allocation.plans import apportion
 from adaptrank.axes import CostModel
 
 
@@ -95,7 +95,7 @@ class PRILoRA(RankInitializer):
             cost = CostModel(0, tuple((1, (block,)) for block in weights))
             budget = math.floor(sum(weights.values()) + 0.5)
         else:
-            cost = _cost_of_blocks(in_steps(self.run.cost(), steps, outside), block_of)
+            cost = _cost_of_blocks(self.run.cost().in_steps(steps, outside), block_of)
             mean = (self.first + self.last) / 2
             budget = math.floor(cost.total(dict.fromkeys(weights, mean)) + 1e-9)
         ranks = apportion(weights, cost, budget)
