@@ -146,3 +146,30 @@ def test_rows_of_a_batch_and_an_idle_adapter():
     layer.rows = (torch.tensor([0]), 3)
     x = torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(layer(x), layer.base(x))
+
+
+def test_growing_from_none_leaves_what_else_trains_and_all_generators_alone(monkeypatch):
+    layer = LoRA(nn.Linear(4, 4))
+    layer.base.bias.requires_grad_(True)
+    axis = rank_axes(layer)[":rank"]
+    axis.resize([])
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    axis.resize(grow=2, generator=generator(0, axis.key, 0))
+    assert layer.base.bias.requires_grad
+    assert not layer.base.weight.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
+
+
+def test_if_no_tensor_can_lend_a_second_moment_steps_are_counted_anew():
+    layer = LoRA(nn.Linear(16, 16).double(), init="gaussian")
+    optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.1)
+    train(layer, optimizer)
+    axis = rank_axes(layer)[":rank"]
+    axis.resize([], optimizers=[optimizer])
+    axis.resize(None, 1, generator(0, axis.key, 0), [optimizer])
+    assert not optimizer.state
+    train(layer, optimizer, steps=1)
+    assert int(optimizer.state[layer.B]["step"]) == 1

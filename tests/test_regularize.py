@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,25 @@ def test_what_a_wrapper_went_through_does_not_change_the_order_of_a_sum(monkeypa
     monkeypatch.setattr(penalties, "_batched", lambda group: groups.append(len(group)))
     penalties.add_penalty_gradients(model)
     assert groups == [3]
+
+
+@pytest.mark.parametrize("silent", ["orth", "frozen"])
+def test_an_empty_layer_counts_in_the_mean_only_if_it_did_before(silent):
+    model = nn.ModuleList(SVD(nn.Linear(8, 8), rank=2) for _ in range(3))
+    if silent == "orth":
+        model[1].orth = 0.0
+    else:
+        model[1].requires_grad_(False)
+
+    def weight_of_the_first():
+        model[0].P.grad = None
+        penalties.add_penalty_gradients(model)
+        return model[0].P.grad.clone()
+
+    before = weight_of_the_first()
+    for key in ("1:rank", "2:rank"):
+        rank_axes(model)[key].resize([])
+        torch.testing.assert_close(weight_of_the_first(), before)
 
 
 class Weighed(SVD):

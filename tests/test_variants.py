@@ -156,3 +156,17 @@ def test_the_first_line_of_ranks_and_the_report_name_the_variant(tmp_path):
     del first["allocators"]
     (tmp_path / "ranks.jsonl").write_text(json.dumps(first) + "\n")
     assert "ElaLoRA" not in page(read_history(tmp_path), {}, "a command")
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (ElaLoRA, {"rule": "published", "two_pools": True}),
+        (SubLoRA, {"rule": "published", "estimator": "fisher"}),
+    ],
+)
+def test_a_previous_name_does_not_override_another_rule(cls, arguments):
+    with pytest.raises(
+        ValueError, match=r"and rule='published' was given as well; leave \w+=\S+ out"
+    ):
+        cls(**arguments)

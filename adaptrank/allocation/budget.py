@@ -129,9 +129,8 @@ def floors_within(
     floors = {axis: min(floor_of(floor, axis), size) for axis, size in sizes.items()}
     least = cost.total(floors)
     if least > budget:
-        units = floor if isinstance(floor, int) else max(floor.values(), default=0)
         raise UserError(
-            f"A budget of {budget} is below {least}, the cost of {units} unit(s) on each axis. "
-            f"Raise it, or lower `floor`."
+            f"A budget of {budget} is below {least}, the cost of the units that the axes keep in "
+            f"any case. Raise it, or lower `floor`."
         )
     return floors

@@ -226,7 +226,7 @@ def check_can_prune(participant: "Participant", sizes: Mapping[str, int]) -> Non
     """Check that at least one axis has more units than its floor, and that the last unit may stay.
 
     Raises:
-        ValueError: if every axis starts at its floor, or there is but one unit.
+        ValueError: if every axis starts at its floor, or there is only one unit.
     """
     floor, floors = participant.floor, participant.floors()
     if sum(sizes.values()) == 1:

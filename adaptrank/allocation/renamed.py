@@ -1,14 +1,31 @@
-"""The warning about an argument of an allocator that has another name now."""
+"""An argument of an allocator that was given by its previous name."""
 
 import warnings
+from typing import TypeVar
+
+from adaptrank._errors import UserError
+
+Value = TypeVar("Value")
 
 
-def warn_renamed(owner: str, previous: str, present: str) -> None:
-    """Warn that an argument was given by its previous name.
+def renamed_rule(owner: str, previous: str, value: Value, rule: Value, default: Value) -> Value:
+    """Return the rule that an argument with a previous name asks for, and warn about the name.
 
     Args:
         owner: class of the allocator.
         previous: the argument as it was given, "name=value".
-        present: the same in its present name.
+        value: the rule that it stands for.
+        rule: the argument `rule`.
+        default: default of `rule`.
+    Raises:
+        UserError: if `rule` was given as well, and asks for another one.
     """
-    warnings.warn(f"{owner}({previous}) is {owner}({present}) now; change it.", FutureWarning, 3)
+    if rule not in (default, value):
+        raise UserError(
+            f"{owner}: {previous} means rule={value!r}, and rule={rule!r} was given as well; leave "
+            f"{previous} out."
+        )
+    warnings.warn(
+        f"{owner}({previous}) is {owner}(rule={value!r}) now; change it.", FutureWarning, 3
+    )
+    return value

@@ -79,7 +79,7 @@ class RankAxis:
 
     @property
     def multiplies(self) -> bool:
-        """Whether units of another axis of a layer add nothing while this axis has none."""
+        """Whether this axis stops another one, whose units add nothing while this axis has none."""
         return any(
             other != axis for layer, axis in self.members for other in layer.stopped_by(axis)
         )

@@ -43,8 +43,9 @@ def replace_units(
     change = _Change(tensor.shape, dim % tensor.dim(), index, fresh)
     for optimizer in with_inner(optimizers):
         state = optimizer.state.get(tensor)
-        if state:
-            _follow(optimizer, state, change, like)
+        # Without any second moment to take over, the steps of the tensor are counted anew.
+        if state and not _follow(optimizer, state, change, like):
+            del optimizer.state[tensor]
 
     tensor.grad = None
     # Swap the data in two steps, through another dtype. This makes autograd forget the gradient
@@ -137,8 +138,12 @@ def _follow(
     state: MutableMapping[str, Any],
     change: _Change,
     like: Sequence[Tensor],
-) -> None:
-    """Let the state of one parameter follow a change. States of unknown role stay."""
+) -> bool:
+    """Let the state of one parameter follow a change. States of unknown role stay.
+
+    Returns:
+        False if a fresh unit needs a second moment and no tensor has one.
+    """
     for key, value in list(state.items()):
         role = role_of(optimizer, key)
         # One number for the whole tensor has no units.
@@ -147,11 +152,14 @@ def _follow(
         none_kept = change.fresh is not None and not len(change.index)
         needs_one = none_kept and role not in (Role.FIRST_MOMENT, Role.WEIGHT_COPY)
         lent = _lent(optimizer, key, like) if needs_one else 0.0
+        if needs_one and not lent:
+            return False
         number = number_of(state, key)
         if number is None:
             state[key] = requantized(change.apply(dequantized(value), role, lent), value)
         else:
             encode(state, number, change.apply(decode(state, number), role, lent))
+    return True
 
 
 def _edit(

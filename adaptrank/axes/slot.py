@@ -73,9 +73,11 @@ def fresh_slices(
 ) -> dict[str, Tensor]:
     """Return the new slices of each slot of an axis, by label.
 
-    They are zero in the closing factors. In all others they come from the method's `fresh`. If the
-    axis has no units, and another closing factor or another empty axis closes the layer anyway,
-    the closing factors are drawn as well. Two zero factors would never learn.
+    They are zero in the closing factors. In all others they come from the method's `fresh`.
+
+    An empty axis may grow in a layer that adds nothing anyway, because another closing factor is
+    zero or another axis is empty. Then the closing factors are drawn as well, because two zero
+    factors would never learn.
 
     Args:
         key: of the axis, for error messages.
@@ -89,7 +91,7 @@ def fresh_slices(
             drawn[_label(name, number)] = value
     slots = slots_of(members)
     is_empty = not slots[0].tensor.shape[slots[0].dim]
-    draws_all = is_empty and all(_is_closed_beside(layer, axis) for layer, axis in members)
+    draws_closing = is_empty and all(_is_closed_beside(layer, axis) for layer, axis in members)
     closing_names = {layer.axis_tensors(axis)[-1][0] for layer, axis in members}
 
     slices = {}
@@ -103,7 +105,7 @@ def fresh_slices(
         grown_shape[slot.dim] += count
         if not slot.closes:
             value = drawn[slot.label]
-        elif draws_all or (is_empty and slot.name not in closing_names):
+        elif draws_closing or (is_empty and slot.name not in closing_names):
             scale = start_scale(slot.layer, slot.name, generator)
             value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
         else:

@@ -185,7 +185,8 @@ class Parameterization(Wrapper):
             if name == closing or name in slices:
                 continue
             living = cast(Tensor, getattr(self, name)).detach()
-            # It is zero without units, and where the tensor closes another axis that is closed.
+            # The root mean square is zero without units. It is zero as well where the tensor closes
+            # another axis, all of whose units are closed.
             rms = rms_of(living) or start_scale(self, name, generator)
             if rms == 0:
                 raise UserError(

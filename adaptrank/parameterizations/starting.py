@@ -20,8 +20,8 @@ def rms_of(tensor: Tensor) -> float:
 def start_scale(wrapper: "Parameterization", name: str, generator: torch.Generator) -> float:
     """Return the root mean square of a tensor as the constructor draws it.
 
-    The wrapper is built once more, over the same base and from the same arguments. Neither the
-    wrapper nor the state of a global generator changes.
+    The wrapper is built once more, over the same base and from the same arguments. The wrapper, its
+    base and the states of all generators stay as they are.
 
     Args:
         wrapper: the wrapper whose tensor has no units left.
@@ -31,7 +31,17 @@ def start_scale(wrapper: "Parameterization", name: str, generator: torch.Generat
     seed = int(torch.randint(1 << 62, (), generator=generator))
     device = layers.device(wrapper.innermost)
     forked = [device] if device.type == "cuda" else []
+    # A constructor freezes its base, of which a bias or a tied weight may be trained.
+    trained = [parameter for parameter in wrapper.base.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=forked):
-        torch.manual_seed(seed)
-        again = type(wrapper)(wrapper.base, **wrapper.init_args)
+        # torch.manual_seed would seed every GPU, and only those in `forked` are restored.
+        torch.default_generator.manual_seed(seed)
+        if forked:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        try:
+            again = type(wrapper)(wrapper.base, **wrapper.init_args)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
     return rms_of(cast(Tensor, getattr(again, name)))

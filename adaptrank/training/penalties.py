@@ -35,9 +35,9 @@ def add_penalty_gradients(model: nn.Module, moved: Container[int] | None = None)
         gradients = [(parameter, grad) for parameter, grad in gradients if id(parameter) in moved]
     if not gradients:
         return None
-    # An idle wrapper has a penalty of 0. It counts in the mean, so that the weight of the others
-    # does not depend on it.
-    count = len(values) + sum(wrapper.idle for wrapper in _penalized(model))
+    # An idle wrapper has a penalty of 0. It counts in the mean as it did with units, so that the
+    # weight of the others does not depend on it.
+    count = len(values) + sum(wrapper.idle and _counts(wrapper) for wrapper in _penalized(model))
     # Not backward(): under data parallel that would wake the reducer a second time.
     weighted = torch._foreach_div([grad for _, grad in gradients], count)
     for (parameter, _), grad in zip(gradients, weighted, strict=True):
@@ -52,6 +52,12 @@ def _penalized(model: nn.Module) -> list[Parameterization]:
         for wrapper in wrappers(model)
         if wrapper.enabled and type(wrapper).penalty is not Parameterization.penalty
     ]
+
+
+def _counts(wrapper: Parameterization) -> bool:
+    """Return whether a wrapper has a penalty that would move any of its parameters."""
+    trains = any(parameter.requires_grad for _, parameter in wrapper.own_parameters())
+    return trains and wrapper.penalty() is not None
 
 
 def _groups(model: nn.Module) -> list[list[Parameterization]]:

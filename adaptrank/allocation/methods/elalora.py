@@ -8,7 +8,7 @@ from adaptrank._options import DECAY
 from adaptrank.allocation.checks import check_can_prune
 from adaptrank.allocation.plans import Plan, Scores, exchange
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.renamed import warn_renamed
+from adaptrank.allocation.renamed import renamed_rule
 from adaptrank.allocation.schedules import late_drop
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import CostModel
@@ -76,8 +76,8 @@ class ElaLoRA(Policy[TrackedTensors]):
     ) -> None:
         super().__init__(None, unit, every, warmup, final, floor, cap, seed)
         if two_pools is not None:
-            rule = _rule_of(two_pools)
-            warn_renamed("ElaLoRA", f"two_pools={two_pools}", f"rule={rule!r}")
+            meant = _rule_of(two_pools)
+            rule = renamed_rule("ElaLoRA", f"two_pools={two_pools}", meant, rule, "two_pools")
         if rule not in ("two_pools", "published"):
             raise UserError(f"rule={rule!r} is unknown; use 'two_pools' or 'published'.")
         if swaps < 0 or pool < 1:

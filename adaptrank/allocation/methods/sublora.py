@@ -8,7 +8,7 @@ from adaptrank.allocation.context import Axes
 from adaptrank.allocation.events import Event, Proposal
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
-from adaptrank.allocation.renamed import warn_renamed
+from adaptrank.allocation.renamed import renamed_rule
 from adaptrank.allocation.schedules import cubic
 from adaptrank.allocation.scores import curvature, submodular
 from adaptrank.allocation.state import TrackedTensors
@@ -97,8 +97,8 @@ class SubLoRA(Policy[SecondOrderState]):
     ) -> None:
         super().__init__(budget, unit, every, warmup, final, floor, None, seed)
         if estimator is not None:
-            rule = _rule_of(estimator)
-            warn_renamed("SubLoRA", f"estimator={estimator!r}", f"rule={rule!r}")
+            meant = _rule_of(estimator)
+            rule = renamed_rule("SubLoRA", f"estimator={estimator!r}", meant, rule, "fisher")
         if rule not in ESTIMATORS or batches < 1:
             raise UserError(
                 f"rule={rule!r}, batches={batches}; use 'fisher', 'published' or 'block' on at "
