@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adaptrank import adapt, compose, save_adapter
+from adaptrank.axes import rank_axes
 from adaptrank.composition.changes import Dense, Product
 from adaptrank.composition.operators import OPERATORS, options_of
-from adaptrank.composition.trimming import kept_in_layers, largest
+from adaptrank.composition.trimming import kept_in_layers, kept_of, largest
 from adaptrank.composition.whole_trims import whole_trims
 from adaptrank.parameterizations import LoRA, wrapped_layers
 from adaptrank.testing import perturb
@@ -315,3 +316,43 @@ def test_products_of_factors_and_matrices_are_trimmed_alike():
         ]
         assert plans[0] == plans[1]
         assert [len(plan.kept) for plan in plans[0].values()] == [1, 2]
+
+
+@pytest.mark.parametrize("operator", ["ties", "dare_ties", "knots", "magnitude_prune"])
+def test_layers_without_units_have_no_entries_in_the_task_vector(tmp_path, operator):
+    """An adapter with an empty layer composes as the same adapter that never had the layer."""
+    other, _ = adapter(tmp_path / "other", 2)
+    emptied, smaller = Base(), Base()
+    adapt(emptied, "first|second|third", partial(LoRA, rank=3))
+    adapt(smaller, "second|third", partial(LoRA, rank=3))
+    perturb(emptied, 0.3, 1)
+    for name in ("second", "third"):
+        getattr(smaller, name).load_state_dict(getattr(emptied, name).state_dict())
+    rank_axes(emptied)["first:rank"].resize([])
+    options = {"density": 0.4, "trim": "whole"} if operator != "knots" else {"density": 0.4}
+    results = []
+    for name, model in (("emptied", emptied), ("smaller", smaller)):
+        save_adapter(model, tmp_path / name)
+        report, changes = composed([tmp_path / name, other], operator=operator, **options)
+        results.append((changes, report["layers"]["first"]["kept"]))
+    (with_empty, kept), (without, kept_without) = results
+    assert kept == kept_without
+    assert all(torch.equal(with_empty[path], without[path]) for path in SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("size", "density", "kept"),
+    [(100, 0.07, 7), (100, 0.28, 28), (10000, 0.56, 5600), (10, 0.25, 3)],
+)
+def test_the_number_of_kept_entries_is_rounded_up_from_the_decimal_number(size, density, kept):
+    assert kept_of(size, density) == kept
+
+
+def test_changes_that_differ_from_pass_to_pass_are_refused():
+    sizes = iter([8.0, 8.5, 1.0, 1.0, 1.0])
+
+    def layers():
+        yield "a", [torch.full((5, 5), next(sizes))]
+
+    with pytest.raises(RuntimeError, match="differ from one pass"):
+        kept_in_layers(layers, 1, 0.5)

@@ -70,7 +70,7 @@ def compose(
         signs: count conflicts of signs for the report, which forms (m, n) matrices.
         options: of the operator. One of them is `trim`: of each adapter's change, the largest
             entries stay of "whole", all layers together, or of each "layer". The default is the one
-            of the method's release. "whole" takes four more passes over the layers.
+            of the method's release. "whole" takes three to six more passes over the layers.
     Returns:
         The report, JSON-able: `Similarity.report`, and for each layer its rank, `error` of the
         compression, and `from_sum`, the relative distance of the result from the weighted sum.

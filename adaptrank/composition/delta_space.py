@@ -86,7 +86,10 @@ def _take_change(
     similarity.add(path, layer_changes, weight_norm(layer))
     if whole is not None:
         options = {**options, "whole": whole}
-    combined = _combine(layer_changes, path, request, options)
+    if any(change is not None for change in layer_changes):
+        combined = _combine(layer_changes, path, request, options)
+    else:
+        combined = change_of(layer), 0.0  # no adapter has units here
     replace_layer(model, layer, layer.innermost)
     return combined
 
@@ -95,7 +98,7 @@ def _take_change(
 def changes(layer: Parameterization, count: int) -> list[Change | None]:
     """Return the change of each loaded adapter by itself, at the original weight.
 
-    An adapter that does not change this layer has None.
+    An adapter that does not change this layer, or has no units there, has None.
     """
     nest = layer.nest
     flags = [wrapper.enabled for wrapper in nest]
@@ -105,7 +108,8 @@ def changes(layer: Parameterization, count: int) -> list[Change | None]:
             of_adapter = [wrapper.name == adapter_name(position) for wrapper in nest]
             for wrapper, enabled in zip(nest, of_adapter, strict=True):
                 wrapper.enabled = enabled
-            result.append(change_of(layer) if any(of_adapter) else None)
+            acts = any(w.enabled and not w.idle for w in nest)
+            result.append(change_of(layer) if acts else None)
     finally:
         for wrapper, flag in zip(nest, flags, strict=True):
             wrapper.enabled = flag

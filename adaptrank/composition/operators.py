@@ -74,8 +74,9 @@ def ties(
     """TIES (arXiv:2306.01708): trim, elect a sign for each entry, average the entries that agree.
 
     With weights of 1 the result is a mean, not a sum. For two changes that share no entry it equals
-    the sum, and for two equal changes it equals one of them. Where a sum is zero, its sign is that
-    of most entries of the vector, - in a draw. (The released code keeps one entry more where
+    the sum, and for two equal changes it equals one of them. An entry
+    whose weighted sum is zero takes the sign that most entries of the whole vector have. If both
+    signs are equally frequent, it is negative. (The released code keeps one entry more where
     density times the size is a whole number, and all entries equal to the smallest that stays.)
 
     Args:

@@ -11,9 +11,12 @@ of no more than two layers are in memory.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+from adaptrank._errors import RunError
 
 DIGITS = (18, 16, 15, 14)
 """Bits of each digit of a float64 without its sign. The first two hold the whole of a float32."""
@@ -62,7 +65,8 @@ def largest(D: Tensor, count: int) -> Tensor:
 
 def kept_of(size: int, density: float) -> int:
     """Return how many of `size` entries stay: ceil(density * size)."""
-    return min(size, math.ceil(density * size))
+    # In binary, 0.07 * 100 is above 7.
+    return min(size, math.ceil(Fraction(str(density)) * size))
 
 
 def kept_in_layers(layers: Pass, tasks: int, density: float) -> dict[str, list[int]]:
@@ -139,7 +143,13 @@ class _Search:
             return
         # at_least[d]: entries whose digit is d or more.
         at_least = self._counts.flip(0).cumsum(0).flip(0)
-        digit = int((at_least >= self._wanted - self._above).nonzero()[-1])
+        candidates = (at_least >= self._wanted - self._above).nonzero()
+        if not len(candidates):
+            raise RunError(
+                "The changes of the adapters differ from one pass over the layers to the next; "
+                "compose on the CPU, or with trim='layer'."
+            )
+        digit = int(candidates[-1])
         self._above += int(at_least[digit] - self._counts[digit])
         self._prefix = (self._prefix << DIGITS[level]) | digit
         rest = DIGITS[level + 1 :]

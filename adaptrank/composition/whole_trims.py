@@ -56,6 +56,8 @@ def _of_tasks(
 ) -> TaskMatrices:
     """Return the matrices that an operator trims in a layer, None for a task without a change."""
     present = [change for change in changes if change is not None]
+    if not present:
+        return [None] * len(changes)
     matrices = iter(task_matrices(operator, present, path, options))
     return [None if change is None else next(matrices) for change in changes]
 
@@ -70,6 +72,8 @@ def _difference(
     for path, matrices in layers:
         pairs = zip(weights, matrices, strict=True)
         voting = [(weight, D) for weight, D in pairs if D is not None]
+        if not voting:
+            continue
         trimmed = [largest(D, count) for (_, D), count in zip(voting, kept[path], strict=True)]
         difference += balance(elected_signs(trimmed, [weight for weight, _ in voting], "total"))
     return difference

@@ -15,7 +15,10 @@ similar the adapters are, where they interfere, and what each approximation cost
 
 OPERATOR_OPTIONS = {
     "density": (float, "kept fraction of each change: ties, magnitude_prune (0.2), dare_ties (1)"),
-    "trim": (str, "keep the largest of the 'whole' adapter (ties, dare_ties) or of each 'layer'"),
+    "trim": (
+        str,
+        "'whole': over all layers (ties, dare_ties); 'layer': each by itself (magnitude_prune)",
+    ),
     "drop": (float, "probability that an entry is dropped: dare, dare_ties (0.5)"),
     "seed": (int, "seed of what is dropped (0)"),
     "scale": (float, "scale of the result: ties, dare_ties (1)"),

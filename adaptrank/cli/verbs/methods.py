@@ -25,7 +25,8 @@ bytes that each token keeps for the backward pass. The numbers are those of clos
 """
 ALLOCATORS_HEAD = """
 Allocators move ranks, on anything that has a rank axis (--pairs shows which). A name in brackets
-is that of a rule which decides otherwise than the published one; rule=published is the latter.
+is a variant, which decides otherwise than the published method. rule=published decides as
+published, and so does share=reference of GoRA.
 """
 FOOT = """
 Arguments: python -m adaptrank fit --allocator.help ElaLoRA
