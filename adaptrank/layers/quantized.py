@@ -62,4 +62,7 @@ def _is_quantized(weight: object) -> bool:
 
 
 def _is_torchao(weight: Tensor) -> bool:
+    # The comparison of types comes first, because torch.compile cannot trace the name of a module.
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return False
     return type(weight).__module__.startswith("torchao.")
