@@ -30,10 +30,11 @@ def fits(x: Tensor) -> bool:
 
     The input must have a dtype that is safe to sum in, and autocast must be off.
     """
+    if x.dtype not in _DTYPES:
+        return False
     device = x.device.type
     # The meta device has no autocast.
-    can_autocast = torch.amp.is_autocast_available(device)
-    return x.dtype in _DTYPES and not (can_autocast and torch.is_autocast_enabled(device))
+    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -61,8 +62,10 @@ def _has_hooks(layer: nn.Module) -> bool:
     )
 
 
-def linear(x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
-    """Return W x + bias + U V x.
+def linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Return W x + bias + s U V x.
 
     Args:
         x: (..., n), in the dtype of W.
@@ -70,12 +73,13 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> T
         bias: (m,), frozen, or None.
         U: (m, k), in the adapter's dtype.
         V: (k, n), in the adapter's dtype.
+        scale: s. It costs no operation of its own.
     """
-    return _Linear.apply(x, W, bias, U, V)[0]  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(x, W, bias, U, V, scale)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
-def accumulate(y: Tensor, z: Tensor, U: Tensor, fresh: bool = False) -> Tensor:
-    """Return y + U z, block by block of y if z has blocks.
+def accumulate(y: Tensor, z: Tensor, U: Tensor, fresh: bool = False, scale: float = 1.0) -> Tensor:
+    """Return y + s U z, block by block of y if z has blocks.
 
     Args:
         y: (..., m).
@@ -83,96 +87,125 @@ def accumulate(y: Tensor, z: Tensor, U: Tensor, fresh: bool = False) -> Tensor:
         U: (m, k), or (m / b, k), in the adapter's dtype.
         fresh: whether y may be written to, because nobody else holds it and autograd has not saved
             it.
+        scale: s. It costs no operation of its own.
     """
-    return _Accumulate.apply(y, z, U, fresh)  # type: ignore[no-any-return, no-untyped-call]
+    return _Accumulate.apply(y, z, U, fresh, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
-    """(x, W, bias, U, V) -> (W x + bias + U z, z = V x).
+    """(x, W, bias, U, V, s) -> (W x + bias + s U z, z = V x).
 
     z is an output only to give it a second derivative. No caller reads it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, V: Tensor
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
         V_rounded, Ut_rounded = V.to(x.dtype), _transposed(U, x.dtype)
-        z = F.linear(rows, V_rounded)
-        out = _add_product(F.linear(rows, W, bias), z, Ut_rounded)
+        inputs = x.contiguous()
+        z = F.linear(inputs.view(-1, inputs.shape[-1]), V_rounded)
+        # The result is written in the shape of the output, and through a view. A view that is
+        # returned could not be changed in place by the model.
+        out = F.linear(inputs, W, bias)
+        _add_product(out.view(-1, out.shape[-1]), z, Ut_rounded, scale)
         ctx.set_materialize_grads(False)
-        _, _, _, needs_U, needs_V = ctx.needs_input_grad
+        _, _, _, needs_U, needs_V, _ = ctx.needs_input_grad
         kept_for_U = (U, z) if needs_U else (None, None)
         kept_for_V = (V, x) if needs_V else (None, None)
         ctx.save_for_backward(W, *kept_for_U, *kept_for_V)
-        ctx.shape, ctx.rounded = x.shape, (Ut_rounded, V_rounded)
-        return _fresh_view(out, (*x.shape[:-1], out.shape[-1])), z
+        ctx.shape, ctx.rounded, ctx.scale = x.shape, (Ut_rounded, V_rounded), scale
+        return out, z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, grad_z = grads
         W, U, z, V, x = ctx.saved_tensors
-        needs_x, _, _, needs_U, needs_V = ctx.needs_input_grad
+        needs_x, _, _, needs_U, needs_V, _ = ctx.needs_input_grad
         Ut, Vr = ctx.rounded
         # For a second derivative the factors are variables.
         if torch.is_grad_enabled():
             Ut = Ut if U is None else U.T.to(Ut.dtype)
             Vr = Vr if V is None else V.to(Vr.dtype)
-        grad_x = grad_U = grad_V = grad_hidden = None
+        grad_x = grad_U = grad_V = None
+        # The gradient of z is scale * grad_hidden.
+        grad_hidden, scale = None, ctx.scale
         if g is not None:
             rows = g.reshape(-1, g.shape[-1])
             if needs_x or needs_V:
                 grad_hidden = F.linear(rows, Ut)
             if needs_U:
-                grad_U = (z.T @ rows).T.to(U.dtype)
+                grad_U = _transposed_like(_scaled_product(z.T, rows, scale, Ut), U)
         # z has a gradient of its own in a second derivative only.
         if grad_z is not None:
-            grad_hidden = grad_z if grad_hidden is None else grad_hidden + grad_z
+            grad_hidden = grad_z if grad_hidden is None else scale * grad_hidden + grad_z
+            scale = 1.0
         if needs_V and grad_hidden is not None:
-            grad_V = (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(V.dtype)
+            inputs = x.reshape(-1, x.shape[-1])
+            grad_V = _scaled_product(grad_hidden.T, inputs, scale, Vr).to(V.dtype)
         if needs_x and grad_hidden is not None:
             if g is None:
                 grad_x = grad_hidden @ Vr
             else:
-                grad_x = _add_product(rows @ W, grad_hidden, Vr)
+                grad_x = _add_product(rows @ W, grad_hidden, Vr, scale)
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_U, grad_V
+        return grad_x, None, None, grad_U, grad_V, None
 
 
 class _Accumulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, U: Tensor, fresh: bool) -> Tensor:
+    def forward(ctx: Any, y: Tensor, z: Tensor, U: Tensor, fresh: bool, scale: float) -> Tensor:
         Ut = _transposed(U, y.dtype)
         total = y.reshape(-1, Ut.shape[1])
         rows = z.reshape(len(total), Ut.shape[0])
         ctx.save_for_backward(z, U)
-        ctx.rounded = Ut
+        ctx.rounded, ctx.scale = Ut, scale
         if fresh:
             ctx.mark_dirty(y)
-            _add_product(total, rows, Ut)
+            _add_product(total, rows, Ut, scale)
             return y
-        return _fresh_view(torch.addmm(total, rows, Ut), y.shape)
+        return _fresh_view(torch.addmm(total, rows, Ut, alpha=scale), y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, U) = grads, ctx.saved_tensors
-        needs_y, needs_z, needs_U, _ = ctx.needs_input_grad
+        needs_y, needs_z, needs_U, _, _ = ctx.needs_input_grad
         rows = g.reshape(-1, U.shape[0])
+        hidden = z.reshape(len(rows), U.shape[1])
         Ut = U.T.to(g.dtype) if torch.is_grad_enabled() else ctx.rounded
-        grad_z = F.linear(rows, Ut).view(z.shape) if needs_z else None
-        grad_U = None
+        grad_z = grad_U = None
+        if needs_z:
+            grad_z = _scaled_product(rows, Ut.T, ctx.scale, hidden).view(z.shape)
         if needs_U:
-            grad_U = (z.reshape(len(rows), U.shape[1]).T @ rows).T.to(U.dtype)
-        return g if needs_y else None, grad_z, grad_U, None
+            grad_U = _transposed_like(_scaled_product(hidden.T, rows, ctx.scale, Ut), U)
+        return g if needs_y else None, grad_z, grad_U, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right, written into `total` unless a second derivative is wanted.
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return total + scale left @ right, written into `total` unless a derivative is wanted.
 
     `addmm` with `out` is used because FlopCounterMode does not count `addmm_`.
     """
-    return torch.addmm(total, left, right, out=None if torch.is_grad_enabled() else total)
+    out = None if torch.is_grad_enabled() else total
+    return torch.addmm(total, left, right, alpha=scale, out=out)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
+    """Return scale left @ right in one operation.
+
+    Args:
+        left: (a, b).
+        right: (b, c).
+        scale: the factor.
+        like: a tensor (a, c) of that dtype, whose values are not read.
+    """
+    return torch.addmm(like, left, right, beta=0, alpha=scale)
 
 
 def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
@@ -181,13 +214,26 @@ def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
     A model may change an output in place, and autograd refuses that for a view that was made inside
     of a function.
     """
-    viewed: Tensor = torch.ops.aten._unsafe_view(result, shape)
+    viewed: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
     return viewed
 
 
 def _transposed(U: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return U^T (k, m), contiguous.
+    """Return U^T (k, m) in a dtype, contiguous on a CPU.
 
-    Both products with it were measured to be faster so, up to three times in float32.
+    Both products with it were measured to be faster so on a CPU, up to three times in float32. A
+    GPU multiplies either layout, and then float32 needs no copy.
     """
-    return U.T.to(dtype, memory_format=torch.contiguous_format)
+    if U.device.type == "cpu":
+        return U.T.to(dtype, memory_format=torch.contiguous_format)
+    return U.T.to(dtype)
+
+
+def _transposed_like(values: Tensor, U: Tensor) -> Tensor:
+    """Return the transpose of `values` (k, m) in the dtype and the layout of U (m, k).
+
+    A gradient of another layout than its parameter would be copied once more.
+    """
+    if U.is_contiguous():
+        return values.T.to(U.dtype, memory_format=torch.contiguous_format)
+    return values.to(U.dtype).T

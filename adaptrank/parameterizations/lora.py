@@ -98,6 +98,9 @@ class LoRA(LowRankUpdate):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.gated("B"), self.gated("A")
 
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.gated("B"), self.gated("A"), self.scale
+
     def weight_gradient(self) -> Tensor:
         """Return gB A + B gA - gB gA, with gA and gB the gradients of A and B.
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.base import Cost, Parameterization
@@ -17,6 +17,10 @@ class LowRankUpdate(Parameterization):
     with the layer's own. Elsewhere it is added by `delta`.
     """
 
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self._states_scale = _states_scale(type(self))
+
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (U (m, k), V (k, n)) in the adapter's dtype.
@@ -24,6 +28,15 @@ class LowRankUpdate(Parameterization):
         It may be None for arguments whose change has no such form. The method then defines `delta`
         and `weight` for them.
         """
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return (U (m, k), V (k, n), s) with W' = W + s U V, or None as `factors()` does.
+
+        The forward pass multiplies by s within a product. A method with such a number overrides
+        this, so that s costs no operation of its own.
+        """
+        factors = self.factors()
+        return None if factors is None else (*factors, 1.0)
 
     @formula
     def weight(self) -> Tensor:
@@ -38,7 +51,7 @@ class LowRankUpdate(Parameterization):
         return type(self).delta is LowRankUpdate.delta and super().fuses(x)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
-        factors = self.factors() if self.fuses(x) else None
+        factors = self._fast_factors() if self.fuses(x) else None
         return super().forward_adapted(x) if factors is None else self.add_product(x, *factors)
 
     @property
@@ -48,12 +61,12 @@ class LowRankUpdate(Parameterization):
         return same_forward and cls.add_low_rank is Parameterization.add_low_rank
 
     def add_change(self, x: Tensor, y: Tensor) -> Tensor:
-        factors = self.factors() if self.fuses(x) else None
+        factors = self._fast_factors() if self.fuses(x) else None
         if factors is None:
             return super().add_change(x, y)
-        U, V = factors
+        U, V, scale = factors
         z = F.linear(self.apply_dropout(x), V.to(x.dtype))
-        return ops.accumulate(y, z.to(y.dtype), U)
+        return ops.accumulate(y, z.to(y.dtype), U, scale=scale)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         U, V = self._factors()
@@ -67,8 +80,18 @@ class LowRankUpdate(Parameterization):
         U, V = self._factors()
         return Cost(flops=2 * len(V) * (len(U) + V.shape[1]), kept=V.shape[1] + len(V))
 
+    def _fast_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return `scaled_factors()`, unless a subclass overrides only `factors()`."""
+        return self.scaled_factors() if self._states_scale else LowRankUpdate.scaled_factors(self)
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has no factors for these arguments.")
         return factors
+
+
+def _states_scale(cls: type[LowRankUpdate]) -> bool:
+    """Return whether `scaled_factors` of a class is at least as specific as its `factors`."""
+    definers = [c for c in cls.__mro__ if {"factors", "scaled_factors"} & vars(c).keys()]
+    return "scaled_factors" in vars(definers[0])

@@ -55,6 +55,8 @@ class MiSS(LowRankUpdate):
     axes = {"rank": {"slots": 0, "D": 0}}
     capabilities = frozenset({Capability.GROW, Capability.PATTERN, Capability.MATRIX_RANK})
     slots: Tensor
+    tiles: Tensor
+    """S of the active slots, (r, n), in the dtype of the layer."""
 
     def __init__(
         self,
@@ -97,6 +99,14 @@ class MiSS(LowRankUpdate):
             )
         self.D = self.zeros(rank, mini_rank if variant == "mini" else m)
         self.register_buffer("slots", torch.arange(rank, device=layers.device(self.innermost)))
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.variant == "bat":
+            return
+        places = torch.arange(self.shape[1], device=self.slots.device) % self.period
+        tiles = (self.slots[:, None] == places).to(layers.dtype(self.innermost))
+        self.register_buffer("tiles", tiles, persistent=False)
 
     @formula
     def weight(self) -> Tensor:
@@ -112,14 +122,19 @@ class MiSS(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return D and a tiled identity. "bat" has no such form."""
+        factors = self.scaled_factors()
+        if factors is None:
+            return None
+        U, V, s = factors
+        return s * U, V.to(U.dtype)
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float] | None:
         if self.variant == "bat":
             return None
-        m, n = self.shape
         D = self.gated("D")
         if self.variant == "mini":
-            D = D.repeat(1, m // D.shape[1])
-        tiles = self.slots[:, None] == torch.arange(n, device=D.device) % self.period
-        return self.scale * D.T, tiles.to(D.dtype)
+            D = D.repeat(1, self.shape[0] // D.shape[1])
+        return D.T, self.tiles, self.scale
 
     def fuses(self, x: Tensor) -> bool:
         """Return whether products with x are fused: "bat" has no thin product."""
@@ -145,6 +160,9 @@ class MiSS(LowRankUpdate):
 
     def max_units(self, axis: str) -> int:
         return self.period
+
+    def numbers_beside_tensors(self) -> int:
+        return 0 if self.variant == "bat" else self.tiles.numel()
 
     def index_ranges(self) -> dict[str, range]:
         return {} if self.variant == "bat" else {"slots": range(self.period)}

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank import layers
@@ -53,6 +52,8 @@ class SBoRA(LowRankUpdate):
         }
     )
     index: Tensor
+    selector: Tensor
+    """Rows of the identity, (r, n), or (r, m) in "fb", in the dtype of the layer."""
 
     def __init__(
         self,
@@ -84,6 +85,12 @@ class SBoRA(LowRankUpdate):
         else:
             self.A = self.zeros(rank, n)
             self.axes, self.input_factor = {"rank": {"index": 0, "A": 0}}, {"rank": "A"}
+        self.refresh()
+
+    def refresh(self) -> None:
+        units = torch.arange(self.max_units("rank"), device=self.index.device)
+        selector = (self.index[:, None] == units).to(layers.dtype(self.innermost))
+        self.register_buffer("selector", selector, persistent=False)
 
     @formula
     def weight(self) -> Tensor:
@@ -93,19 +100,22 @@ class SBoRA(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the trained factor, and rows of the identity for the other."""
-        m, n = self.shape
+        U, V, s = self.scaled_factors()
         if self.variant == "fa":
-            B = self.gated("B")
-            return self.scale * B, F.one_hot(self.index, n).to(B.dtype)
-        A = self.gated("A")
-        return F.one_hot(self.index, m).to(A.dtype).T, self.scale * A
+            return s * U, V.to(U.dtype)
+        return U.to(V.dtype), s * V
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        if self.variant == "fa":
+            return self.gated("B"), self.selector, self.scale
+        return self.selector.T, self.gated("A"), self.scale
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         drops = self.dropout.p and self.training
         if self.variant == "fa" and drops and self.fuses(x):
             # Gathered first: the slice is all that is dropped and kept.
             columns = x.index_select(-1, self.index)
-            return self.add_low_rank(x, self.dropout(columns), self.scale * self.gated("B"))
+            return self.add_low_rank(x, self.dropout(columns), self.gated("B"), self.scale)
         return super().forward_adapted(x)
 
     def cost(self) -> Cost:
@@ -115,6 +125,9 @@ class SBoRA(LowRankUpdate):
     def max_units(self, axis: str) -> int:
         m, n = self.shape
         return n if self.variant == "fa" else m
+
+    def numbers_beside_tensors(self) -> int:
+        return self.selector.numel()
 
     def index_ranges(self) -> dict[str, range]:
         return {"index": range(self.max_units("rank"))}

@@ -71,6 +71,9 @@ class SVD(LowRankUpdate):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.P * (self.scale * self.gated("l")), self.Q
 
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.P * self.gated("l"), self.Q, self.scale
+
     def max_units(self, axis: str) -> int:
         # Beyond that no direction is orthogonal to the living ones.
         return min(self.shape)
