@@ -73,6 +73,7 @@ class Parameterization(Wrapper):
         if reason := layers.unsupported(innermost):
             raise UserTypeError(f"{name}: {reason}.")
         super().__init__(base)
+        self._is_linear = isinstance(innermost, layers.LINEAR)
         check_formula(self)
         if self.reads_weight:
             self.require_weight()
@@ -291,7 +292,7 @@ class Parameterization(Wrapper):
 
         The layer must be linear, and the dtype of x safe to sum in.
         """
-        return isinstance(self.innermost, layers.LINEAR) and ops.fits(x)
+        return self._is_linear and ops.fits(x)
 
     def add_product(self, x: Tensor, U: Tensor, V: Tensor, scale: float = 1.0) -> Tensor:
         """Return base(x) + s U V x, (..., m), for U (m, k) and V (k, n) in the adapter's dtype."""

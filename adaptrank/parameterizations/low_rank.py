@@ -19,7 +19,9 @@ class LowRankUpdate(Parameterization):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
+        # Decided once, because a forward pass of a small layer waits for Python.
         self._states_scale = _states_scale(type(self))
+        self._keeps_delta = type(self).delta is LowRankUpdate.delta
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -48,7 +50,7 @@ class LowRankUpdate(Parameterization):
 
         A subclass that overrides `delta` replaces the product, unless it overrides this as well.
         """
-        return type(self).delta is LowRankUpdate.delta and super().fuses(x)
+        return self._keeps_delta and self._is_linear and ops.fits(x)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         factors = self._fast_factors() if self.fuses(x) else None

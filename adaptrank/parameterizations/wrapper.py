@@ -136,10 +136,11 @@ class Wrapper(Traits, nn.Module, ABC):
         """The layer under all wrappers."""
         if self.depth > FEW_WRAPPERS:
             return find_innermost(self)
-        layer = self.base
-        while isinstance(layer, Wrapper):
-            layer = layer.base
-        return layer
+        # `isinstance` of an abstract class, and attributes of a module, are slow to read.
+        layer: Any = self._modules["base"]
+        while getattr(type(layer), "wraps_a_base", False):
+            layer = layer._modules["base"]
+        return cast(nn.Module, layer)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Another base is another nest for all wrappers around this one."""
@@ -266,7 +267,9 @@ class Wrapper(Traits, nn.Module, ABC):
             name: name of the tensor.
             axis: multiply in the gate of this axis only.
         """
-        tensor = cast(Tensor, getattr(self, name))
+        tensor: Tensor | None = self._parameters.get(name)
+        if tensor is None:
+            tensor = cast(Tensor, getattr(self, name))
         for gated_axis, gate in self.gates.items():
             closing, dim = self.axis_tensors(gated_axis)[-1]
             if closing != name or axis not in (None, gated_axis):
@@ -310,6 +313,8 @@ class Wrapper(Traits, nn.Module, ABC):
             return forward_deep(cast("Parameterization", self), args[0])
         if not self.enabled or self.idle:
             return self.base(*args, **kwargs)
+        if not (kwargs or self.gates or self.rows):
+            return self.forward_adapted(*args)
         if len(kwargs) == 1 and not args and isinstance(self.innermost, layers.MATRICES):
             # A call such as linear(input=x). The methods do not know the name.
             args, kwargs = tuple(kwargs.values()), {}
