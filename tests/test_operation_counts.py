@@ -45,6 +45,7 @@ MOST = {
     "SBoRA": 5.5,
     "SVD": 12.5,
     "TensorTrain": 18.0,
+    "TensorTrainAdapter": 40.0,
 }
 """Method -> operations per layer at which a change of the code has to explain itself."""
 
@@ -139,4 +140,5 @@ def test_every_method_of_linear_layers_has_a_row() -> None:
     for name, method in adaptrank.PARAMETERIZATIONS.items():
         if method.__module__.startswith("adaptrank.") and method.wraps(nn.Linear(2, 2)):
             missing.append(name)
-    assert sorted(set(missing) - MOST.keys()) == ["TensorTrainAdapter"]
+    # The offset of an imported adapter is not trained by itself.
+    assert sorted(set(missing) - MOST.keys()) == ["ResidualOffset"]

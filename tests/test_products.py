@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptrank import PARAMETERIZATIONS, testing
 from adaptrank.ops import low_rank
-from adaptrank.parameterizations import DoRA, Parameterization
+from adaptrank.parameterizations import DoRA, LoRA, Parameterization
 
 N = (2, 3)
 
@@ -27,29 +27,36 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "scale"), [(True, 1.0), (False, 1.0), (False, -1.7)])
 @pytest.mark.parametrize("trained", ["UV", "U", "V"])
-def test_a_thin_product_has_its_first_and_second_derivatives(bias, trained):
+def test_a_thin_product_has_its_first_and_second_derivatives(bias, scale, trained):
     x, W, b = draw(*N, 6), draw(4, 6, grad=False), draw(4, grad=False) if bias else None
     U, V = draw(4, 2, grad="U" in trained), draw(2, 6, grad="V" in trained)
     torch.testing.assert_close(
-        low_rank.linear(x, W, b, U, V), F.linear(x, W + U @ V, b), rtol=1e-12, atol=1e-12
+        low_rank.linear(x, W, b, U, V, scale),
+        F.linear(x, W + scale * U @ V, b),
+        rtol=1e-12,
+        atol=1e-12,
     )
-    function = partial(low_rank.linear, x, W, b)
+    function = partial(low_rank.linear, x, W, b, scale=scale)
     leaves = [t for t in (U, V) if t.requires_grad]
-    called = {"UV": function, "U": lambda u: function(u, V), "V": lambda v: function(U, v)}[trained]
+    called = {
+        "UV": function,
+        "U": lambda u: function(U=u, V=V),
+        "V": lambda v: function(U=U, V=v),
+    }[trained]
     assert gradcheck(called, leaves)
     assert gradgradcheck(called, leaves)
-    assert gradcheck(lambda x: low_rank.linear(x, W, b, U, V), x)
+    assert gradcheck(lambda x: low_rank.linear(x, W, b, U, V, scale), x)
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(("fresh", "scale"), [(True, 1.0), (False, 1.0), (True, 0.3), (False, 3)])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, blocks):
+def test_what_is_accumulated_has_its_first_and_second_derivatives(fresh, scale, blocks):
     y, z, U = draw(*N, 4 * blocks), draw(*N, blocks, 2), draw(4, 2)
-    function = lambda y, z, U: low_rank.accumulate(y * 1, z, U, fresh)  # noqa: E731
+    function = lambda y, z, U: low_rank.accumulate(y * 1, z, U, fresh, scale)  # noqa: E731
     torch.testing.assert_close(
-        function(y, z, U), y + F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12
+        function(y, z, U), y + scale * F.linear(z, U).flatten(-2), rtol=1e-12, atol=1e-12
     )
     assert gradcheck(function, (y, z, U))
     assert gradgradcheck(function, (y, z, U))
@@ -68,6 +75,26 @@ def test_no_tokens_and_no_units(tokens, rank, dtype):
         y.sum().backward()
         assert U.grad.shape == U.shape
         assert V.grad.shape == V.shape
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4)])
+def test_a_gradient_has_the_layout_of_its_factor(shape):
+    x, W = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6)
+    leaf, V = torch.randn(shape, requires_grad=True), torch.randn(2, 6)
+    low_rank.linear(x, W, None, leaf if shape == (4, 2) else leaf.T, V).sum().backward()
+    assert leaf.grad.stride() == leaf.stride()
+
+
+def test_a_factor_that_a_subclass_overrides_is_the_one_that_is_computed_with():
+    class Doubled(LoRA):
+        def factors(self):
+            U, V = super().factors()
+            return 2 * U, V
+
+    layer, x = Doubled(nn.Linear(6, 4), rank=2), torch.randn(3, 6)
+    nn.init.normal_(layer.B)
+    change = 2 * layer.scale * layer.B @ layer.A
+    torch.testing.assert_close(layer(x), layer.base(x) + F.linear(x, change))
 
 
 def test_only_a_layer_that_nobody_watches_is_not_called():
