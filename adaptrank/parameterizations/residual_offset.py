@@ -42,5 +42,9 @@ class ResidualOffset(Parameterization):
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         return self.d
 
+    def add_change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + d. The input is not read, and so it is not cast."""
+        return y + self.d.to(y.dtype)
+
     def cost(self) -> Cost:
         return Cost()
