@@ -296,16 +296,17 @@ class Parameterization(Wrapper):
 
     def add_product(self, x: Tensor, U: Tensor, V: Tensor, scale: float = 1.0) -> Tensor:
         """Return base(x) + s U V x, (..., m), for U (m, k) and V (k, n) in the adapter's dtype."""
-        inputs = self.apply_dropout(x)
-        plain = ops.plain(self.base) if inputs is x else None
+        base, inputs = cast(nn.Module, self._modules["base"]), self.apply_dropout(x)
+        plain = ops.plain(base) if inputs is x else None
         if plain is not None and plain[0].dtype == x.dtype:
             return ops.linear(x, *plain, U, V, scale)
         return self.add_low_rank(x, F.linear(inputs, V.to(x.dtype)), U, scale)
 
     def add_low_rank(self, x: Tensor, z: Tensor, U: Tensor, scale: float = 1.0) -> Tensor:
         """Return base(x) + s U z, (..., m), for z and U as in `ops.low_rank.accumulate`."""
-        y = cast(Tensor, self.base(x))
-        is_fresh = ops.plain(self.base) is not None
+        base = cast(nn.Module, self._modules["base"])
+        y: Tensor = base(x)
+        is_fresh = ops.plain(base) is not None
         return ops.accumulate(y, z.to(y.dtype), U, fresh=is_fresh, scale=scale)
 
     # ---- what others ask
