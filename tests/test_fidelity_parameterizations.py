@@ -36,7 +36,6 @@ from adaptrank.parameterizations import (
     TensorTrain,
     TensorTrainAdapter,
 )
-from adaptrank.parameterizations import nola as nola_module
 from adaptrank.testing import perturb
 
 N, M = 24, 18
@@ -176,9 +175,8 @@ def test_nola(init):
     root of k, or what torch gives for its three-dimensional tensors.
     """
     layer = trained(NOLA, rank=3, alpha=6, k_a=7, k_b=5, init=init, chunk=4)
-    seed = int(layer.seed)
-    draws_a = torch.stack([nola_module._draw(seed, "a", j, (3, N)) for j in range(7)]).double()
-    draws_b = torch.stack([nola_module._draw(seed, "b", j, (M, 3)) for j in range(5)]).double()
+    draws_a = torch.stack([*layer.matrices("a")]).double()
+    draws_b = torch.stack([*layer.matrices("b")]).double()
     if init == "released":
         bounds = [_kaiming_bound(7, N, 3), _kaiming_bound(5, 3, M)]
         start = torch.zeros(3, N, dtype=torch.float64)
