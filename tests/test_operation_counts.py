@@ -18,7 +18,7 @@ MOST = {
     "MiSS": 5.5,
     "MultiScale": 17.0,
     "NEAT": 17.0,
-    "NOLA": 45.0,
+    "NOLA": 35.0,
     "PiCa": 7.0,
     "ResidualOffset": 3.0,
     "SBoRA": 5.5,
