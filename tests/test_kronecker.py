@@ -1,5 +1,6 @@
 """What only sums of Kronecker products promise."""
 
+import copy
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from adaptrank import testing
 from adaptrank.injection import adapt
-from adaptrank.parameterizations import Kronecker
+from adaptrank.parameterizations import Kronecker, kronecker
 from adaptrank.parameterizations.kronecker import divisor
 
 
@@ -101,6 +102,37 @@ def test_many_tokens_in_half_precision_keep_a_change_below_the_rounding_of_the_w
     x = torch.zeros(40, 48, dtype=torch.bfloat16)
     x[:, 0], x[:, 1] = 1, -1  # the frozen part cancels
     torch.testing.assert_close(layer(x).float(), torch.full((40, 24), 4e-4), rtol=1e-2, atol=0)
+
+
+def test_many_tokens_in_half_precision_have_the_gradients_of_float32():
+    base = nn.Linear(48, 24).bfloat16()
+    half, single = (Kronecker(copy.deepcopy(base).to(t)) for t in (torch.bfloat16, torch.float32))
+    testing.perturb(half), testing.perturb(single)
+    single.load_state_dict(half.state_dict())
+    x = torch.randn(40, 48).bfloat16()
+    grads = []
+    for layer in (half, single):
+        leaf = x.to(layer.base.weight.dtype).requires_grad_()
+        y = layer(leaf)
+        leaves = [leaf, layer.A, layer.B]
+        grads.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for have, want in zip(*grads, strict=True):
+        largest = float(want.detach().abs().max())
+        torch.testing.assert_close(have.float(), want, rtol=0, atol=0.02 * largest)
+
+
+def test_both_products_have_second_derivatives():
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def change(A, B):
+        return kronecker._Sum.apply(A, B, 0.5, torch.float64)
+
+    W, bias = leaf(4, 6).detach(), leaf(4).detach()
+    assert torch.autograd.gradgradcheck(change, (leaf(3, 2, 2), leaf(3, 2, 3)))
+    assert torch.autograd.gradgradcheck(
+        lambda x, D: kronecker._TwoProducts.apply(x, W, bias, D), (leaf(2, 3, 6), leaf(4, 6))
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

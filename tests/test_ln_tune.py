@@ -116,6 +116,24 @@ def test_a_small_deviation_is_not_eaten_by_half_precision():
     assert moved / exact.sum() != 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_runs_once_where_it_starts_at_the_same_bits(norm, dtype):
+    layer = LNTune(norm.to(dtype))
+    x = torch.randn(64, 48).to(dtype)
+    assert torch.equal(layer(x), norm(x))
+    # T5 multiplies before it rounds, and the kernels of torch take one dtype.
+    rounds_first = isinstance(norm, (LlamaRMSNorm, GemmaRMSNorm))
+    testing.perturb(layer)
+    runs = []
+    norm.forward = lambda x, plain=norm.forward: runs.append(1) or plain(x)
+    watched = layer(x)
+    del norm.forward
+    assert len(runs) == 2, "a replaced forward is called, for the output and for the change"
+    assert layer._runs_once() is (dtype == torch.float32 or rounds_first)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(layer(x), watched, rtol=tolerance, atol=tolerance)
+
+
 def test_printed_counts():
     with torch.device("meta"):
         llama_3b = LlamaModel(

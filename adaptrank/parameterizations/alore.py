@@ -88,28 +88,35 @@ class ALoRE(Parameterization):
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         if self.fuses(x):
-            z, U = self._hidden(x), self.scale * self._output_factor()
+            z, U = self._hidden(x), self._output_factor(x.dtype)
             if self.placement == "parallel":
-                return self.add_low_rank(x, z, U)
-            return self.base(low_rank.accumulate(x, z, U))  # type: ignore[no-any-return]
+                return self.add_low_rank(x, z, U, self.scale)
+            return self.base(low_rank.accumulate(x, z, U, scale=self.scale))  # type: ignore[no-any-return]
         if self.placement == "parallel":
             return super().forward_adapted(x)
         return self.base(x + self.delta(x.to(self.U.dtype), x).to(x.dtype))  # type: ignore[no-any-return]
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.scale * F.linear(self._hidden(x), self._output_factor()).flatten(-2)
+        hidden = self._hidden(x)
+        return self.scale * F.linear(hidden, self._output_factor(hidden.dtype)).flatten(-2)
 
     def _hidden(self, x: Tensor) -> Tensor:
         """Return what U multiplies, (..., b, K r), in the dtype of x."""
         blocks, width = self.S.shape[-1], self.V.shape[-1]
         X = self.apply_dropout(x).reshape(*x.shape[:-1], blocks, width)  # (..., b, n/b)
         z = F.linear(X, self.V.to(x.dtype).flatten(0, 1))
-        z = z.view(*z.shape[:-1], *self.V.shape[:2])
-        return torch.einsum("...ukr,kpu->...pkr", z, self.S.to(x.dtype)).flatten(-2)
+        # The rule of an expert stands on the left, so that its gradient has its own layout.
+        K, r, _ = self.V.shape
+        N = x.shape[:-1].numel()
+        z = z.view(N, blocks, K, r).permute(2, 1, 0, 3).reshape(K, blocks, N * r)
+        z = torch.bmm(self.S.to(x.dtype), z)
+        z = z.view(K, blocks, N, r).permute(2, 1, 0, 3)
+        return z.reshape(*x.shape[:-1], blocks, K * r)
 
-    def _output_factor(self) -> Tensor:
+    def _output_factor(self, dtype: torch.dtype) -> Tensor:
         """Return U of all experts side by side, (m/b, K r)."""
-        return self.gated("U").transpose(0, 1).flatten(1)
+        rows = self.gated("U").mT.to(dtype, memory_format=torch.contiguous_format)
+        return rows.flatten(0, 1).T
 
     def cost(self) -> Cost:
         n, (K, rows, r), b = self.shape[1], self.U.shape, self.S.shape[1]

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,15 +88,16 @@ class Kronecker(Parameterization):
     def forward_adapted(self, x: Tensor) -> Tensor:
         if not self._builds_change(x):
             return super().forward_adapted(x)
-        scaled = self.scale * self.gated("B")
-        change = torch.einsum("kpu,kqv->pquv", self.A, scaled).reshape(self.shape)
-        plain = low_rank.plain(self.base)
-        is_exact = low_rank.fits(x) and x.dtype == change.dtype
-        if plain is not None and is_exact and not self.dropout.p:
+        A, B = self.A, self.gated("B")
+        change = _Sum.apply(A, B, self.scale, x.dtype)  # type: ignore[no-untyped-call]
+        plain = low_rank.plain(self.base) if self.apply_dropout(x) is x else None
+        if plain is None or not low_rank.fits(x) or x.dtype != plain[0].dtype:
+            return self.base(x) + F.linear(self.dropout(x), change)  # type: ignore[no-any-return]
+        if x.dtype == A.dtype:
             return F.linear(x, plain[0] + change, plain[1])
         # In half precision W + change would round a small change in the same way for all tokens. It
         # gets a product of its own.
-        return self.base(x) + F.linear(self.dropout(x), change.to(x.dtype))  # type: ignore[no-any-return]
+        return _TwoProducts.apply(x, *plain, change)  # type: ignore[no-untyped-call, no-any-return]
 
     def _builds_change(self, x: Tensor) -> bool:
         """Return whether to build the change (m, n) for this input, as many tokens share it."""
@@ -137,6 +139,62 @@ class Kronecker(Parameterization):
         if self._coarse_first():
             return Cost(flops=2 * r * n2 * m1 * (n1 + m2), kept=n1 * n2 + r * m1 * n2)
         return Cost(flops=2 * r * n1 * m2 * (n2 + m1), kept=n1 * n2 + r * n1 * m2)
+
+
+class _Sum(torch.autograd.Function):
+    """(A, B, s) -> s sum_k A_k kron B_k as a matrix (m, n) of some dtype, in two operations."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(A, B)
+        ctx.scale = scale
+        (_, m1, n1), (_, m2, n2) = A.shape, B.shape
+        products = _scaled(scale, A.flatten(1).T, B.flatten(1)).view(m1, n1, m2, n2)
+        change = products.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+        return change.reshape(m1 * m2, n1 * n2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (A, B) = grads, ctx.saved_tensors
+        (_, m1, n1), (_, m2, n2) = A.shape, B.shape
+        blocks = g.view(m1, m2, n1, n2).transpose(1, 2)
+        blocks = blocks.to(A.dtype, memory_format=torch.contiguous_format)
+        blocks = blocks.reshape(m1 * n1, m2 * n2)
+        grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_A = _scaled(ctx.scale, B.flatten(1), blocks.T).view_as(A)
+        if ctx.needs_input_grad[1]:
+            grad_B = _scaled(ctx.scale, A.flatten(1), blocks).view_as(B)
+        return grad_A, grad_B, None, None
+
+
+class _TwoProducts(torch.autograd.Function):
+    """(x, W, bias, D) -> W x + bias + D x, for a frozen W and a change D of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, D)
+        y = F.linear(x, W, bias)
+        total = y.view(-1, len(W))
+        torch.addmm(total, x.reshape(-1, x.shape[-1]), D.T, out=total)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, W, D) = grads, ctx.saved_tensors
+        rows = g.reshape(-1, len(W))
+        grad_x = grad_D = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.addmm(rows @ W, rows, D).view(x.shape)
+        if ctx.needs_input_grad[3]:
+            grad_D = rows.T @ x.reshape(-1, x.shape[-1])
+        return grad_x, None, None, grad_D
+
+
+def _scaled(scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """Return scale left @ right, in one operation."""
+    # With beta = 0 no number of the first tensor is read.
+    return torch.addmm(left.detach()[:1, :1], left, right, beta=0, alpha=scale)
 
 
 def divisor(size: int, factor: int) -> int:

@@ -4,7 +4,6 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
@@ -56,6 +55,10 @@ class MELoRA(LowRankUpdate):
     """Units of each mini, (k, the largest rank), padded with R."""
     scales: Tensor
     """Scale of each mini, (k,)."""
+    places: Tensor | None
+    """1 where a unit belongs to a mini, (R, k, 1), and 0 elsewhere. None for many units."""
+    scaled_places: Tensor | None
+    """The scale of a mini where a unit belongs to it, (k, 1, R), and 0 elsewhere. None for many."""
 
     def __init__(
         self,
@@ -101,6 +104,18 @@ class MELoRA(LowRankUpdate):
         self.register_buffer("units", units, persistent=False)
         scales = torch.tensor(self.alphas, device=self.block.device, dtype=self.A.dtype)
         self.register_buffer("scales", scales, persistent=False)
+        few = len(self.block) <= FEW_UNITS
+        places, scaled_places = self._places() if few else (None, None)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("scaled_places", scaled_places, persistent=False)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Return `places` and `scaled_places`."""
+        minis = torch.arange(self.minis, device=self.block.device)
+        is_in = self.block[:, None] == minis  # (R, k)
+        places = is_in[:, :, None].to(self.scales.dtype)
+        scaled = places.transpose(0, 2).transpose(0, 1) * self.scales[:, None, None]
+        return places, scaled.contiguous()
 
     @formula
     def weight(self) -> Tensor:
@@ -111,11 +126,12 @@ class MELoRA(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return each unit with zeros outside of its slices."""
-        B = self.gated("B")
-        is_in = F.one_hot(self.block, self.minis).to(self.A.dtype)  # (R, k)
-        scaled = is_in * self.scales.to(B.dtype)
-        U = scaled.T[:, None] * B  # (k, m/k, R)
-        V = is_in[:, :, None] * self.A[:, None]  # (R, k, n/k)
+        A, B = self.A, self.gated("B")
+        places, scaled_places = self.places, self.scaled_places
+        if places is None or scaled_places is None:
+            places, scaled_places = self._places()
+        U = scaled_places.to(B.dtype) * B  # (k, m/k, R)
+        V = places.to(A.dtype) * A[:, None]  # (R, k, n/k)
         return U.flatten(0, 1), V.flatten(1)
 
     def fuses(self, x: Tensor) -> bool:
@@ -138,6 +154,9 @@ class MELoRA(LowRankUpdate):
         if units <= FEW_UNITS:
             return Cost(flops=2 * units * (m + n), kept=n + units)
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
+
+    def numbers_beside_tensors(self) -> int:
+        return 0 if self.places is None else 2 * self.places.numel()
 
     def index_ranges(self) -> dict[str, range]:
         return {"block": range(self.minis)}

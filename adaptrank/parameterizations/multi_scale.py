@@ -92,8 +92,12 @@ class MultiScale(LowRankUpdate):
         return self.base_weight + self.scale * B2b @ self.B2a @ core @ B1 @ self.A
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        core = (self.scale * self.B2a * self.gated("e")) @ self.gated("B1")
-        return self.gated("B2b") @ core, self.A
+        U, V, scale = self.scaled_factors()
+        return scale * U, V
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        core = (self.B2a * self.gated("e")) @ self.gated("B1")
+        return self.gated("B2b") @ core, self.A, self.scale
 
     def cost(self) -> Cost:
         (m, n), q, inner, outer = self.shape, len(self.e), len(self.A), len(self.B2a)

@@ -103,8 +103,16 @@ class NEAT(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return B and the hidden layer."""
-        H, B = self._network(self._first_product()), self.gated("B")
-        return (self.scale * H.T, B.T) if self.side == "input" else (self.scale * B, H)
+        U, V, scale = self.scaled_factors()
+        return scale * U.to(self.A.dtype), V.to(self.A.dtype)
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return B, and the hidden layer in the dtype in which the product reads it."""
+        hidden = self._first_product()
+        if self.depth:
+            hidden = hidden.to(self.A.dtype)
+        H, B = self._network(hidden), self.gated("B")
+        return (H.T, B.T, self.scale) if self.side == "input" else (B, H, self.scale)
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
@@ -125,7 +133,7 @@ class NEAT(LowRankUpdate):
         return H
 
     def _first_product(self) -> Tensor:
-        """Return A W, or A W^T for the input side."""
+        """Return A W, or A W^T for the input side, in the dtype in which it was computed."""
         # A wrapper inside that trains gets a gradient through its weight.
         if isinstance(self.base, Parameterization):
             inner = self.base_weight.to(self.A.dtype)
@@ -151,7 +159,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.frozen_weight = frozen_weight
         ctx.dtype = A.dtype
         W = frozen_weight()
-        return (A.to(W.dtype) @ W).to(A.dtype)
+        return A.to(W.dtype) @ W
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -98,11 +98,15 @@ class TensorTrain(LowRankUpdate):
         return self.base_weight + self.scale * (A @ B).T
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        U, V, scale = self.scaled_factors()
+        return scale * U, V
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return the two trains, cut at the first bond of B."""
         (*inputs, last), (first, *outputs) = self.cores("A"), self.cores("B")
         with trains.unrounded(last):
-            between = self.scale * last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
-            return trains.right(outputs).T, (trains.left(inputs) @ between).T
+            between = last.flatten(1) @ first.flatten(0, 1)  # (bond of A, bond of B)
+            return trains.right(outputs).T, (trains.left(inputs) @ between).T, self.scale
 
     def cost(self) -> Cost:
         (m, n), (*inputs, last), (first, *outputs) = self.shape, self.cores("A"), self.cores("B")

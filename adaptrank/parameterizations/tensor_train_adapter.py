@@ -115,9 +115,8 @@ class TensorTrainAdapter(ModuleWrapper):
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         if self.position == "input":
-            return self.base(x + self._change(x))  # type: ignore[no-any-return]
-        y: Tensor = self.base(x)
-        return y + self._change(y)
+            return self.base(self._add_change(x))  # type: ignore[no-any-return]
+        return self._add_change(self.base(x))
 
     def definition(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -143,17 +142,23 @@ class TensorTrainAdapter(ModuleWrapper):
         # A method that merges, around an adapter that does not, has no definition.
         return cast(Tensor, base(x))
 
-    def _change(self, h: Tensor) -> Tensor:
-        """Return s (f(h D + d) U + u), through the bonds in the middle of both trains."""
+    def _add_change(self, h: Tensor) -> Tensor:
+        """Return h + s (f(h D + d) U + u), through the bonds in the middle of both trains."""
         # Elsewhere the trains are contracted in their own dtype.
-        dtype = h.dtype if low_rank.fits(h) else self.down.dtype
+        fits = low_rank.fits(h)
+        dtype = h.dtype if fits else self.down.dtype
         D_left, D_right = self._halves("D")
         U_left, U_right = self._halves("U")
         z = self.dropout(h.to(dtype)) @ D_left.to(dtype)
         z = F.linear(z, D_right.T.to(dtype), self.down.to(dtype))
         z = ACTIVATIONS[self.activation](z) @ U_left.to(dtype)
-        up = (self.scale * self.up).to(dtype)
-        return F.linear(z, (self.scale * U_right).T.to(dtype), up).to(h.dtype)
+        if not fits:
+            up = (self.scale * self.up).to(dtype)
+            return h + F.linear(z, (self.scale * U_right).T.to(dtype), up).to(h.dtype)
+        total = torch.add(h, self.up.to(dtype), alpha=self.scale)
+        return low_rank.accumulate(
+            total, z, U_right.T, fresh=total.is_contiguous(), scale=self.scale
+        )
 
     def _halves(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a train as two matrices, (rows, bond) and (bond, columns), at its middle bond."""
