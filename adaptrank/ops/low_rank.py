@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
+from adaptrank.ops.products import contiguous, scaled_product, transposed
 
 # float16 would overflow in a gradient that is summed over tokens.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -108,7 +109,7 @@ class _Linear(torch.autograd.Function):
         V: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        V_rounded, Ut_rounded = V.to(x.dtype), _transposed(U, x.dtype)
+        V_rounded, Ut_rounded = V.to(x.dtype), transposed(U, x.dtype)
         inputs = x.contiguous()
         z = F.linear(inputs.view(-1, inputs.shape[-1]), V_rounded)
         # The result is written in the shape of the output, and through a view. A view that is
@@ -141,14 +142,14 @@ class _Linear(torch.autograd.Function):
             if needs_x or needs_V:
                 grad_hidden = F.linear(rows, Ut)
             if needs_U:
-                grad_U = _transposed_like(_scaled_product(z.T, rows, scale, Ut), U)
+                grad_U = _transposed_like(scaled_product(z.T, rows, scale, Ut), U)
         # z has a gradient of its own in a second derivative only.
         if grad_z is not None:
             grad_hidden = grad_z if grad_hidden is None else scale * grad_hidden + grad_z
             scale = 1.0
         if needs_V and grad_hidden is not None:
             inputs = x.reshape(-1, x.shape[-1])
-            grad_V = _scaled_product(grad_hidden.T, inputs, scale, Vr).to(V.dtype)
+            grad_V = scaled_product(grad_hidden.T, inputs, scale, Vr).to(V.dtype)
         if needs_x and grad_hidden is not None:
             if g is None:
                 grad_x = grad_hidden @ Vr
@@ -161,7 +162,7 @@ class _Linear(torch.autograd.Function):
 class _Accumulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, U: Tensor, fresh: bool, scale: float) -> Tensor:
-        Ut = _transposed(U, y.dtype)
+        Ut = transposed(U, y.dtype)
         total = y.reshape(-1, Ut.shape[1])
         rows = z.reshape(len(total), Ut.shape[0])
         ctx.save_for_backward(z, U)
@@ -181,9 +182,9 @@ class _Accumulate(torch.autograd.Function):
         Ut = U.T.to(g.dtype) if torch.is_grad_enabled() else ctx.rounded
         grad_z = grad_U = None
         if needs_z:
-            grad_z = _scaled_product(rows, Ut.T, ctx.scale, hidden).view(z.shape)
+            grad_z = scaled_product(rows, Ut.T, ctx.scale, hidden).view(z.shape)
         if needs_U:
-            grad_U = _transposed_like(_scaled_product(hidden.T, rows, ctx.scale, Ut), U)
+            grad_U = _transposed_like(scaled_product(hidden.T, rows, ctx.scale, Ut), U)
         return g if needs_y else None, grad_z, grad_U, None, None
 
 
@@ -196,18 +197,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
     return torch.addmm(total, left, right, alpha=scale, out=out)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
-    """Return scale left @ right in one operation.
-
-    Args:
-        left: (a, b).
-        right: (b, c).
-        scale: the factor.
-        like: a tensor (a, c) of that dtype, whose values are not read.
-    """
-    return torch.addmm(like, left, right, beta=0, alpha=scale)
-
-
 def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
     """Reshape a fresh result, without a view that autograd knows of.
 
@@ -218,26 +207,9 @@ def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
     return viewed
 
 
-def _transposed(U: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return U^T (k, m) in a dtype, contiguous on a CPU.
-
-    There the product of the backward pass takes half the time with it, in float32 as well. A GPU
-    multiplies either layout, and then float32 needs no copy.
-    """
-    return contiguous(U.T, dtype) if U.device.type == "cpu" else U.T.to(dtype)
-
-
 def _transposed_like(values: Tensor, U: Tensor) -> Tensor:
     """Return the transpose of `values` (k, m) in the dtype and the layout of U (m, k).
 
     A gradient of another layout than its parameter would be copied once more.
     """
     return contiguous(values.T, U.dtype) if U.is_contiguous() else values.to(U.dtype).T
-
-
-def contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a contiguous tensor of a dtype, by one operation at most."""
-    # `to` returns a transposed matrix as it is, if it has the dtype.
-    if values.dtype == dtype:
-        return values.contiguous()
-    return values.to(dtype, memory_format=torch.contiguous_format)

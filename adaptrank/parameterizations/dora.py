@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.ops import scaling
+from adaptrank.ops import low_rank as ops
+from adaptrank.ops import magnitude, scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
@@ -87,10 +88,15 @@ class DoRA(Parameterization):
         return scale[:, None] * V
 
     def forward_adapted(self, x: Tensor) -> Tensor:
-        if not self.fuses(x) or self.apply_dropout(x) is not x:
+        drops = self.dropout.p > 0 and self.dropout.training
+        if drops or not self.fuses(x):
             return super().forward_adapted(x)
         B, A = self.gated("B"), self.gated("A")
-        y = self.add_product(x, self.scale * B, A)
+        frozen = ops.plain(self.base) if self.detach_norm else None
+        if frozen is not None and frozen[0].dtype == x.dtype:
+            squares = self._frozen_squares()
+            return magnitude.linear(x, *frozen, squares, A, B, self.m, self.scale)
+        y = self.add_product(x, B, A, self.scale)
         # The bias is subtracted inside the deviation, so that k = 1 is the identity to the bit.
         return scaling.scale_output(y, self.m / self.row_norms(B, A) - 1, self.trained_bias())
 
@@ -105,27 +111,26 @@ class DoRA(Parameterization):
 
     def cost(self) -> Cost:
         (m, n), r = self.shape, len(self.A)
-        once = 2 * r * (m * n + r * n + r * m)
+        once = 2 * r * (m * n + r * n + r * m + m)
         return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r + m)
 
     def acts_without(self, axis: str) -> bool:
         return True  # the magnitude
 
     def refresh(self) -> None:
-        # The base may have been loaded anew.
+        # The base may have been loaded anew. A sharded or quantized weight is read in the next
+        # forward pass.
         self.squares = None
+        is_nest = isinstance(self.base, Parameterization)
+        if not is_nest and type(self.base.weight) is nn.Parameter:
+            self._frozen_squares()
 
     def row_norms(self, B: Tensor, A: Tensor | None = None) -> Tensor:
         """Return ||V_j|| for each row j of V = W + s B A, (m,), by default with the present A."""
-        s, A = self.scale, self.A if A is None else A
+        A = self.A if A is None else A
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             W, squares = self._frozen_rows()
-            # Summed in float64: the terms may cancel, and a fresh unit must not change the order of
-            # rounding.
-            cross = ((W @ A.to(W.dtype).T) * B).sum(1, dtype=torch.float64)
-            exact = squares.double() + 2 * s * cross
-            exact = exact + s * s * ((B @ (A @ A.T)) * B).sum(1, dtype=torch.float64)
-            return exact.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().to(squares.dtype)
+            return magnitude.row_norms(W, squares, A, B, self.scale)
 
     def _frozen_rows(self) -> tuple[Tensor, Tensor]:
         """Return W (m, n) of what this wraps, and ||W_j||^2 of its rows, (m,)."""
@@ -136,13 +141,17 @@ class DoRA(Parameterization):
         # A product with a bf16 weight is taken in bf16, like the layer's own.
         dtype = layers.dtype(self.base)
         W = layers.dense(self.base, dtype if dtype == torch.bfloat16 else self.adapter_dtype)
+        return W, self._frozen_squares()
+
+    def _frozen_squares(self) -> Tensor:
+        """Return ||W_j||^2 of the rows of a base that is no wrapper, (m,)."""
         # A model may rescale its weights in place.
         version = _version(self.base)
         is_stale = version is not None and version != self._squared_version
         if self.squares is None or is_stale:
             self.squares = self.base_weight.square().sum(1)
             self._squared_version = version
-        return W, self.squares
+        return self.squares
 
 
 def _version(layer: nn.Module) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
+from adaptrank.ops import low_rank as ops
 from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
@@ -57,6 +58,10 @@ class HyperAdapt(Parameterization):
         return weight
 
     def forward_adapted(self, x: Tensor) -> Tensor:
+        if self.da is not None and self.dc is not None and self.fuses(x):
+            frozen = ops.plain(self.base)
+            if frozen is not None and frozen[0].dtype == x.dtype:
+                return scaling.linear(x, *frozen, self.da, self.dc)
         plain = self.innermost
         if isinstance(plain, nn.Embedding):
             y: Tensor = self.base(x)

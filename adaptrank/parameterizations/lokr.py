@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank.ops import kronecker_product
+from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.kronecker import divisor
@@ -98,10 +100,15 @@ class LoKr(Parameterization):
     def forward_adapted(self, x: Tensor) -> Tensor:
         if not self.fuses(x):
             return super().forward_adapted(x)
+        inputs = self.apply_dropout(x)
+        frozen = ops.plain(self.base) if inputs is x else None
+        if frozen is not None and frozen[0].dtype == x.dtype:
+            factors = self.coarse, self.gated("B1"), self.B2
+            return kronecker_product.linear(x, *frozen, *factors, self.scale)
         A, B2 = self.coarse.to(x.dtype), self.B2.to(x.dtype)
-        X = self.apply_dropout(x).reshape(*x.shape[:-1], A.shape[1], B2.shape[1])
+        X = inputs.reshape(*x.shape[:-1], A.shape[1], B2.shape[1])
         z = F.linear(X, B2)  # (..., n1, r)
-        return self.add_low_rank(x, F.linear(z.mT, A).mT, self.scale * self.gated("B1"))
+        return self.add_low_rank(x, F.linear(z.mT, A).mT, self.gated("B1"), self.scale)
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         A = self.coarse
