@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+    from adaptrank.training import compile_blocks
 
 __version__ = "0.2.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "Policy": "allocation",
     "RankInitializer": "allocation",
     "adapt": "injection",
+    "compile_blocks": "training",
     "compose": "composition",
     "delete_adapter": "injection",
     "describe": "injection",
@@ -59,6 +61,7 @@ __all__ = [
     "Policy",
     "RankInitializer",
     "adapt",
+    "compile_blocks",
     "compose",
     "delete_adapter",
     "describe",

@@ -51,7 +51,7 @@ from adaptrank.modules.option_checks import (
     check_optimizer_options,
     check_options,
 )
-from adaptrank.modules.settings import Adapter, read_rank_pattern
+from adaptrank.modules.settings import Adapter, read_compile_options, read_rank_pattern
 from adaptrank.modules.trained_state import (
     check_same_keys,
     random_state,
@@ -59,6 +59,7 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.training.adapter_gradients import ensure_gradients
+from adaptrank.training.compiled_blocks import compile_blocks
 from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
 from adaptrank.training.finite import check_finite, ensure_finite
 from adaptrank.training.peers import ensure_peer_watch
@@ -87,6 +88,9 @@ class AdaptedModule(LightningModule):
         lora_plus_ratio: learning rate of each axis' closing factor (LoRA's B) over that of the
             others (LoRA+, arXiv:2402.12354, which uses 16).
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: compile each transformer block with `torch.compile`. True takes its defaults, and
+            a mapping is its options, {mode: max-autotune-no-cudagraphs}. Results are the same up
+            to rounding.
         seed: seed of the generator that initializes new units of a `rank_pattern`.
         resize_tokens: give the embedding and the head rows for tokens that only the tokenizer has.
             Both then train whole, and are saved with the adapter.
@@ -114,6 +118,7 @@ class AdaptedModule(LightningModule):
         gradient_checkpointing: bool = False,
         seed: int = 0,
         resize_tokens: bool = False,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]
@@ -133,6 +138,7 @@ class AdaptedModule(LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         check_options(schedule, warmup, lora_plus_ratio, seed)
+        self.compile_options = read_compile_options(compile)
         check_optimizer_options(optimizer)
         for entry in self.adapters:
             for make in as_makers(entry.parameterization):
@@ -212,6 +218,8 @@ class AdaptedModule(LightningModule):
         self.backbone = backbone
         # The base is identified before its weights are sharded or pruned.
         self.base_fingerprint = identify_base(backbone)
+        if self.compile_options is not None:
+            compile_blocks(backbone, **self.compile_options)
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])

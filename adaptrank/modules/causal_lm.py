@@ -3,6 +3,7 @@
 The evaluation measures loss, perplexity, exact match of generated answers, and multiple choice.
 """
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
@@ -33,6 +34,8 @@ from adaptrank.modules.packed_rows import attention_inputs
 from adaptrank.ops.cross_entropy import linear_cross_entropy
 from adaptrank.ops.low_rank import plain
 
+log = logging.getLogger("adaptrank")
+
 EVALUATION_KEYS = ("answers", "choices", "prompt_ids", "prompt_mask")
 """Keys of a validation batch beside inputs and labels."""
 CHOICE_KEYS = ("group", "characters", "target")
@@ -55,7 +58,7 @@ class CausalLM(AdaptedModule):
         max_new_tokens: longest generation, in tokens.
         generate: whether to generate for exact match.
         padding_free: in training, compute nothing for padding, where the model is one of
-            `padding_free.MODEL_TYPES`. Losses are the same.
+            `padding_free.MODEL_TYPES`. Losses are the same. Compiled blocks read the padded batch.
         kwargs: as in `AdaptedModule`.
     """
 
@@ -72,7 +75,9 @@ class CausalLM(AdaptedModule):
     ) -> None:
         check_number("max_new_tokens", max_new_tokens, COUNT, whole=True)
         super().__init__(*args, **kwargs)
-        self.padding_free = padding_free
+        self.padding_free = padding_free and self.compile_options is None
+        if padding_free and not self.padding_free:
+            log.info("padding_free is off: compiled blocks read padded batches.")
         self.max_new_tokens = max_new_tokens
         self.generate_answers = generate
         self.mean_loss = MeanMetric()

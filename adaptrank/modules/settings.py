@@ -1,4 +1,4 @@
-"""Parts of a configuration that are more than a plain value: adapters and rank patterns."""
+"""Parts of a configuration that are more than a plain value, such as adapters."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from torch import nn
 
 from adaptrank._errors import UserError
 from adaptrank.parameterizations import Parameterization
+from adaptrank.training.compiled_blocks import check_compile_options
 
 
 @dataclass
@@ -57,3 +58,20 @@ def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
             f"rank_pattern={pattern!r} holds no JSON mapping. Give the ranks.json of a run."
         )
     return content
+
+
+def read_compile_options(given: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the options of `torch.compile`, or None where nothing is compiled.
+
+    Raises:
+        UserError: if it is neither true, false nor a mapping, or for an option that does not fit.
+    """
+    if isinstance(given, bool):
+        return {} if given else None
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"compile={given!r} makes no sense. Give true, false, or options of torch.compile, "
+            f"such as {{mode: max-autotune-no-cudagraphs}}."
+        )
+    check_compile_options(given)
+    return dict(given)

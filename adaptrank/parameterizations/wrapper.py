@@ -81,6 +81,9 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        # Every instance has these attributes of its own. A compiled block asks where an attribute
+        # is, and a wrapper that gets one later would not fit the graph of its neighbours.
+        self.enabled, self.idle, self.rows, self.gates = True, False, None, {}
         if isinstance(base, Wrapper):
             self.depth = base.depth + 1
             allow_recursion(self.depth)
