@@ -1,13 +1,19 @@
-"""A process of test_distributed.py: runs scenarios on its part of a batch, and saves results.
+"""Processes of test_distributed.py: run scenarios on their part of a batch, and save results.
 
-    RANK=0 WORLD_SIZE=2 ... python distributed_runs.py FOLDER SCENARIO ...
+    python distributed_runs.py
 
-With WORLD_SIZE=1 it takes the whole batch. The other runs are compared with this one.
+A line of JSON on the standard input asks for processes: a list of {"environment": variables,
+"arguments": [FOLDER, SCENARIO, ...], "output": file}. They are forked, so that the packages are
+imported once for all of them. A line of JSON with the [process number, exit code] of each answers.
+
+With WORLD_SIZE=1 a process takes the whole batch. The other runs are compared with this one.
 """
 
+import json
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_allocators import ALL, PHASES, SVD4, Toy, everything, fit
+from test_step_mean import LENGTHS, TinyCausal, rows, train
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -35,7 +42,11 @@ from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
 from adaptrank.training.finite import FiniteWeights, NotFiniteError
 
-RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+RANK, WORLD = 0, 1
+"""Place of this process, which `begin` sets."""
+
+LONGEST = 240
+"""Seconds until processes that have not ended are killed."""
 
 
 class Shared(Toy):
@@ -210,8 +221,6 @@ def run(folder, name):
 
 def tokens(folder):
     """Rows of unequal length: each process takes its rows of every batch, one of them no label."""
-    from test_step_mean import LENGTHS, TinyCausal, rows, train
-
     batches = []
     for seed, lengths in enumerate(LENGTHS[:4]):
         lengths = (*lengths, 8) if len(lengths) % 2 else lengths
@@ -253,8 +262,18 @@ def stops():
         print(f"stopped: {error}", flush=True)
 
 
-if __name__ == "__main__":
-    folder, *names = sys.argv[1:]
+def begin(environment, output):
+    """Become a process of a run: take its variables, and write what it says to a file."""
+    global RANK, WORLD
+    os.environ.update(environment)
+    RANK, WORLD = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+
+
+def run_all(folder, *names):
     for name in names:
         if name == "stops":
             stops()
@@ -264,3 +283,31 @@ if __name__ == "__main__":
             tokens(Path(folder))
         else:
             run(Path(folder), name)
+
+
+def exit_code(number, until):
+    """Wait for a process, and kill it when its time is over."""
+    while True:
+        ended, status = os.waitpid(number, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(number, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def main():
+    for line in sys.stdin:
+        numbers = []
+        for asked in json.loads(line):
+            number = os.fork()
+            if number == 0:
+                begin(asked["environment"], asked["output"])
+                return run_all(*asked["arguments"])
+            numbers.append(number)
+        until = time.monotonic() + LONGEST
+        print(json.dumps([(number, exit_code(number, until)) for number in numbers]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo) are one process with the whole batch."""
 
+import json
 import os
 import socket
 import subprocess
@@ -35,57 +36,79 @@ LAST = {"dylora": 24, "directions": 0}
 """The step of the last event of those that act at the end, or at the start, alone."""
 
 
-def launch(folder, names, world, **more):
-    """The processes, started as an outside launcher would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    common |= {
-        "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_RUN_ID": "test",
-        "GLOO_SOCKET_IFNAME": "lo",
-        **more,
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), *names],
-            env=common
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "GROUP_RANK": "0",
-                "LOCAL_WORLD_SIZE": str(world),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+class Launcher:
+    """Starts the processes of runs, as an outside launcher would.
 
+    The processes of each rank are forked from a process of their own, which has imported the
+    packages. Names hash differently on the two ranks, as they do in processes that share nothing.
+    """
 
-def finished(processes, seconds=240):
-    try:
-        return [
-            (process.communicate(timeout=seconds)[0], process.returncode) for process in processes
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.parents = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT)],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
         ]
-    finally:
-        for process in processes:
-            process.kill()
+
+    def finished(self, folder, names, *worlds, **more):
+        """Return (process number, exit code, output) of each process of runs of these sizes."""
+        asked = [[], []]
+        for world in worlds:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            for rank in range(world):
+                environment = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "GROUP_RANK": 0,
+                    "WORLD_SIZE": world,
+                    "LOCAL_WORLD_SIZE": world,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "TORCHELASTIC_RUN_ID": "test",
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    **more,
+                }
+                asked[rank].append(
+                    {
+                        "environment": {key: str(value) for key, value in environment.items()},
+                        "arguments": [str(folder), *names],
+                        "output": str(folder / f"{world}.{rank}.log"),
+                    }
+                )
+        for parent, processes in zip(self.parents, asked, strict=True):
+            print(json.dumps(processes), file=parent.stdin, flush=True)
+        ended = []
+        for parent, processes in zip(self.parents, asked, strict=True):
+            answers = json.loads(parent.stdout.readline())
+            for (number, code), process in zip(answers, processes, strict=True):
+                ended.append((number, code, Path(process["output"]).read_text()))
+        return ended
+
+    def close(self):
+        for parent in self.parents:
+            parent.communicate()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, launcher):
     """What all scenarios leave, of one process and of two."""
     folder = tmp_path_factory.mktemp("runs")
-    names = [*NAMES, "tokens"]
-    for output, code in finished([*launch(folder, names, 2), *launch(folder, names, 1)]):
+    for _, code, output in launcher.finished(folder, [*NAMES, "tokens"], 2, 1):
         assert code == 0, output
     return folder
 
@@ -133,10 +156,10 @@ def test_a_resume_is_exact_under_two_processes(folder, name):
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(tmp_path_factory, launcher):
     """The same with the frozen weights in shards, FSDP2."""
     folder = tmp_path_factory.mktemp("sharded")
-    for output, code in finished(launch(folder, SHARDED, 2, SHARDED="1")):
+    for _, code, output in launcher.finished(folder, SHARDED, 2, SHARDED="1"):
         assert code == 0, output
     return folder
 
@@ -166,18 +189,17 @@ def test_a_strategy_that_takes_hold_of_all_parameters_is_refused():
 
 
 @pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.tables), 1])
-def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path):
-    processes = launch(tmp_path, ["stops", "dies"], 2, DIES=str(dies))
-    killed = processes[dies].pid
-    results = finished(processes, seconds=240)
-    assert results[dies][1] == -9, results
-    output, code = results[1 - dies]
+def test_when_one_process_is_killed_the_other_ends_with_an_error(dies, tmp_path, launcher):
+    results = launcher.finished(tmp_path, ["stops", "dies"], 2, DIES=dies)
+    killed, code, _ = results[dies]
+    assert code == -9, results
+    _, code, output = results[1 - dies]
     assert code not in (0, None)
     assert "Error" in output
     assert f"Rank {dies} (process {killed}) of this run is gone: it was killed" in output
     assert f"Rank {1 - dies} cannot go on alone" in output
     # Before that, the NaN of one process stopped both.
-    for output, _ in results:
+    for _, _, output in results:
         (sentence,) = [line for line in output.splitlines() if line.startswith("stopped: ")]
         assert "trained tensors are not finite" in sentence
         assert "between step 0 and step 6" in sentence

@@ -265,16 +265,24 @@ def loss(y: torch.Tensor) -> torch.Tensor:
 def fits(method, name: str) -> dict[str, bool]:
     """Paths of layers that the method wraps in general -> whether it does so in their size, and
     they are called at all."""
-    found = {}
-    for path, layer in named_layers(plain(name)).items():
-        if path and method.wraps(layer):
-            try:
-                method(copy.deepcopy(layer))
-            except (TypeError, ValueError):
-                found[path] = False
-            else:
-                found[path] = path not in (*UNUSED.get(name, ()), *reads_past(method, name))
-    return found
+    found = {
+        path: layer
+        for path, layer in named_layers(plain(name)).items()
+        if path and method.wraps(layer)
+    }
+    # Layers that look alike are tried once: many models have every block twice.
+    tried = {repr(layer): layer for layer in found.values()}
+    taken = {text for text, layer in tried.items() if takes(method, layer)}
+    called = found.keys() - {*UNUSED.get(name, ()), *reads_past(method, name)}
+    return {path: repr(layer) in taken and path in called for path, layer in found.items()}
+
+
+def takes(method, layer: nn.Module) -> bool:
+    try:
+        method(copy.deepcopy(layer))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def reads_past(method, name: str) -> list[str]:
@@ -282,7 +290,7 @@ def reads_past(method, name: str) -> list[str]:
     found = {
         path: layer
         for path, layer in named_layers(plain(name)).items()
-        if layers.is_read(layer) and method.wraps(layer)
+        if layers.is_read(layer) and method.wraps(layer) and takes(method, layer)
     }
     return [path for path, layer in found.items() if not method(copy.deepcopy(layer)).mergeable]
 

@@ -6,7 +6,6 @@ Each folder loads equal, or is refused in one sentence and leaves the model as i
 
 import copy
 import json
-import os
 import random
 import re
 import shutil
@@ -690,43 +689,46 @@ def test_a_write_that_is_killed_leaves_the_old_file_or_the_new(good, tmp_path):
 
 
 def test_a_process_killed_in_the_middle_of_saving_never_leaves_a_file_that_loads_wrong(tmp_path):
-    import signal
     import subprocess
     import sys
 
     script = """
-import sys, torch
+import os, signal, sys, time, torch
 from torch import nn
 from adaptrank import adapt, save_adapter
 from adaptrank.parameterizations.lora import LoRA
 model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
 adapt(model, "all-linear", lambda layer: LoRA(layer, rank=64))
-print("ready", flush=True)
-value = 0
-while True:
-    value += 1
-    for layer in model:
-        layer.A.data.fill_(value), layer.B.data.fill_(value)
-    save_adapter(model, sys.argv[1])
+here = os.getpid()
+for seconds in (0.05, 0.1, 0.15):
+    process = os.fork()
+    if process == 0:
+        value = 0
+        while os.getppid() == here:
+            value += 1
+            for layer in model:
+                layer.A.data.fill_(value), layer.B.data.fill_(value)
+            save_adapter(model, sys.argv[1])
+    while not os.path.exists(sys.argv[2]) and os.waitpid(process, os.WNOHANG)[0] == 0:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    print("killed", flush=True)
+    sys.stdin.readline()
 """
-    whole = 0
-    for attempt in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline().strip() == "ready"
-        time.sleep(0.05 + 0.05 * attempt)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if not (tmp_path / WEIGHTS).exists():
-            continue
-        model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
-        load_adapter(model, tmp_path)
-        values = {
-            float(t)
-            for layer in model
-            for t in (layer.A.min(), layer.A.max(), layer.B.min(), layer.B.max())
-        }
-        assert len(values) == 1, "all of one save"
-        whole += 1
-    assert whole
+    command = [sys.executable, "-c", script, str(tmp_path), str(tmp_path / WEIGHTS)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as saving:
+        for _ in range(3):
+            assert saving.stdout.readline().strip() == "killed"
+            model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
+            load_adapter(model, tmp_path)
+            values = {
+                float(t)
+                for layer in model
+                for t in (layer.A.min(), layer.A.max(), layer.B.min(), layer.B.max())
+            }
+            assert len(values) == 1, "all of one save"
+            print(file=saving.stdin, flush=True)
+    assert saving.returncode == 0

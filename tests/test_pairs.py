@@ -19,8 +19,8 @@ from adaptrank.parameterizations import PARAMETERIZATIONS, wrappers
 
 TABLE = table(ALLOCATORS)
 CELLS = [(allocator, nest) for allocator, works in TABLE.items() for nest in works]
-SHORT = (9, {"every": 2, "warmup": 3, "final": 2}, [5, 7])  # steps, phases, events
-LONG = (48, {"every": 6, "warmup": 6, "final": 12}, [12, 18, 24, 30, 36])
+SHORT = (2, 9, {"every": 2, "warmup": 3, "final": 2}, [5, 7])  # blocks, steps, phases, events
+LONG = (3, 48, {"every": 6, "warmup": 6, "final": 12}, [12, 18, 24, 30, 36])
 
 
 class Block(nn.Module):
@@ -35,11 +35,11 @@ class Block(nn.Module):
 
 
 class Stack(lightning.LightningModule):
-    """Three blocks that learn a fixed map. A nest without linear layers wraps its own example."""
+    """Blocks that learn a fixed map. A nest without linear layers wraps its own example."""
 
     width = 24
 
-    def __init__(self, nest):
+    def __init__(self, nest, blocks):
         super().__init__()
         torch.manual_seed(0)
         methods = [PARAMETERIZATIONS[name] for name in nest]
@@ -50,7 +50,7 @@ class Stack(lightning.LightningModule):
                 layer = method(layer)
             self.layers = nn.ModuleList([layer])
         else:
-            self.layers = nn.ModuleList(Block(self.width) for _ in range(3))
+            self.layers = nn.ModuleList(Block(self.width) for _ in range(blocks))
             adapt(self, "all-linear", methods)
         self.target = (
             torch.randn(self.width, self.width, generator=torch.Generator().manual_seed(1)) / 5
@@ -62,7 +62,7 @@ class Stack(lightning.LightningModule):
         return x
 
     def train_dataloader(self):
-        data = torch.randn(LONG[0] * 8, self.width, generator=torch.Generator().manual_seed(0))
+        data = torch.randn(LONG[1] * 8, self.width, generator=torch.Generator().manual_seed(0))
         return torch.utils.data.DataLoader(data, batch_size=8)
 
     def training_step(self, batch, batch_idx=0):
@@ -127,12 +127,12 @@ class Watched(lightning.Callback):
 
 @pytest.mark.parametrize(("name", "nest"), CELLS, ids=[f"{a}-{'+'.join(n)}" for a, n in CELLS])
 @pytest.mark.parametrize(
-    ("steps", "phases", "at"),
+    ("blocks", "steps", "phases", "at"),
     [pytest.param(*SHORT, id="short"), pytest.param(*LONG, id="long", marks=pytest.mark.tables)],
 )
-def test_a_cell_is_as_the_table_has_it(name, nest, steps, phases, at):
+def test_a_cell_is_as_the_table_has_it(name, nest, blocks, steps, phases, at):
     cell = TABLE[name][nest]
-    allocator, model = build(name, phases), Stack(nest)
+    allocator, model = build(name, phases), Stack(nest, blocks)
     if cell != "works":
         sentence = (
             "has no rank axis"
@@ -148,7 +148,7 @@ def test_a_cell_is_as_the_table_has_it(name, nest, steps, phases, at):
         off = dict(option.split("=") for option in cell.split(", "))
         allocator, model = (
             build(name, phases, **{key: eval(value) for key, value in off.items()}),
-            Stack(nest),
+            Stack(nest, blocks),
         )
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     watched = Watched(allocator)

@@ -291,7 +291,7 @@ def run_pair(name, nest, cut=None):
         nest: class names of the methods.
         cut: step at which everything is stored, and built anew from what was stored.
     """
-    steps, phases, _ = SHORT
+    _, steps, phases, _ = SHORT
     model, optimizer, allocator = start_pair(name, nest, phases, steps)
     batches = list(model.train_dataloader())
     allocator.start(model, optimizer, steps, batches=batches, loss=model.training_step)
@@ -322,7 +322,7 @@ def run_pair(name, nest, cut=None):
 
 
 def start_pair(name, nest, phases, steps):
-    model = Stack(nest)
+    model = Stack(nest, blocks=3)
     axes = rank_axes(model)
     next(iter(axes.values())).resize([])
     units = sum(map(len, axes.values()))

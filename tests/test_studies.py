@@ -4,12 +4,16 @@ Files are read and checked. Budgets are solved exactly. Learning rates are selec
 No run is done twice. The report says what came out.
 """
 
+import contextlib
 import json
 import math
 import re
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli, here, write  # noqa: F401
 
+from adaptrank.cli import main
 from adaptrank.cli.verbs.compare import counting
 from adaptrank.reports.comparison import pareto, rows
 from adaptrank.reports.study import markdown, page, write_study
@@ -308,7 +313,27 @@ def test_the_report(tmp_path):
     assert page(record, rows(record), {}).count("<img") == 0
 
 
-def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: F811
+@pytest.fixture
+def fit_here(monkeypatch):
+    """Runs of a study in this process, which has imported the packages: the commands they had."""
+    commands = []
+
+    def run(command, *, stdout, stderr, env):
+        assert command[:3] == [sys.executable, "-m", "adaptrank"]
+        commands.append(command[3:])
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+                main(command[3:])
+        except SystemExit as leaving:
+            return SimpleNamespace(returncode=leaving.code)
+        return SimpleNamespace(returncode=0)
+
+    processes = SimpleNamespace(run=run, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("adaptrank.studies.point_run.subprocess", processes)
+    return commands
+
+
+def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):  # noqa: F811
     write(
         here,
         tiny_llama,
@@ -364,6 +389,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama):  # noqa: 
     assert result["units_final"] == 4
     assert result["file_size"] > 1000
     assert (here / "runs/studies/study/report/index.html").is_file()
+    assert [verb for verb, *_ in fit_here] == ["fit"] * 3
     code, out, _ = cli("compare", "study.yaml", "--methods", "LoRA")
     assert "1 runs, 1 of them finished" in out
     code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
