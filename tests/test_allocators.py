@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from adaptrank.allocation import ALLOCATORS, AdaLoRA, Allocator, DynamicRank, ElaLoRA
+from adaptrank.allocation.bad_gradients import BadSteps
 from adaptrank.allocation.plans import Close, Resize
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.injection import adapt
@@ -600,24 +601,94 @@ class Spiky(Toy):
                 p.grad = None
 
 
-def test_gradients_that_are_not_finite_are_not_scored():
-    seen = []
+def values_of(state):
+    """Copies of all tensors that an allocator tracks, by axis and name."""
+    return {(key, name): entry.tensor.detach().clone() for key, name, entry in state.items()}
 
-    class Counting(AdaLoRA):
-        def update(self, state, axes):
-            super().update(state, axes)
-            seen.append(len(seen))
+
+@pytest.mark.parametrize("bad", [range(3, 7), range(2)])
+def test_gradients_that_are_not_finite_are_not_scored(bad):
+    changed = []
+
+    class Watched(AdaLoRA):
+        def on_before_optimizer_step(self, *args):
+            before = values_of(self.engine.state)
+            super().on_before_optimizer_step(*args)
+            after = values_of(self.engine.state)
+            if any(not torch.equal(after[key], before.get(key, 0 * after[key])) for key in after):
+                changed.append(self.run.steps_done)
 
     model = Spiky()
-    model.bad = range(3, 7)
-    allocator = Counting(budget=6, **PHASES)
+    model.bad = bad
+    allocator = Watched(budget=6, **PHASES)
     fit(model, allocator)
-    assert len(seen) == 18 - 4
+    assert changed == [step for step in range(18) if step not in bad]
     assert all(math.isfinite(event["scores"]["max"]) for event in allocator.events)
+
+
+def test_too_many_steps_in_a_row_without_finite_gradients_stop_the_run():
     model = Spiky()
     model.bad = range(100)
     with pytest.raises(RuntimeError, match="not finite for 50 optimizer steps in a row"):
         fit(model, AdaLoRA(budget=6, every=20, warmup=60, final=6), steps=100)
+    assert model.global_step == 49  # the fiftieth is not made
+
+
+@pytest.mark.parametrize("start", [0, 1, 37])
+def test_bad_steps_are_counted_to_the_last(start):
+    """However they lie to the steps at which the device is read, and whatever came before."""
+    steps = BadSteps(known=start)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    for finite in [bad] * (49 - start) + [good] + [bad] * 20 + [None] + [good, bad] * 7:
+        steps.note(finite)
+    assert steps.read() == 1
+    for count in range(2, 50):
+        steps.note(bad)
+        assert count % 7 or steps.read() == count
+    with pytest.raises(RuntimeError, match="50 optimizer steps in a row"):
+        steps.note(bad)
+
+
+class Restless(Allocator):
+    """Its state has other tensors after some steps, and a first value that is a gradient."""
+
+    def observe(self, axes):
+        axis = next(iter(axes.values()))
+        gradient = axis.gate_grad()
+        self.track(axis, "first", gradient)
+        self.track(axis, "sum", torch.zeros_like(gradient)).add_(gradient)
+        self.engine.state.pop(axis, "popped")
+        if self.steps_done % 2:
+            self.track(axis, "popped", gradient)
+
+    def score(self, axis):
+        return torch.ones(len(axis))
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (1, 2, 5), (3, 4)])
+def test_a_bad_step_leaves_a_state_whose_tensors_come_and_go(bad):
+    """The state is what it is if the bad steps are not shown to the allocator at all."""
+
+    def states(hidden):
+        model, found = Toy(), []
+        allocator = Restless(budget=6, **PHASES)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        allocator.start(model, optimizer, 20)
+        for step in range(8):
+            for axis in allocator.run.axes.values():
+                for slot in axis.slots():
+                    slot.tensor.data.fill_(0.5)
+                    value = math.nan if step in bad else 1.0 + step
+                    slot.tensor.grad = torch.full_like(slot.tensor, value)
+            if step not in bad or not hidden:
+                allocator.before_step()
+            allocator.engine.step()
+            found.append(values_of(allocator.engine.state))
+        return found
+
+    for have, want in zip(states(False), states(True), strict=True):
+        assert have.keys() == want.keys()
+        assert all(torch.equal(have[key], want[key]) for key in want)
 
 
 def test_a_score_that_is_no_number_defers_the_event():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._collectives import first, from_first
-from adaptrank._errors import RunError
 from adaptrank.allocation import checks, resuming
+from adaptrank.allocation.bad_gradients import BadSteps, all_finite, unchanged_unless
 from adaptrank.allocation.beginning import begin
 from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
@@ -30,8 +30,6 @@ log = logging.getLogger("adaptrank")
 
 UNBOUNDED = 1 << 62
 """Budget that a plan gets where none is enforced."""
-MOST_BAD_STEPS = 50
-"""Optimizer steps in a row with gradients that are not finite, after which a run stops."""
 
 
 class Engine:
@@ -50,6 +48,7 @@ class Engine:
         """Description of the run whose checkpoint was loaded; None in one of an earlier version."""
         self.state = TrackedTensors()
         self.progress = Progress(budget=(participant.budget, participant.unit))
+        self._bad_steps = BadSteps()
         self._run: Run | None = None
         self._told = False
         self._has_seen_state = False
@@ -109,6 +108,7 @@ class Engine:
         if not resumed:
             begin(participant, run)
         self.state.to(_device(run.model))
+        self._bad_steps = BadSteps(self.progress.bad_steps)
         if run.examples_needed:
             len(run.examples)  # read now, so that a checkpoint of any step has them
         participant.install(self.state, run.axes)
@@ -119,7 +119,8 @@ class Engine:
     def before_step(self, scale: float = 1.0) -> None:
         """Update the state once the gradients of an optimizer step are complete.
 
-        Steps whose gradients are not finite are left out.
+        A step whose gradients are not finite leaves the state as it was. The device is not asked
+        whether they are: the update is made, and undone there.
 
         Args:
             scale: factor by which a gradient scaler multiplied the loss. The gradients in the
@@ -127,21 +128,18 @@ class Engine:
         Raises:
             RuntimeError: after too many steps in a row with gradients that are not finite.
         """
-        progress = self.progress
         nothing_left = self.participant.moves and not self.run.moves_left
         if nothing_left:
             return
-        if not self._gradients_are_finite(scale):
-            progress.bad_steps += 1
-            if progress.bad_steps == MOST_BAD_STEPS:
-                raise RunError(
-                    f"Gradients were not finite for {MOST_BAD_STEPS} optimizer steps in a row; "
-                    f"lower the learning rate."
-                )
-            return
-        progress.bad_steps = 0
         with torch.no_grad():
-            self.participant.update(self.state, self.run.axes)
+            finite = self._finite_gradients(scale)
+            self._bad_steps.note(finite)
+            with unchanged_unless(finite, self.state):
+                self.participant.update(self.state, self.run.axes)
+
+    def read_bad_steps(self) -> None:
+        """Note the steps in a row without finite gradients. Call it where the device is read."""
+        self.progress.bad_steps = self._bad_steps.read()
 
     def step(self, step: int | None = None) -> Event | None:
         """Finish an optimizer step, and return the event if there was one.
@@ -238,6 +236,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return progress, tracked tensors, and a description of the run."""
+        self.read_bad_steps()
         model = None if self._run is None else self._run.model
         return {
             **self.progress.state_dict(),
@@ -259,6 +258,7 @@ class Engine:
             raise resuming.damaged(self.participant, error) from error
         self.restored, self.running = True, False
         self.progress, self.state = progress, state
+        self._bad_steps = BadSteps(progress.bad_steps)
         self.stored_run = stored.get("run")
         if self._run is not None:
             self._run.progress = self.progress
@@ -308,6 +308,7 @@ class Engine:
         """
         policy, run = self._policy, self.run
         self._check_optimizers()  # some tensors may have got their state late
+        self.read_bad_steps()
         step = run.steps_done
         budget = policy.budget_at(step)
         event: Event = {"step": step, "budget": budget, "unit": run.unit}
@@ -378,16 +379,16 @@ class Engine:
 
     # ---- gradients and passes
 
-    def _gradients_are_finite(self, scale: float) -> bool:
-        """Unscale the gradients of trained gates, and return whether all gradients are finite."""
+    def _finite_gradients(self, scale: float) -> Tensor | None:
+        """Unscale the gradients of trained gates, and return whether all gradients are finite.
+
+        The answer, (), stays on the device. It is None if there is no gradient.
+        """
         gates = [leaf.grad for leaf in self.state.leaves() if leaf.grad is not None]
         if gates and scale != 1.0:
             torch._foreach_mul_(gates, 1 / scale)
         tensors = [slot.tensor for axis in self.run.axes.values() for slot in axis.slots()]
-        grads = [tensor.grad for tensor in tensors if tensor.grad is not None] + gates
-        if not grads:
-            return True
-        return bool(torch.isfinite(torch.stack(list(torch._foreach_norm(grads))).sum()))
+        return all_finite([tensor.grad for tensor in tensors if tensor.grad is not None] + gates)
 
     @torch.no_grad()
     def _before_pass(self) -> None:

@@ -1,12 +1,15 @@
 """Trained gates: their own optimizer in batched kernels, and the proximal operator. Pure."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from adaptrank.allocation.budget import Floor, floor_of
 from adaptrank.axes import CostModel, RankAxis
+from adaptrank.training.moving import to_device
 
 
 @torch.no_grad()
@@ -15,7 +18,7 @@ def adam(
     grads: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    step: int,
+    step: int | Tensor,
     learning_rates: Sequence[float],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -31,7 +34,8 @@ def adam(
         grads: gradients of the same shapes.
         first: first moments.
         second: second moments.
-        step: number of this step, counted from 1, without the skipped ones.
+        step: number of this step, counted from 1, without the skipped ones. A tensor () on the
+            device is not read.
         learning_rates: learning rate of each tensor.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -39,17 +43,22 @@ def adam(
     """
     if not values:
         return
-    first_correction = 1 - betas[0] ** step
-    second_correction = 1 - betas[1] ** step
+    exact = torch.float32 if values[0].device.type == "mps" else torch.float64
+    steps = torch.as_tensor(step, dtype=exact, device=values[0].device)
+    first_correction = 1 - betas[0] ** steps
+    root_of_correction = (1 - betas[1] ** steps).sqrt()
     torch._foreach_lerp_(list(first), list(grads), 1 - betas[0])
     torch._foreach_mul_(list(second), betas[1])
     torch._foreach_addcmul_(list(second), list(grads), list(grads), 1 - betas[1])
     denominators = list(torch._foreach_sqrt(list(second)))
-    root_of_correction = second_correction**0.5
-    torch._foreach_div_(denominators, root_of_correction)
-    torch._foreach_add_(denominators, eps / root_of_correction if raw_eps else eps)
-    step_sizes = [-rate / first_correction for rate in learning_rates]
-    torch._foreach_addcdiv_(list(values), list(first), denominators, step_sizes)
+    if raw_eps:
+        torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, 1 / root_of_correction)
+    if not raw_eps:
+        torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, first_correction)
+    rates = [-rate for rate in learning_rates]
+    torch._foreach_addcdiv_(list(values), list(first), denominators, rates)
 
 
 def leaf(axis: RankAxis) -> Tensor:
@@ -62,7 +71,7 @@ def leaf(axis: RankAxis) -> Tensor:
     return closing.new_zeros((), dtype=dtype).expand(len(axis))
 
 
-def soft_threshold(values: Tensor, xi: float, reference: bool = False) -> Tensor:
+def soft_threshold(values: Tensor, xi: float | Tensor, reference: bool = False) -> Tensor:
     """Return prox(v) = sign(v) max(|v| - xi, 0), the proximal operator of xi |v|.
 
     `reference=True` is SoRA's release. It sets shrunk values below xi to zero once more, so that
@@ -80,12 +89,12 @@ def threshold_for(
     budget: int,
     floor: Floor = 1,
     least: Mapping[str, float] | None = None,
-) -> float:
-    """Return the least xi whose proximal step leaves open what the budget pays for.
+) -> Tensor:
+    """Return the least xi whose proximal step leaves open what the budget pays for, ().
 
     All axes share this threshold, whatever their units cost. An axis whose `least` is larger is
     shrunk by that. The result is 0 if the budget holds anyway, and the largest size if no threshold
-    is enough.
+    is enough. It is found on the device, which is not read.
 
     Args:
         sizes: axis -> |g|, (units,).
@@ -95,22 +104,25 @@ def threshold_for(
         least: axis -> threshold that it has in any case; 0 for an axis that is left out.
     """
     least = least or {}
-    values = torch.cat([gates.flatten() for gates in sizes.values()])
-    levels: list[float] = [0.0, *values[values > 0].sort().values.tolist()]
+    keys = list(sizes)
+    values = torch.cat([sizes[key].flatten() for key in keys])
+    levels = torch.cat([values.new_zeros(1), values]).sort().values
+    if not len(values):
+        return levels[0]
+    # Negative padding is never above a level.
+    padded = pad_sequence([sizes[key] for key in keys], batch_first=True, padding_value=-1.0)
+    bounds = torch.tensor([least.get(key, 0.0) for key in keys], dtype=values.dtype)
+    bounds = to_device(bounds, values)
+    floors = [min(floor_of(floor, key), len(sizes[key])) for key in keys]
 
-    def fits(xi: float) -> bool:
-        open_units = {}
-        for key, gates in sizes.items():
-            above = int((gates > max(xi, least.get(key, 0.0))).sum())
-            open_units[key] = max(above, min(floor_of(floor, key), len(gates)))
-        return cost.total(open_units) <= budget
+    # Open units of each axis at each level, (axes, levels).
+    thresholds = torch.maximum(levels, bounds[:, None])
+    above = padded.shape[1] - torch.searchsorted(padded.sort().values, thresholds, right=True)
+    counts = torch.maximum(above, to_device(torch.tensor(floors), values)[:, None])
+    # A cost is a sum of products, of numbers or of tensors.
+    sizes_at_levels = cast(dict[str, float], dict(zip(keys, counts.unbind(), strict=True)))
+    costs = cost.total(sizes_at_levels)
 
-    # A higher threshold never leaves more units open, so bisection finds the first level.
-    low, high = 0, len(levels) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(levels[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return levels[low]
+    # A higher level never leaves more units open, so the levels that do not fit come first.
+    too_low = (torch.as_tensor(costs, device=values.device) > budget).sum()
+    return levels.index_select(0, too_low.clamp(max=len(values)).view(1)).squeeze(0)

@@ -4,6 +4,7 @@ Both are plain values. They are the whole of what a checkpoint holds of an alloc
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,8 @@ class TrackedTensors:
 
     def __init__(self) -> None:
         self._by_axis: dict[str, dict[str, Tracked]] = {}
+        self._starts: dict[int, Tensor] | None = None
+        """First values by id of the tracked tensor, of those made within `noting_new`."""
 
     def __bool__(self) -> bool:
         return any(self._by_axis.values())
@@ -79,12 +82,39 @@ class TrackedTensors:
         if name not in tensors:
             value = initial.detach().clone(memory_format=torch.contiguous_format)
             tensors[name] = Tracked(value, _dims(axis, where))
+            if self._starts is not None:
+                self._starts[id(tensors[name])] = initial
         return tensors[name].tensor
 
     def pop(self, axis: RankAxis, name: str) -> Tensor | None:
         """Remove and return the tensor `name` of an axis, or None if there is no such tensor."""
         tracked = self._by_axis.get(axis.key, {}).pop(name, None)
         return None if tracked is None else tracked.tensor
+
+    def updated(self) -> Iterator[tuple[str, str, Tracked]]:
+        """Yield (axis key, name, tracked tensor) of what the update of a step may change: all."""
+        return self.items()
+
+    @contextmanager
+    def noting_new(self) -> Iterator[dict[int, Tensor]]:
+        """Within the block, note the first value of each tensor that is made.
+
+        Yields:
+            id of the tracked tensor -> its first value.
+        """
+        self._starts = {}
+        try:
+            yield self._starts
+        finally:
+            self._starts = None
+
+    def put_back(self, key: str, name: str, tracked: Tracked) -> None:
+        """Take a tracked tensor again that was removed, or that is there."""
+        self._by_axis.setdefault(key, {})[name] = tracked
+
+    def drop(self, key: str, name: str) -> None:
+        """Remove the tensor `name` of an axis."""
+        self._by_axis.get(key, {}).pop(name, None)
 
     def follow(self, axis: RankAxis, change: Resize) -> None:
         """Let every tensor follow a rank change of an axis."""

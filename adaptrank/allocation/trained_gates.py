@@ -46,11 +46,12 @@ class TrainedGates(TrackedTensors):
         values = [self.values(axes[key]).detach() for key in gradients]
         first = [self._moment(axes[key], "m") for key in gradients]
         second = [self._moment(axes[key], "v") for key in gradients]
-        counter = torch.zeros((), dtype=torch.int64)
+        # The counter lies on the device, since a step without finite gradients is not counted.
+        counter = values[0].new_zeros((), dtype=torch.int64)
         step = self.track(next(iter(axes.values())), "steps", counter, None).add_(1)
         rates = [learning_rates[key] for key in gradients]
         grads = list(gradients.values())
-        adam(values, grads, first, second, int(step), rates, eps=self.eps, raw_eps=self.raw_eps)
+        adam(values, grads, first, second, step, rates, eps=self.eps, raw_eps=self.raw_eps)
 
     def clear_moments(self, axis: RankAxis, units: list[int]) -> None:
         """Set the Adam moments of some units to zero."""

@@ -53,6 +53,9 @@ class Groups(RankAxis):
         super().__init__(key, [(layer, "") for layer in wrapped], nested)
         self.owner, self.parts, self.count = owner, parts, count
         self.open = torch.ones(count)
+        self._some_closed = False
+        self._factors: Tensor | None = None
+        """Factors of the inputs of the reader, on the device, until other groups close."""
 
     def __len__(self) -> int:
         return self.count
@@ -87,15 +90,22 @@ class Groups(RankAxis):
         """Mask these groups, and open all others."""
         self.open = torch.ones(self.count)
         self.open[list(units)] = 0
+        self._some_closed, self._factors = len(units) > 0, None
 
     def mask(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Zero the inputs that closed groups make. This is a forward pre-hook of `reader`."""
         x, *others = args
         width = self.parts[-1].width
         cut_out = x.shape[-1] != self.count * width
-        if cut_out or bool(self.open.all()):
+        if cut_out or not self._some_closed:
             return args
-        return x * self.open.to(x).repeat_interleave(width), *others
+        factors = self._factors
+        if factors is None or factors.device != x.device or factors.dtype != x.dtype:
+            # A tensor of an evaluation could not be used in training afterwards.
+            with torch.inference_mode(False):
+                factors = self.open.to(x.device, x.dtype).repeat_interleave(width)
+            self._factors = factors
+        return x * factors, *others
 
     @property
     def reader(self) -> nn.Module:

@@ -9,6 +9,10 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 LINES = 10
 """Lines of a run whose output is no terminal."""
+SHOWN_EVERY = 50
+"""Optimizer steps between two looks at the metrics in a trainer that logs nothing."""
+STEP_MEANS = "train_"
+"""Start of the names of the means over the targets of a step."""
 
 
 def progress() -> ProgressBar:
@@ -17,7 +21,13 @@ def progress() -> ProgressBar:
 
 
 class StepBar(TQDMProgressBar):
-    """Lightning's bar, over the steps of all epochs instead of the batches of each."""
+    """Lightning's bar, over the steps of all epochs instead of the batches of each.
+
+    Metrics are shown as often as they are logged, since each look at them waits for the device.
+    """
+
+    reads_logged_metrics = True
+    """Whether Lightning need not read the metrics of each batch for it."""
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Keep one bar for all epochs."""
@@ -29,11 +39,14 @@ class StepBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count optimizer steps."""
-        bar = self.train_progress_bar
-        if trainer.global_step != bar.n and not bar.disable:
-            bar.set_postfix_str(metrics_line(self.get_metrics(trainer, pl_module)), refresh=False)
-            bar.n = trainer.global_step
-            bar.refresh()
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step == bar.n or bar.disable:
+            return
+        every = trainer.log_every_n_steps or SHOWN_EVERY  # type: ignore[attr-defined]
+        if step % every == 0 or step == bar.total or not bar.postfix:
+            bar.set_postfix_str(shown_metrics(self, trainer, pl_module), refresh=False)
+        bar.n = step
+        bar.refresh()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No-op. An epoch is not shown."""
@@ -44,6 +57,9 @@ class StepLines(ProgressBar):
 
     A line is `step 100/200  train_loss 0.213  (1:13, 1:13 left)`, on standard error.
     """
+
+    reads_logged_metrics = True
+    """Whether Lightning need not read the metrics of each batch for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +102,7 @@ class StepLines(ProgressBar):
             a_step = seconds / max(1, step - self._first)
             times += f", {_minutes(a_step * (total - step))} left"
         of = f"/{total}" if total else ""
-        metrics = metrics_line(self.get_metrics(trainer, pl_module))
+        metrics = shown_metrics(self, trainer, pl_module)
         print(f"step {step}{of}  {metrics}  ({times})", file=sys.stderr, flush=True)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -98,6 +114,16 @@ def total_steps(trainer: Trainer) -> int | None:
     """Return the optimizer steps of the whole run, or None if they are not known."""
     total = trainer.estimated_stepping_batches
     return None if total in (float("inf"), -1) else int(total)
+
+
+def shown_metrics(bar: ProgressBar, trainer: Trainer, module: LightningModule) -> str:
+    """Return the metrics of a bar in one line. This reads the device."""
+    means = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(STEP_MEANS)
+    }
+    return metrics_line(means | dict(bar.get_metrics(trainer, module)))
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

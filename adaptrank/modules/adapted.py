@@ -45,6 +45,7 @@ from adaptrank.modules.averaging import (
     filter_weights,
 )
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
+from adaptrank.modules.host_batch import HostBatch, unwatch_transfers, watch_transfers
 from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
 from adaptrank.modules.option_checks import (
     check_clipping,
@@ -156,6 +157,7 @@ class AdaptedModule(LightningModule):
         self._resumed_random_state: dict[str, Any] | None = None
         self._steps_of_schedule: int | None = None
         self.step_mean = StepMean()
+        self.host_batch = HostBatch()
         self._warned_unsupervised: set[str] = set()
 
     @cached_property
@@ -354,6 +356,7 @@ class AdaptedModule(LightningModule):
         ensure_recorder(self.trainer)
         if stage == "fit":
             average_trained_only(self.trainer, self)
+            watch_transfers(self.trainer, self.host_batch)
         if self.trainer.precision in ("bf16-true", "16-true"):
             log.warning(
                 "precision=%s trains the adapters in half precision, where small steps vanish. "
@@ -361,6 +364,9 @@ class AdaptedModule(LightningModule):
                 "precision.",
                 self.trainer.precision,
             )
+
+    def teardown(self, stage: str) -> None:
+        unwatch_transfers(self.trainer)
 
     def on_validation_start(self) -> None:
         # A metric that Trainer.validate() used holds inference tensors. The validation inside of

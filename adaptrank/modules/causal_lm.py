@@ -20,19 +20,22 @@ from adaptrank.modules import padding_free
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.batch_keys import (
     BOUNDARY_KEYS,
-    IGNORED,
     at_least_float32,
     check_shapes,
+    entries,
     read_inputs,
     read_labels,
     takes,
 )
 from adaptrank.modules.body_and_head import separable_body
+from adaptrank.modules.known_attention import known_attention
 from adaptrank.modules.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.model_losses import has_own_terms, own_terms_only
 from adaptrank.modules.packed_rows import attention_inputs
+from adaptrank.modules.target_selection import Targets, find_targets, selected
 from adaptrank.ops.cross_entropy import linear_cross_entropy
 from adaptrank.ops.low_rank import plain
+from adaptrank.training.moving import to_device
 
 log = logging.getLogger("adaptrank")
 
@@ -108,13 +111,13 @@ class CausalLM(AdaptedModule):
                 row separate its examples.
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        losses, row, _ = self._token_losses({**batch, **inputs})
-        return losses, row
+        losses, targets, _ = self._token_losses({**batch, **inputs})
+        return losses, targets.row
 
     def _token_losses(
         self, batch: Any, beside: Collection[str] = ()
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the loss of every labelled token, the row it is in, and the model's own terms.
+    ) -> tuple[Tensor, Targets, Tensor | None]:
+        """Return the loss of every labelled token, these tokens, and the model's own terms.
 
         Args:
             batch: inputs and labels.
@@ -123,17 +126,16 @@ class CausalLM(AdaptedModule):
         inputs = read_inputs(batch, self.model, beside, BOUNDARY_KEYS)
         labels = read_labels(batch)
         check_shapes(inputs, labels)
-        inputs = attention_inputs(inputs, self.model)
-        targets = labels[:, 1:]
-        is_target = targets != IGNORED
-        row = is_target.nonzero()[:, 0]
+        host = self.host_batch.of(entries(batch))
+        targets = find_targets(labels, host["labels"])
+        inputs = attention_inputs(inputs, self.model, host)
         split = self._body_and_head(inputs)
         if split is None:
-            losses, own_terms = self._losses_from_logits(inputs, targets, is_target)
-            return losses, row, own_terms
+            losses, own_terms = self._losses_from_logits(inputs, host, targets)
+            return losses, targets, own_terms
         body, (weight, bias) = split
-        hidden = self._hidden_states(body, inputs, is_target)
-        return linear_cross_entropy(hidden, weight, bias, targets[is_target]), row, None
+        hidden = self._hidden_states(body, inputs, host, targets)
+        return linear_cross_entropy(hidden, weight, bias, targets.tokens), targets, None
 
     def _body_and_head(
         self, inputs: Mapping[str, Any]
@@ -155,18 +157,18 @@ class CausalLM(AdaptedModule):
         return (body, head) if all(takes(body, key) for key in inputs) else None
 
     def _hidden_states(
-        self, body: nn.Module, inputs: Mapping[str, Any], is_target: Tensor
+        self, body: nn.Module, inputs: Mapping[str, Any], host: Mapping[str, Any], targets: Targets
     ) -> Tensor:
         """Return the last hidden states that predict a target, (tokens, d)."""
-        predicts = F.pad(is_target, (0, 1))
-        if inputs.keys() == {"input_ids", "attention_mask"}:
-            mask = inputs["attention_mask"]
-            if mask.dim() == 2 and self._skips_padding(body, mask := mask != 0, predicts):
-                input_ids = inputs["input_ids"]
-                return padding_free.hidden_states(body, input_ids, mask)[predicts[mask]]
-        output = body(**inputs)
-        hidden: Tensor = output.last_hidden_state
-        return hidden[predicts]
+        mask = host.get("attention_mask")
+        if inputs.keys() == {"input_ids", "attention_mask"} and mask is not None:
+            mask = mask != 0
+            if mask.dim() == 2 and self._skips_padding(body, mask, targets.predicts):
+                hidden = padding_free.hidden_states(body, inputs["input_ids"], mask)
+                return hidden.index_select(0, targets.select(targets.predicts[mask]))
+        with known_attention(inputs, host, body) as ready:
+            output = body(**ready)
+        return selected(output.last_hidden_state, targets.index)
 
     def _skips_padding(self, body: nn.Module, mask: Tensor, predicts: Tensor) -> bool:
         """Tell whether this batch goes through the body without its padding."""
@@ -177,26 +179,27 @@ class CausalLM(AdaptedModule):
         return not bool((predicts & ~mask).any())
 
     def _losses_from_logits(
-        self, inputs: Mapping[str, Any], targets: Tensor, is_target: Tensor
+        self, inputs: Mapping[str, Any], host: Mapping[str, Any], targets: Targets
     ) -> tuple[Tensor, Tensor | None]:
         """Return the losses (tokens,), and the terms that the model adds to its loss, or None.
 
         Logits are computed at positions where some row has a target.
         """
-        columns = is_target.any(0).nonzero().squeeze(1)
+        columns = to_device(targets.columns, targets.labels.device)
         selects = takes(self.model, "logits_to_keep")
         selection = {"logits_to_keep": columns} if selects else {}
         own_terms: Tensor | None = None
         if has_own_terms(self.model):
             with own_terms_only(self.model):
-                output = self.model(**inputs, **selection, labels=targets)
+                output = self.model(**inputs, **selection, labels=targets.labels[:, 1:])
             own_terms = output.loss
         else:
-            output = self.model(**inputs, **selection)
-        logits = output.logits if selects else output.logits[:, columns]
-        is_target, targets = is_target[:, columns], targets[:, columns]
-        logits = at_least_float32(logits[is_target])
-        return F.cross_entropy(logits, targets[is_target], reduction="none"), own_terms
+            with known_attention(inputs, host, self.model) as ready:
+                output = self.model(**ready, **selection)
+        logits = output.logits if selects else output.logits.index_select(1, columns)
+        index = targets.select(targets.predicts.index_select(1, targets.columns))
+        logits = at_least_float32(selected(logits, index))
+        return F.cross_entropy(logits, targets.tokens, reduction="none"), own_terms
 
     def chance(self) -> dict[str, float]:
         tokens = self.model.get_input_embeddings().num_embeddings
@@ -234,9 +237,9 @@ class CausalLM(AdaptedModule):
 
     def _score_choices(self, choices: dict[str, Tensor], batch_size: int) -> None:
         """Update and log the accuracies over choices, one row of the batch per choice."""
-        losses, row, _ = self._token_losses(choices, CHOICE_KEYS)
+        losses, targets, _ = self._token_losses(choices, CHOICE_KEYS)
         zeros = torch.zeros(len(choices["labels"]), device=losses.device)
-        log_probabilities = zeros.index_add(0, row, -losses)
+        log_probabilities = zeros.index_add(0, targets.row, -losses)
         for metric, name in ((self.choice, "accuracy"), (self.choice_norm, "accuracy_norm")):
             metric.update(
                 log_probabilities, choices["characters"], choices["group"], choices["target"]

@@ -21,12 +21,14 @@ from adaptrank.parameterizations import wrappers
 Inputs = dict[str, Any]
 
 
-def attention_inputs(inputs: Mapping[str, Any], model: Any) -> Inputs:
+def attention_inputs(inputs: Mapping[str, Any], model: Any, host: Mapping[str, Any]) -> Inputs:
     """Return inputs under which this model keeps the examples of a row apart.
 
     Args:
         inputs: inputs of a causal language model, with the keys of flash attention, too.
         model: a causal language model of transformers.
+        host: the same inputs with their values on the host, where they are known there. What
+            depends on a value is decided by these.
 
     Raises:
         UserError: if the model would drop what a key says.
@@ -48,10 +50,11 @@ def attention_inputs(inputs: Mapping[str, Any], model: Any) -> Inputs:
         return ready
     if positions is None and not has_boundaries:
         return ready
-    return _apart(ready, _segments(inputs) if has_boundaries else None, model)
+    segments = _segments(inputs, host) if has_boundaries else None
+    return _apart(ready, segments, model, host)
 
 
-def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
+def _apart(ready: Inputs, segments: Tensor | None, model: Any, host: Mapping[str, Any]) -> Inputs:
     """Return inputs under which the model keeps the examples of a row apart."""
     positions, mask = ready.get("position_ids"), ready.get("attention_mask")
     rows, length = token_shape(ready)
@@ -59,7 +62,7 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
         # A recurrent layer carries its state from one example to the next.
         if segments is not None:
             _refuse("boundaries of examples", model)
-        if positions is not None and _restarts(positions):
+        if positions is not None and _restarts(host["position_ids"]):
             _refuse("position_ids that begin again", model)
         return ready
     # Transformers keeps examples apart by itself where nothing but positions tells them apart.
@@ -70,24 +73,40 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any) -> Inputs:
     starts = positions.diff(dim=-1) != 1
     if segments is not None:
         starts = starts | (segments.diff(dim=-1) != 0)
-    if told_by_positions and _wraps_single_layers(model):
-        return ready
-    if _takes_dense_mask(model, length):
+    takes_dense_mask = _takes_dense_mask(model, length)
+    if told_by_positions and wraps_single_layers(model):
+        # It asks the device whether there are several. Where the host knows, it is told.
+        is_known = takes_dense_mask and _are_known_to_start(host.get("position_ids"))
+        if not is_known:
+            return ready
+    if takes_dense_mask:
         ready["attention_mask"] = _for_attention(_dense_mask(starts, mask, rows), model)
-    elif _wraps_single_layers(model) and (mask is None or bool((mask != 0).all())):
+    elif wraps_single_layers(model) and (mask is None or _hides_nothing(host)):
         ready["attention_mask"] = None
         ready["position_ids"] = _positions_of(starts) if segments is not None else positions
-    elif segments is not None or _restarts(positions):
+    elif segments is not None or _restarts(host["position_ids"]):
         _refuse("packed rows with padding", model)
     return ready
 
 
-def _segments(inputs: Mapping[str, Any]) -> Tensor:
+def _are_known_to_start(positions: Tensor | None) -> bool:
+    """Tell whether positions on the host say that a row has several examples."""
+    if positions is None or positions.device.type != "cpu":
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
+def _hides_nothing(host: Mapping[str, Any]) -> bool:
+    return bool((host["attention_mask"] != 0).all())
+
+
+def _segments(inputs: Mapping[str, Any], host: Mapping[str, Any]) -> Tensor:
     """Return the number of the example that each token belongs to, (rows, T)."""
     rows, length = token_shape(inputs)
     if "seq_idx" in inputs:
         return inputs["seq_idx"]  # type: ignore[no-any-return]
-    starts = inputs.get("cu_seq_lens_q", inputs.get("cu_seq_lens_k"))
+    key = "cu_seq_lens_q" if "cu_seq_lens_q" in inputs else "cu_seq_lens_k"
+    starts = inputs.get(key)
     if starts is None:
         raise UserError(
             "The batch has max_length_q or max_length_k, and no cu_seq_lens_q that says where its "
@@ -96,7 +115,7 @@ def _segments(inputs: Mapping[str, Any]) -> Tensor:
     # Flash attention counts the tokens of all rows, one row after the other.
     tokens = torch.arange(rows * length, device=starts.device)
     ends = starts[1:].to(tokens.dtype)
-    if not len(ends) or int(ends[-1]) != rows * length:
+    if not len(ends) or int(host[key][-1]) != rows * length:
         raise UserError(
             f"The batch's cu_seq_lens_q does not end at its {rows * length} tokens. Give the "
             f"boundaries of all rows, one after the other, from 0 to {rows * length}."
@@ -208,7 +227,7 @@ def _takes_dense_mask(model: Any, length: int) -> bool:
     return reaches and reads_it
 
 
-def _wraps_single_layers(model: nn.Module) -> bool:
+def wraps_single_layers(model: nn.Module) -> bool:
     """Tell whether no wrapper surrounds a whole attention, which may bring a cache of its own."""
     return not any(list(wrapper.innermost.children()) for wrapper in wrappers(model))
 

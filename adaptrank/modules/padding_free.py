@@ -4,7 +4,7 @@ A padded batch (rows, tokens) becomes one row of its tokens, example after examp
 treats a token by itself except attention, which is computed example by example.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptrank.modules.forward_replacement import replaced_forwards
 from adaptrank.parameterizations import Parameterization, wrappers
+from adaptrank.training.moving import to_device
 
 # fmt: off
 MODEL_TYPES = frozenset({
@@ -28,7 +29,7 @@ The tests compare each with its padded self.
 """
 
 ATTENTION_NAME = "adaptrank_examples"
-"""Name by which transformers finds `attention_by_example` during one call of a body."""
+"""Name by which transformers finds an attention function of ours during one call of a model."""
 
 SHORT_ROW = 64
 """Mean tokens per row below which attention example by example costs more than one masked call.
@@ -45,26 +46,35 @@ def fits(body: nn.Module, mask: Tensor) -> bool:
 
     Args:
         body: the body of a causal language model.
-        mask: (rows, tokens), true on tokens and false on padding.
+        mask: (rows, tokens), true on tokens and false on padding. It is read where it is.
     """
     return _body_fits(body, mask.shape[1]) and _mask_fits(mask)
 
 
-def _body_fits(body: nn.Module, tokens: int) -> bool:
-    """Tell whether attention example by example replaces the mask of this body.
+def sees_all_earlier(model: nn.Module, tokens: int) -> bool:
+    """Tell whether each token of a row sees all earlier ones, and nothing else counts its place.
 
-    The body is a model of `MODEL_TYPES` that attends by PyTorch's `scaled_dot_product_attention`,
-    and at this length to every earlier token. It has no active dropout of its own. Its wrappers
-    surround single layers and serve every row. No block is computed again in the backward pass,
-    where nothing would say how long the examples are.
+    The model is one of `MODEL_TYPES` that attends by PyTorch's `scaled_dot_product_attention`, and
+    at this length to every earlier token.
     """
-    config: Any = getattr(body, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in MODEL_TYPES:
         return False
     if config._attn_implementation != "sdpa":
         return False
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < tokens:
+    return window is None or window >= tokens
+
+
+def _body_fits(body: nn.Module, tokens: int) -> bool:
+    """Tell whether attention example by example replaces the mask of this body.
+
+    Each token sees all earlier ones. The body has no active dropout of its own. Its wrappers
+    surround single layers and serve every row. No block is computed again in the backward pass,
+    where nothing would say how long the examples are.
+    """
+    config: Any = getattr(body, "config", None)
+    if not sees_all_earlier(body, tokens):
         return False
     if any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
         return False
@@ -105,40 +115,46 @@ def hidden_states(body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
     Args:
         body: a body that `fits`.
         input_ids: (rows, tokens).
-        mask: (rows, tokens), true on tokens and false on padding.
+        mask: (rows, tokens), true on tokens and false on padding. Where it is on the host the
+            device is not read.
     """
-    positions = (mask.cumsum(1) - 1)[mask]
+    device = input_ids.device
+    positions = to_device((mask.cumsum(1) - 1)[mask], device)
+    tokens = to_device(mask.flatten().nonzero().squeeze(1), device)
     lengths = [length for length in mask.sum(1).tolist() if length]
-    dropouts = _padded_dropouts(body, mask)
-    with _registered_attention(body, lengths), replaced_forwards(dropouts):
+    dropouts = _padded_dropouts(body, mask.shape, tokens)
+    attention = partial(attention_by_example, lengths)
+    with registered_attention(body, attention), replaced_forwards(dropouts):
         output = body(
-            input_ids=input_ids[mask][None], position_ids=positions[None], use_cache=False
+            input_ids=input_ids.flatten().index_select(0, tokens)[None],
+            position_ids=positions[None],
+            use_cache=False,
         )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _registered_attention(body: nn.Module, lengths: list[int]) -> Iterator[None]:
-    """Within the block, let the attention modules of the body call `attention_by_example`.
+def registered_attention(model: nn.Module, attention: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, let the attention modules of a model call this attention function.
 
     Transformers looks an attention function up by the name in the configuration. The function is
-    registered under a name of its own, with the lengths of the examples, and the configurations in
-    the body name it. Transformers makes no mask for a name that it does not know. On exit the
-    earlier names are back and the function is unregistered.
+    registered under a name of its own, and the configurations in the model name it. Transformers
+    makes no mask for a name that it does not know, and reads none. On exit the earlier names are
+    back and the function is unregistered.
 
-    The lengths are bound to the function because not every model hands keywords on to its
-    attention modules (StableLM does not).
+    What the function has to know beside its arguments is bound to it, because not every model hands
+    keywords on to its attention modules (StableLM does not).
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     configs: dict[int, Any] = {}
-    for module in body.modules():
+    for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             configs[id(config)] = config
     earlier = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
-        ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = partial(attention_by_example, lengths)
+        ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = attention
         # The property without "_internal" would also write into nested configurations.
         for config in configs.values():
             config._attn_implementation_internal = ATTENTION_NAME
@@ -184,14 +200,22 @@ def attention_by_example(
     return torch.cat(outputs, 1), None
 
 
-def _padded_dropouts(body: nn.Module, mask: Tensor) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield each active dropout with a forward that draws for the padded batch."""
+def _padded_dropouts(
+    body: nn.Module, shape: torch.Size, tokens: Tensor
+) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield each active dropout with a forward that draws for the padded batch.
+
+    Args:
+        body: the body.
+        shape: (rows, length) of the padded batch.
+        tokens: indices of its tokens, (n,), on the device.
+    """
     for module in body.modules():
         if isinstance(module, nn.Dropout) and module.p and module.training:
-            yield module, partial(_drop_as_padded, module.p, mask)
+            yield module, partial(_drop_as_padded, module.p, shape, tokens)
 
 
-def _drop_as_padded(p: float, mask: Tensor, x: Tensor) -> Tensor:
-    """Apply dropout to one row (1, n, ...), with numbers drawn for (rows, tokens, ...)."""
-    drawn = F.dropout(x.new_ones(*mask.shape, *x.shape[2:]), p)
-    return x * drawn[mask]
+def _drop_as_padded(p: float, shape: torch.Size, tokens: Tensor, x: Tensor) -> Tensor:
+    """Apply dropout to one row (1, n, ...), with numbers drawn for (rows, length, ...)."""
+    drawn = F.dropout(x.new_ones(*shape, *x.shape[2:]), p)
+    return x * drawn.flatten(0, 1).index_select(0, tokens)

@@ -26,10 +26,12 @@ from adaptrank.modules.batch_keys import (
     IGNORED,
     at_least_float32,
     count_supervised,
+    entries,
     forward_keys,
     read_inputs,
     read_labels,
 )
+from adaptrank.modules.known_attention import known_attention
 from adaptrank.modules.label_counts import LabelCounts, LabelSpread
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -69,7 +71,7 @@ class SequenceClassification(AdaptedModule):
         self.metric_names = metrics
         self.mean_loss = MeanMetric()
         self.scores: MetricCollection | None = None
-        self._unsupervised = torch.tensor(False)
+        self._unsupervised: Tensor | None = None
         self.labels_seen: LabelCounts | LabelSpread | None = None
 
     # ---- building
@@ -158,7 +160,9 @@ class SequenceClassification(AdaptedModule):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return logits (B, classes), or values (B,) for a regression, in float32 or better."""
         inputs = read_inputs(batch, self.model)
-        logits = at_least_float32(self.model(**inputs).logits)
+        host = self.host_batch.of(entries(batch))
+        with known_attention(inputs, host, self.model) as ready:
+            logits = at_least_float32(self.model(**ready).logits)
         return logits.squeeze(-1) if self._is_regression else logits
 
     def _loss(self, output: Tensor, labels: Tensor, count: Tensor) -> Tensor:
@@ -187,15 +191,17 @@ class SequenceClassification(AdaptedModule):
         labels = read_labels(batch)
         count = count_supervised(labels)
         loss = self._loss(self(batch), labels, count)
-        self._unsupervised = (count == 0) | self._unsupervised.to(count.device)
+        is_unsupervised = count == 0
+        earlier = self._unsupervised
+        self._unsupervised = is_unsupervised if earlier is None else earlier | is_unsupervised
         self.step_mean.note(count, {"train_loss": loss})
         return loss
 
     def on_train_epoch_end(self) -> None:
         # The flag is read here and not in each step, which would wait for the device.
-        if bool(self._unsupervised):
+        if self._unsupervised is not None and bool(self._unsupervised):
             self.warn_unsupervised("batch")
-            self._unsupervised = torch.zeros_like(self._unsupervised)
+        self._unsupervised = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.scores is not None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
 from adaptrank.training.distributed import average_adapters
@@ -62,11 +63,20 @@ class AdapterGradients(Callback):
         trained = [p for p in pl_module.parameters() if p.requires_grad]
         means = step_mean.complete([*trained, *_gates(trainer)], trainer.accumulate_grad_batches)
         for name, value in means.items():
-            pl_module.log(name, value, prog_bar=True)
+            pl_module.log(name, value, prog_bar=_wants_numbers(trainer.progress_bar_callback))
 
     def _acts(self, trainer: Trainer) -> bool:
         """Return whether this is the first one of the trainer."""
         return next(_instances(trainer), self) is self
+
+
+def _wants_numbers(bar: ProgressBar | None) -> bool:
+    """Return whether a progress bar gets its metrics from Lightning.
+
+    Lightning reads them from the device at every batch then, however seldom the bar shows them. A
+    bar with the attribute `reads_logged_metrics` takes them from what is logged when it shows them.
+    """
+    return bar is not None and not getattr(bar, "reads_logged_metrics", False)
 
 
 def ensure_gradients(trainer: Trainer) -> None:

@@ -26,6 +26,7 @@ from adaptrank._collectives import several
 from adaptrank._errors import UserError
 from adaptrank.axes import fit_ranks
 from adaptrank.parameterizations import Parameterization, adapter_parameters, wrappers
+from adaptrank.training.moving import to_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,18 +43,19 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
         return
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for (device, dtype), group in groups.items():
-        have = torch.tensor(
-            [float(tensor.grad is not None) for tensor in group], device=device, dtype=dtype
-        )
+        have = [float(tensor.grad is not None) for tensor in group]
         values = [
             torch.zeros_like(t).flatten() if t.grad is None else t.grad.flatten() for t in group
         ]
-        flat = torch.cat([have, *values])
+        flat = torch.cat([to_device(torch.tensor(have, dtype=dtype), device), *values])
         dist.all_reduce(flat)
         counts, *parts = torch.split(flat, [len(group), *(t.numel() for t in group)])
-        for tensor, count, part in zip(group, counts.tolist(), parts, strict=True):
+        # The device is read only where another process may have a gradient that is missing here.
+        is_there = have if all(have) else counts.tolist()
+        for tensor, count, part in zip(group, is_there, parts, strict=True):
             if count:
                 tensor.grad = (part / dist.get_world_size()).view_as(tensor)
 

@@ -93,9 +93,9 @@ class InputAverages(TrackedTensors):
         totals = torch.split(flat, lengths)
         for average, squares, tokens in zip(averages, totals[::2], totals[1::2], strict=True):
             root = (squares / tokens).sqrt().to(average.device)
+            averaged = average.mul(beta).add(root, alpha=1 - beta)
             # It is not finite if a layer took no part, or read values that are not finite.
-            if bool(root.isfinite().all()):
-                average.mul_(beta).add_(root, alpha=1 - beta)
+            average.copy_(torch.where(root.isfinite().all(), averaged, average))
         self.sums = {}
 
     def _see_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ class InputAverages(TrackedTensors):
             visible = (self.mask != 0).flatten().to(squares)
             sums = InputSums(visible @ squares, visible.sum())
         else:
-            sums = InputSums(squares.sum(0), squares.new_tensor(float(len(squares))))
+            sums = InputSums(squares.sum(0), squares.new_full((), len(squares)))
         earlier = self.sums.get(factor)
         if earlier is not None:
             sums = InputSums(earlier.squares + sums.squares, earlier.tokens + sums.tokens)

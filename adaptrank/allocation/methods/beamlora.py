@@ -17,11 +17,15 @@ from adaptrank.allocation.plans import Plan, Resize, Scores
 from adaptrank.allocation.policy import Policy
 from adaptrank.allocation.schedules import check_length
 from adaptrank.allocation.scores.elements import elements, zeros
+from adaptrank.allocation.state import Tracked
 from adaptrank.allocation.trained_gates import TrainedGates
 from adaptrank.axes import CostModel, RankAxis, generator, shift_copies, states_of
 
 SPLIT_NOISE = 1e-3
 """Noise that tells a unit from its copy, relative to the root mean square of the factor."""
+
+SNAPSHOT = "old."
+"""Start of the names of a snapshot's tensors."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ class BeamState(TrainedGates):
 
     def __init__(self) -> None:
         super().__init__("s")
+
+    def updated(self) -> Iterator[tuple[str, str, Tracked]]:
+        """Yield logits and their moments. No update of a step changes the snapshot."""
+        for key, name, tracked in self.items():
+            if not name.startswith(SNAPSHOT):
+                yield key, name, tracked
 
     def take_snapshot(self, tensors: Sequence[_Trained]) -> None:
         """Copy what is trained and its moments; the copies follow the next event."""
@@ -265,7 +275,7 @@ class BeamLoRA(Policy[BeamState]):
 
     def _trained_tensors(self, axes: Axes) -> Iterator[_Trained]:
         for element in elements(axes):
-            name = f"old.{element.label}"
+            name = f"{SNAPSHOT}{element.label}"
             yield _Trained(element.axis, name, element.tensor, element.where)
             for key, _, value in states_of(element.tensor, self.run.optimizers):
                 yield _Trained(element.axis, f"{name}.{key}", value, element.where)

@@ -117,8 +117,9 @@ class LoRAPrune(Policy[GroupAverages]):
     def update(self, state: GroupAverages, axes: Axes) -> None:
         for _, axis in _groups(axes):
             importance = axis.importance()
-            if bool(importance.isfinite().all()):
-                state.importance(axis, importance).lerp_(importance, 1 - self.beta)
+            average = state.importance(axis, importance)
+            averaged = average.lerp(importance, 1 - self.beta)
+            average.copy_(torch.where(importance.isfinite().all(), averaged, average))
 
     def score_units(self, state: GroupAverages, axes: Axes) -> Scores:
         scores = {}

@@ -137,7 +137,7 @@ class SoRA(Policy[TrainedGates]):
 
     def _thresholds(
         self, gates: dict[str, Tensor], rates: dict[str, float], step: int
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | dict[str, Tensor]:
         """Return the threshold of each axis: its xi, raised to what the budget of the step needs.
 
         Args:
@@ -154,10 +154,10 @@ class SoRA(Policy[TrainedGates]):
             thresholds[key] = xi * rate if self.prox_scale == "lr" else xi
         if self.budget is None:
             return thresholds
-        magnitudes = {key: gate.abs().cpu() for key, gate in gates.items()}
+        magnitudes = {key: gate.abs() for key, gate in gates.items()}
         budget = cubic(self.run.start_total, self.budget, progress)
         shared = threshold_for(magnitudes, self.run.cost(), budget, self.floors(), thresholds)
-        return {key: max(threshold, shared) for key, threshold in thresholds.items()}
+        return {key: shared.clamp_min(threshold) for key, threshold in thresholds.items()}
 
     def finish_step(self, state: TrainedGates, axes: Axes) -> None:
         if state:

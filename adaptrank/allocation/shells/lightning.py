@@ -214,6 +214,9 @@ class LightningShell(Callback):
         event = self.engine.step(step)
         if event is not None:
             _log(pl_module, event)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            self.engine.read_bad_steps()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Carry out a last event that training did not reach, and say what is undone.

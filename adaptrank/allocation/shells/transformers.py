@@ -82,6 +82,10 @@ class AllocatorCallback(TrainerCallback):
         """Finish the optimizer step."""
         self.allocator.step()
 
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Note how many steps in a row had gradients that were not finite."""
+        self.allocator.engine.read_bad_steps()
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
