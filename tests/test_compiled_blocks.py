@@ -1,6 +1,7 @@
 """Compiled blocks: few graphs for many ranks, and the results and files of an eager run."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -21,7 +22,8 @@ from adaptrank.axes import rank_axes
 from adaptrank.data import ArithmeticProblems
 from adaptrank.injection import adapt, disabled, select_rows
 from adaptrank.modules import Adapter, CausalLM
-from adaptrank.parameterizations import LoRA
+from adaptrank.parameterizations import PARAMETERIZATIONS, LoRA
+from adaptrank.parameterizations.base import on_example
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -105,6 +107,30 @@ def test_twelve_ranks_share_two_graphs_and_so_do_lengths_and_events():
     set_ranks(model, lambda number: 2 + (5 * number) % 13)
     assert_equals_eager(model, tokens(2, 9))
     assert counter.frame_count == 2
+
+
+def methods_with_a_rank():
+    """Methods whose rank is an axis. Most of them have a scale of alpha / rank."""
+    names = []
+    for name, method in PARAMETERIZATIONS.items():
+        takes_rank = "rank" in inspect.signature(method.__init__).parameters
+        is_ours = method.__module__.startswith("adaptrank.")
+        if is_ours and takes_rank and "rank" in on_example(method).axes:
+            rare = () if name in ("DoRA", "LoKr", "SVD") else pytest.mark.tables
+            names.append(pytest.param(name, marks=rare))
+    return names
+
+
+@pytest.mark.parametrize("name", methods_with_a_rank())
+def test_layers_that_were_made_with_other_ranks_share_their_graphs(name):
+    counter = CompileCounterWithBackend("eager")
+    model = llama(5, targets=["down_proj"])
+    for number in range(5):
+        nest = partial(PARAMETERIZATIONS[name], rank=2 + number)
+        adapt(model, rf".*layers\.{number}\..*q_proj", nest)
+    adaptrank.compile_blocks(model, backend=counter, fullgraph=True)
+    loss_and_gradients(model, tokens(2, 8))
+    assert counter.frame_count <= 3
 
 
 def test_a_block_with_an_empty_layer_has_one_further_graph():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptrank.ops.products import as_gradient, scaled_product, transposed
+from adaptrank.ops.products import as_gradient, scaled_product, traceable_scale, transposed
 from adaptrank.ops.second_derivatives import differentiable_gradients
 
 
@@ -29,6 +29,7 @@ def linear(
         B2: (r, n2), in the adapter's dtype.
         s: the scale.
     """
+    B1, s = traceable_scale(B1, s)
     return _Linear.apply(x, W, bias, A, B1, B2, s)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
-from adaptrank.ops.products import contiguous, scaled_product, transposed
+from adaptrank.ops.products import contiguous, scaled_product, traceable_scale, transposed
 
 # float16 would overflow in a gradient that is summed over tokens.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -76,6 +76,7 @@ def linear(
         V: (k, n), in the adapter's dtype.
         scale: s. It costs no operation of its own.
     """
+    U, scale = traceable_scale(U, scale)
     return _Linear.apply(x, W, bias, U, V, scale)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -90,6 +91,7 @@ def accumulate(y: Tensor, z: Tensor, U: Tensor, fresh: bool = False, scale: floa
             it.
         scale: s. It costs no operation of its own.
     """
+    U, scale = traceable_scale(U, scale)
     return _Accumulate.apply(y, z, U, fresh, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptrank.ops.products import as_gradient, scaled_product, transposed
+from adaptrank.ops.products import as_gradient, scaled_product, traceable_scale, transposed
 from adaptrank.ops.scaling import scaled_rows, sum_of_products
 from adaptrank.ops.second_derivatives import differentiable_gradients
 
@@ -26,6 +26,7 @@ def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Ten
         B: (m, r).
         s: the scale.
     """
+    B, s = traceable_scale(B, s)
     device = W.device.type
     # Autocast would round the sums. The meta device has no autocast.
     can_autocast = torch.amp.is_autocast_available(device)
@@ -67,6 +68,7 @@ def linear(
         magnitude: (m,), in the adapter's dtype.
         s: the scale.
     """
+    B, s = traceable_scale(B, s)
     return _Linear.apply(x, W, bias, squares, A, B, magnitude, s)  # type: ignore[no-any-return, no-untyped-call]
 
 

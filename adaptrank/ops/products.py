@@ -17,6 +17,15 @@ def scaled_product(left: Tensor, right: Tensor, s: float, like: Tensor) -> Tenso
     return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
+def traceable_scale(factor: Tensor, s: float) -> tuple[Tensor, float]:
+    """Return (s * factor, 1) in a compiled graph, and both as they are elsewhere.
+
+    A graph would hold a scale that multiplies no tensor as a constant, and layers whose scales
+    differ would need a graph each.
+    """
+    return (s * factor, 1.0) if torch.compiler.is_compiling() else (factor, s)
+
+
 def contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous tensor of a dtype, by one operation at most."""
     # `to` returns a transposed matrix as it is, if it has the dtype.

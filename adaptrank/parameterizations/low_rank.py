@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -85,10 +84,7 @@ class LowRankUpdate(Parameterization):
 
     def _fast_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `scaled_factors()`, unless a subclass overrides only `factors()`."""
-        # A compiled graph would hold a scale that multiplies no tensor as a constant, and layers
-        # whose scales differ would need a graph each.
-        states_scale = self._states_scale and not torch.compiler.is_compiling()
-        return self.scaled_factors() if states_scale else LowRankUpdate.scaled_factors(self)
+        return self.scaled_factors() if self._states_scale else LowRankUpdate.scaled_factors(self)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         factors = self.factors()

@@ -10,11 +10,11 @@ import common
 import torch
 from torch import nn
 
-from adaptrank import PARAMETERIZATIONS, adapt, rank_axes
+from adaptrank import PARAMETERIZATIONS, adapt, compile_blocks, rank_axes
 from adaptrank.training.penalties import add_penalty_gradients
 from gpu_parts.clock import Deadline
 from gpu_parts.measures import MIB, Device, one_line
-from gpu_parts.models import Graphs, Workload, compile_blocks, frozen, sharing
+from gpu_parts.models import Graphs, Workload, frozen, sharing
 from gpu_parts.settings import Settings, Size
 
 WARMUP, EVERY, FINAL = 6, 2, 7

@@ -1,7 +1,7 @@
 """Models of three sizes with random weights, and the variants of them that are compared."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 import training_step
 from torch import Tensor, nn
 
-import adaptrank
 from adaptrank import PARAMETERIZATIONS, adapt
 from gpu_parts.settings import PEFT, Size
 
@@ -45,21 +44,6 @@ def sharing(model: nn.Module) -> nn.Module:
     """Return a copy of a model with modules of its own and the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """Return the repeated blocks of a model: the entries of its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len))
-
-
-def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile the repeated blocks of a model, with options of torch.compile."""
-    if hasattr(adaptrank, "compile_blocks"):
-        adaptrank.compile_blocks(model, **options)
-        return
-    for block in blocks(model):
-        block.compile(**options)
 
 
 class Graphs:

@@ -6,9 +6,10 @@ from typing import Any
 import common
 from torch import nn
 
+from adaptrank import compile_blocks
 from gpu_parts.clock import Deadline
 from gpu_parts.measures import MIB, Device, describe, one_line
-from gpu_parts.models import Graphs, Step, Workload, compile_blocks, frozen, variant
+from gpu_parts.models import Graphs, Step, Workload, frozen, variant
 from gpu_parts.settings import PEFT, Settings, Size
 
 BUILDING = 0.65
