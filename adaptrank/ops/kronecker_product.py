@@ -119,7 +119,7 @@ def _on_blocks(factor: Tensor, blocks: Tensor, s: float, like: Tensor) -> Tensor
 def _formula(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B1: Tensor, B2: Tensor, s: float
 ) -> Tensor:
-    X = x.unflatten(-1, (A.shape[1], -1))
+    X = x.reshape(*x.shape[:-1], A.shape[1], B2.shape[1])
     A, B1, B2 = A.to(x.dtype), B1.to(x.dtype), B2.to(x.dtype)
     change = s * F.linear(A @ F.linear(X, B2), B1).flatten(-2)
     return F.linear(x, W, None if bias is None else bias.to(x.dtype)) + change

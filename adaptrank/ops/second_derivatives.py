@@ -25,7 +25,9 @@ def differentiable_gradients(
     """
     # One input may be computed from another. An alias ends the path of each.
     aliases = [None if value is None else value.view_as(value) for value in inputs]
-    wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+    wanted = [
+        alias for alias, need in zip(aliases, needed, strict=True) if need and alias is not None
+    ]
     y = formula(*aliases)
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
