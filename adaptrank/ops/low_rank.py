@@ -38,11 +38,17 @@ def fits(x: Tensor) -> bool:
     return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
-def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def plain(
+    layer: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None] | None:
     """Return (W (m, n), bias) if the forward of a linear layer can be bypassed, else None.
 
     It can be if the layer has no hook and no forward of its own, trains nothing, and is neither
     quantized nor sharded.
+
+    Args:
+        layer: the layer that a wrapper would call.
+        dtype: dtype that W must have, that of the input. None accepts any.
     """
     if type(layer) not in layers.LINEAR or "forward" in vars(layer) or _has_hooks(layer):
         return None
@@ -50,6 +56,8 @@ def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
         return None
     if bias is not None and bias.requires_grad:
+        return None
+    if dtype is not None and weight.dtype != dtype:
         return None
     return (weight.T if type(layer) is Conv1D else weight), bias
 

@@ -297,8 +297,8 @@ class Parameterization(Wrapper):
     def add_product(self, x: Tensor, U: Tensor, V: Tensor, scale: float = 1.0) -> Tensor:
         """Return base(x) + s U V x, (..., m), for U (m, k) and V (k, n) in the adapter's dtype."""
         base, inputs = cast(nn.Module, self._modules["base"]), self.apply_dropout(x)
-        plain = ops.plain(base) if inputs is x else None
-        if plain is not None and plain[0].dtype == x.dtype:
+        plain = ops.plain(base, x.dtype) if inputs is x else None
+        if plain is not None:
             return ops.linear(x, *plain, U, V, scale)
         return self.add_low_rank(x, F.linear(inputs, V.to(x.dtype)), U, scale)
 

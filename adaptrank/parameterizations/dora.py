@@ -92,8 +92,8 @@ class DoRA(Parameterization):
         if drops or not self.fuses(x):
             return super().forward_adapted(x)
         B, A = self.gated("B"), self.gated("A")
-        frozen = ops.plain(self.base) if self.detach_norm else None
-        if frozen is not None and frozen[0].dtype == x.dtype:
+        frozen = ops.plain(self.base, x.dtype) if self.detach_norm else None
+        if frozen is not None:
             squares = self._frozen_squares()
             return magnitude.linear(x, *frozen, squares, A, B, self.m, self.scale)
         y = self.add_product(x, B, A, self.scale)

@@ -59,8 +59,8 @@ class HyperAdapt(Parameterization):
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         if self.da is not None and self.dc is not None and self.fuses(x):
-            frozen = ops.plain(self.base)
-            if frozen is not None and frozen[0].dtype == x.dtype:
+            frozen = ops.plain(self.base, x.dtype)
+            if frozen is not None:
                 return scaling.linear(x, *frozen, self.da, self.dc)
         plain = self.innermost
         if isinstance(plain, nn.Embedding):

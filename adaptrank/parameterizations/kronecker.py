@@ -90,8 +90,8 @@ class Kronecker(Parameterization):
             return super().forward_adapted(x)
         A, B = self.A, self.gated("B")
         change = _Sum.apply(A, B, self.scale, x.dtype)  # type: ignore[no-untyped-call]
-        plain = low_rank.plain(self.base) if self.apply_dropout(x) is x else None
-        if plain is None or not low_rank.fits(x) or x.dtype != plain[0].dtype:
+        plain = low_rank.plain(self.base, x.dtype) if self.apply_dropout(x) is x else None
+        if plain is None or not low_rank.fits(x):
             return self.base(x) + F.linear(self.dropout(x), change)  # type: ignore[no-any-return]
         if x.dtype == A.dtype:
             return F.linear(x, plain[0] + change, plain[1])

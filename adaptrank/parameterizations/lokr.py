@@ -101,8 +101,8 @@ class LoKr(Parameterization):
         if not self.fuses(x):
             return super().forward_adapted(x)
         inputs = self.apply_dropout(x)
-        frozen = ops.plain(self.base) if inputs is x else None
-        if frozen is not None and frozen[0].dtype == x.dtype:
+        frozen = ops.plain(self.base, x.dtype) if inputs is x else None
+        if frozen is not None:
             factors = self.coarse, self.gated("B1"), self.B2
             return kronecker_product.linear(x, *frozen, *factors, self.scale)
         A, B2 = self.coarse.to(x.dtype), self.B2.to(x.dtype)

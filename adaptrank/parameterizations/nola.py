@@ -323,8 +323,8 @@ class _Combine(torch.autograd.Function):
         (g,) = grads  # (1, size)
         with _without_autocast(g.device):
             products = [_products(g, ctx.chunks[i].to(g)) for i in range(len(ctx.chunks))]
-        grads = torch.stack(products) if len(products) > 1 else products[0][None]
-        return grads, None, None
+        of_chunks = torch.stack(products) if len(products) > 1 else products[0][None]
+        return of_chunks, None, None
 
 
 def _add_product(total: Tensor | None, row: Tensor, rows: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class _CompiledCall:
         # A cache has the number of the layer as an index, so each block would have graphs of its
         # own. A model that is compiled as a whole takes its blocks in.
         if _has_cache(args, kwargs) or torch.compiler.is_compiling():
-            return self._block._call_impl(*args, **kwargs)
+            return self._block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         with BLOCK_COMPILER.calling(partial(self._mark, args, kwargs)):
             return self._compiled(*args, **kwargs)
 
