@@ -1,9 +1,10 @@
-"""How many operations an adapted layer launches: what a GPU would feel, counted on a CPU.
+"""How many operations an adapted layer launches: what a GPU would feel, counted without one.
 
     python benchmarks/operation_counts.py
 
 - Model: a tiny Llama of two blocks in bf16, with an adapter on all linear layers, at the defaults
-  of each method. HF PEFT's adapters stand beside ours where it has the method.
+  of each method. HF PEFT's adapters stand beside ours where it has the method. It is on the meta
+  device, where methods take the path of a GPU. The inputs of all layers need a gradient.
 - Operations: those that PyTorch dispatches in a forward and a backward pass, less those of the
   frozen model, divided by the number of adapted layers. An operation that runs no kernel, such as
   a view, does not count. A custom operation would count by the operations inside of it.
@@ -72,7 +73,7 @@ class Operations(TorchDispatchMode):
 
 
 def llama() -> Any:
-    """Return a frozen Llama of two blocks in bf16."""
+    """Return a frozen Llama of two blocks in bf16, whose embedding passes a gradient on."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -83,7 +84,9 @@ def llama() -> Any:
         vocab_size=97,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
+    return model
 
 
 def operations(model: nn.Module) -> int:
@@ -92,22 +95,26 @@ def operations(model: nn.Module) -> int:
     Raises:
         RuntimeError: if a custom operation hides the kernels inside of it.
     """
-    tokens = torch.arange(32).view(2, 16)
-    model.train()
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    tokens = torch.arange(32, device="meta").view(2, 16)
+    # Transformers would read the values of a mask of two dimensions.
+    mask = torch.zeros(2, 1, 16, 16, device="meta", dtype=torch.bfloat16)
+    model.to("meta").train()
+
+    def step() -> None:
+        model(input_ids=tokens, attention_mask=mask, labels=tokens).loss.backward()
+
+    step()
     model.zero_grad(set_to_none=True)
     with Operations() as counter:
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        step()
     if counter.custom:
         raise RuntimeError(f"{sorted(counter.custom)} hide the kernels inside of them.")
     return counter.count
 
 
 def floor() -> int:
-    """Return the operations of the frozen model, with a gradient for the inputs of its blocks."""
-    model = llama()
-    model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
-    return operations(model)
+    """Return the operations of the frozen model."""
+    return operations(llama())
 
 
 def per_layer(model: nn.Module, floor: int) -> float:
@@ -149,9 +156,10 @@ def page(found: dict[str, Any]) -> str:
             common.paragraph(
                 "Operations that PyTorch dispatches in the forward and the backward pass of an",
                 "adapted linear layer, above those of the frozen layer. In eager mode a GPU",
-                "launches about one kernel for each. Measured on a tiny Llama of two blocks in",
-                "bf16, with adapters in float32 on all linear layers, at the defaults of each",
-                "method. Views do not count. Methods of a nest are named from the inside out.",
+                "launches about one kernel for each. Counted on a tiny Llama of two blocks in bf16",
+                "on the meta device, where methods take the path of a GPU, with adapters in",
+                "float32 on all linear layers, at the defaults of each method. Views do not count.",
+                "Methods of a nest are named from the inside out.",
             ),
             "",
             common.table(["method", "adaptrank", "HF PEFT"], rows),

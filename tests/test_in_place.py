@@ -18,6 +18,7 @@ BASES = {
     "linear": lambda: (nn.Linear(48, 24), torch.randn(2, 6, 48)),
     "bare": lambda: (nn.Linear(48, 24, bias=False), torch.randn(5, 48)),
     "conv1d": lambda: (Conv1D(24, 48), torch.randn(2, 6, 48)),
+    "half": lambda: (nn.Linear(48, 24).bfloat16(), torch.randn(2, 6, 48).bfloat16()),
     "embedding": lambda: (nn.Embedding(48, 24), torch.randint(48, (2, 6))),
     "convolution": lambda: (nn.Conv2d(6, 24, (2, 4)), torch.randn(2, 6, 5, 7)),
 }

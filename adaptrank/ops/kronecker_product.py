@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptrank.ops.products import as_gradient, scaled_product, traceable_scale, transposed
+from adaptrank.ops.products import (
+    as_gradient,
+    fresh_view,
+    scaled_product,
+    traceable_scale,
+    transposed,
+)
 from adaptrank.ops.second_derivatives import differentiable_gradients
 
 
@@ -60,8 +66,7 @@ class _Linear(torch.autograd.Function):
         torch.addmm(blocks, middle.view(N * m1, r), B1t_rounded, alpha=s, out=blocks)
         ctx.save_for_backward(x, W, bias, A, B1, B2, inner, middle)
         ctx.rounded, ctx.s = (A_rounded, B1t_rounded, B2_rounded), s
-        shaped: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], m1 * m2))
-        return shaped
+        return fresh_view(y, (*x.shape[:-1], m1 * m2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,7 +80,7 @@ class _Linear(torch.autograd.Function):
         rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, len(W))
         (m1, n1), (m2, r), n2 = A.shape, B1.shape, B2.shape[1]
         N = len(rows)
-        blocks = g.view(N * m1, m2)
+        blocks = g.reshape(N * m1, m2)
         grad_x = grad_A = grad_B1 = grad_B2 = None
         if needs_B1:
             product = scaled_product(middle.view(N * m1, r).T, blocks, s, W[:1, :1])
@@ -88,7 +93,7 @@ class _Linear(torch.autograd.Function):
         if needs_x or needs_B2:
             grad_inner = torch.bmm(A_rounded.T.expand(N, n1, m1), grad_middle.mT).view(N * n1, r)
             if needs_B2:
-                grad_B2 = as_gradient(grad_inner.T @ rows.view(N * n1, n2), B2)
+                grad_B2 = as_gradient(grad_inner.T @ rows.reshape(N * n1, n2), B2)
             if needs_x:
                 grad_x = g @ W
                 parts = grad_x.view(N * n1, n2)

@@ -11,7 +11,6 @@ float32. A change below 2^-8 of the layer's output is partly lost in that roundi
 wherever the output of an adapter is added to that of a bf16 layer.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptrank import layers
-from adaptrank.ops.products import contiguous, scaled_product, traceable_scale, transposed
+from adaptrank.ops.products import (
+    contiguous,
+    fresh_view,
+    scaled_product,
+    traceable_scale,
+    transposed,
+)
 
 # float16 would overflow in a gradient that is summed over tokens.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -120,19 +125,16 @@ class _Linear(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         V_rounded, Ut_rounded = V.to(x.dtype), transposed(U, x.dtype)
-        inputs = x.contiguous()
-        z = F.linear(inputs.view(-1, inputs.shape[-1]), V_rounded)
-        # The result is written in the shape of the output, and through a view. A view that is
-        # returned could not be changed in place by the model.
-        out = F.linear(inputs, W, bias)
-        _add_product(out.view(-1, out.shape[-1]), z, Ut_rounded, scale)
+        rows = x.reshape(-1, x.shape[-1])
+        z = F.linear(rows, V_rounded)
+        out = _add_product(F.linear(rows, W, bias), z, Ut_rounded, scale)
         ctx.set_materialize_grads(False)
         _, _, _, needs_U, needs_V, _ = ctx.needs_input_grad
         kept_for_U = (U, z) if needs_U else (None, None)
         kept_for_V = (V, x) if needs_V else (None, None)
         ctx.save_for_backward(W, *kept_for_U, *kept_for_V)
         ctx.shape, ctx.rounded, ctx.scale = x.shape, (Ut_rounded, V_rounded), scale
-        return out, z
+        return fresh_view(out, (*x.shape[:-1], out.shape[-1])), z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -181,7 +183,7 @@ class _Accumulate(torch.autograd.Function):
             ctx.mark_dirty(y)
             _add_product(total, rows, Ut, scale)
             return y
-        return _fresh_view(torch.addmm(total, rows, Ut, alpha=scale), y.shape)
+        return fresh_view(torch.addmm(total, rows, Ut, alpha=scale), y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,16 +207,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
     """
     out = None if torch.is_grad_enabled() else total
     return torch.addmm(total, left, right, alpha=scale, out=out)
-
-
-def _fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
-    """Reshape a fresh result, without a view that autograd knows of.
-
-    A model may change an output in place, and autograd refuses that for a view that was made inside
-    of a function.
-    """
-    viewed: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
-    return viewed
 
 
 def _transposed_like(values: Tensor, U: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Parts of the autograd functions that are written by hand."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ def scaled_product(left: Tensor, right: Tensor, s: float, like: Tensor) -> Tenso
             are not read.
     """
     return torch.addmm(like, left, right, beta=0, alpha=s)
+
+
+def fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """Reshape a fresh result, without a view that autograd knows of.
+
+    A model may change an output in place, and autograd refuses that for a view that was made inside
+    of a function. `F.linear` returns such a view for an input of three dimensions.
+    """
+    viewed: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
+    return viewed
 
 
 def traceable_scale(factor: Tensor, s: float) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.ops import low_rank
+from adaptrank.ops.products import fresh_view, scaled_product
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 
@@ -149,7 +150,9 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(A, B)
         ctx.scale = scale
         (_, m1, n1), (_, m2, n2) = A.shape, B.shape
-        products = _scaled(scale, A.flatten(1).T, B.flatten(1)).view(m1, n1, m2, n2)
+        products = scaled_product(A.flatten(1).T, B.flatten(1), scale, A[0, :1, :1]).view(
+            m1, n1, m2, n2
+        )
         change = products.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
         return change.reshape(m1 * m2, n1 * n2)
 
@@ -157,14 +160,14 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (A, B) = grads, ctx.saved_tensors
         (_, m1, n1), (_, m2, n2) = A.shape, B.shape
-        blocks = g.view(m1, m2, n1, n2).transpose(1, 2)
+        blocks = g.reshape(m1, m2, n1, n2).transpose(1, 2)
         blocks = blocks.to(A.dtype, memory_format=torch.contiguous_format)
         blocks = blocks.reshape(m1 * n1, m2 * n2)
         grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_A = _scaled(ctx.scale, B.flatten(1), blocks.T).view_as(A)
+            grad_A = scaled_product(B.flatten(1), blocks.T, ctx.scale, A[0, :1, :1]).view_as(A)
         if ctx.needs_input_grad[1]:
-            grad_B = _scaled(ctx.scale, A.flatten(1), blocks).view_as(B)
+            grad_B = scaled_product(A.flatten(1), blocks, ctx.scale, A[0, :1, :1]).view_as(B)
         return grad_A, grad_B, None, None
 
 
@@ -174,10 +177,10 @@ class _TwoProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, D)
-        y = F.linear(x, W, bias)
-        total = y.view(-1, len(W))
-        torch.addmm(total, x.reshape(-1, x.shape[-1]), D.T, out=total)
-        return y
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, W, bias)
+        torch.addmm(y, rows, D.T, out=y)
+        return fresh_view(y, (*x.shape[:-1], len(W)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,12 +192,6 @@ class _TwoProducts(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_D = rows.T @ x.reshape(-1, x.shape[-1])
         return grad_x, None, None, grad_D
-
-
-def _scaled(scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """Return scale left @ right, in one operation."""
-    # With beta = 0 no number of the first tensor is read.
-    return torch.addmm(left.detach()[:1, :1], left, right, beta=0, alpha=scale)
 
 
 def divisor(size: int, factor: int) -> int:
