@@ -1,5 +1,7 @@
 """Methods whose layer is one autograd step: HyperAdapt, DoRA and LoKr over a linear layer."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from adaptrank import testing
 from adaptrank.ops import kronecker_product, low_rank, magnitude, scaling
-from adaptrank.parameterizations import DoRA, HyperAdapt, LoKr
+from adaptrank.parameterizations import DoRA, HyperAdapt, LoKr, LoRA
 
 STEPS = {HyperAdapt: scaling, DoRA: magnitude, LoKr: kronecker_product}
 
@@ -153,3 +155,31 @@ def test_the_norms_of_frozen_rows_are_at_hand_before_a_graph_is_compiled():
     layer.base.weight.data *= 2
     layer.renew()
     torch.testing.assert_close(layer.squares, layer.base.weight.square().sum(1))
+
+
+@pytest.mark.parametrize("method", [HyperAdapt, DoRA])
+def test_a_bias_of_any_layout_gives_the_gradient_of_a_contiguous_one(method):
+    torch.manual_seed(0)
+    plain, x = nn.Linear(12, 8), torch.randn(5, 12)
+    strided = copy.deepcopy(plain)
+    strided.bias = nn.Parameter(torch.stack([plain.bias.detach()] * 2, 1)[:, 0])
+    layers = []
+    for linear in (plain, strided):
+        torch.manual_seed(1)
+        layers.append(method(linear))
+        layers[-1](x).square().sum().backward()
+    for one, other in zip(*(layer.own_parameters() for layer in layers), strict=True):
+        torch.testing.assert_close(one[1].grad, other[1].grad)
+
+
+def test_what_a_class_or_an_instance_states_of_itself_is_kept():
+    class Off(LoRA):
+        enabled = False
+
+    layer, x = Off(nn.Linear(6, 4), rank=2), torch.randn(3, 6)
+    nn.init.normal_(layer.B)
+    assert torch.equal(layer(x), layer.base(x))
+    layer.enabled = True
+    U, V = layer.factors()
+    layer.factors = lambda: (3 * U, V)
+    torch.testing.assert_close(layer(x), layer.base(x) + 3 * F.linear(x, U @ V))

@@ -409,3 +409,13 @@ def test_dropout_is_on_the_way_to_a_only():
 def test_nothing_to_sum_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}=0.*use 1 or more of each"):
         NOLA(nn.Linear(48, 24), **{name: 0})
+
+
+def test_kept_matrices_survive_a_cast_to_half_precision():
+    torch.manual_seed(0)
+    layer = NOLA(nn.Linear(12, 8), rank=2, materialize=True)
+    nn.init.normal_(layer.alpha)
+    nn.init.normal_(layer.beta)
+    x = torch.randn(3, 12)
+    want = layer(x)
+    torch.testing.assert_close(layer.half()(x.half()).float(), want, rtol=2e-2, atol=2e-2)

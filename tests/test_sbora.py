@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_hyperadapt import meta
 from test_lora import LLAMA_7B, total
 from torch import nn
@@ -202,3 +203,11 @@ def test_an_adapter_comes_back_with_its_positions(tmp_path):
 def test_what_does_not_fit_is_refused_with_what_does(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         SBoRA(nn.Linear(48, 24), **arguments)
+
+
+def test_an_index_that_is_written_to_in_place_is_read():
+    layer, x = SBoRA(nn.Linear(6, 4), rank=2), torch.randn(3, 6)
+    nn.init.normal_(layer.B)
+    layer(x)
+    layer.index.copy_(torch.tensor([5, 1]))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias))

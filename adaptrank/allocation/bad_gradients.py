@@ -55,7 +55,11 @@ class BadSteps:
         if finite is None:
             self._known, self._steps_since, self._count = 0, 0, None
             return
-        count = self._known + 1 if self._count is None else self._count + 1
+        count: Tensor | int = self._known
+        if self._count is not None:
+            # Layers of a model may lie on several devices.
+            count = self._count.to(finite.device)
+        count = count + 1
         self._count = finite.logical_not().long() * count
         self._steps_since += 1
         may_be_too_many = self._known + self._steps_since >= MOST_BAD_STEPS
@@ -103,7 +107,8 @@ def unchanged_unless(finite: Tensor | None, state: TrackedTensors) -> Iterator[N
         for tracked, tensor, shape in zip(after, tensors, shapes, strict=True)
     )
     if same_tensors and all(map(_is_constant, starts.values())):
-        first_values = [starts[id(tracked)] for _, _, tracked in made]
+        # A start that is expanded from one number may depend on gradients after all.
+        first_values = [_finite_part(starts[id(tracked)]) for _, _, tracked in made]
         snapshots += _snapshots([tracked.tensor for _, _, tracked in made], first_values)
         for snapshot in snapshots:
             snapshot.restore_unless(finite)
@@ -162,6 +167,11 @@ def _snapshots(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[_Sna
             of_tensors.append(tensor)
             of_values.append(value)
     return [_Snapshot(*group) for group in groups.values()]
+
+
+def _finite_part(start: Tensor) -> Tensor:
+    """Return the values, with zeros where they are not finite."""
+    return torch.where(torch.isfinite(start), start, torch.zeros_like(start))
 
 
 def _is_constant(start: Tensor) -> bool:

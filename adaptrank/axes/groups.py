@@ -53,9 +53,8 @@ class Groups(RankAxis):
         super().__init__(key, [(layer, "") for layer in wrapped], nested)
         self.owner, self.parts, self.count = owner, parts, count
         self.open = torch.ones(count)
-        self._some_closed = False
         self._factors: Tensor | None = None
-        """Factors of the inputs of the reader, on the device, until other groups close."""
+        """0 for each input that a closed group makes, else 1. None if all are open."""
 
     def __len__(self) -> int:
         return self.count
@@ -90,22 +89,21 @@ class Groups(RankAxis):
         """Mask these groups, and open all others."""
         self.open = torch.ones(self.count)
         self.open[list(units)] = 0
-        self._some_closed, self._factors = len(units) > 0, None
+        self._factors = None
+        if units:
+            # Not made where they are read: a tensor of an evaluation could not be used in training
+            # afterwards, and a compiled graph could not keep one.
+            device = next(self.reader.parameters()).device
+            with torch.inference_mode(False):
+                self._factors = self.open.to(device).repeat_interleave(self.parts[-1].width)
 
     def mask(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Zero the inputs that closed groups make. This is a forward pre-hook of `reader`."""
         x, *others = args
-        width = self.parts[-1].width
-        cut_out = x.shape[-1] != self.count * width
-        if cut_out or not self._some_closed:
+        cut_out = x.shape[-1] != self.count * self.parts[-1].width
+        if cut_out or self._factors is None:
             return args
-        factors = self._factors
-        if factors is None or factors.device != x.device or factors.dtype != x.dtype:
-            # A tensor of an evaluation could not be used in training afterwards.
-            with torch.inference_mode(False):
-                factors = self.open.to(x.device, x.dtype).repeat_interleave(width)
-            self._factors = factors
-        return x * factors, *others
+        return x * self._factors.to(x.device, x.dtype), *others
 
     @property
     def reader(self) -> nn.Module:

@@ -366,6 +366,7 @@ class AdaptedModule(LightningModule):
             )
 
     def teardown(self, stage: str) -> None:
+        super().teardown(stage)
         unwatch_transfers(self.trainer)
 
     def on_validation_start(self) -> None:

@@ -5,12 +5,10 @@ step computes. All of it is known on the host before the batch moves. To read it
 would make the host wait for the work of the device, at every step.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -28,6 +26,10 @@ class HostBatch:
         self._moved: dict[int, tuple[Tensor, int, Tensor]] = {}
         """Id of a tensor on the device -> the tensor, its version, and the tensor on the host."""
 
+    def forget(self) -> None:
+        """Forget the batch, so that its tensors can be freed."""
+        self._moved.clear()
+
     def note(self, host: Any, moved: Any) -> None:
         """Note a batch that moved. Forget the one before.
 
@@ -35,7 +37,7 @@ class HostBatch:
             host: the batch before.
             moved: the batch on the device, with the same values.
         """
-        self._moved.clear()
+        self.forget()
         if not isinstance(host, Mapping) or not isinstance(moved, Mapping):
             return
         for key, value in moved.items():
@@ -46,11 +48,17 @@ class HostBatch:
                 self._moved[id(value)] = (value, value._version, source)
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a batch with its tensors on the host, where they are known there.
+        """Return a batch with its tensors on the host, if all of them are known there.
 
-        A tensor that did not come from the host, or was changed since, stays as it is.
+        A batch of which a tensor did not come from the host, or was changed since, stays as it is.
         """
-        return {key: self._source(value) for key, value in batch.items()}
+        sources = {key: self._source(value) for key, value in batch.items()}
+        known = all(
+            sources[key] is not value or value.device.type == "cpu"
+            for key, value in batch.items()
+            if isinstance(value, Tensor)
+        )
+        return sources if known else dict(batch)
 
     def _source(self, value: Any) -> Any:
         known = self._moved.get(id(value))
@@ -70,26 +78,50 @@ def watch_transfers(trainer: Trainer, host_batch: HostBatch) -> None:
     A batch is not noted where the user's own hooks move it. The hooks of Lightning are no place for
     this, because a data module may have them as well.
     """
-    strategy: Strategy = trainer.strategy
-    strategy.batch_to_device = partial(  # type: ignore[method-assign]
-        _move_and_note, trainer, host_batch
+    unwatch_transfers(trainer)
+    trainer.strategy.batch_to_device = _NotingMove(  # type: ignore[method-assign]
+        trainer, host_batch
     )
 
 
 def unwatch_transfers(trainer: Trainer) -> None:
-    """Undo `watch_transfers`."""
-    trainer.strategy.__dict__.pop("batch_to_device", None)
+    """Undo `watch_transfers`, if it was called."""
+    own = vars(trainer.strategy)
+    noting = own.get("batch_to_device")
+    if not isinstance(noting, _NotingMove):
+        return
+    noting.host_batch.forget()
+    del own["batch_to_device"]
+    if noting.earlier is not None:
+        own["batch_to_device"] = noting.earlier
 
 
-def _move_and_note(
-    trainer: Trainer, host_batch: HostBatch, batch: Any, *args: Any, **kw: Any
-) -> Any:
-    strategy: Strategy = trainer.strategy
-    moved = type(strategy).batch_to_device(strategy, batch, *args, **kw)
-    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
-    has_own_hook = any(
-        owner is not None and is_overridden(hook, owner) for owner in owners for hook in HOOKS
-    )
-    if trainer.training and not has_own_hook:
-        host_batch.note(batch, moved)
-    return moved
+class _NotingMove:
+    """Moves a batch as the strategy does, and notes it.
+
+    Args:
+        trainer: whose training batches are noted.
+        host_batch: notes them.
+    """
+
+    def __init__(self, trainer: Trainer, host_batch: HostBatch) -> None:
+        self.trainer, self.host_batch = trainer, host_batch
+        self.earlier = vars(trainer.strategy).get("batch_to_device")
+        """What stood in the place of the strategy's method before."""
+        self._move: Callable[..., Any] = trainer.strategy.batch_to_device
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        # The batch before is freed before this one takes its place.
+        self.host_batch.forget()
+        # A batch of a tokenizer moves in place.
+        host = dict(batch) if isinstance(batch, Mapping) else batch
+        moved = self._move(batch, *args, **kwargs)
+        if self.trainer.training and not self._has_own_hook():
+            self.host_batch.note(host, moved)
+        return moved
+
+    def _has_own_hook(self) -> bool:
+        owners = (self.trainer.lightning_module, getattr(self.trainer, "datamodule", None))
+        return any(
+            owner is not None and is_overridden(hook, owner) for owner in owners for hook in HOOKS
+        )

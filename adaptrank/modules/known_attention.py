@@ -22,6 +22,10 @@ ENCODERS = frozenset({"bert", "camembert", "distilbert", "electra", "roberta", "
 
 The tests compare each with itself under the plain mask.
 """
+KEYS = frozenset({"attention_mask", "input_ids", "inputs_embeds", "token_type_ids"})
+"""Inputs beside which the mask (rows, length) is all that says who sees whom."""
+LOOKS_FOR_PADDING = frozenset({"gpt2"})
+"""Model types that read the tokens if there is a padding token and no mask, and warn about it."""
 
 
 @contextmanager
@@ -64,9 +68,11 @@ def known_attention(
 def _is_known(inputs: Mapping[str, Any], host_mask: Tensor | None, model: Any) -> bool:
     """Tell whether the host knows the mask, and the mask is all that the model looks at."""
     mask = inputs.get("attention_mask")
-    if not hasattr(model, "config"):
+    if not hasattr(model, "config") or not inputs.keys() <= KEYS:
         return False
-    if "position_ids" in inputs or (mask is None) != (host_mask is None):
+    if model.config.model_type in LOOKS_FOR_PADDING or _compiles_again(model):
+        return False
+    if (mask is None) != (host_mask is None):
         return False
     if host_mask is not None and (host_mask.dim() != 2 or host_mask.device.type != "cpu"):
         return False
@@ -75,7 +81,21 @@ def _is_known(inputs: Mapping[str, Any], host_mask: Tensor | None, model: Any) -
 
 def _is_watched(model: nn.Module) -> bool:
     """Tell whether a hook may look for the mask among the arguments of a module."""
-    return any(module._forward_pre_hooks_with_kwargs for module in model.modules())
+    return any(
+        module._forward_pre_hooks_with_kwargs or module._forward_hooks_with_kwargs
+        for module in model.modules()
+    )
+
+
+def _compiles_again(model: nn.Module) -> bool:
+    """Tell whether a block is compiled, and computed again in the backward pass.
+
+    There the attention is that of the configuration, so the block would have another graph.
+    """
+    return any(
+        getattr(module, "gradient_checkpointing", False) and module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 def _hides_nothing(host_mask: Tensor | None) -> bool:

@@ -29,13 +29,15 @@ def fresh_view(result: Tensor, shape: Sequence[int]) -> Tensor:
     return viewed
 
 
-def traceable_scale(factor: Tensor, s: float) -> tuple[Tensor, float]:
-    """Return (s * factor, 1) in a compiled graph, and both as they are elsewhere.
+def traceable_scale(factor: Tensor, s: float | Tensor) -> tuple[Tensor, float]:
+    """Return (s * factor, 1) in a compiled graph, or for a trained scale, else both as they are.
 
     A graph would hold a scale that multiplies no tensor as a constant, and layers whose scales
     differ would need a graph each.
     """
-    return (s * factor, 1.0) if torch.compiler.is_compiling() else (factor, s)
+    if torch.compiler.is_compiling() or isinstance(s, Tensor):
+        return s * factor, 1.0
+    return factor, s
 
 
 def contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -157,7 +157,8 @@ def sum_of_products(
     if not _in_one_pass(g, z):
         return (g * (z if offset is None else z - offset.to(z.dtype))).sum(0, dtype=dtype)
     zeros = _zeros(g, g.shape[1]) if zeros is None else zeros[: g.shape[1]]
-    mean = zeros if offset is None else offset.to(zeros.dtype)
+    # The kernel reads the mean as if it were contiguous.
+    mean = zeros if offset is None else offset.to(zeros.dtype).contiguous()
     # A variance of zero and an epsilon of one divide by one.
     _, total, _ = torch.ops.aten.native_batch_norm_backward(
         _as_image(g), _as_image(z), zeros, mean, zeros, None, None, False, 1.0, [False, True, False]

@@ -58,6 +58,8 @@ class Parameterization(Wrapper):
         UserTypeError: if the class does not accept that kind of layer.
     """
 
+    _is_linear: bool = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         PARAMETERIZATIONS.add(cls)

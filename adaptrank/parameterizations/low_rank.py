@@ -17,6 +17,9 @@ class LowRankUpdate(Parameterization):
     with the layer's own. Elsewhere it is added by `delta`.
     """
 
+    _states_scale: bool = False
+    _keeps_delta: bool = False
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
         # Decided once, because a forward pass of a small layer waits for Python.
@@ -83,8 +86,10 @@ class LowRankUpdate(Parameterization):
         return Cost(flops=2 * len(V) * (len(U) + V.shape[1]), kept=V.shape[1] + len(V))
 
     def _fast_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return `scaled_factors()`, unless a subclass overrides only `factors()`."""
-        return self.scaled_factors() if self._states_scale else LowRankUpdate.scaled_factors(self)
+        """Return `scaled_factors()`, unless a subclass or an instance replaces only `factors()`."""
+        if self._states_scale and "factors" not in self.__dict__:
+            return self.scaled_factors()
+        return LowRankUpdate.scaled_factors(self)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         factors = self.factors()

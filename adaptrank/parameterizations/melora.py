@@ -155,9 +155,6 @@ class MELoRA(LowRankUpdate):
             return Cost(flops=2 * units * (m + n), kept=n + units)
         return Cost(flops=2 * widest * (m + n), kept=n + self.minis * widest)
 
-    def numbers_beside_tensors(self) -> int:
-        return 0 if self.places is None else 2 * self.places.numel()
-
     def index_ranges(self) -> dict[str, range]:
         return {"block": range(self.minis)}
 

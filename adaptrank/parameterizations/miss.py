@@ -12,6 +12,7 @@ from adaptrank._errors import UserError
 from adaptrank._options import COUNT
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -55,8 +56,6 @@ class MiSS(LowRankUpdate):
     axes = {"rank": {"slots": 0, "D": 0}}
     capabilities = frozenset({Capability.GROW, Capability.PATTERN, Capability.MATRIX_RANK})
     slots: Tensor
-    tiles: Tensor
-    """S of the active slots, (r, n), in the dtype of the layer."""
 
     def __init__(
         self,
@@ -72,6 +71,7 @@ class MiSS(LowRankUpdate):
         super().__init__(base)
         m, n = self.shape
         self.variant, self.scale = variant, scale
+        self._tiles = Derived()
         self.period = rank if period is None else period
         self.dropout = nn.Dropout(dropout)
         if variant not in ("linear", "mini", "bat"):
@@ -99,14 +99,19 @@ class MiSS(LowRankUpdate):
             )
         self.D = self.zeros(rank, mini_rank if variant == "mini" else m)
         self.register_buffer("slots", torch.arange(rank, device=layers.device(self.innermost)))
-        self.refresh()
 
     def refresh(self) -> None:
-        if self.variant == "bat":
-            return
-        places = torch.arange(self.shape[1], device=self.slots.device) % self.period
-        tiles = (self.slots[:, None] == places).to(layers.dtype(self.innermost))
-        self.register_buffer("tiles", tiles, persistent=False)
+        self._tiles.forget()
+
+    @property
+    def tiles(self) -> Tensor:
+        """S of the active slots, (r, n), in the dtype of the layer."""
+
+        def compute() -> Tensor:
+            places = torch.arange(self.shape[1], device=self.slots.device) % self.period
+            return self.slots[:, None] == places
+
+        return self._tiles.of(self.slots, layers.dtype(self.innermost), compute)
 
     @formula
     def weight(self) -> Tensor:
@@ -160,9 +165,6 @@ class MiSS(LowRankUpdate):
 
     def max_units(self, axis: str) -> int:
         return self.period
-
-    def numbers_beside_tensors(self) -> int:
-        return 0 if self.variant == "bat" else self.tiles.numel()
 
     def index_ranges(self) -> dict[str, range]:
         return {} if self.variant == "bat" else {"slots": range(self.period)}

@@ -247,6 +247,9 @@ class NOLA(LowRankUpdate):
         drawn = self._drawn(side)
         rows = [drawn[i] for i in range(len(drawn))]
         kept = torch.stack(rows) if rows else torch.empty(0, self.chunk, 1)
+        if self.hashed:
+            # Whole numbers stay as they are where a model is cast to half precision.
+            return kept.to(self.alpha.device)
         return kept.to(device=self.alpha.device, dtype=_exact(self.alpha.dtype))
 
     def _combined(

@@ -9,6 +9,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -52,8 +53,6 @@ class SBoRA(LowRankUpdate):
         }
     )
     index: Tensor
-    selector: Tensor
-    """Rows of the identity, (r, n), or (r, m) in "fb", in the dtype of the layer."""
 
     def __init__(
         self,
@@ -85,12 +84,20 @@ class SBoRA(LowRankUpdate):
         else:
             self.A = self.zeros(rank, n)
             self.axes, self.input_factor = {"rank": {"index": 0, "A": 0}}, {"rank": "A"}
-        self.refresh()
+        self._selector = Derived()
 
     def refresh(self) -> None:
-        units = torch.arange(self.max_units("rank"), device=self.index.device)
-        selector = (self.index[:, None] == units).to(layers.dtype(self.innermost))
-        self.register_buffer("selector", selector, persistent=False)
+        self._selector.forget()
+
+    @property
+    def selector(self) -> Tensor:
+        """Rows of the identity, (r, n), or (r, m) in "fb", in the dtype of the layer."""
+
+        def compute() -> Tensor:
+            units = torch.arange(self.max_units("rank"), device=self.index.device)
+            return self.index[:, None] == units
+
+        return self._selector.of(self.index, layers.dtype(self.innermost), compute)
 
     @formula
     def weight(self) -> Tensor:
@@ -125,9 +132,6 @@ class SBoRA(LowRankUpdate):
     def max_units(self, axis: str) -> int:
         m, n = self.shape
         return n if self.variant == "fa" else m
-
-    def numbers_beside_tensors(self) -> int:
-        return self.selector.numel()
 
     def index_ranges(self) -> dict[str, range]:
         return {"index": range(self.max_units("rank"))}

@@ -83,7 +83,10 @@ class Wrapper(Traits, nn.Module, ABC):
         super().__init__()
         # Every instance has these attributes of its own. A compiled block asks where an attribute
         # is, and a wrapper that gets one later would not fit the graph of its neighbours.
-        self.enabled, self.idle, self.rows, self.gates = True, False, None, {}
+        for name in ("enabled", "idle", "rows"):
+            self.__dict__[name] = getattr(type(self), name)
+        if isinstance(type(self).gates, Mapping):
+            self.gates = dict(type(self).gates)
         if isinstance(base, Wrapper):
             self.depth = base.depth + 1
             allow_recursion(self.depth)

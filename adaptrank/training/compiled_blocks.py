@@ -32,10 +32,11 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     """Compile each block of a transformer in place, adapters included.
 
     The model keeps its structure, and the names of its tensors. Ranks may change from block to
-    block and from step to step. A call that fills a cache, as in generation, runs as before.
+    block and from step to step. A call that fills a cache, as in generation, runs as before. A
+    model of transformers fills one in training as well, unless `model.config.use_cache` is False.
 
     The compiler's settings change only while a block is compiled. Before torch 2.13 its limit of
-    recompilations, `torch._dynamo.config.recompile_limit`, becomes `MOST_GRAPHS` for good.
+    recompilations, `torch._dynamo.config.cache_size_limit`, becomes `MOST_GRAPHS` for good.
 
     Args:
         model: a model with adapters. Its blocks are the members of its module lists.
@@ -57,7 +58,8 @@ def compile_blocks(model: Model, **options: Any) -> Model:
     if "recompile_limit" in OPTIONS:
         options = {"recompile_limit": MOST_GRAPHS, **options}
     else:
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
+        # The setting's name up to torch 2.6, and an alias later.
+        torch._dynamo.config.cache_size_limit = MOST_GRAPHS
     marks_lengths = options.get("dynamic") is not False
     for block in blocks:
         block.compile(**options)
@@ -72,6 +74,9 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from transformer_blocks(child)
             continue
         for member in child:
+            if isinstance(member, nn.ModuleList):
+                yield from transformer_blocks(nn.ModuleList([member]))
+                continue
             inner = member.innermost if isinstance(member, Parameterization) else member
             if any(True for _ in inner.children()):
                 yield member
