@@ -116,7 +116,7 @@ def methods_with_a_rank():
         takes_rank = "rank" in inspect.signature(method.__init__).parameters
         is_ours = method.__module__.startswith("adaptrank.")
         if is_ours and takes_rank and "rank" in on_example(method).axes:
-            rare = () if name in ("DoRA", "LoKr", "SVD") else pytest.mark.tables
+            rare = () if name == "DoRA" else pytest.mark.tables
             names.append(pytest.param(name, marks=rare))
     return names
 
@@ -133,6 +133,7 @@ def test_layers_that_were_made_with_other_ranks_share_their_graphs(name):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.tables
 def test_a_block_with_an_empty_layer_has_one_further_graph():
     counter = CompileCounterWithBackend("eager")
     model = llama(4)
@@ -269,10 +270,12 @@ def assert_same_run(run, other):
         torch.testing.assert_close(value, other_state[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_compiled_run_equals_an_eager_one_and_each_resumes_the_other(tiny_llama, tmp_path):
-    compiled_options = {"backend": "aot_eager", "fullgraph": True}
+OPTIONS = {"backend": "aot_eager", "fullgraph": True}
+
+
+def test_a_compiled_run_equals_an_eager_one_which_resumes_it(tiny_llama, tmp_path):
     eager = fit(tiny_llama, tmp_path / "eager", False)
-    compiled = fit(tiny_llama, tmp_path / "compiled", compiled_options)
+    compiled = fit(tiny_llama, tmp_path / "compiled", OPTIONS)
     ranks = {len(axis) for axis in rank_axes(eager[0]).values()}
     assert len(ranks) > 1, "no event changed a rank"
     assert_same_run(compiled, eager)
@@ -281,7 +284,13 @@ def test_a_compiled_run_equals_an_eager_one_and_each_resumes_the_other(tiny_llam
     assert checkpoints[0]["state_dict"].keys() == checkpoints[1]["state_dict"].keys()
     assert checkpoints[0]["adaptrank"] == checkpoints[1]["adaptrank"]
     assert_same_run(fit(tiny_llama, tmp_path / "a", False, files[1]), eager)
-    assert_same_run(fit(tiny_llama, tmp_path / "b", compiled_options, files[0]), eager)
+
+
+@pytest.mark.tables
+def test_a_compiled_run_resumes_an_eager_one(tiny_llama, tmp_path):
+    eager = fit(tiny_llama, tmp_path / "eager", False)
+    checkpoint = tmp_path / "eager" / "step=6.ckpt"
+    assert_same_run(fit(tiny_llama, tmp_path / "compiled", OPTIONS, checkpoint), eager)
 
 
 @pytest.mark.parametrize(

@@ -569,6 +569,7 @@ def test_t5_and_multihead_attention_read_the_weight():
         assert all(path.endswith(ending) for path in built)
 
 
+@pytest.mark.tables
 def test_compiling_gives_up_after_eight_resizes_unless_sizes_are_dynamic():
     from torch import _dynamo as dynamo
     from torch._dynamo.testing import CompileCounter

@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +41,13 @@ def counts() -> Iterator[Any]:
     try:
         import operation_counts
 
-        yield operation_counts
+        yield SimpleNamespace(
+            floor=operation_counts.floor,
+            ours=cache(operation_counts.ours),
+            theirs=operation_counts.theirs,
+            methods_of_linear_layers=operation_counts.methods_of_linear_layers,
+            PEFT=operation_counts.PEFT,
+        )
     finally:
         sys.path.remove(folder)
 
@@ -51,18 +59,18 @@ def floor(counts: Any) -> int:
 
 @pytest.mark.parametrize("method", sorted(MOST))
 def test_a_layer_launches_few_operations(method: str, counts: Any, floor: int) -> None:
-    assert counts.ours([method], floor) <= MOST[method]
+    assert counts.ours((method,), floor) <= MOST[method]
 
 
 @pytest.mark.parametrize("method", OF_PEFT)
 def test_a_layer_launches_fewer_operations_than_that_of_peft(
     method: str, counts: Any, floor: int
 ) -> None:
-    assert counts.ours([method], floor) < counts.theirs(method, floor)
+    assert counts.ours((method,), floor) < counts.theirs(method, floor)
 
 
 def test_hyperadapt_launches_no_more_operations_than_lora(counts: Any, floor: int) -> None:
-    assert counts.ours(["HyperAdapt"], floor) <= counts.ours(["LoRA"], floor)
+    assert counts.ours(("HyperAdapt",), floor) <= counts.ours(("LoRA",), floor)
 
 
 def test_every_method_of_linear_layers_has_a_row(counts: Any) -> None:
