@@ -24,6 +24,7 @@ from adaptrank.injection import adapt, disabled, select_rows
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import PARAMETERIZATIONS, LoRA
 from adaptrank.parameterizations.base import on_example
+from adaptrank.training.compiled_blocks import transformer_blocks
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -306,6 +307,13 @@ def test_a_compiled_run_resumes_an_eager_one(tiny_llama, tmp_path):
 def test_options_that_do_not_fit_are_refused(given, message):
     with pytest.raises(UserError, match=message):
         CausalLM("nowhere", [Adapter([LoRA])], compile=given)
+
+
+def test_blocks_are_found_in_lists_of_lists():
+    blocks = [nn.Sequential(nn.Linear(2, 2)) for _ in range(3)]
+    model = nn.Module()
+    model.stages = nn.ModuleList([nn.ModuleList(blocks[:2]), nn.ModuleList(blocks[2:])])
+    assert list(transformer_blocks(model)) == blocks
 
 
 def test_a_model_without_blocks_is_refused():

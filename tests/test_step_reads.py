@@ -137,6 +137,27 @@ def test_a_batch_that_was_changed_on_the_device_is_read_there():
     assert known.of(moved)["mask"] is moved["mask"]
 
 
+def test_a_batch_of_which_one_tensor_is_unknown_is_read_on_the_device_as_a_whole():
+    host = {"labels": torch.ones(2, 3), "mask": torch.ones(2, 3)}
+    moved = {key: value.to("meta") for key, value in host.items()}
+    known = HostBatch()
+    known.note(host, moved)
+    assert known.of(moved)["mask"] is host["mask"]
+    changed = {**moved, "labels": torch.ones(2, 3, device="meta")}
+    assert known.of(changed)["mask"] is moved["mask"]
+
+
+def test_inputs_beside_which_a_mask_is_not_all_are_left_alone():
+    model = tiny("llama")
+    mask = torch.ones(2, 4, dtype=torch.long)
+    inputs = {"input_ids": mask, "attention_mask": mask, "encoder_attention_mask": mask}
+    with known_attention(inputs, inputs, model) as ready:
+        assert ready is inputs
+    model.config.model_type = "gpt2"
+    with known_attention(dict(list(inputs.items())[:2]), inputs, model) as ready:
+        assert ready["attention_mask"] is mask
+
+
 @pytest.mark.parametrize("hook", ["transfer_batch_to_device", "on_after_batch_transfer"])
 def test_a_module_that_moves_its_batches_itself_is_left_alone(hook, monkeypatch):
     """Its labels are others on the device. They are what is trained on."""
