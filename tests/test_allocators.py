@@ -665,13 +665,23 @@ class Restless(Allocator):
         return torch.ones(len(axis))
 
 
+class Strict(Restless):
+    """It refuses gradients that are not finite, after it has changed its state."""
+
+    def observe(self, axes):
+        super().observe(axes)
+        if not next(iter(axes.values())).gate_grad().isfinite().all():
+            raise ValueError("a gradient is not finite")
+
+
+@pytest.mark.parametrize("rule", [Restless, Strict])
 @pytest.mark.parametrize("bad", [(0, 1), (1, 2, 5), (3, 4)])
-def test_a_bad_step_leaves_a_state_whose_tensors_come_and_go(bad):
+def test_a_bad_step_leaves_a_state_whose_tensors_come_and_go(bad, rule):
     """The state is what it is if the bad steps are not shown to the allocator at all."""
 
     def states(hidden):
         model, found = Toy(), []
-        allocator = Restless(budget=6, **PHASES)
+        allocator = rule(budget=6, **PHASES)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         allocator.start(model, optimizer, 20)
         for step in range(8):
@@ -689,6 +699,15 @@ def test_a_bad_step_leaves_a_state_whose_tensors_come_and_go(bad):
     for have, want in zip(states(False), states(True), strict=True):
         assert have.keys() == want.keys()
         assert all(torch.equal(have[key], want[key]) for key in want)
+
+
+def test_an_error_at_a_step_with_finite_gradients_is_passed_on():
+    class Broken(Restless):
+        def observe(self, axes):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fit(Toy(), Broken(budget=6, **PHASES))
 
 
 def test_a_score_that_is_no_number_defers_the_event():

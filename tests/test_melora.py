@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptrank import testing
 from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.injection import adapt
-from adaptrank.parameterizations import LoRA, MELoRA
+from adaptrank.parameterizations import LoRA, MELoRA, MiSS, SBoRA
 from adaptrank.testing import builder, perturb
 
 
@@ -138,6 +138,19 @@ def test_a_fused_projection_is_split():
 
     model = adapt(nn.ModuleDict({"attn": Attention()}), "all-linear", partial(MELoRA, minis=4))
     assert len(rank_axes(model)) == 3
+
+
+@pytest.mark.parametrize("method", [MELoRA, MiSS, partial(SBoRA, variant="fb")])
+def test_buffers_may_be_written_between_two_forward_passes_and_their_backward_pass(method):
+    """Data parallel training writes the buffers of the first process into the others' so."""
+    layer = method(nn.Linear(48, 24), dropout=0.1)
+    outputs = []
+    for _ in range(2):
+        outputs.append(layer(torch.randn(5, 48)))
+        for buffer in layer.buffers():
+            buffer.copy_(buffer.clone())
+    sum(outputs).sum().backward()
+    assert all(p.grad is not None for _, p in layer.own_parameters())
 
 
 @pytest.mark.parametrize(

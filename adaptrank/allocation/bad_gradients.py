@@ -82,8 +82,9 @@ def unchanged_unless(finite: Tensor | None, state: TrackedTensors) -> Iterator[N
 
     A copy of the tensors is kept for the length of the block. That is at the end of an optimizer
     step, where no activation of the model is in memory. Nothing is read from the device unless the
-    block removes a tensor, gives it another shape, or makes one whose start may depend on
-    gradients.
+    block removes a tensor, gives it another shape, makes one whose start may depend on gradients,
+    or raises. An error is passed on only if the gradients are finite: code may refuse numbers that
+    are not.
 
     Args:
         finite: whether the gradients of the step are finite, (), or None if there are none to
@@ -97,8 +98,14 @@ def unchanged_unless(finite: Tensor | None, state: TrackedTensors) -> Iterator[N
     tensors = [tracked.tensor for _, _, tracked in before]
     shapes = [tensor.shape for tensor in tensors]
     snapshots = _snapshots(tensors, tensors)
+    failed = False
     with state.noting_new() as starts:
-        yield
+        try:
+            yield
+        except Exception:
+            if finite:
+                raise
+            failed = True
     made = [entry for entry in state.items() if id(entry[2]) in starts]
     after = [tracked for _, _, tracked in state.updated() if id(tracked) not in starts]
     same_entries = [id(tracked) for _, _, tracked in before] == list(map(id, after))
@@ -106,7 +113,7 @@ def unchanged_unless(finite: Tensor | None, state: TrackedTensors) -> Iterator[N
         tracked.tensor is tensor and tensor.shape == shape
         for tracked, tensor, shape in zip(after, tensors, shapes, strict=True)
     )
-    if same_tensors and all(map(_is_constant, starts.values())):
+    if same_tensors and not failed and all(map(_is_constant, starts.values())):
         # A start that is expanded from one number may depend on gradients after all.
         first_values = [_finite_part(starts[id(tracked)]) for _, _, tracked in made]
         snapshots += _snapshots([tracked.tensor for _, _, tracked in made], first_values)

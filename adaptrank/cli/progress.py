@@ -11,8 +11,8 @@ LINES = 10
 """Lines of a run whose output is no terminal."""
 SHOWN_EVERY = 50
 """Optimizer steps between two looks at the metrics in a trainer that logs nothing."""
-STEP_MEANS = "train_"
-"""Start of the names of the means over the targets of a step."""
+STEP_MEANS = ("train_loss", "train_aux_loss")
+"""Names of the means over the targets of a step."""
 
 
 def progress() -> ProgressBar:
@@ -118,11 +118,8 @@ def total_steps(trainer: Trainer) -> int | None:
 
 def shown_metrics(bar: ProgressBar, trainer: Trainer, module: LightningModule) -> str:
     """Return the metrics of a bar in one line. This reads the device."""
-    means = {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(STEP_MEANS)
-    }
+    metrics = trainer.callback_metrics
+    means = {name: float(metrics[name]) for name in STEP_MEANS if name in metrics}
     return metrics_line(means | dict(bar.get_metrics(trainer, module)))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adaptrank._errors import UserError
 from adaptrank.ops import low_rank
+from adaptrank.ops.products import contiguous
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 
@@ -115,8 +116,7 @@ class ALoRE(Parameterization):
 
     def _output_factor(self, dtype: torch.dtype) -> Tensor:
         """Return U of all experts side by side, (m/b, K r)."""
-        rows = self.gated("U").mT.to(dtype, memory_format=torch.contiguous_format)
-        return rows.flatten(0, 1).T
+        return contiguous(self.gated("U").mT, dtype).flatten(0, 1).T
 
     def cost(self) -> Cost:
         n, (K, rows, r), b = self.shape[1], self.U.shape, self.S.shape[1]

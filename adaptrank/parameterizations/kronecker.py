@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.ops import low_rank
-from adaptrank.ops.products import fresh_view, scaled_product
+from adaptrank.ops.products import contiguous, fresh_view, scaled_product
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 
@@ -150,19 +150,16 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(A, B)
         ctx.scale = scale
         (_, m1, n1), (_, m2, n2) = A.shape, B.shape
-        products = scaled_product(A.flatten(1).T, B.flatten(1), scale, A[0, :1, :1]).view(
-            m1, n1, m2, n2
-        )
-        change = products.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
-        return change.reshape(m1 * m2, n1 * n2)
+        products = scaled_product(A.flatten(1).T, B.flatten(1), scale, A[0, :1, :1])
+        blocks = products.view(m1, n1, m2, n2).transpose(1, 2)
+        return contiguous(blocks, dtype).view(m1 * m2, n1 * n2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (A, B) = grads, ctx.saved_tensors
         (_, m1, n1), (_, m2, n2) = A.shape, B.shape
         blocks = g.reshape(m1, m2, n1, n2).transpose(1, 2)
-        blocks = blocks.to(A.dtype, memory_format=torch.contiguous_format)
-        blocks = blocks.reshape(m1 * n1, m2 * n2)
+        blocks = contiguous(blocks, A.dtype).view(m1 * n1, m2 * n2)
         grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_A = scaled_product(B.flatten(1), blocks.T, ctx.scale, A[0, :1, :1]).view_as(A)

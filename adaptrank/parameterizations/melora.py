@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -55,10 +56,6 @@ class MELoRA(LowRankUpdate):
     """Units of each mini, (k, the largest rank), padded with R."""
     scales: Tensor
     """Scale of each mini, (k,)."""
-    places: Tensor | None
-    """1 where a unit belongs to a mini, (R, k, 1), and 0 elsewhere. None for many units."""
-    scaled_places: Tensor | None
-    """The scale of a mini where a unit belongs to it, (k, 1, R), and 0 elsewhere. None for many."""
 
     def __init__(
         self,
@@ -90,6 +87,7 @@ class MELoRA(LowRankUpdate):
         if not block.is_meta:
             block.copy_(_minis_in_turn(ranks))
         self.register_buffer("block", block)
+        self._places, self._scaled_places = Derived(), Derived()
         self.refresh()
 
     def refresh(self) -> None:
@@ -104,18 +102,28 @@ class MELoRA(LowRankUpdate):
         self.register_buffer("units", units, persistent=False)
         scales = torch.tensor(self.alphas, device=self.block.device, dtype=self.A.dtype)
         self.register_buffer("scales", scales, persistent=False)
-        few = len(self.block) <= FEW_UNITS
-        places, scaled_places = self._places() if few else (None, None)
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("scaled_places", scaled_places, persistent=False)
+        self._places.forget()
+        self._scaled_places.forget()
 
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Return `places` and `scaled_places`."""
-        minis = torch.arange(self.minis, device=self.block.device)
-        is_in = self.block[:, None] == minis  # (R, k)
-        places = is_in[:, :, None].to(self.scales.dtype)
-        scaled = places.transpose(0, 2).transpose(0, 1) * self.scales[:, None, None]
-        return places, scaled.contiguous()
+    @property
+    def places(self) -> Tensor:
+        """1 where a unit belongs to a mini, and 0 elsewhere, (R, k, 1), in the dtype of A."""
+
+        def compute() -> Tensor:
+            minis = torch.arange(self.minis, device=self.block.device)
+            return (self.block[:, None] == minis)[:, :, None]
+
+        return self._places.of(self.block, self.A.dtype, compute)
+
+    @property
+    def scaled_places(self) -> Tensor:
+        """The scale of a mini where a unit belongs to it, and 0 elsewhere, (k, 1, R)."""
+
+        def compute() -> Tensor:
+            scaled = self.places.permute(1, 2, 0) * self.scales[:, None, None]
+            return scaled.contiguous()
+
+        return self._scaled_places.of(self.block, self.A.dtype, compute)
 
     @formula
     def weight(self) -> Tensor:
@@ -126,12 +134,8 @@ class MELoRA(LowRankUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return each unit with zeros outside of its slices."""
-        A, B = self.A, self.gated("B")
-        places, scaled_places = self.places, self.scaled_places
-        if places is None or scaled_places is None:
-            places, scaled_places = self._places()
-        U = scaled_places.to(B.dtype) * B  # (k, m/k, R)
-        V = places.to(A.dtype) * A[:, None]  # (R, k, n/k)
+        U = self.scaled_places * self.gated("B")  # (k, m/k, R)
+        V = self.places * self.A[:, None]  # (R, k, n/k)
         return U.flatten(0, 1), V.flatten(1)
 
     def fuses(self, x: Tensor) -> bool:
