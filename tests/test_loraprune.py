@@ -58,6 +58,17 @@ def logits(model, batch=99):
         return model(input_ids=ids).logits
 
 
+def test_groups_that_were_closed_in_an_evaluation_train_afterwards():
+    model = Model().backbone
+    groups = find_groups(model)["model.layers.0.mlp:channels"]
+    with torch.inference_mode():
+        groups.close([0, 3])
+    x = torch.ones(1, 20, requires_grad=True)
+    (masked,) = groups.mask(groups.reader, (x,))
+    masked.square().sum().backward()
+    assert (x.grad == 0).nonzero()[:, 1].tolist() == [0, 3]
+
+
 def test_the_groups_of_a_llama():
     found = find_groups(Model().backbone)
     heads, channels = found["model.layers.2.self_attn:heads"], found["model.layers.2.mlp:channels"]
