@@ -1,5 +1,7 @@
 """Fixtures and lists that several test files share."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -157,3 +159,81 @@ def tiny_gpt2(tmp_path_factory):
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory):
+    """Folder of a random T5 of two and two blocks, with a tokenizer of characters."""
+    from adaptrank.backbones import dates_t5
+
+    folder = tmp_path_factory.mktemp("tiny") / "t5"
+    tokenizer = dates_t5.character_tokenizer()
+    torch.manual_seed(0)
+    dates_t5.build(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory):
+    """Folder of a random BART of two blocks, with the tokenizer of the T5."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    from adaptrank.backbones.dates_t5 import character_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "bart"
+    tokenizer = character_tokenizer()
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=1,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory):
+    """Folder of a random two-layer vision transformer of 8 x 8 pixels, with its image processor."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("tiny") / "vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    write_image_processor(folder)
+    return str(folder)
+
+
+def write_image_processor(folder, size=8):
+    """Write the file of an image processor for square images."""
+    contents = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(contents))

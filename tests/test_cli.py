@@ -747,7 +747,7 @@ def test_a_classifier_merges_with_its_head(here, cli, tiny_bert):
     assert code == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 12
-    assert lines[0].keys() == {"label", "name"}
+    assert lines[0].keys() == {"label", "name", "probabilities"}
 
     from transformers import AutoModelForSequenceClassification
 

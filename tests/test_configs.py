@@ -43,10 +43,19 @@ def short(config, backbones):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_a_configuration_trains_and_leaves_an_adapter(file, tiny_llama, tiny_bert, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def test_a_configuration_trains_and_leaves_an_adapter(
+    file, tiny_llama, tiny_bert, tiny_vit, tiny_t5, tmp_path
+):
+    import transformers
 
-    backbones = {"CausalLM": tiny_llama, "SequenceClassification": tiny_bert}
+    backbones = {
+        "CausalLM": tiny_llama,
+        "SequenceClassification": tiny_bert,
+        "TokenClassification": tiny_bert,
+        "MultipleChoice": tiny_bert,
+        "Seq2Seq": tiny_t5,
+        "ImageClassification": tiny_vit,
+    }
     config = short(yaml.safe_load(file.read_text(encoding="utf-8")), backbones)
     (tmp_path / file.name).write_text(yaml.safe_dump(config))
     main(
@@ -71,13 +80,10 @@ def test_a_configuration_trains_and_leaves_an_adapter(file, tiny_llama, tiny_ber
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == STEPS
 
-    if "Causal" in config["model"]["class_path"]:
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    else:
-        labels = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base"][
-            "num_labels"
-        ]
-        model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=labels)
+    described = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base"]
+    labels = {key: described[key] for key in ("num_labels",) if key in described}
+    auto_class = getattr(transformers, described["auto_class"])
+    model = auto_class.from_pretrained(config["model"]["init_args"]["backbone"], **labels)
     load_adapter(model, folder / "adapter")
     assert len(wrapped_layers(model)) == sum(
         kind["count"] for kind in summary["layers"] if kind["method"] != "trained whole"

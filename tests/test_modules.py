@@ -13,8 +13,22 @@ from adaptrank.allocation.methods.adalora import AdaLoRA
 from adaptrank.allocation.methods.elalora import ElaLoRA
 from adaptrank.artifacts import save_adapter
 from adaptrank.axes import rank_axes
-from adaptrank.data import ArithmeticProblems, CausalLMData, ClassificationData
-from adaptrank.modules import Adapter, CausalLM, SequenceClassification
+from adaptrank.data import (
+    ArithmeticProblems,
+    CausalLMData,
+    ClassificationData,
+    GeneratedChoices,
+    GeneratedDates,
+    GeneratedSentences,
+)
+from adaptrank.modules import (
+    Adapter,
+    CausalLM,
+    MultipleChoice,
+    Seq2Seq,
+    SequenceClassification,
+    TokenClassification,
+)
 from adaptrank.modules.optim import fuse, parameter_groups
 from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
 
@@ -433,7 +447,7 @@ STEPS = 12  # warm-up to 3, events at 5, 7, 9, final from 9
 
 
 UNINTERRUPTED: dict = {}
-"""(allocator, accumulation, rows) -> what the run without a stop ends with."""
+"""(task, allocator, accumulation, rows) -> what the run without a stop ends with."""
 
 
 class Stop(Callback):
@@ -468,19 +482,35 @@ LENGTHS = {
     "epochs": (1, 16, {"max_epochs": 3}),
 }
 
+RESUMED = {
+    "causal": (CausalLM, "llama", ArithmeticProblems, {"generate": False}),
+    "tokens": (TokenClassification, "bert", GeneratedSentences, {}),
+    "seq2seq": (Seq2Seq, "t5", GeneratedDates, {"generate": False}),
+    "choices": (MultipleChoice, "bert", GeneratedChoices, {}),
+}
+"""Task -> its module, its model, its data, and further arguments of the module."""
+
 
 def stopped_runs():
-    """Yield all combinations. `make test` has every stop once, and every length at an event."""
+    """Yield all combinations. `make test` has every stop once, and every length at an event.
+
+    Other tasks stop at an event.
+    """
     for name, stop in STOPS.items():
         for length, arguments in LENGTHS.items():
             is_common = name == "event" or length == "accumulate-1"
             marks = [] if is_common else [pytest.mark.tables]
-            yield pytest.param(stop, *arguments, id=f"{name}-{length}", marks=marks)
+            yield pytest.param("causal", stop, *arguments, id=f"{name}-{length}", marks=marks)
+    for task in RESUMED:
+        if task != "causal":
+            yield pytest.param(task, STOPS["event"], *LENGTHS["accumulate-1"], id=task)
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize(("stop", "accumulate", "size", "length"), stopped_runs())
-def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, size, length):
+@pytest.mark.parametrize(("task", "stop", "accumulate", "size", "length"), [*stopped_runs()])
+def test_resume_is_bit_exact(
+    tiny_llama, tiny_bert, tiny_t5, tmp_path, allocator, task, stop, accumulate, size, length
+):
     """12 steps equal `stop` steps, a kill, and the rest.
 
     Equal are parameters, moments, ranks, learning rate and random state.
@@ -488,7 +518,14 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
 
     def run(folder, *callbacks, ckpt_path=None):
         torch.manual_seed(1 if ckpt_path is None else 2)
-        module = causal(tiny_llama, partial(SVD, rank=4, dropout=0.1), generate=False)
+        make_module, folder_of_task, make_data, more = RESUMED[task]
+        module = make_module(
+            {"llama": tiny_llama, "bert": tiny_bert, "t5": tiny_t5}[folder_of_task],
+            [Adapter([partial(SVD, rank=4, dropout=0.1)])],
+            dtype="fp32",
+            optimizer=partial(torch.optim.AdamW, lr=5e-3),
+            **more,
+        )
         moves_ranks = ALLOCATORS[allocator]()
         trainer = Trainer(
             **QUIET,
@@ -504,7 +541,7 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
         try:
             trainer.fit(
                 module,
-                datamodule=problems(train_size=size, batch_size=4),
+                datamodule=make_data(train_size=size, val_size=6, batch_size=4),
                 ckpt_path=ckpt_path,
                 weights_only=True,
             )
@@ -512,7 +549,7 @@ def test_resume_is_bit_exact(tiny_llama, tmp_path, allocator, stop, accumulate, 
             return None
         return whole_state(trainer, module), moves_ranks.events
 
-    key = (allocator, accumulate, size)
+    key = (task, allocator, accumulate, size)
     if key not in UNINTERRUPTED:
         UNINTERRUPTED[key] = run(tmp_path / "whole")
     whole, events = UNINTERRUPTED[key]

@@ -12,6 +12,8 @@ from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
 from adaptrank.artifacts.checkpoint_reading import check_form, explain_damage, read_checkpoint
 from adaptrank.artifacts.contents import describe_adapter, describe_nests
 from adaptrank.artifacts.conventions import (
+    GENERATION_KEYS,
+    LARGEST_SETTING,
     conventions_of,
     finish_configuration,
     prompt_conventions,
@@ -33,6 +35,8 @@ from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
     "CONFIG",
+    "GENERATION_KEYS",
+    "LARGEST_SETTING",
     "TENSORS",
     "WEIGHTS",
     "JsonError",

@@ -11,6 +11,8 @@ TASK_HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForMaskedLM": "AutoModelForMaskedLM",
@@ -19,7 +21,11 @@ TASK_HEADS = {
 }
 """Ending of a transformers class -> the class that loads its task by name."""
 
-WITH_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+WITH_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForTokenClassification",
+)
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:

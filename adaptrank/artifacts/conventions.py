@@ -6,12 +6,14 @@ configuration carries what transformers has a place for.
 | key | value |
 | --- | --- |
 | `class_names` | names of the classes, in the order of their indices |
+| `problem` | `multi_label` or `regression`, where a label is not one class |
 | `chat` | whether prompts stand in the chat template |
 | `chat_template` | the chat template, where it was used |
 | `system` | the system message, where all conversations had the same |
 | `prompt` | the format string over columns that made the prompts |
 | `stop_tokens` | {token: id} of the tokens that were trained as an end |
 | `pad_token` | {token: id} of the padding |
+| `generation` | settings of generation, such as {num_beams: 4} |
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -27,8 +29,24 @@ Conventions = dict[str, Any]
 CONVENTIONS = "_adaptrank_conventions"
 """Attribute of a model: {name of an adapter: its conventions}."""
 
+PROBLEM_TYPES = {"multi_label": "multi_label_classification", "regression": "regression"}
+"""Kind of labels -> the word of transformers, by which its pipelines read the outputs."""
+
 CONFIG_KEY = "adaptrank"
 """Key of a merged model's configuration for conventions that transformers has no place for."""
+
+GENERATION_KEYS = (
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "min_new_tokens",
+)
+"""Settings of transformers' GenerationConfig that a file may carry."""
+
+LARGEST_SETTING = 1 << 16
+"""Largest number among them."""
 
 PROMPT_KEYS = ("chat", "system", "prompt")
 
@@ -106,6 +124,8 @@ def configure(model: nn.Module, conventions: Mapping[str, Any]) -> None:
     if class_names and getattr(config, "num_labels", None) == len(class_names):
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}
+    if problem_type := PROBLEM_TYPES.get(conventions.get("problem", "")):
+        config.problem_type = problem_type
     known = embedding_rows(part) or 0
     pad_ids = [i for i in conventions.get("pad_token", {}).values() if i < known]
     stop_ids = [i for i in conventions.get("stop_tokens", {}).values() if i < known]
@@ -114,6 +134,9 @@ def configure(model: nn.Module, conventions: Mapping[str, Any]) -> None:
         config.pad_token_id = pad_ids[0]
         if generation is not None:
             generation.pad_token_id = pad_ids[0]
+    if generation is not None:
+        for key, value in conventions.get("generation", {}).items():
+            setattr(generation, key, value)
     if stop_ids:
         for holder in filter(None, (config, generation)):
             holder.eos_token_id = _one_or_list([*stop_ids, *stop_ids_of(holder)])

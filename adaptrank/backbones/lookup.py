@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adaptrank._errors import nearest
+from adaptrank.backbones import dates_t5, digits_vit
 from adaptrank.backbones.gguf_conversion import ORIGIN, convert_once
 from adaptrank.backbones.wheels import WHEELS
 
@@ -66,7 +67,8 @@ def resolve(name: str) -> Source:
         return Source(name, "folder", str(folder.resolve()))
     if folder.exists() or name.startswith("~") or not _is_hub_id(name):
         raise FileNotFoundError(_explain_missing_folder(name, folder))
-    return _find_in_cache(name) or _find_in_wheel(name) or Source(name, "hub", name)
+    found = _find_in_cache(name) or _find_in_wheel(name) or _make(name)
+    return found or Source(name, "hub", name)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -131,6 +133,18 @@ def _find_in_wheel(name: str) -> Source | None:
     if carried.is_dir():
         return Source(name, "wheel", str(carried), wheel.describe())
     convert_once(carried, _cached_folder(name), wheel.describe())
+    return _find_in_cache(name)
+
+
+def _make(name: str) -> Source | None:
+    """Return the model that this library trains itself, or None for another name."""
+    makers = {
+        digits_vit.NAME: digits_vit.make_digits_vit,
+        dates_t5.NAME: dates_t5.make_dates_t5,
+    }
+    if name not in makers:
+        return None
+    makers[name](_cached_folder(name))
     return _find_in_cache(name)
 
 

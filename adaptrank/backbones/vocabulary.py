@@ -12,8 +12,13 @@ from adaptrank.backbones.silence import silenced
 def embedding_rows(model: Any) -> int | None:
     """Return the number of rows of a model's input embedding, or None if it has none."""
     find = getattr(model, "get_input_embeddings", None)
-    weight = None if find is None else getattr(find(), "weight", None)
-    return None if weight is None else int(weight.shape[0])
+    try:
+        weight = None if find is None else getattr(find(), "weight", None)
+    # Of a model that reads no tokens.
+    except (AttributeError, NotImplementedError):
+        return None
+    # The weight of a convolution over an image has four dimensions.
+    return None if weight is None or weight.dim() != 2 else int(weight.shape[0])
 
 
 def add_embedding_rows(model: Any, tokenizer: Any, rows: int) -> None:

@@ -16,8 +16,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adaptrank")
 
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMultipleChoice",
+)
 """Classes of transformers that a file may ask for."""
+
+CAUSAL, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+"""Classes of models that write text."""
+
+MULTIPLE_CHOICE = "AutoModelForMultipleChoice"
+"""Class of models that score one text of several."""
 
 
 @dataclass
@@ -43,7 +56,12 @@ class StoredModel:
     @property
     def is_causal(self) -> bool:
         """True if the model completes text."""
-        return self.auto_class == "AutoModelForCausalLM"
+        return self.auto_class == CAUSAL
+
+    @property
+    def writes_text(self) -> bool:
+        """True if the model completes a text, or writes another one for it."""
+        return self.auto_class in (CAUSAL, SEQ2SEQ)
 
     def load(self, dtype: "torch.dtype", adapted: bool = True) -> Any:
         """Return the model in evaluation mode, with its adapter unless `adapted` is false."""
@@ -54,12 +72,21 @@ class StoredModel:
 
         labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
         auto_class = getattr(transformers, self.auto_class)
-        model = load_model(self.source, auto_class, dtype, **labels)
+        has_fresh_head = bool(labels) or self.auto_class == MULTIPLE_CHOICE
+        model = load_model(self.source, auto_class, dtype, has_fresh_head, **labels)
         if self.vocabulary is not None:
             add_embedding_rows(model, self.tokenizer(), self.vocabulary)
         if adapted and self.adapter is not None:
             model = load_adapter(model, self.adapter)
         return model.train(False)
+
+    def preprocessor(self) -> Any:
+        """Return what makes inputs of raw data: the image processor, or else the tokenizer."""
+        from adaptrank.backbones import load_image_processor
+
+        if self.auto_class == "AutoModelForImageClassification":
+            return load_image_processor(self.source)
+        return self.tokenizer()
 
     def tokenizer(self) -> Any:
         """Return the base's tokenizer, with the chat template of training."""
@@ -82,7 +109,7 @@ def find_model(name: str, base: str | None) -> StoredModel:
         ConfigError: if the name is none of these.
     """
     from adaptrank import backbones
-    from adaptrank.artifacts import WEIGHTS
+    from adaptrank.artifacts import WEIGHTS, prompt_conventions
 
     folder = adapter_folder(name)
     if (folder / WEIGHTS).is_file():
@@ -92,8 +119,9 @@ def find_model(name: str, base: str | None) -> StoredModel:
             f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
         )
     source = backbones.resolve(name)
-    conventions = recorded_conventions(Path(source.path))
-    return StoredModel(source, None, "AutoModelForCausalLM", conventions=conventions)
+    config = stored_config(Path(source.path))
+    auto_class = SEQ2SEQ if config.get("is_encoder_decoder") is True else CAUSAL
+    return StoredModel(source, None, auto_class, conventions=prompt_conventions(config))
 
 
 def find_adapter(name: str, base: str | None) -> StoredModel:
@@ -116,7 +144,7 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     if auto_class not in AUTO_CLASSES:
         raise ConfigError(
             f"{folder} was made for transformers' {auto_class!r}. The commands load "
-            f"{' and '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
+            f"{', '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
             f"adaptrank.load_adapter(model, folder)."
         )
     source = find_base(folder, base or described.get("name"))
@@ -164,17 +192,15 @@ def find_base(folder: Path, name: str | None) -> "Source":
         raise ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
 
 
-def recorded_conventions(folder: Path) -> dict[str, Any]:
-    """Return the conventions of training in a merged model's configuration, or {}."""
-    from adaptrank.artifacts import prompt_conventions
-
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model in a folder, or {} if it has none."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         # Whatever is wrong with the model, its loading says it better.
         return {}
-    return prompt_conventions(config)
+    return config if isinstance(config, dict) else {}
 
 
 def stored_dtype(source: "Source") -> "torch.dtype":

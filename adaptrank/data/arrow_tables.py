@@ -213,4 +213,6 @@ def _declared_names(features: Any, column: str) -> list[str] | None:
     from datasets.features import ClassLabel
 
     feature = features.get(column)
+    # Of a list of classes in each row.
+    feature = getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, ClassLabel) else None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrank._errors import UserError
+
 IGNORED = -100
 """Label that the cross entropy leaves out."""
 
@@ -112,8 +114,7 @@ def class_batch(
 ) -> Batch:
     """Return a batch for classification: input_ids and attention_mask, each (B, L).
 
-    Where examples have them, token_type_ids (B, L) and labels (B,) are added. Labels are int64, or
-    float32 if an example's label is a float.
+    Where examples have them, token_type_ids (B, L) and labels are added, see `label_entry`.
     """
     ids = [example["input_ids"] for example in examples]
     batch: Batch = {
@@ -123,8 +124,39 @@ def class_batch(
     if all("token_type_ids" in example for example in examples):
         types = [example["token_type_ids"] for example in examples]
         batch["token_type_ids"] = pad(types, pad_type_id, multiple_of=multiple_of)
-    if all("label" in example for example in examples):
-        labels = [example["label"] for example in examples]
-        has_float = any(isinstance(label, float) for label in labels)
-        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if has_float else torch.long)
-    return batch
+    return batch | label_entry(examples)
+
+
+def image_batch(examples: Sequence[Example]) -> Batch:
+    """Return a batch of images: pixel_values (B, C, H, W), and labels where examples have them.
+
+    Raises:
+        UserError: if images differ in their size.
+    """
+    pixels = [example["pixel_values"] for example in examples]
+    shapes = sorted({tuple(image.shape) for image in pixels})
+    if len(shapes) > 1:
+        raise UserError(
+            f"Images of a batch have the sizes {shapes}: the image processor leaves them as they "
+            "are. Give it a size, in preprocessor_config.json of the backbone."
+        )
+    return {"pixel_values": torch.stack(pixels)} | label_entry(examples)
+
+
+def label_entry(examples: Sequence[Example]) -> Batch:
+    """Return {labels: tensor} if all examples have a `label`, else {}.
+
+    The shape is (B,), or (B, labels) where a label is a list. The dtype is int64, or float32 if a
+    label is a float.
+    """
+    if not all("label" in example for example in examples):
+        return {}
+    labels = [example["label"] for example in examples]
+    has_float = any(_has_float(label) for label in labels)
+    return {"labels": torch.tensor(labels, dtype=torch.float32 if has_float else torch.long)}
+
+
+def _has_float(label: Any) -> bool:
+    """Tell whether a label, or a member of it, is a float."""
+    members = label if isinstance(label, list) else [label]
+    return any(isinstance(member, float) for member in members)

@@ -15,7 +15,17 @@ from adaptrank.data.values import Unquoted, as_text
 
 log = logging.getLogger(__name__)
 
-TEXT_FIELDS = ("prompt", "completion", "answer", "text", "text_pair")
+TEXT_FIELDS = (
+    "prompt",
+    "completion",
+    "answer",
+    "text",
+    "text_pair",
+    "source",
+    "target",
+    "question",
+    "context",
+)
 """Fields that are texts. The others keep the form of their value."""
 
 

@@ -1,13 +1,14 @@
 """Load data sets from files, folders and the Hub as tables of exact texts."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.arrow_tables import ArrowPart, DatasetPart
+from adaptrank.data.conll_files import read_conll, read_conllu
 from adaptrank.data.locations import (
     KINDS,
     LABELS_FILE,
@@ -37,6 +38,8 @@ READERS: dict[str, Reader] = {
     "tsv": read_tsv,
     "json": read_json,
     "text": read_lines,
+    "conll": read_conll,
+    "conllu": read_conllu,
 }
 """Kind of a text file -> the function that reads it."""
 
@@ -94,7 +97,7 @@ def _load_files(source: Source, split: str) -> Table | None:
         raise UserError(f"The folder {source.path!r} has no {name!r} split. It holds {siblings}.")
     kind = _common_kind(source.path, files)
     parts = [_part(file, kind) for file in files]
-    return _take(Table(parts), source.path, name, instruction)
+    return take_rows(Table(parts), source.path, name, instruction)
 
 
 def _part(file: Path, kind: str) -> Part:
@@ -127,7 +130,7 @@ def _common_kind(path: str, files: list[Path]) -> str:
     return kinds[0]
 
 
-def _take(whole: Table, path: str, name: str, instruction: str) -> Table:
+def take_rows(whole: Table, path: str, name: str, instruction: str) -> Table:
     """Return the rows that a slice such as "train[:10%]" takes of a split.
 
     Raises:
@@ -180,7 +183,7 @@ def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
         if source.split is None and split != "train":
             return None
         raise UserError(f"The folder {source.path!r} has no {name!r} split, only {known}.")
-    return _take(Table([DatasetPart(data, source.path)]), source.path, name, instruction)
+    return take_rows(Table([DatasetPart(data, source.path)]), source.path, name, instruction)
 
 
 # ---- the Hub
@@ -212,7 +215,7 @@ def _load_from_hub(source: Source, split: str) -> Table | None:
         is_one_split = all(part.strip().partition("[")[0] == name for part in split.split("+"))
         parts = _exact_parts_of_hub(source, name) if is_one_split else None
         if parts is not None:
-            return _take(Table(parts), source.path, name, split)
+            return take_rows(Table(parts), source.path, name, split)
         log.warning(
             "%r is read by the library `datasets`, because its %s files have settings of their own "
             "or several splits are joined. It may take a text for a number or a date.",
@@ -281,10 +284,16 @@ def _is_usual(config: Any) -> bool:
 # ---- names of classes
 
 
-def declared_classes(source: Source) -> list[str] | None:
+def declared_classes(
+    source: Source, load: Callable[[Source, str], Table | None] = load_split
+) -> list[str] | None:
     """Return the names of the classes that a source declares, or None.
 
     They come from a labels.json beside the files, or from the data set's own label type.
+
+    Args:
+        source: the source.
+        load: function that loads a split of it.
 
     Raises:
         UserError: if labels.json holds no list of names.
@@ -293,7 +302,7 @@ def declared_classes(source: Source) -> list[str] | None:
         names = _read_labels_file(source)
         if names is not None:
             return names
-    table = load_split(source, "train")
+    table = load(source, "train")
     column = (source.label or "label").strip("{}")
     return None if table is None else table.class_names(column)
 

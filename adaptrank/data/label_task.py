@@ -5,64 +5,27 @@ from functools import partial
 from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.data.class_names import merge_classes
 from adaptrank.data.collate import Batch, class_batch
+from adaptrank.data.labelled_data import LabelledData
 from adaptrank.data.segments import as_int32, portions
 from adaptrank.data.shortening import Shortener
-from adaptrank.data.task import Row, Split, TaskData
+from adaptrank.data.task import Row, Split
 
 
-class LabelTask(TaskData):
+class LabelTask(LabelledData):
     """Texts to classify.
 
     Rows have `text`, perhaps `text_pair`, and `label`, the index of the class. Either every row of
     a split has `text_pair` or none has. Where a text has no second one, its pair is "", and it is
     encoded as a single text. A label that is a float is a number to predict, and stays one.
     Batches are `class_batch`.
-
-    A model that was trained before has a numbering of its own, by the names of its classes. Labels
-    are then mapped by name to that numbering.
     """
-
-    model_classes: list[str] | None = None
-    """Names of the classes in the model's numbering, known after `setup`."""
-    _merged: tuple[list[str] | None, list[str] | None] | None = None
-    """Names of the model and of the data that were brought together last."""
-
-    def setup(self, stage: str | None = None) -> None:
-        module = getattr(self.trainer, "lightning_module", None)
-        self.use_classes_of(getattr(module, "class_names", None))
-        super().setup(stage)
-
-    def use_classes_of(self, trained: list[str] | None) -> None:
-        """Number the classes as a trained model does, or as the data do if it has no names.
-
-        Args:
-            trained: names of the model's classes.
-
-        Raises:
-            UserError: if the data have more new classes than the model has classes to spare.
-        """
-        names = self.class_names
-        if (trained, names) == self._merged:
-            return
-        if trained is None or names is None:
-            agreed = trained or names
-        else:
-            agreed = merge_classes(trained, names)
-        if agreed != (self.model_classes or names):
-            # Labels of examples from an earlier setup have another numbering.
-            self._examples.clear()
-        self.model_classes, self._merged = agreed, (trained, names)
 
     def conventions(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if pad_token := getattr(self.tokenizer, "pad_token", None):
             found["pad_token"] = self.token_table(pad_token)
-        names = self.model_classes
-        if names is not None and len(set(names)) == len(names):
-            found["class_names"] = names
-        return found
+        return found | super().conventions()
 
     def collate(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         return partial(
@@ -83,18 +46,10 @@ class LabelTask(TaskData):
             truncated += count
             for i, example in zip(indices, encoded, strict=True):
                 if "label" in rows[i]:
-                    example["label"] = self._label_of_model(rows[i]["label"])
+                    example["label"] = self.label_of_model(rows[i]["label"])
                 examples[i] = example
         self.report_cuts(split, len(rows), texts_cut=truncated)
         return examples
-
-    def _label_of_model(self, label: Any) -> Any:
-        """Return the model's index of a class. The number of a regression stays as it is."""
-        names = self.class_names
-        if self.model_classes in (None, names) or names is None or not isinstance(label, int):
-            return label
-        assert self.model_classes is not None
-        return self.model_classes.index(names[label])
 
     def _tokenize(self, rows: list[Row], is_paired: bool) -> tuple[list[Row], int]:
         """Tokenize single texts, or pairs. Return the examples, and how many were cut."""

@@ -50,7 +50,8 @@ class ResumableLoader:
     Trainer, call `set_epoch` before every epoch.
 
     Args:
-        examples: any object with `len` and integer indices.
+        examples: any object with `len` and integer indices. Where it has a method `at_epoch`, that
+            returns the examples of an epoch.
         collate: function list of examples -> batch. With num_workers > 0 it must pickle.
         order: which examples make which batch.
         num_workers: processes that collate ahead. 0 collates in this one.
@@ -132,13 +133,18 @@ class ResumableLoader:
         # epochs would change the dropout of the training.
         seed = seeded_random("workers", order.seed, order.epoch, start).getrandbits(62)
         return DataLoader(
-            self.examples,  # type: ignore[arg-type]  # only `len` and indices are needed
+            self._examples_of_epoch(),  # type: ignore[arg-type]  # only `len` and indices are needed
             batch_sampler=RestOfOrder(order, start),
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),
         )
+
+    def _examples_of_epoch(self) -> Sequence[Any]:
+        """Return the examples, as they are in this epoch where they differ."""
+        at_epoch = getattr(self.examples, "at_epoch", None)
+        return self.examples if at_epoch is None else at_epoch(self.batch_sampler.epoch)
 
     def _warn_of_another_order(self, stored: State) -> None:
         """Warn if a resumed epoch had other data settings."""

@@ -15,6 +15,11 @@ KINDS = {
     ".txt": "text",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".conllu": "conllu",
 }
 """Ending of a file -> its kind."""
 

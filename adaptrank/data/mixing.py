@@ -1,20 +1,31 @@
 """Mix the rows of several sources, and choose the rows that validate."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from adaptrank._errors import UserError
+from adaptrank._errors import UserError, some
 from adaptrank.data.files import load_split
 from adaptrank.data.locations import is_file
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.sources import Source, Sources
+from adaptrank.data.stratify import stratified_sample
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
+log = logging.getLogger(__name__)
+
 ReadRows = Callable[[Table, Source], list[Row]]
 """Function (table, its source) -> rows of fields."""
+
+LoadSplit = Callable[[Source, str], Table | None]
+"""Function (source, name of a split) -> its table, or None if the source has no such split."""
+
+GroupRows = Callable[[list[Row]], Sequence[Hashable]]
+"""Function rows -> the group of each, such as its class."""
 
 
 class SourceMix:
@@ -28,6 +39,9 @@ class SourceMix:
         val_fraction: share of the training rows that validate where there is nothing else.
         seed: seed of the shares and of fractional weights.
         settings: field -> template, and other settings, for every source without its own.
+        group: function by whose groups rows are held back for validation in proportion, or None to
+            draw them from all rows alike.
+        load: function that loads a split of a source.
 
     Raises:
         UserError: if val_fraction is no share, a weight is not positive, or there is no source.
@@ -42,6 +56,8 @@ class SourceMix:
         val_fraction: float,
         seed: int,
         settings: dict[str, Any],
+        group: GroupRows | None = None,
+        load: LoadSplit = load_split,
     ) -> None:
         if not 0 < val_fraction < 1:
             raise UserError(
@@ -60,6 +76,10 @@ class SourceMix:
             self.by_split[split] = None if given is None else _complete(given, settings)
         self.val_fraction = val_fraction
         self.seed = seed
+        self.group = group
+        self.load = load
+        # Messages that were logged. The rows of a source are shared out twice.
+        self._said: set[str] = set()
 
     def rows(self, split: Split, read: ReadRows) -> list[Row] | None:
         """Return the rows of a split, or None if the validation rows serve."""
@@ -67,11 +87,35 @@ class SourceMix:
         if split == "train":
             return self._training_rows(read)
         if sources is not None:
-            return _rows_of_split(sources, split, read)
+            return self._rows_of_split(sources, split, read)
         if split == "val":
             held_back = [self._train_and_validation(source, read)[1] for source in self.training]
             return _concatenate(held_back)
         return None
+
+    def _rows_of_split(self, sources: list[Source], split: Split, read: ReadRows) -> list[Row]:
+        """Return the rows of sources that were given for a split other than "train"."""
+        name = {"val": "validation", "test": "test", "predict": "test"}[split]
+        loaded = []
+        for source in sources:
+            # A folder or a Hub name may hold the split under its own name, or only as "train".
+            names = (name, "validation", "train")
+            tables = (self.load(source, name) for name in names)
+            data = next((table for table in tables if table is not None), None)
+            if data is not None:
+                loaded.append((data, source))
+        return _concatenate([read(data, source) for data, source in loaded])
+
+    def rows_of_classes(self, read: ReadRows) -> list[Row]:
+        """Return the rows by which classes are found: all that train.
+
+        Where rows are held back by their classes, these have to be known before. Then they are
+        those of all rows.
+        """
+        if self.group is None:
+            return self.rows("train", read) or []
+        tables = [(self.load(source, "train"), source) for source in self.training]
+        return _concatenate([read(table, source) for table, source in tables if table is not None])
 
     def _training_rows(self, read: ReadRows) -> list[Row]:
         parts = [self._train_and_validation(source, read)[0] for source in self.training]
@@ -86,13 +130,13 @@ class SourceMix:
 
         The validation rows are its own validation split, or a seeded share of its rows.
         """
-        data = load_split(source, "train")
+        data = self.load(source, "train")
         assert data is not None
         rows = read(data, source)
         if self.by_split["val"] is not None:
             return rows, []
         if source.split is None and not is_file(source.path):
-            validation = load_split(source, "validation")
+            validation = self.load(source, "validation")
             if validation is not None:
                 return rows, read(validation, source)
         return self._hold_back(rows, source)
@@ -105,9 +149,54 @@ class SourceMix:
                 f"{source.path!r} has {len(rows)} row(s), too few to hold {count} back for "
                 "validation. Set `validation`."
             )
-        held_back = set(seeded_random("validation", self.seed).sample(range(len(rows)), count))
+        if self.group is None:
+            drawn = seeded_random("validation", self.seed).sample(range(len(rows)), count)
+        else:
+            drawn = self._draw_stratified(rows, self.group, count, source)
+        held_back = set(drawn)
         train = [row for i, row in enumerate(rows) if i not in held_back]
         return train, [rows[i] for i in sorted(held_back)]
+
+    def _draw_stratified(
+        self, rows: list[Row], group: GroupRows, count: int, source: Source
+    ) -> list[int]:
+        """Draw the rows that validate, from each class in proportion. Say which have none."""
+        groups = group(rows)
+        drawn = stratified_sample(groups, count, self.seed)
+        if not drawn:
+            raise UserError(
+                f"No row of {source.path!r} can be held back for validation: each class has one "
+                "row alone. Set `validation`, or `stratify: false`."
+            )
+        known = {groups[index] for index in drawn}
+        missing = [str(name) for name in dict.fromkeys(groups) if name not in known]
+        if missing:
+            message = (
+                f"{len(missing)} of {len(set(groups))} classes of {source.path!r} have too few "
+                f"rows for one to validate, and stay in training: {some(missing, 5)}."
+            )
+            if message not in self._said:
+                self._said.add(message)
+                log.warning("%s", message)
+        return drawn
+
+
+def share_of(
+    validation: "Sources | float | None", val_fraction: float
+) -> tuple[Sources | None, float]:
+    """Return what to validate on, and the share that validates where there is nothing.
+
+    A number such as 0.1 in place of a source is a share.
+    """
+    if isinstance(validation, str):
+        try:
+            number = float(validation)
+        except ValueError:
+            return validation, val_fraction
+        return (validation, val_fraction) if Path(validation).exists() else (None, number)
+    if isinstance(validation, int | float):
+        return None, float(validation)
+    return validation, val_fraction
 
 
 def _complete(given: Sources, settings: dict[str, Any]) -> list[Source]:
@@ -130,20 +219,6 @@ def _check_weight(weight: float) -> None:
         raise UserError(
             f"weight={weight} takes no row. Use a positive number, or remove the source."
         )
-
-
-def _rows_of_split(sources: list[Source], split: Split, read: ReadRows) -> list[Row]:
-    """Return the rows of sources that were given for a split other than "train"."""
-    name = {"val": "validation", "test": "test", "predict": "test"}[split]
-    loaded = []
-    for source in sources:
-        # A folder or a Hub name may hold the split under its own name, or only as "train".
-        names = (name, "validation", "train")
-        tables = (load_split(source, name) for name in names)
-        data = next((table for table in tables if table is not None), None)
-        if data is not None:
-            loaded.append((data, source))
-    return _concatenate([read(data, source) for data, source in loaded])
 
 
 def _concatenate(parts: list[list[Row]]) -> list[Row]:

@@ -17,9 +17,10 @@ class Source:
     A text is the characters that stand in the data. No number, date or word is converted.
 
     Args:
-        path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .txt, .parquet, .arrow, also
-            compressed as .gz, .bz2, .xz), a folder with such files named after their splits, a
-            folder written by `save_to_disk`, or the name of a data set on the Hub.
+        path: a file or a pattern of files (.json, .jsonl, .csv, .tsv, .txt, .parquet, .arrow, and
+            of CoNLL .conll, .conllu, .bio, .iob, also compressed as .gz, .bz2, .xz), a folder with
+            such files named after their splits, a folder written by `save_to_disk`, or the name of
+            a data set on the Hub.
         name: configuration of a Hub data set.
         split: split to take, also a slice such as "train[:10%]", by default the one that the source
             serves as.
@@ -40,6 +41,13 @@ class Source:
     messages: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    tokens: str | None = None
+    tags: str | None = None
+    source: str | None = None
+    target: str | None = None
+    question: str | None = None
+    context: str | None = None
+    image: str | None = None
     null_is_empty: bool | None = None
 
 

@@ -171,11 +171,14 @@ class TaskData(LightningDataModule, ABC):
                 raise UserError(
                     f"{type(self).__name__} has no {split} rows. Give it a source that has some."
                 )
-            if isinstance(rows, list):
-                self._examples[split] = self.encode(rows, split)
-            else:
-                self._examples[split] = self._lazy_examples(rows, split)
+            self._examples[split] = self.encode_split(rows, split)
         return self._examples[split]
+
+    def encode_split(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
+        """Return the examples of all rows of a split."""
+        return (
+            self.encode(rows, split) if isinstance(rows, list) else self._lazy_examples(rows, split)
+        )
 
     @property
     def encoded(self) -> dict[Split, Sequence[Row]]:
@@ -209,6 +212,16 @@ class TaskData(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         # A Trainer restores after this call, so a state that is still here is another run's.
         self._restored = None
+        self.find_preprocessor()
+        for split in STAGES[stage]:
+            self.examples(split)
+
+    def find_preprocessor(self) -> None:
+        """Take what makes inputs of rows from the LightningModule, here the tokenizer.
+
+        Raises:
+            UserError: if it has none.
+        """
         if self.tokenizer is None:
             module = getattr(self.trainer, "lightning_module", None)
             self.tokenizer = getattr(module, "tokenizer", None)
@@ -226,8 +239,6 @@ class TaskData(LightningDataModule, ABC):
                 self.max_length,
                 longest,
             )
-        for split in STAGES[stage]:
-            self.examples(split)
 
     @property
     def pad_id(self) -> int:
@@ -333,12 +344,16 @@ class TaskData(LightningDataModule, ABC):
         examples = self.examples("train")
         return {
             "class": type(self).__name__,
-            "content": content_hash(examples),
+            "content": content_hash(self.content()),
             "examples": len(examples),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "group_by_length": self.group_by_length,
         }
+
+    def content(self) -> Sequence[Row]:
+        """Return what identifies the training data: the examples."""
+        return self.examples("train")
 
     # ---- resuming: see `adaptrank.data.loader` for why the loader and the data both keep a state
 

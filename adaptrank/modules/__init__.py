@@ -2,7 +2,24 @@
 
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.causal_lm import CausalLM
+from adaptrank.modules.classification_module import ClassificationModule
+from adaptrank.modules.image_classification import ImageClassification
+from adaptrank.modules.label_module import LabelModule
+from adaptrank.modules.multiple_choice import MultipleChoice
+from adaptrank.modules.seq2seq import Seq2Seq
 from adaptrank.modules.sequence_classification import SequenceClassification
 from adaptrank.modules.settings import Adapter
+from adaptrank.modules.token_classification import TokenClassification
 
-__all__ = ["AdaptedModule", "Adapter", "CausalLM", "SequenceClassification"]
+__all__ = [
+    "AdaptedModule",
+    "Adapter",
+    "CausalLM",
+    "ClassificationModule",
+    "ImageClassification",
+    "LabelModule",
+    "MultipleChoice",
+    "Seq2Seq",
+    "SequenceClassification",
+    "TokenClassification",
+]

@@ -193,7 +193,12 @@ class AdaptedModule(LightningModule):
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
-        return backbones.load_model(self.source, auto_class, self.frozen_dtype)
+        options = self.model_options()
+        return backbones.load_model(self.source, auto_class, self.frozen_dtype, **options)
+
+    def model_options(self) -> dict[str, Any]:
+        """Return further arguments of `backbones.load_model`, such as `num_labels`."""
+        return {}
 
     def heads(self, backbone: nn.Module) -> list[str]:
         """Return paths of the modules that the task itself trains whole, such as a classifier."""
@@ -276,6 +281,10 @@ class AdaptedModule(LightningModule):
             "auto_class": self.auto_class,
         }
         return described | ({"vocabulary": self.vocabulary} if self.vocabulary else {})
+
+    def conventions(self) -> dict[str, Any]:
+        """Return what this module adds to the conventions of the data."""
+        return {}
 
     def chance(self) -> dict[str, float]:
         """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.

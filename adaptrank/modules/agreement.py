@@ -48,7 +48,7 @@ def agree(module: "AdaptedModule") -> None:
     if describe is None or module.backbone is None:
         return
     check_vocabulary(module, data)
-    given: dict[str, Any] = describe()
+    given: dict[str, Any] = {**describe(), **module.conventions()}
     trained = trained_conventions(module)
     for key in COMPARED:
         differs = key in trained and trained[key] != given.get(key)
@@ -74,7 +74,7 @@ def check_vocabulary(module: "AdaptedModule", data: Any) -> None:
         UserError: names the first of the tokens, and what to set.
     """
     tokenizer, rows = data.tokenizer, embedding_rows(module.backbone)
-    if rows is None or len(tokenizer) <= rows:
+    if tokenizer is None or rows is None or len(tokenizer) <= rows:
         return
     beyond = next((token for token in _token_ids(data) if token >= rows), None)
     if beyond is not None:
@@ -95,6 +95,6 @@ def _token_ids(data: Any) -> Iterator[int]:
         for example in read:
             texts = [example, *example.get("choices", ())]
             for text in texts:
-                for key in ("input_ids", "prompt_ids"):
+                for key in ("input_ids", "prompt_ids", "target_ids"):
                     if key in text and len(text[key]):
                         yield int(text[key].max())

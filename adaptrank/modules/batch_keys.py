@@ -54,7 +54,7 @@ def read_inputs(
             f"{did_you_mean(foreign[0], {*known, 'labels'})} Keys that fit: {fitting}. Leave "
             "others out in the collate_fn."
         )
-    _check_main_input(inputs)
+    _check_main_input(inputs, getattr(model, "main_input_name", "input_ids"))
     return inputs
 
 
@@ -173,8 +173,18 @@ def _is_of_another_kind(key: str, value: Tensor) -> bool:
     return key in ("attention_mask", "position_ids") and value.dim() > 2
 
 
-def _check_main_input(inputs: Mapping[str, Any]) -> None:
-    """Check that a batch has input_ids or inputs_embeds, and not both."""
+def _check_main_input(inputs: Mapping[str, Any], main: str) -> None:
+    """Check that a batch has what its model reads first: for a text one of two forms of it.
+
+    Args:
+        inputs: inputs of the model.
+        main: name of the first input, such as input_ids or pixel_values.
+    """
+    if main != "input_ids":
+        if inputs.get(main) is None:
+            keys = ", ".join(map(str, inputs)) or "none"
+            raise UserError(f"The batch has no {main}. Its keys beside labels: {keys}.")
+        return
     given = [key for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None]
     if len(given) == 1:
         return

@@ -55,17 +55,27 @@ class _Watcher:
         """Modules that are called and have not returned."""
         self.masks: dict[str, Tensor] = {}
         """Name -> tokens that count, (batch, tokens)."""
+        self.decoder_masks: dict[str, Tensor] = {}
+        """The same for a decoder that reads an encoder."""
+        self.encoded: Tensor | None = None
+        """Output of the encoder, once the decoder of the present pass reads it."""
         self.alive: dict[int, Tensor] = {}
         """Inputs of this pass. No other tensor can take the identity of one that is alive."""
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.running == 0:
             self.masks.clear()
+            self.decoder_masks.clear()
+            self.encoded = None
             self.alive.clear()
         self.running += 1
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        encoded = kwargs.get("encoder_hidden_states")
+        masks = self.masks
+        if isinstance(encoded, Tensor):
+            self.encoded, masks = encoded, self.decoder_masks
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.masks["attention_mask"] = mask != 0
+            masks["attention_mask"] = mask != 0
         if self.labelled and isinstance(labels, Tensor) and labels.dim() == 2:
             self.masks["labels"] = labels != -100
 
@@ -75,7 +85,10 @@ class _Watcher:
     def enter(self, key: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0]
         rows = inputs.detach().flatten(0, -2)
-        masks = [mask.flatten() for mask in self.masks.values() if mask.numel() == len(rows)]
+        # Of a decoder that reads an encoder, cross-attention alone has the encoder's tokens.
+        is_decoded = self.encoded is not None and inputs is not self.encoded
+        known = self.decoder_masks if is_decoded else self.masks
+        masks = [mask.flatten() for mask in known.values() if mask.numel() == len(rows)]
         if masks:
             rows = rows[torch.stack(masks).all(0)]
         self.alive[id(inputs)] = inputs

@@ -125,7 +125,7 @@ def _save(model: Any, folder: Path, base: dict[str, Any], merged: Any) -> None:
     if merged is None:
         save_adapter(model, folder, base)
     else:
-        tokenizer = merged.tokenizer()
-        finish_configuration(model, tokenizer, conventions_of(model))
+        preprocessor = merged.preprocessor()
+        finish_configuration(model, preprocessor, conventions_of(model))
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        preprocessor.save_pretrained(folder)

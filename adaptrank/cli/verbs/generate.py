@@ -13,8 +13,9 @@ from adaptrank.cli.options import BASE
 
 DESCRIPTION = """\
 Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal
-language) model. Without --prompt and --file, every line of standard input is a prompt. \\n in a
-prompt is a line break. On a terminal, words are shown as they come.
+language) model. A model with an encoder, such as T5, writes another text for each prompt. Without
+--prompt and --file, every line of standard input is a prompt. \\n in a prompt is a line break. On a
+terminal, words are shown as they come, unless beams are searched.
 
 Prompts are put into the form of training, which the adapter records: its prompt template, and the
 chat template. They end where training taught the model to end. --raw takes each prompt as it is."""
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--max_new_tokens {options.max_new_tokens}: give 1 or more.")
     dtype = backbones.auto_dtype(options.dtype)
     stored = find_model(options.model, options.base)
-    if not stored.is_causal:
+    if not stored.writes_text:
         task = stored.auto_class.removeprefix("AutoModelFor")
         raise ConfigError(
             f"{stored.adapter} was trained for {task}, which completes no text. Use "
@@ -60,10 +61,11 @@ def run(options: argparse.Namespace) -> None:
     prompts = read_prompts(options, form.template)
     tokenizer = stored.tokenizer()
     model = stored.load(dtype)
-    streams = sys.stdout.isatty() and not options.json
+    searches = (model.generation_config.num_beams or 1) > 1
+    streams = sys.stdout.isatty() and not options.json and not searches
     for typed in prompts:
         prompt = form.fill(typed)
-        if streams and not form.chat:
+        if streams and stored.is_causal and not form.chat:
             print(prompt, end="", flush=True)
         text = complete(model, tokenizer, prompt, options.max_new_tokens, form, streams)
         if streams:
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
             line = {"prompt": prompt, "completion": text}
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
-            print(text if form.chat else prompt + text, flush=True)
+            print(prompt + text if stored.is_causal and not form.chat else text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def complete(
     """Return the greedy continuation of a prompt, without special tokens.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or one with an encoder.
         tokenizer: its tokenizer.
         prompt: the text to complete.
         max_new_tokens: length of the longest continuation.
@@ -208,9 +210,14 @@ def complete(
     from adaptrank.backbones import before_end
     from adaptrank.data import render_chat, token_ids
 
+    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     chat = form is not None and form.chat
     text = render_chat(tokenizer, form.messages(prompt), ask=True) if form and chat else prompt
-    ids = torch.tensor(token_ids(tokenizer, [text], special=not chat), device=model.device)
+    if has_encoder:
+        encoded = tokenizer([text], verbose=False)["input_ids"]
+    else:
+        encoded = token_ids(tokenizer, [text], special=not chat)
+    ids = torch.tensor(encoded, device=model.device)
     if not ids.shape[1]:
         raise ConfigError(EMPTY)
     streamer = None
@@ -227,7 +234,9 @@ def complete(
             eos_token_id=ends or None,
             streamer=streamer,
         )
-    generated = before_end(output[0, ids.shape[1] :].tolist(), ends)
+    # A decoder of its own begins with a start token, and not with the prompt.
+    start = 1 if has_encoder else ids.shape[1]
+    generated = before_end(output[0, start:].tolist(), ends)
     completion: str = tokenizer.decode(generated, skip_special_tokens=True)
     return completion
 

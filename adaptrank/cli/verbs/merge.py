@@ -61,15 +61,15 @@ def run(options: argparse.Namespace) -> None:
     if dtype not in (torch.float32, base_dtype):
         _warn_of_rounding(model, dtype)
     model = fold(model).to(dtype)
-    tokenizer = stored.tokenizer()
-    finish_configuration(model, tokenizer, stored.conventions)
+    preprocessor = stored.preprocessor()
+    finish_configuration(model, preprocessor, stored.conventions)
     write_folder(
-        out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
+        out, lambda folder: (model.save_pretrained(folder), preprocessor.save_pretrained(folder))
     )
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"Merged {layers} layers of {stored.adapter} into {stored.source.name}: {out} ", end="")
     print(f"({_short(dtype)}, {size:,.0f} MB)")
-    if stored.is_causal:
+    if stored.writes_text:
         print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")
     print(f"  load:     transformers.{stored.auto_class}.from_pretrained({str(out)!r})")
 

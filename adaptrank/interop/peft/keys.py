@@ -12,7 +12,12 @@ from adaptrank._errors import UserError
 PREFIX = "base_model.model."
 """Beginning of every tensor key in a PEFT file."""
 
-TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
+TASKS = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+}
 """Auto class of transformers -> PEFT's name of the task."""
 
 ALPHA_KEYS = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOKR": "alpha"}

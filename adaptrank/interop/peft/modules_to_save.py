@@ -1,8 +1,8 @@
 """Modules that were trained whole, named so that PEFT's `modules_to_save` means just these.
 
 PEFT copies every module whose path ends in one of the names, and then loads all tensors of the
-copy: each of them has to be in the file. For sequence classification it adds two names by itself.
-It adapts no layer whose path has such a name as a component.
+copy: each of them has to be in the file. For classification of texts and words it adds two
+names by itself. It adapts no layer whose path has such a name as a component.
 """
 
 import re
@@ -15,7 +15,7 @@ from adaptrank._errors import UserError
 from adaptrank.injection import lies_in
 from adaptrank.parameterizations import Parameterization
 
-ADDED_NAMES = {"SEQ_CLS": ("classifier", "score")}
+ADDED_NAMES = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """PEFT's task -> the names that PEFT adds to `modules_to_save` by itself."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

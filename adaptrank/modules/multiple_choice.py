@@ -1,0 +1,173 @@
+"""Fine-tune an encoder with a fresh head to choose the right one of several texts."""
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import BinaryCalibrationError
+
+from adaptrank._errors import UserError
+from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.batch_keys import (
+    IGNORED,
+    at_least_float32,
+    count_supervised,
+    entries,
+    read_inputs,
+    read_labels,
+)
+from adaptrank.modules.label_module import fresh_heads
+from adaptrank.modules.problems import DIGITS
+from adaptrank.modules.text_inputs import leave_out_unread_types, pad_as_tokenizer
+from adaptrank.training.moving import to_device
+
+CHOICE_KEYS = ("choice_mask", "choices")
+"""Keys of a batch that the model does not read."""
+
+
+class MultipleChoice(AdaptedModule):
+    """A model that gives each choice of a question a score. The highest one is its answer.
+
+    The loss is the cross entropy over the choices of a question. Rows may have different numbers of
+    choices: a missing one is not computed, and has the probability 0. The head is new and trains
+    with the adapters.
+
+    The evaluation reports `loss`, `accuracy`, and `calibration_error`: the mean difference between
+    the probability of the chosen answers and the share of them that is right, over 15 bins.
+
+    Args:
+        kwargs: as in `AdaptedModule`.
+    """
+
+    auto_class = "AutoModelForMultipleChoice"
+    metrics_shown: ClassVar = ("loss", "accuracy", "calibration_error")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mean_loss = MeanMetric()
+        self.accuracy = MeanMetric()
+        self.calibration = BinaryCalibrationError(n_bins=15)
+        self.guessing = MeanMetric()
+        self._unsupervised: Tensor | None = None
+
+    # ---- building
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the backbone, which makes token types only where the model reads them."""
+        mapping = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
+        return leave_out_unread_types(super().tokenizer, self.source, mapping)
+
+    def load_backbone(self) -> Any:
+        return pad_as_tokenizer(super().load_backbone(), self.tokenizer)
+
+    def model_options(self) -> dict[str, Any]:
+        return {**super().model_options(), "fresh_head": True}
+
+    def heads(self, backbone: nn.Module) -> list[str]:
+        return fresh_heads(backbone)
+
+    def chance(self) -> dict[str, float]:
+        """Return the loss of guessing, the mean of log(choices)."""
+        return {"loss": float(self.guessing.compute())} if self.guessing.update_called else {}
+
+    # ---- steps
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return the score of each choice, (B, C), and -inf where a row has fewer than C.
+
+        Args:
+            batch: inputs (B, C, L), and `choice_mask` (B, C), 0 where there is no choice. Without
+                it each row has C choices.
+        """
+        batch = entries(batch)
+        inputs = read_inputs(batch, self.model, CHOICE_KEYS)
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if ids is None or ids.dim() < 3:
+            shape = None if ids is None else tuple(ids.shape)
+            raise UserError(
+                "MultipleChoice needs inputs of the shape (rows, choices, tokens), and got "
+                f"{shape}. Use a data module such as MultipleChoiceData."
+            )
+        rows, most = ids.shape[:2]
+        is_choice = self.host_batch.of(batch).get("choice_mask")
+        if is_choice is None:
+            is_choice = torch.ones(rows, most)
+        index = to_device(is_choice.flatten().nonzero().squeeze(1), ids.device)
+        # Each choice is a row of one choice, so that missing ones are not computed.
+        given = {key: value.flatten(0, 1).index_select(0, index) for key, value in inputs.items()}
+        logits = self.model(**{key: value.unsqueeze(1) for key, value in given.items()}).logits
+        scores = at_least_float32(logits.flatten())
+        return (
+            scores.new_full((rows * most,), -torch.inf)
+            .index_copy(0, index, scores)
+            .view(rows, most)
+        )
+
+    def _loss(self, scores: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Return the mean loss over the labelled rows, which is zero if there is none."""
+        if labels.dim() != 1 or len(labels) != len(scores):
+            raise UserError(
+                f"MultipleChoice needs the index of the right choice for each of {len(scores)} "
+                f"rows, and got labels of shape {tuple(labels.shape)}."
+            )
+        loss = F.cross_entropy(scores, labels, ignore_index=IGNORED)
+        return torch.where(count > 0, loss, 0 * scores.max())
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        labels = read_labels(batch)
+        count = count_supervised(labels)
+        loss = self._loss(self(batch), labels, count)
+        is_unsupervised = count == 0
+        earlier = self._unsupervised
+        self._unsupervised = is_unsupervised if earlier is None else earlier | is_unsupervised
+        self.step_mean.note(count, {"train_loss": loss})
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        # The flag is read here and not in each step, which would wait for the device.
+        if self._unsupervised is not None and bool(self._unsupervised):
+            self.warn_unsupervised("batch")
+        self._unsupervised = None
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        scores, labels = self(batch), read_labels(batch)
+        count = count_supervised(labels)
+        self.mean_loss.update(self._loss(scores, labels, count), weight=count)
+        has_label = labels != IGNORED
+        scores, labels = scores[has_label], labels[has_label]
+        choices = torch.isfinite(scores).sum(-1)
+        if len(labels):
+            confidence, chosen = scores.softmax(-1).max(-1)
+            is_right = (chosen == labels).long()
+            self.accuracy.update(is_right)
+            self.calibration.update(confidence, is_right)
+            self.guessing.update(choices.log())
+        named: dict[str, Metric] = {
+            "loss": self.mean_loss,
+            "accuracy": self.accuracy,
+            "calibration_error": self.calibration,
+        }
+        for name, metric in named.items():
+            bar = name == "accuracy"
+            self.log(name, metric, prog_bar=bar, batch_size=len(has_label))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        probabilities = self(batch).softmax(-1).tolist()
+        mask = batch.get("choice_mask")
+        counts = [len(row) for row in probabilities] if mask is None else mask.sum(-1).tolist()
+        texts = batch.get("choices") or [None] * len(counts)
+        predictions = []
+        for row, count, choices in zip(probabilities, counts, texts, strict=True):
+            kept = row[:count]
+            label = kept.index(max(kept))
+            named = {} if choices is None else {"choice": choices[label]}
+            rounded = [round(value, DIGITS) for value in kept]
+            predictions.append({"label": label, **named, "probabilities": rounded})
+        return predictions
