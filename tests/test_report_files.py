@@ -11,7 +11,7 @@ from adaptrank.reports.card import card
 from adaptrank.reports.comparison import rows
 from adaptrank.reports.escaping import code_span, fence, in_picture, visible
 from adaptrank.reports.escaping import markdown as escape
-from adaptrank.reports.figures import draw_run, heat_maps
+from adaptrank.reports.figures import LayerMap, Scale, draw_run, heat_maps
 from adaptrank.reports.history import SNAPSHOTS, read_history
 from adaptrank.reports.ranks import MOST_ROWS, page, write_report
 from adaptrank.reports.records import read_study_results
@@ -274,11 +274,12 @@ def test_pictures_of_20_000_kinds_stay_small(tmp_path):
     run = write_run(tmp_path / "run", [{**START, "sizes": axes}, {**EVENT, "sizes": {}}])
     files = write_report(read_history(run), tmp_path / "report", "replay")
     assert sum(file.stat().st_size for file in files) < 3_000_000
-    heat_maps({"map": dict.fromkeys(list(axes)[:3000], 1.0)}, tmp_path / "map.png")
+    values = dict.fromkeys(list(axes)[:3000], 1.0)
+    heat_maps([LayerMap("map", Scale("one"), values)], tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size < 1_000_000
 
 
 def test_a_run_whose_axes_have_no_units_is_drawn(tmp_path):
     run = write_run(tmp_path / "run", [{**START, "sizes": {"a:rank": 0}}])
     (tmp_path / "out").mkdir()
-    assert set(draw_run(read_history(run), tmp_path / "out")) == {"ranks", "over_time", "budget"}
+    assert set(draw_run(read_history(run), tmp_path / "out")) == {"ranks", "budget"}

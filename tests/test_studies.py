@@ -294,7 +294,14 @@ def test_nothing_beats_the_front(points, mode):
 def test_the_report(tmp_path):
     record = made(tmp_path, fail=("B",), title="Some <title>", limits="Small & quick.")
     files = {file.name for file in write_study(record, tmp_path / "report")}
-    assert files == {"pareto.png", "ranks.png", "report.md", "index.html", "table.json"}
+    assert files == {
+        "pareto.png",
+        "learning_rates.png",
+        "ranks.png",
+        "report.md",
+        "index.html",
+        "table.json",
+    }
     text = (tmp_path / "report" / "report.md").read_text()
     for words in (
         "# Some &lt;title&gt;",

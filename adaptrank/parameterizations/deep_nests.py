@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from adaptrank.parameterizations.formula import dense_weight
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 FEW_WRAPPERS = 16
 """Depth up to which a nest is computed by recursion."""
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+"""Names of torch's hooks on every module. torch 2.6 has no function that looks at all of them."""
 
 _FRAMES_OF_A_LEVEL = 16
 _FRAMES_OF_THE_REST = 2000
@@ -98,7 +106,7 @@ def _is_watched(wrapper: nn.Module) -> bool:
         or wrapper._backward_hooks
         or wrapper._backward_pre_hooks
         or any(hook is not noop_hook for hook in pre_hooks)
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
     )
 
 

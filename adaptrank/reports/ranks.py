@@ -9,15 +9,7 @@ from adaptrank.reports.figures import draw_run
 from adaptrank.reports.history import Event, History
 from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import Picture, render
-
-DESCRIPTIONS = {
-    "ranks": "Heat maps of the units of each layer and kind, at the start, at the end, and their "
-    "difference",
-    "over_time": "Heat maps of the units at several steps",
-    "budget": "Units open, allocated and budgeted over the optimizer steps",
-    "scores": "Distribution of the scores at each event",
-}
-"""Name of a picture -> its description for people who cannot see it."""
+from adaptrank.reports.run_words import DESCRIPTIONS, captions, headline
 
 MOST_ROWS = 500
 """Largest number of rows of a table. A model may have 20,000 axes, and a run as many events."""
@@ -52,11 +44,13 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
     """Return the report as one HTML document, with the pictures inside."""
     axes = _axis_rows(history)
     events = history.events
+    shown = captions(history)
     return render(
         "run.html.j2",
         title=_title(history),
         facts=[(name, value) for name, value in _facts(history) if value],
-        pictures=[Picture(DESCRIPTIONS[name], png) for name, png in pictures.items()],
+        headline=headline(history),
+        pictures=[Picture(DESCRIPTIONS[name], png, shown[name]) for name, png in pictures.items()],
         replay=replay,
         events=[_event_row(event) for event in events[-MOST_ROWS:]],
         events_left_out=max(0, len(events) - MOST_ROWS),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+DOTS_PER_INCH, PIXELS_PER_INCH = 160, 96
+"""Resolution of a picture, and of a page. A picture is sharp on a fine screen."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -23,10 +26,23 @@ class Picture:
     Args:
         description: text for people who cannot see the picture.
         png: content of the file.
+        caption: what to see in the picture.
     """
 
     description: str
     png: bytes
+    caption: str = ""
+
+    @property
+    def width(self) -> int:
+        """Width on a page in pixels. The header of a PNG has its own width at byte 16."""
+        own = int.from_bytes(self.png[16:20], "big")
+        return own * PIXELS_PER_INCH // DOTS_PER_INCH
+
+    @property
+    def smallest_width(self) -> int:
+        """Width in pixels at which the texts can still be read. In a smaller window it scrolls."""
+        return self.width * 7 // 10
 
     @property
     def address(self) -> str:

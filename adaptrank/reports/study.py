@@ -17,9 +17,21 @@ Escape = Callable[[str], str]
 DESCRIPTIONS = {
     "pareto": "The metric over trainable parameters, seconds of training and peak memory, one line "
     "for each method",
+    "learning_rates": "The metric of the selection over the learning rate, one curve a setting",
     "ranks": "Heat maps of the final units of each layer and kind, with the first seed",
 }
 """Name of a picture -> its description for people who cannot see it."""
+
+CAPTIONS = {
+    "pareto": "Each point is the mean over the seeds, and its bar is the standard deviation. "
+    "Nothing cheaper is better than a point on the gray line. The scale of the parameters is "
+    "logarithmic.",
+    "learning_rates": "Trials with each learning rate, on the data of the selection. A curve that "
+    "is best at its first or last point has not been followed far enough.",
+    "ranks": "Units at the end, with the first seed. A darker cell has more units, and all maps "
+    "have the same colors.",
+}
+"""Name of a picture -> what to see in it."""
 
 
 def write_study(record: Mapping[str, Any], out: Path) -> list[Path]:
@@ -73,7 +85,9 @@ def page(record: Mapping[str, Any], table: Sequence[Row], pictures: Mapping[str,
         "study.html.j2",
         **_values(record, table),
         explanation=_explanation(record, str, str),
-        pictures=[Picture(DESCRIPTIONS[name], png) for name, png in pictures.items()],
+        pictures=[
+            Picture(DESCRIPTIONS[name], png, CAPTIONS[name]) for name, png in pictures.items()
+        ],
     )
 
 

@@ -42,13 +42,15 @@ def run(options: argparse.Namespace) -> None:
     from adaptrank._files import atomic_files, write_json
     from adaptrank.cli.loading import find_adapter
     from adaptrank.composition import kind_of, mean_by_kind, spectra, spectral_lines
+    from adaptrank.reports.layer_grid import in_grid_order
 
     _check_pattern(options.layers)
     stored = find_adapter(options.adapter, options.base)
     assert stored.adapter is not None
-    layers = spectra(stored.load(torch.float32), options.layers, not options.no_intruders)
-    if not layers:
+    found = spectra(stored.load(torch.float32), options.layers, not options.no_intruders)
+    if not found:
         raise ConfigError(_why_nothing(stored.adapter, options.layers))
+    layers = {path: found[path] for path in in_grid_order(found)}
     rows = {path: path if options.each else kind_of(path) for path in layers}
     summary = mean_by_kind(layers, rows)
     data = {
@@ -97,20 +99,20 @@ def _why_nothing(adapter: Path, pattern: str | None) -> str:
 
 
 def _draw(layers: dict[str, dict[str, Any]], file: Path) -> None:
-    from adaptrank.reports.figures import heat_maps
+    from adaptrank.reports.figures import LayerMap, Scale, heat_maps
 
-    titles = {
-        "relative": "|D| / |W|",
-        "effective_rank": "effective rank",
-        "stable_rank": "stable rank",
-        "rank_share": "rank at 1e-3, of full",
-        "intruders": "intruders of 10",
+    size, rank = Scale("size beside the weight"), Scale("rank of the change")
+    share, intruders = Scale("share of the full rank"), Scale("of 10 vectors", highest=10)
+    maps = {
+        "relative": LayerMap("|D| / |W|", size),
+        "effective_rank": LayerMap("effective rank", rank),
+        "stable_rank": LayerMap("stable rank", rank),
+        "rank_share": LayerMap("rank at 1e-3, of full", share),
+        "intruders": LayerMap("intruder dimensions", intruders),
     }
-    maps: dict[str, dict[str, float]] = {}
     for path, facts in layers.items():
         shown = {**facts, "rank_share": facts["rank_share"]["0.001"]}
-        for name, title in titles.items():
+        for name, each in maps.items():
             if shown.get(name) is not None:
-                maps.setdefault(title, {})[path] = shown[name]
-    ordered = {title: maps[title] for title in titles.values() if title in maps}
-    heat_maps(ordered, file)
+                each.values[path] = shown[name]
+    heat_maps([each for each in maps.values() if each.values], file)

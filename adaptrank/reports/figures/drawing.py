@@ -1,15 +1,18 @@
 """Figures of matplotlib, and one heat map: one row a layer, one column a kind of layer."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.layer_grid import LayerGrid
+from adaptrank.reports.rendering import DOTS_PER_INCH
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -23,22 +26,19 @@ LABELLED_COLUMNS = 40
 """Number of columns up to which every column has a label."""
 LONGEST_LABEL, LONGEST_TITLE = 24, 80
 """Characters of a label and of a title. Pictures would otherwise grow with the names in a file."""
-MOST_WRITTEN_CELLS = 1500
-"""Number of cells up to which a map has the numbers written into them."""
-LARGEST_FIGURE = 32.0
+LARGEST_FIGURE = 20.0
 """Largest width and height of a figure in inches."""
+SHORT_LABEL = 6
+"""Characters up to which the labels of the columns stand upright."""
+
+SMALL, NORMAL = 8, 9
+"""Sizes of texts in points: labels and numbers, and titles."""
+
+UNITS_COLORS, CHANGE_COLORS = "YlGnBu", "PuOr_r"
+"""Color maps: light to dark from zero on, and two colors on both sides of zero."""
 
 
-@dataclass(frozen=True)
-class TextStyle:
-    """Sizes of the title and of the labels in points, and the angle of the column labels."""
-
-    title: int
-    labels: int
-    angle: int
-
-
-def new_figure(width: float, height: float, **options: Any) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of a size in inches.
 
     Raises:
@@ -50,17 +50,17 @@ def new_figure(width: float, height: float, **options: Any) -> "Figure":
         raise ModuleNotFoundError(
             "Pictures need matplotlib: pip install 'adaptrank[report]'."
         ) from error
-    return Figure(figsize=(min(width, LARGEST_FIGURE), min(height, LARGEST_FIGURE)), **options)
+    size = (min(width, LARGEST_FIGURE), min(height, LARGEST_FIGURE))
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure: "Figure", file: "Path") -> None:
+    """Write a figure as a PNG."""
+    figure.savefig(file, dpi=DOTS_PER_INCH, facecolor="white")
 
 
 def draw_heat_map(
-    panel: "Axes",
-    cells: Cells,
-    grid: LayerGrid,
-    title: str,
-    style: TextStyle,
-    row_step: int = 1,
-    **colors: Any,
+    panel: "Axes", cells: Cells, grid: LayerGrid, title: str, colors: str, low: float, high: float
 ) -> "AxesImage":
     """Draw one heat map.
 
@@ -69,23 +69,52 @@ def draw_heat_map(
         cells: values (layers, kinds).
         grid: names of the rows and the columns.
         title: title of the panel.
-        style: sizes of the texts.
-        row_step: distance of the rows that have a label.
-        colors: arguments of `imshow` about colors.
+        colors: name of a color map of matplotlib.
+        low: value of the first color.
+        high: value of the last color.
     """
-    image = panel.imshow(cells, aspect="auto", **colors)
-    panel.set_title(label(title, LONGEST_TITLE), fontsize=style.title)
-    columns = range(0, len(grid.kinds), -(-len(grid.kinds) // LABELLED_COLUMNS))
+    image = panel.imshow(
+        cells, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest"
+    )
+    panel.set_title(label(title, LONGEST_TITLE), fontsize=NORMAL)
+    names = short_names(grid.kinds)
+    is_short = max(map(len, names), default=0) <= SHORT_LABEL
+    columns = range(0, len(names), -(-len(names) // LABELLED_COLUMNS) or 1)
     panel.set_xticks(
         columns,
-        [label(grid.kinds[column]) for column in columns],
-        rotation=style.angle,
-        ha="right",
-        fontsize=style.labels,
+        [label(names[column]) for column in columns],
+        rotation=0 if is_short else 45,
+        ha="center" if is_short else "right",
+        rotation_mode="anchor" if not is_short else "default",
+        fontsize=SMALL,
     )
-    rows = range(0, len(grid.layers), row_step)
-    panel.set_yticks(rows, [label(grid.layers[row]) for row in rows], fontsize=style.labels)
+    rows = range(0, len(grid.layers), -(-len(grid.layers) // LABELLED_ROWS) or 1)
+    panel.set_yticks(rows, [label(grid.layers[row]) for row in rows], fontsize=SMALL)
+    panel.tick_params(length=0)
     return image
+
+
+def write_numbers(panel: "Axes", cells: Cells, image: "AxesImage", form: str) -> None:
+    """Write the value of each cell into it, black on light colors and white on dark ones.
+
+    Args:
+        panel: panel that has the heat map.
+        cells: values (layers, kinds). NaN leaves a cell empty.
+        image: the heat map.
+        form: format of a number, as in `format`.
+    """
+    for row, column, value in _known_cells(cells):
+        color = "black" if _luminance(image, value) > 0.5 else "white"
+        text = format(value, form)
+        panel.text(column, row, text, ha="center", va="center", fontsize=SMALL - 1, color=color)
+
+
+def short_names(kinds: Sequence[str]) -> list[str]:
+    """Return kinds without an ending that all of them have, as in q, k and v for q_proj, ..."""
+    ending = "_proj"
+    if len(kinds) > 1 and all(kind.endswith(ending) and kind != ending for kind in kinds):
+        return [kind.removesuffix(ending) for kind in kinds]
+    return list(kinds)
 
 
 def label(text: str, longest: int = LONGEST_LABEL) -> str:
@@ -97,3 +126,29 @@ def label(text: str, longest: int = LONGEST_LABEL) -> str:
 def empty_cells(grid: LayerGrid) -> Cells:
     """Return cells of a grid without a value."""
     return np.full((len(grid.layers), len(grid.kinds)), np.nan)
+
+
+def largest(cells: Cells) -> float:
+    """Return the largest value, or 0 if there is none."""
+    return 0.0 if np.isnan(cells).all() else float(np.nanmax(cells))
+
+
+def map_size(grid: LayerGrid, cell_width: float, cell_height: float) -> tuple[float, float]:
+    """Return width and height of a heat map with its labels in inches."""
+    names = short_names(grid.kinds)
+    longest = min(max(map(len, names), default=0), LONGEST_LABEL)
+    below = 0.3 if longest <= SHORT_LABEL else 0.25 + 0.05 * longest
+    width = 0.5 + cell_width * max(len(grid.kinds), 2)
+    return width, 0.35 + below + cell_height * max(len(grid.layers), 2)
+
+
+def _luminance(image: "AxesImage", value: float) -> float:
+    """Return how light the color of a value is, from 0 to 1 (Rec. 709)."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+
+
+def _known_cells(cells: Cells) -> Iterator[tuple[int, int, float]]:
+    """Yield (row, column, value) of each cell that has a value."""
+    for row, column in np.argwhere(~np.isnan(cells)).tolist():
+        yield row, column, float(cells[row, column])

@@ -1,107 +1,150 @@
 """Pictures of a run: its ranks, its budget and its scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adaptrank.reports.figures.drawing import (
-    LABELLED_ROWS,
-    MOST_WRITTEN_CELLS,
+    CHANGE_COLORS,
+    NORMAL,
+    SMALL,
+    UNITS_COLORS,
     Cells,
-    TextStyle,
     draw_heat_map,
     empty_cells,
+    largest,
+    map_size,
     new_figure,
+    save,
+    write_numbers,
 )
-from adaptrank.reports.history import SNAPSHOTS, Event, History
+from adaptrank.reports.history import Event, History
 from adaptrank.reports.layer_grid import LayerGrid, layer_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 BLUE = "tab:blue"
+
+MOST_WRITTEN_CELLS = 700
+"""Number of cells up to which a map has the numbers written into them."""
+
+WIDEST = 10.0
+"""Width in inches up to which maps stand side by side."""
 
 
 def draw_run(history: History, folder: Path) -> dict[str, Path]:
     """Draw the pictures of a run into a folder.
 
     Returns:
-        Name of a picture -> file. There is no picture of scores if no event recorded any.
+        Name of a picture -> file. There is no picture of the ranks over time if none moved, and no
+        picture of scores if no event recorded any.
 
     Raises:
         ModuleNotFoundError: if matplotlib is missing.
     """
     grid = layer_grid(list(history.start))
-    figures = {
-        "ranks": _rank_change_figure(history, grid),
-        "over_time": _ranks_over_time_figure(history, grid),
-        "budget": _budget_figure(history.events),
-    }
+    figures = {"ranks": _rank_change_figure(history, grid)}
+    if any(sizes != history.start for _, sizes in history.sizes):
+        figures["over_time"] = _ranks_over_time_figure(history, grid)
+    figures["budget"] = _budget_figure(history)
     scored = [event for event in history.events if event.get("scores")]
     if scored:
         figures["scores"] = _scores_figure(scored)
     files: dict[str, Path] = {}
     for name, figure in figures.items():
         files[name] = folder / f"{name}.png"
-        figure.savefig(files[name], dpi=110, bbox_inches="tight", facecolor="white")
+        save(figure, files[name])
     return files
 
 
 def _rank_change_figure(history: History, grid: LayerGrid) -> "Figure":
-    """Draw the ranks at the start, at the end, and their difference."""
-    figure = new_figure(3.2 + 1.35 * len(grid.kinds), _height(grid))
-    panels = figure.subplots(1, 3, sharey=True)
+    """Draw the units at the end and their change. Units at the start are drawn if they differ."""
     first, last = _unit_cells(history.start, grid), _unit_cells(history.end, grid)
     change = last - first
-    most_units = max(_largest(first), _largest(last))
-    for panel, cells, title in zip(panels[:2], (first, last), ("start", "end"), strict=True):
-        image = _draw_units(panel, cells, grid, title, most_units)
-        _write_units(panel, cells, image)
-    figure.colorbar(panels[0].images[0], ax=panels[:2], fraction=0.03, label="units")
-
-    span = max(_largest(abs(change)), 1.0)
-    image = _draw_map(panels[2], change, grid, "change", cmap="PuOr_r", vmin=-span, vmax=span)
-    _write_changes(panels[2], change)
-    figure.colorbar(image, ax=panels[2], fraction=0.06)
-    panels[0].set_ylabel("layer")
+    most_units = max(largest(first), largest(last), 1.0)
+    units = {f"units at the end{_uniform(last)}": last}
+    if _uniform(first):
+        start = f"change since the start{_uniform(first)}"
+    else:
+        units = {"units at the start": first, **units}
+        start = "change since the start"
+    width, height = map_size(grid, 0.42, 0.22 if len(grid.layers) <= 40 else 0.16)
+    panels_count = len(units) + bool(np.nan_to_num(change).any())
+    down = panels_count > 1 and panels_count * width > WIDEST
+    rows, columns = (panels_count, 1) if down else (1, panels_count)
+    figure = new_figure(max(columns * width + 0.6, 4.5), rows * height)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    is_written = first.size <= MOST_WRITTEN_CELLS
+    for panel, (title, cells) in zip(panels, units.items(), strict=False):
+        image = draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, most_units)
+        if is_written and not _uniform(cells):
+            write_numbers(panel, cells, image, "g")
+        _add_color_bar(figure, panel, "" if is_written else "units")
+    if panels_count > len(units):
+        span = largest(abs(change))
+        image = draw_heat_map(panels[-1], change, grid, start, CHANGE_COLORS, -span, span)
+        if is_written:
+            write_numbers(panels[-1], np.where(change == 0, np.nan, change), image, "+g")
+        _add_color_bar(figure, panels[-1], "" if is_written else "change")
+    _label_layers(panels)
     return figure
 
 
 def _ranks_over_time_figure(history: History, grid: LayerGrid) -> "Figure":
-    """Draw the ranks at a few steps, evenly spread over the events."""
-    last_index = len(history.sizes) - 1
-    indices = [round(i * last_index / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)]
-    snapshots = dict(history.sizes[index] for index in indices)
-    most_units = max(
-        max(max(sizes.values()) for _, sizes in history.sizes),
-        _largest(_unit_cells(history.start, grid)),
-        _largest(_unit_cells(history.end, grid)),
-    )
-    figure = new_figure(1.2 + 1.5 * len(snapshots) + 0.1 * len(grid.kinds), _height(grid))
-    panels = figure.subplots(1, len(snapshots), sharey=True, squeeze=False)[0]
-    for panel, (step, sizes) in zip(panels, snapshots.items(), strict=True):
-        image = _draw_units(panel, _unit_cells(sizes, grid), grid, f"step {step}", most_units)
-    figure.colorbar(image, ax=panels, fraction=0.02, label="units")
-    panels[0].set_ylabel("layer")
+    """Draw the units at a few steps, evenly spread over the events."""
+    snapshots = dict(history.sizes)
+    all_cells = {step: _unit_cells(sizes, grid) for step, sizes in snapshots.items()}
+    most_units = max(1.0, *map(largest, all_cells.values()))
+    width, height = map_size(grid, 0.24, 0.17 if len(grid.layers) <= 12 else 0.1)
+    columns = max(1, min(len(snapshots), int(WIDEST / width), 3))
+    rows = -(-len(snapshots) // columns)
+    figure = new_figure(max(columns * width + 0.8, 4.5), rows * height)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel, (step, cells) in zip(panels.flatten(), all_cells.items(), strict=False):
+        title = f"step {step}: {np.nansum(cells):,.0f} units"
+        draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, most_units)
+        panel.tick_params(axis="x", rotation=90)
+        panel.set_xticks(panel.get_xticks(), panel.get_xticklabels(), ha="center")
+    for panel in panels.flatten()[len(snapshots) :]:
+        panel.set_axis_off()
+    _add_color_bar(figure, panels[0, 0], "units", list(panels.flatten()))
+    _label_layers(panels[:, 0])
     return figure
 
 
-def _budget_figure(events: Sequence[Event]) -> "Figure":
-    """Draw allocated and open units and the budget over the steps."""
-    figure = new_figure(7, 3.2)
+def _budget_figure(history: History) -> "Figure":
+    """Draw allocated and open units and the budget, from step 0 to the end of the training."""
+    figure = new_figure(5.2, 2.8)
     panel = figure.subplots()
-    for name, line in (("allocated", ":"), ("active", "-"), ("budget", "--")):
-        points = [(event["step"], event[name]) for event in events if _has_units(event, name)]
-        if points:
-            steps, units = zip(*points, strict=True)
-            panel.step(steps, units, where="post", linestyle=line, marker=".", label=name)
-    panel.set(xlabel="optimizer step", ylabel="units", ylim=(0, None), title="Budget")
-    _add_legend_and_grid(panel)
+    start = float(sum(history.start.values()))
+    end = max([*(event["step"] for event in history.events), history.summary.get("steps", 0)])
+    series = {name: _series(history.events, name) for name in ("allocated", "active", "budget")}
+    if series["allocated"] == series["active"]:
+        del series["allocated"]
+    names = {"allocated": "allocated units", "active": "units in use", "budget": "budget"}
+    for name, points in series.items():
+        if not points:
+            continue
+        if name != "budget" and points[0][0] > 0:
+            points = [(0, start), *points]
+        points = [*points, (end, points[-1][1])]
+        steps, units = zip(*points, strict=True)
+        line, color = {"allocated": (":", "tab:gray"), "budget": ("--", "tab:orange")}.get(
+            name, ("-", BLUE)
+        )
+        panel.step(steps, units, where="post", linestyle=line, color=color, label=names[name])
+    panel.set(xlabel="optimizer step", ylabel="units", ylim=(0, None))
+    _finish_curves(panel, end)
     return figure
+
+
+def _series(events: Sequence[Event], name: str) -> list[tuple[int, float]]:
+    """Return (step, units) of the events that state a number in units."""
+    return [(event["step"], event[name]) for event in events if _has_units(event, name)]
 
 
 def _has_units(event: Event, name: str) -> bool:
@@ -113,7 +156,7 @@ def _has_units(event: Event, name: str) -> bool:
 
 def _scores_figure(scored: Sequence[Event]) -> "Figure":
     """Draw the median of the scores at each event, and bands around it."""
-    figure = new_figure(7, 3.2)
+    figure = new_figure(5.2, 2.8)
     panel = figure.subplots()
     steps = [event["step"] for event in scored]
     scores = [event["scores"] for event in scored]
@@ -122,8 +165,8 @@ def _scores_figure(scored: Sequence[Event]) -> "Figure":
     panel.plot(steps, medians, color=BLUE, marker=".", label="median")
     if all(entry["min"] > 0 for entry in scores):
         panel.set_yscale("log")
-    panel.set(xlabel="optimizer step", ylabel="score of a unit", title="Scores")
-    _add_legend_and_grid(panel)
+    panel.set(xlabel="optimizer step", ylabel="score of a unit")
+    _finish_curves(panel, steps[-1])
     return figure
 
 
@@ -131,7 +174,8 @@ def _draw_score_bands(
     panel: "Axes", steps: Sequence[int], scores: Sequence[Mapping[str, float]]
 ) -> None:
     """Draw the whole range of the scores, and the middle half of them, where events state them."""
-    for low, high, opacity in (("min", "max", 0.18), ("q25", "q75", 0.4)):
+    bands = (("min", "max", 0.18, "all"), ("q25", "q75", 0.4, "middle half"))
+    for low, high, opacity, name in bands:
         if all(low in entry and high in entry for entry in scores):
             panel.fill_between(
                 steps,
@@ -139,20 +183,48 @@ def _draw_score_bands(
                 [entry[high] for entry in scores],
                 alpha=opacity,
                 color=BLUE,
-                label=f"{low} to {high}",
+                label=name,
                 linewidth=0,
             )
 
 
-def _add_legend_and_grid(panel: "Axes") -> None:
+def _finish_curves(panel: "Axes", last_step: float) -> None:
+    """Start the steps at 0, mark whole steps, and put the legend above the curves."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_xlim(0, max(last_step, 1) * 1.02)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(frameon=False)
+        panel.legend(
+            frameon=False, fontsize=SMALL, ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
+        )
     panel.grid(alpha=0.3)
 
 
-def _height(grid: LayerGrid) -> float:
-    """Return the height of a figure of ranks in inches."""
-    return 1.6 + 0.22 * max(len(grid.layers), 6)
+def _add_color_bar(
+    figure: "Figure", panel: "Axes", name: str, panels: "list[Axes] | None" = None
+) -> None:
+    """Add a color bar with whole numbers, unless it has no name."""
+    from matplotlib.ticker import MaxNLocator
+
+    if name:
+        bar = figure.colorbar(panel.images[0], ax=panels or panel, aspect=30, pad=0.02)
+        bar.set_label(name, fontsize=SMALL)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        bar.ax.tick_params(labelsize=SMALL)
+
+
+def _label_layers(panels: "Sequence[Axes]") -> None:
+    for panel in panels:
+        panel.set_ylabel("layer", fontsize=NORMAL)
+
+
+def _uniform(cells: Cells) -> str:
+    """Return ": N everywhere" if all cells with a value have the same, or nothing."""
+    known = cells[~np.isnan(cells)]
+    if known.size and (known == known[0]).all():
+        return f": {known[0]:g} everywhere"
+    return ""
 
 
 def _unit_cells(sizes: Mapping[str, int], grid: LayerGrid) -> Cells:
@@ -163,56 +235,3 @@ def _unit_cells(sizes: Mapping[str, int], grid: LayerGrid) -> Cells:
             place = grid.places[axis]
             cells[place] = size if np.isnan(cells[place]) else cells[place] + size
     return cells
-
-
-def _draw_map(
-    panel: "Axes", cells: Cells, grid: LayerGrid, title: str, **colors: Any
-) -> "AxesImage":
-    return draw_heat_map(
-        panel,
-        cells,
-        grid,
-        title,
-        TextStyle(title=10, labels=8, angle=45),
-        row_step=max(1, len(grid.layers) // LABELLED_ROWS),
-        interpolation="nearest",
-        **colors,
-    )
-
-
-def _draw_units(
-    panel: "Axes", cells: Cells, grid: LayerGrid, title: str, most_units: float
-) -> "AxesImage":
-    """Draw numbers of units on a color scale from zero to `most_units`."""
-    return _draw_map(panel, cells, grid, title, cmap="viridis", vmin=0, vmax=float(most_units))
-
-
-def _write_units(panel: "Axes", cells: Cells, image: "AxesImage") -> None:
-    """Write the number of units into each cell: black on bright colors, white on dark ones."""
-    low, high = image.get_clim()
-    if cells.size > MOST_WRITTEN_CELLS:
-        return
-    for row, column, value in _known_cells(cells):
-        brightness = (value - low) / max(high - low, 1e-9)
-        color = "black" if brightness > 0.55 else "white"
-        panel.text(column, row, f"{value:g}", ha="center", va="center", fontsize=6, color=color)
-
-
-def _write_changes(panel: "Axes", change: Cells) -> None:
-    """Write the change of units into each cell that changed."""
-    if change.size > MOST_WRITTEN_CELLS:
-        return
-    for row, column, value in _known_cells(change):
-        text = f"{value:+g}" if value else ""
-        panel.text(column, row, text, ha="center", va="center", fontsize=6)
-
-
-def _known_cells(cells: Cells) -> Iterator[tuple[int, int, float]]:
-    """Yield (row, column, value) of each cell that has a value."""
-    for row, column in np.argwhere(~np.isnan(cells)).tolist():
-        yield row, column, float(cells[row, column])
-
-
-def _largest(cells: Cells) -> float:
-    """Return the largest value, or 0 if there is none."""
-    return 0.0 if np.isnan(cells).all() else float(np.nanmax(cells))

@@ -1,5 +1,6 @@
-"""Pictures of a study: the metric over what it costs, and the final ranks."""
+"""Pictures of a study: the metric over what it costs, learning rates, and the final ranks."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 from adaptrank.reports.comparison import Row, pareto, row_label
 from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.figures.drawing import (
-    TextStyle,
+    SMALL,
+    UNITS_COLORS,
     draw_heat_map,
     empty_cells,
+    largest,
+    map_size,
     new_figure,
+    save,
 )
 from adaptrank.reports.layer_grid import layer_grid
 
@@ -40,8 +45,8 @@ def draw_study(record: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
         folder: folder to write.
 
     Returns:
-        Name of a picture -> file. There is none if no run succeeded, and none of the ranks where
-        each row has one rank everywhere.
+        Name of a picture -> file. There is none if no run succeeded, none of learning rates where
+        none was selected, and none of the ranks where each row has one rank everywhere.
 
     Raises:
         ModuleNotFoundError: if matplotlib is missing.
@@ -50,29 +55,106 @@ def draw_study(record: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
     successful = [row for row in rows if "metric" in row]
     if successful:
         figures["pareto"] = _pareto_figure(record, successful)
+    curves = _rate_curves(record)
+    if curves:
+        figures["learning_rates"] = _rates_figure(record, rows, curves)
     varied = [row for row in successful if len(set(row["ranks"].values())) > 1]
     if varied:
         figures["ranks"] = _ranks_figure(varied[:MOST_RANK_MAPS])
     files: dict[str, Path] = {}
     for name, figure in figures.items():
         files[name] = folder / f"{name}.png"
-        figure.savefig(files[name], dpi=120)
+        save(figure, files[name])
     return files
 
 
 def _pareto_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> "Figure":
     """Draw the metric over parameters, time and memory."""
-    figure = new_figure(13, 4.2, layout="constrained")
-    panels = figure.subplots(1, len(COSTS))
+    from matplotlib.ticker import MaxNLocator
+
+    labels = len({row_label(row) for row in rows})
+    figure = new_figure(10.5, 3.4 + 0.2 * -(-labels // 3))
+    panels = figure.subplots(1, len(COSTS), sharey=True)
     for panel, (cost, (label, _)) in zip(panels, COSTS.items(), strict=True):
         _draw_methods(panel, rows, cost)
         _draw_front(panel, rows, cost, record["mode"])
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if cost == "num_trainable_params":
-            panel.set_xscale("log")
-        panel.set(xlabel=label, ylabel=in_picture(record["metric"]))
+            _set_number_axis(panel, [row[cost] for row in rows])
+        panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    panels[-1].legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel(in_picture(record["metric"]))
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL
+    )
     return figure
+
+
+def _set_number_axis(panel: "Axes", numbers: Sequence[float]) -> None:
+    """Make an axis of whole numbers logarithmic, with ticks such as 20k and 1M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    low, high = max(min(numbers), 1), max(*numbers, 1)
+    panel.set_xscale("log")
+    panel.set_xlim(low / 1.3, high * 1.3)
+    within = high / low < 30
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within else (1,), numticks=12))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _rate_curves(record: Mapping[str, Any]) -> dict[str, dict[float, float]]:
+    """Return the selected metric by learning rate for each setting, as means over the trials."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for trial in record["trials"]:
+        value = trial.get("metrics", {}).get(record["selected_by"])
+        if trial["status"] == "success" and trial.get("lr") and value is not None:
+            rates = found.setdefault(_setting_label(trial), {})
+            rates.setdefault(trial["lr"], []).append(value)
+    return {
+        label: {rate: statistics.mean(values) for rate, values in sorted(rates.items())}
+        for label, rates in found.items()
+        if len(rates) > 1
+    }
+
+
+def _rates_figure(
+    record: Mapping[str, Any], rows: Sequence[Row], curves: Mapping[str, Mapping[float, float]]
+) -> "Figure":
+    """Draw the selected metric over the learning rate, and mark the chosen rates."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    chosen = {_setting_label(row): row["lr"] for row in rows}
+    figure = new_figure(7, 3.2 + 0.2 * -(-len(curves) // 3))
+    panel = figure.subplots()
+    for number, (label, curve) in enumerate(curves.items()):
+        color, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
+        panel.plot(
+            *zip(*curve.items(), strict=True),
+            f"{marker}-",
+            color=color,
+            ms=5,
+            label=in_picture(label),
+        )
+        if chosen.get(label) in curve:
+            rate = chosen[label]
+            panel.plot(rate, curve[rate], "o", ms=13, mfc="none", color=color)
+    panel.set_xscale("log")
+    rates = sorted({rate for curve in curves.values() for rate in curve})
+    panel.xaxis.set_major_locator(FixedLocator(rates[:: -(-len(rates) // 8)]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    panel.set(xlabel="learning rate (circle: chosen)", ylabel=in_picture(record["selected_by"]))
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
+    return figure
+
+
+def _setting_label(row: Mapping[str, Any]) -> str:
+    """Return method, allocator and budget of a row or of a trial."""
+    budget = "" if row["budget"] is None else f", {row['budget']:,}"
+    return f"{row_label(dict(row))}{budget}"
 
 
 def _draw_methods(panel: "Axes", rows: Sequence[Row], cost: str) -> None:
@@ -104,21 +186,24 @@ def _draw_front(panel: "Axes", rows: Sequence[Row], cost: str, mode: str) -> Non
 
 
 def _ranks_figure(rows: Sequence[Row]) -> "Figure":
-    """Draw one heat map of the final ranks for each row."""
-    columns = min(4, len(rows))
+    """Draw one heat map of the final ranks for each row, all with the same colors."""
+    grids = [layer_grid(list(row["ranks"])) for row in rows]
+    sizes = [map_size(grid, 0.26, 0.1 if len(grid.layers) > 8 else 0.2) for grid in grids]
+    width, height = (max(each) for each in zip(*sizes, strict=True))
+    columns = max(1, min(len(rows), 3, int(10 / width)))
     lines = -(-len(rows) // columns)
-    figure = new_figure(3.4 * columns, 2.8 * lines, layout="constrained")
+    figure = new_figure(columns * max(width, 2.6) + 0.8, lines * height)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel, row in zip(panels, rows, strict=False):
-        grid = layer_grid(list(row["ranks"]))
+    most_units = max(max(row["ranks"].values()) for row in rows)
+    for panel, row, grid in zip(panels, rows, grids, strict=False):
         cells = empty_cells(grid)
         for axis, size in row["ranks"].items():
             cells[grid.places[axis]] = size
-        budget = "" if row["budget"] is None else f", {row['budget']:,}"
-        title = f"{row_label(row)}{budget}"
-        style = TextStyle(title=8, labels=6, angle=60)
-        image = draw_heat_map(panel, cells, grid, title, style, cmap="viridis", vmin=0)
-        figure.colorbar(image, ax=panel, shrink=0.8)
+        high = max(float(most_units), largest(cells), 1.0)
+        title = _setting_label(row)
+        image = draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, high)
     for panel in panels[len(rows) :]:
         panel.set_axis_off()
+    bar = figure.colorbar(image, ax=list(panels[: len(rows)]), aspect=30, pad=0.02)
+    bar.set_label("units", fontsize=SMALL)
     return figure
