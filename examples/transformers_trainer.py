@@ -1,18 +1,18 @@
 """Let ranks move in transformers' own Trainer.
 
-The callback makes the three calls of an allocator. Its state is part of the Trainer's checkpoints,
-so that a run can be resumed.
+The allocator is one of the Trainer's callbacks, as it is. The checkpoints hold the adapter
+only, and a run resumes from them.
 """
 
 from functools import partial
+from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from adaptrank import adapt, rank_axes
+from adaptrank import adapt, load_adapter, rank_axes
 from adaptrank.allocation import ElaLoRA
-from adaptrank.allocation.shells.transformers import AllocatorCallback
 from adaptrank.parameterizations import LoRA
 
 
@@ -40,12 +40,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = adapt(tiny_llama(), "all-linear", partial(LoRA, rank=4))
     allocator = ElaLoRA(swaps=6, every=5, warmup=10, final=10)
+    folder = Path(mkdtemp())
     arguments = TrainingArguments(
-        output_dir=mkdtemp(),
+        output_dir=folder,
         max_steps=40,
         per_device_train_batch_size=8,
         learning_rate=1e-2,
-        save_strategy="no",
+        save_steps=20,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -55,12 +56,14 @@ def main() -> None:
         model,
         arguments,
         train_dataset=examples(512),
-        callbacks=[AllocatorCallback(allocator)],
+        callbacks=[allocator],
     )
     trainer.train()
     for event in allocator.events:
         print(f"step {event['step']}: {event['reason']}")
-    sizes = {key: len(axis) for key, axis in rank_axes(model).items()}
+    # A checkpoint is an adapter, too.
+    loaded = load_adapter(tiny_llama(), folder / "checkpoint-40")
+    sizes = {key: len(axis) for key, axis in rank_axes(loaded).items()}
     print(f"the ranks lie between {min(sizes.values())} and {max(sizes.values())}")
 
 

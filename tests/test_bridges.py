@@ -128,20 +128,6 @@ def test_in_transformers_trainer_and_through_its_checkpoints(make, tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs), step
 
 
-def test_a_checkpoint_without_the_allocators_state_is_refused(tmp_path):
-    allocator = AdaLoRA(budget=30, every=2, warmup=4, final=4)
-    train(tmp_path, allocator)
-    (tmp_path / "checkpoint-7" / "allocator.pt").unlink()
-    with pytest.raises(
-        ValueError, match=r"checkpoint-7 holds no allocator\.pt, so the allocator cannot go on"
-    ):
-        train(
-            tmp_path,
-            AdaLoRA(budget=30, every=2, warmup=4, final=4),
-            resume=str(tmp_path / "checkpoint-7"),
-        )
-
-
 def test_a_refusal_in_a_loop_changes_nothing():
     model = Toy()
     with pytest.raises(ValueError, match="AdaLoRA: a budget of 2 ranks is below 3"):

@@ -79,14 +79,15 @@ def modules():
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_snippets_run(page, tiny_llama, tmp_path, monkeypatch, modules):
     """The blocks of a page, one after the other, as one module; pretrained models are tiny ones."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    load = AutoModelForCausalLM.from_pretrained
-
-    def tiny(name, *args, **kwargs):
+    def load_tiny(load, name, *args, **kwargs):
         return load(name if Path(name).is_dir() else tiny_llama, *args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny)
+    for kind in ("ModelForCausalLM", "ModelForSequenceClassification", "Tokenizer"):
+        loader = getattr(transformers, f"Auto{kind}")
+        tiny = partial(load_tiny, loader.from_pretrained)
+        monkeypatch.setattr(loader, "from_pretrained", tiny)
     monkeypatch.chdir(tmp_path)
     texts = blocks(page, "python")
     named = re.search(r"^# (\w+)\.py$", "\n".join(texts), re.MULTILINE)

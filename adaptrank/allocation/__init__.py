@@ -6,6 +6,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.participant import ALLOCATORS, Participant
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.shells.trainer_hooks import AdapterCallback
 from adaptrank.allocation.state import TrackedTensors
 
 ALLOCATORS.import_folder(methods.__name__, methods.__path__)
@@ -21,6 +22,7 @@ def __getattr__(name: str) -> type[Participant]:
 
 __all__ = [
     "ALLOCATORS",
+    "AdapterCallback",
     "Allocator",
     "Choice",
     "Event",

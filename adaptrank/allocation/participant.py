@@ -15,6 +15,7 @@ from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases, check_length
 from adaptrank.allocation.shells.lightning import LightningShell
+from adaptrank.allocation.shells.trainer_hooks import TrainerHooks
 from adaptrank.allocation.state import TrackedTensors
 from adaptrank.axes import rank_axes
 from adaptrank.checkpoints import constructor_arguments, constructor_defaults
@@ -39,10 +40,11 @@ class Choice:
     facts: Event = field(default_factory=Event)
 
 
-class Participant(LightningShell):
+class Participant(LightningShell, TrainerHooks):
     """Base of allocators and rank initializers.
 
-    It takes part in a run as a Lightning callback, or through four plain calls: `start` before the
+    It takes part in a run as a callback of Lightning or of `transformers.Trainer`, as it is, or
+    through four plain calls: `start` before the
     first step, `before_step` once the gradients of a step are complete, `step` after the
     optimizer's step, and `finish`.
 
@@ -66,6 +68,8 @@ class Participant(LightningShell):
     """Whether the run may have no second allocator, not even a rank initializer."""
     moves: ClassVar[bool] = True
     """Whether it has events, which move ranks during training."""
+    masks_base: ClassVar[bool] = False
+    """Whether it masks parts of the frozen base, which other adapter weights do not undo."""
     exact: bool = True
     """Whether a budget in ranks is met exactly. If False it is only never exceeded."""
 
@@ -119,6 +123,16 @@ class Participant(LightningShell):
         self.warmup, self.final = warmup, final
         self.floor, self.cap, self.seed = floor, cap, seed
         super().__init__(Engine(self))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Finish training. Lightning and transformers have a hook of this name.
+
+        Lightning hands over (trainer, module), and transformers its model by name.
+        """
+        if "model" in kwargs:
+            self.end_training(*args, **kwargs)
+        else:
+            super().on_train_end(*args, **kwargs)
 
     @property
     def run(self) -> Run:

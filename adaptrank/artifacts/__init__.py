@@ -31,6 +31,11 @@ from adaptrank.artifacts.merging import merge, rounding_error, unmerge
 from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
 from adaptrank.artifacts.rounding import RoundingLoss
 from adaptrank.artifacts.strict_json import JsonError, parse_json
+from adaptrank.artifacts.trainer_files import (
+    follow_trainer_files,
+    load_best_adapter,
+    write_trainer_files,
+)
 from adaptrank.artifacts.weights_file import StoredTensors, open_weights
 
 __all__ = [
@@ -51,8 +56,10 @@ __all__ = [
     "explain_damage",
     "extract_adapter",
     "finish_configuration",
+    "follow_trainer_files",
     "frozen_weights",
     "load_adapter",
+    "load_best_adapter",
     "locate_tensors",
     "merge",
     "open_weights",
@@ -69,4 +76,5 @@ __all__ = [
     "unmerge",
     "use_chat_template",
     "write_files",
+    "write_trainer_files",
 ]

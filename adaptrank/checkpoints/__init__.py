@@ -1,6 +1,12 @@
 """Record of a run in its checkpoint, and comparison with the run that resumes from it."""
 
-from adaptrank.artifacts import check_form, read_checkpoint
+from adaptrank.artifacts import (
+    check_form,
+    follow_trainer_files,
+    load_best_adapter,
+    read_checkpoint,
+    write_trainer_files,
+)
 from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
 from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE, WORDED_BY_THE_ENGINE
@@ -29,11 +35,14 @@ __all__ = [
     "constructor_defaults",
     "describe_nests",
     "ensure_recorder",
+    "follow_trainer_files",
     "identify_base",
+    "load_best_adapter",
     "make_record",
     "model_differences",
     "plain",
     "read_checkpoint",
     "record_in",
     "refuse",
+    "write_trainer_files",
 ]

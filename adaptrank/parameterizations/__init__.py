@@ -28,6 +28,14 @@ from adaptrank.parameterizations.traversal import (
     wrapped_layers,
     wrappers,
 )
+from adaptrank.parameterizations.unmerged_saving import (
+    CONFIG_FILE,
+    COUNTS_AS_ADAPTED,
+    HOW_TO_LOAD,
+    TRAINER_WRITER,
+    is_refused_by_from_pretrained,
+    refused_by_from_pretrained,
+)
 
 PARAMETERIZATIONS.import_folder(__name__, __path__)
 
@@ -40,7 +48,11 @@ def __getattr__(name: str) -> type[Parameterization]:
 
 
 __all__ = [
+    "CONFIG_FILE",
+    "COUNTS_AS_ADAPTED",
+    "HOW_TO_LOAD",
     "PARAMETERIZATIONS",
+    "TRAINER_WRITER",
     "Capability",
     "Cost",
     "LowRankUpdate",
@@ -52,12 +64,14 @@ __all__ = [
     "enclosed",
     "formula",
     "is_index",
+    "is_refused_by_from_pretrained",
     "named_layers",
     "on_example",
     "plain_modules",
     "plain_name",
     "plain_parameters",
     "pretrained_part",
+    "refused_by_from_pretrained",
     "replace_layer",
     "replace_layers",
     "start_scale",

@@ -1,6 +1,8 @@
 """Refuse `save_pretrained` of transformers for a model that holds wrappers.
 
 It would write the wrappers' own keys, and `from_pretrained` would start those layers at random.
+transformers' Trainer saves through the same function. What it writes is decided by a
+`TrainerWriter` that an allocator leaves with the model.
 """
 
 import json
@@ -8,7 +10,7 @@ import logging
 import sys
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -20,6 +22,19 @@ log = logging.getLogger("adaptrank")
 
 GUARDED = "_adaptrank_guarded"
 """Attribute of the function that `guard_save_pretrained` puts in place."""
+
+TRAINER_WRITER = "_adaptrank_trainer_writer"
+"""Attribute of a model: the `TrainerWriter` of the Trainer that it is in."""
+
+COUNTS_AS_ADAPTED = "_hf_peft_config_loaded"
+"""Attribute of a transformers model that says whether PEFT has put adapters on it."""
+
+
+class TrainerWriter(Protocol):
+    """Writes the model's part of a Trainer's checkpoint."""
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Write a model that holds wrappers to a folder."""
 
 
 def guard_save_pretrained() -> None:
@@ -39,8 +54,13 @@ def guard_save_pretrained() -> None:
             return original(model, save_directory, *args, **kwargs)
         if not _called_by_trainer():
             raise UserError(_explain(model))
+        folder = Path(save_directory)
+        writer: TrainerWriter | None = model.__dict__.get(TRAINER_WRITER)
+        if writer is not None:
+            writer.write(model, folder)
+            return None
         result = original(model, save_directory, *args, **kwargs)
-        _mark_as_training_state(Path(save_directory))
+        _mark_as_training_state(folder)
         return result
 
     setattr(save_pretrained, GUARDED, True)
@@ -75,14 +95,37 @@ def _explain(model: nn.Module) -> str:
     )
 
 
-REFUSED_CONFIG = {
-    "adaptrank": "These weights are of a model with adapters that are not merged, for a Trainer to "
-    "resume from. Load the base, and the adapter by adaptrank.load_adapter."
-}
-"""Entry of config.json for which every `from_pretrained` refuses the folder, in any class.
+HOW_TO_LOAD = (
+    "This folder holds an adapter of adaptrank and no whole model. Load the base model by "
+    "from_pretrained, and then the adapter by adaptrank.load_adapter(model, folder)."
+)
+"""What the refusals of `from_pretrained` say."""
 
-Without a configuration, a named class would fall back on its default size and start at random.
-"""
+CONFIG_FILE = "config.json"
+
+
+def refused_by_from_pretrained(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a config.json that no class of transformers loads.
+
+    Without a configuration, a named class would fall back on its default size and start at random.
+    Auto classes quote the model type that they do not know. A named class quotes the size that is
+    no number. Where a class has neither, a quantization without a method is refused before anything
+    is built. A Trainer, which resumes from the folder, reads none of these entries.
+    """
+    return {
+        **config,
+        "model_type": HOW_TO_LOAD,
+        "vocab_size": HOW_TO_LOAD,
+        "hidden_size": HOW_TO_LOAD,
+        "quantization_config": {"adaptrank": HOW_TO_LOAD},
+    }
+
+
+def is_refused_by_from_pretrained(config: dict[str, Any]) -> bool:
+    """Tell whether the contents of a config.json are those of a folder that a Trainer wrote."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and "adaptrank" in quantization
+
 
 _named_folders: set[Path] = set()
 """Parents of the folders that a line in the log was about."""
@@ -90,16 +133,15 @@ _named_folders: set[Path] = set()
 
 def _mark_as_training_state(folder: Path) -> None:
     """Let `from_pretrained` refuse a folder that only a Trainer can load."""
-    file = folder / "config.json"
+    file = folder / CONFIG_FILE
     if file.is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
-        # A quantization without a method is refused before anything is built.
-        config["quantization_config"] = REFUSED_CONFIG
-        write_json(file, config)
+        write_json(file, refused_by_from_pretrained(config))
     if folder.parent not in _named_folders:
         _named_folders.add(folder.parent)
         log.warning(
-            "The Trainer's %s holds the weights of a model with adapters, for resuming only; "
-            "write the adapter by adaptrank.save_adapter(model, folder).",
+            "The Trainer's %s holds the weights of the whole model, for resuming only. For "
+            "checkpoints with the adapter alone, give the Trainer an allocator, or "
+            "callbacks=[adaptrank.allocation.AdapterCallback()].",
             folder,
         )

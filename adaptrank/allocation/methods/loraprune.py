@@ -62,6 +62,7 @@ class LoRAPrune(Policy[GroupAverages]):
     ranges: ClassVar = {"beta": DECAY}
     requires = frozenset({"weight_gradient"})
     exclusive = True
+    masks_base = True
 
     def __init__(
         self,
