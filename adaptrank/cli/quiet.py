@@ -25,6 +25,10 @@ def quiet() -> Iterator[None]:
     noisy = [(logger, logger.level) for logger in map(logging.getLogger, NOISY)]
     for logger, _ in noisy:
         logger.setLevel(logging.ERROR)
+    # Data say how they were recognized and packed.
+    notes = logging.getLogger("adaptrank.data")
+    noisy.append((notes, notes.level))
+    notes.setLevel(logging.INFO)
     log = logging.getLogger("adaptrank")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -21,6 +21,7 @@ from adaptrank.data.label_task import LabelTask
 from adaptrank.data.labelled_data import LabelledData
 from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.multiple_choice_data import MultipleChoiceData
+from adaptrank.data.packed_task import PackedTask
 from adaptrank.data.prompts import fill_prompt, gaps_of
 from adaptrank.data.segments import token_ids
 from adaptrank.data.seq2seq_data import Seq2SeqData
@@ -48,6 +49,7 @@ __all__ = [
     "LabelTask",
     "LabelledData",
     "MultipleChoiceData",
+    "PackedTask",
     "ResumableLoader",
     "Seq2SeqData",
     "Seq2SeqTask",

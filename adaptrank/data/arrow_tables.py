@@ -120,6 +120,8 @@ class ArrowPart(Part):
         kind: "parquet" or "arrow".
     """
 
+    fills_nulls = True
+
     def __init__(self, file: Path, kind: str) -> None:
         with _reader(file, kind) as reader:
             self.schema = reader.schema_arrow if kind == "parquet" else reader.schema
@@ -189,6 +191,8 @@ class DatasetPart(Part):
         data: the data set.
         where: path of the data, for errors.
     """
+
+    fills_nulls = True
 
     def __init__(self, data: "Dataset", where: str) -> None:
         super().__init__(data.column_names, len(data))

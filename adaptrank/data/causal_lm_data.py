@@ -1,31 +1,56 @@
-"""Prompts and completions from files or the Hub."""
+"""Prompts and completions, conversations, instructions and texts from files or the Hub."""
 
+import logging
 from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.columns import read_fields
 from adaptrank.data.completion_task import CompletionTask
+from adaptrank.data.conversations import (
+    conversation_rows,
+    has_turn_pairs,
+    reads_system,
+    report_turns,
+    turn_pair_rows,
+)
+from adaptrank.data.documents import document_rows
+from adaptrank.data.formats import Layout, check_format, recognize
+from adaptrank.data.instructions import PROMPT, instruction_rows
 from adaptrank.data.mixing import SourceMix
 from adaptrank.data.prompts import gaps_of
-from adaptrank.data.sources import Source, Sources
+from adaptrank.data.sources import FormatName, Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
-from adaptrank.data.values import Unquoted, as_integer, as_plain, as_text
+from adaptrank.data.values import Unquoted, as_integer, as_text
 
-COMPLETION_FIELDS = ("prompt", "completion", "answer", "choices", "label", "messages")
+log = logging.getLogger(__name__)
+
+SCORED_FIELDS = ("answer", "choices", "label")
+"""Fields of every format by which completions are scored."""
+
+COMPLETION_FIELDS = ("prompt", "completion", *SCORED_FIELDS)
 
 
 class CausalLMData(CompletionTask):
-    """Prompts and completions from files or the Hub, for causal language models.
+    """Texts to complete from files or the Hub, for causal language models.
 
     ```yaml
     data:
       class_path: CausalLMData
       init_args: {sources: data/gsm8k, max_length: 256}  # a folder: train.jsonl, validation.jsonl
     ```
-    A row needs `prompt` and `completion`, or `choices` and `label` (the completion is then the
-    correct choice), or `messages` (a list of {role, content}). A completion begins with its own
-    space and has no end token. Both hold for the columns as well.
+    A row has `prompt` and `completion`, or `choices` and `label` in place of the completion, which
+    is then the correct choice. A completion begins with its own space and has no end token. Rows of
+    conversations, of instructions and of plain text are recognized by their columns, or by
+    `format`:
+
+    | format | columns |
+    | --- | --- |
+    | `sharegpt` | `conversations`, turns of {from, value}. Perhaps `system` and `tools` |
+    | `openai` | `messages`, turns of {role, content}. Perhaps `tools` |
+    | `alpaca` | `instruction` and `output`. Perhaps `input`, `system` and `history` |
+    | `prompt_completion` | `prompt` and `completion`, texts or lists of turns |
+    | `text` | `text`, all of whose tokens are trained on |
 
     Args:
         sources: what to train on: a path, or a list of `Source`, mixed by weight.
@@ -35,15 +60,17 @@ class CausalLMData(CompletionTask):
         test: what `test` reads, by default the validation rows.
         predict: what `predict` reads, by default the validation rows. It needs prompts only.
         val_fraction: share of the rows, between 0 and 1.
-        prompt, completion, answer, choices, label, messages: fields for every source that does not
-            set its own.
+        prompt, completion, answer, choices, label, messages, text, tools, system: fields for every
+            source that does not set its own.
+        format: format of every source that does not set its own. By "auto" the columns decide.
         null_is_empty: a null in a text, or in the template of a text, is the empty text. Otherwise
             a row with such a null is refused.
         kwargs: those of `CompletionTask`.
 
     Raises:
         FileNotFoundError: in `setup`, if there is no such file, folder or data set.
-        UserError: in `setup`, if a column is missing, or a label is none of the choices.
+        UserError: if `format` is unknown. In `setup`, if the columns fit no format, if a column is
+            missing, or if a row does not fit its format.
     """
 
     def __init__(
@@ -60,6 +87,10 @@ class CausalLMData(CompletionTask):
         label: str | None = None,
         messages: str | None = None,
         null_is_empty: bool = False,
+        text: str | None = None,
+        tools: str | None = None,
+        system: str | None = None,
+        format: FormatName = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -71,99 +102,118 @@ class CausalLMData(CompletionTask):
             "label": label,
             "messages": messages,
             "null_is_empty": null_is_empty,
+            "text": text,
+            "tools": tools,
+            "system": system,
+            "format": format,
         }
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings
         )
 
+        for given in self._sources.all_sources():
+            check_format(given.format)
+        # Formats of the training sources that are read by now.
+        self._formats: set[str] = set()
+
     @property
     def prompt_template(self) -> str | None:
         """The format string of all training sources, or None if they differ or name columns."""
+        if self._formats == {"alpaca"}:
+            return None if self.chat else PROMPT
         templates = {source.prompt for source in self._sources.training}
         template = templates.pop() if len(templates) == 1 else None
         return template if template is not None and gaps_of(template) else None
 
     def rows(self, split: Split) -> list[Row] | None:
+        complete = split != "predict"
+        # Training sources are read once more for the rows that are held back.
+        is_first_time = split == "train" or self._sources.by_split[split] is not None
+
         def read(table: Table, source: Source) -> list[Row]:
-            return completion_rows(table, source, complete=split != "predict")
+            layout = recognize(table.column_names, source, complete=complete)
+            if split == "train":
+                self._formats.add(layout.format)
+            rows = completion_rows(table, layout, chat=self.chat, complete=complete)
+            if is_first_time:
+                _tell_of(layout, table)
+                report_turns(rows, layout.source, complete=complete)
+            return rows
 
         return self._sources.rows(split, read)
 
 
-def completion_rows(table: Table, source: Source, *, complete: bool = True) -> list[Row]:
-    """Return rows with prompt and completion, or messages, and the other fields of the source.
+def completion_rows(
+    table: Table, layout: Layout, *, chat: bool = False, complete: bool = True
+) -> list[Row]:
+    """Return rows with prompt and completion, messages, or text, and the fields of their scores.
 
     Args:
         table: the table.
-        source: the source, which says how to read fields.
+        layout: its format.
+        chat: make conversations of instructions.
         complete: False requires a prompt only.
 
     Raises:
-        UserError: if a field is missing, or a label is none of the row's choices.
+        UserError: if a field is missing, or if a row does not fit its format.
     """
-    required = _required_fields(table, source, complete)
-    rows = read_fields(table, source, COMPLETION_FIELDS, required)
+    source = layout.source
+    if layout.format == "text":
+        return document_rows(table, source, complete=complete)
+    if layout.format == "alpaca":
+        return instruction_rows(table, source, chat=chat, complete=complete)
+    if layout.format != "prompt_completion":
+        is_older = layout.format == "conversation" and not layout.is_guess
+        beside = COMPLETION_FIELDS if is_older else SCORED_FIELDS
+        rows = conversation_rows(table, layout, beside, complete=complete)
+    elif has_turn_pairs(table, source):
+        rows = turn_pair_rows(table, source, complete=complete)
+    else:
+        rows = _prompt_rows(table, source, complete)
     for k, row in enumerate(rows):
-        where = f"Row {k} of {source.path!r}"
-        if "prompt" in required:
-            row.pop("messages", None)
-        else:
-            row["messages"] = _settle_messages(row["messages"], where, bool(source.null_is_empty))
-        _settle_choices(row, where)
-        if complete and "prompt" in required and "completion" not in row:
+        _settle_choices(row, f"Row {k} of {source.path!r}")
+        needs_completion = complete and "messages" not in row
+        if needs_completion and "completion" not in row:
             raise UserError(
-                f"{where} has no 'completion', and no 'choices' with a 'label' in its place. "
-                "Remove or fill such rows."
+                f"Row {k} of {source.path!r} has no 'completion', and no 'choices' with a 'label' "
+                "in its place. Remove or fill such rows."
             )
     return rows
 
 
-def _required_fields(table: Table, source: Source, complete: bool) -> tuple[str, ...]:
-    """Return the fields that every row of a table must have."""
+def _tell_of(layout: Layout, table: Table) -> None:
+    """Say how a table was recognized, and which of its columns are not read."""
+    path = layout.source.path
+    name = "a conversation in each row" if layout.format == "conversation" else layout.format
+    if layout.unread:
+        log.warning(
+            "%r is read as %s. It has the columns of the format %s, too, which are not read. Set "
+            "`format` to choose.",
+            path,
+            name,
+            layout.unread,
+        )
+    elif layout.is_guess:
+        log.info("%r is read as %s, by its columns.", path, name)
+    is_conversation = layout.format in ("conversation", "openai")
+    if is_conversation and "system" in table.column_names and not reads_system(layout):
+        log.warning(
+            "The column 'system' of %r is not read. `system: system` puts it before the turns.",
+            path,
+        )
+
+
+def _prompt_rows(table: Table, source: Source, complete: bool) -> list[Row]:
+    """Return rows with texts as prompts and completions."""
     columns = table.column_names
 
     def has(field: str) -> bool:
         return getattr(source, field) is not None or field in columns
 
-    if has("messages") and source.prompt is None:
-        return ("messages",)
     # With choices, the completion is the correct choice.
     has_choices = has("choices") and has("label")
-    if complete and not has_choices:
-        return ("prompt", "completion")
-    return ("prompt",)
-
-
-def _settle_messages(messages: Any, where: str, null_is_empty: bool) -> list[Row]:
-    """Return the turns of a conversation, whose content is the characters in the data.
-
-    Other keys of a turn keep their JSON value, as chat templates expect it.
-    """
-    example = '{"role": "user", "content": "..."}'
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is no list of turns such as {example}.")
-    turns = []
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: turn {k} of messages has no role. Write {example}.")
-        turns.append(_settle_turn(message, f"{where}: the content of turn {k}", null_is_empty))
-    return turns
-
-
-def _settle_turn(message: Row, what: str, null_is_empty: bool) -> Row:
-    """Return one turn of a conversation."""
-    turn = {key: as_plain(value) for key, value in message.items() if value is not None}
-    content = message.get("content")
-    if content is None:
-        # A turn that calls a tool may say nothing.
-        if not (null_is_empty or turn.get("tool_calls")):
-            raise UserError(
-                f"{what} of messages is null. Remove or fill it, or set `null_is_empty: true`."
-            )
-        turn["content"] = ""
-    elif isinstance(content, str | bool):
-        turn["content"] = as_text(content)
-    return turn
+    required = ("prompt", "completion") if complete and not has_choices else ("prompt",)
+    return read_fields(table, source, COMPLETION_FIELDS, required)
 
 
 def _settle_choices(row: Row, where: str) -> None:

@@ -25,6 +25,7 @@ TEXT_FIELDS = (
     "target",
     "question",
     "context",
+    "system",
 )
 """Fields that are texts. The others keep the form of their value."""
 

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adaptrank._errors import UserError
 from adaptrank.backbones import chat_template_of
 from adaptrank.data.collate import (
     IGNORED,
@@ -13,19 +14,25 @@ from adaptrank.data.collate import (
     predict_batch,
     validation_batch,
 )
+from adaptrank.data.documents import check_scores, encode_documents
+from adaptrank.data.packed_task import PackedTask
 from adaptrank.data.segments import Segment, as_int32, cut, encode_segments, token_ids
 from adaptrank.data.shortening import Shortener
-from adaptrank.data.task import Row, Split, TaskData
+from adaptrank.data.task import Row, Split
 from adaptrank.data.templates import chat_segments, render_chat
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
 
-class CompletionTask(TaskData):
+class CompletionTask(PackedTask):
     """Prompts to complete.
 
     Rows have `prompt` and `completion`, or `messages`. They may have `answer`, or `choices` and
     `label`. The training is on the completion only, with the tokenizer's end token after it.
+    Rows may have `text` instead: all of its tokens are trained on, in blocks of `max_length`.
     Batches are `causal_batch` in training, `validation_batch` in validation and test, and
     `predict_batch` in prediction (see `adaptrank.data.collate`).
 
@@ -35,7 +42,7 @@ class CompletionTask(TaskData):
     Args:
         chat: put the prompt into the tokenizer's chat template as the user's turn, and the
             completion as the assistant's. Rows with `messages` are always conversations.
-        kwargs: those of `TaskData`.
+        kwargs: `packing`, and those of `TaskData`.
     """
 
     def __init__(self, *, chat: bool = False, **kwargs: Any) -> None:
@@ -81,7 +88,20 @@ class CompletionTask(TaskData):
         batches = {"train": causal_batch, "predict": predict_batch}
         return partial(batches.get(split, validation_batch), pad_id=self.pad_id)
 
+    def predict_dataloader(self) -> "DataLoader[Row]":
+        examples = self.examples("predict")
+        if isinstance(examples, list) and any("prompt_ids" not in e for e in examples):
+            raise UserError(
+                "Plain text has no prompt to complete. Give `predict` a source of prompts."
+            )
+        return super().predict_dataloader()
+
     def encode(self, rows: list[Row], split: Split) -> list[Row]:
+        documents = [row["text"] for row in rows if "text" in row]
+        if documents:
+            prompts = [row for row in rows if "text" not in row]
+            examples = self.encode(prompts, split) if prompts else []
+            return examples + self._encode_documents(documents, split, examples)
         self._look_at(rows)
         if split == "predict":
             return self._encode_prompts(rows)
@@ -126,6 +146,15 @@ class CompletionTask(TaskData):
                 asked = [message["content"] for message in messages if message["role"] == "user"]
                 prompt = row.get("prompt") or (asked[0] if len(asked) == 1 else None)
                 self._first_prompt = prompt if isinstance(prompt, str) else None
+
+    def _encode_documents(self, texts: list[str], split: Split, others: list[Row]) -> list[Row]:
+        """Tokenize plain text: `input_ids` and `labels`, each (L,), of each block."""
+        assert self.tokenizer is not None
+        check_scores(others, split)
+        self._kinds.add(False)
+        if self.tokenizer.eos_token_id is not None:
+            self._end_ids_seen.add(self.tokenizer.eos_token_id)
+        return encode_documents(self.tokenizer, texts, self.max_length)
 
     # ---- the text of a row
 

@@ -81,6 +81,10 @@ class SourceMix:
         # Messages that were logged. The rows of a source are shared out twice.
         self._said: set[str] = set()
 
+    def all_sources(self) -> list[Source]:
+        """Return the sources of all splits."""
+        return [source for sources in self.by_split.values() for source in sources or []]
+
     def rows(self, split: Split, read: ReadRows) -> list[Row] | None:
         """Return the rows of a split, or None if the validation rows serve."""
         sources = self.by_split[split]

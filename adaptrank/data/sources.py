@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+FormatName = Literal["auto", "sharegpt", "openai", "alpaca", "prompt_completion", "text"]
+"""Values of the key `format`."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Source:
         split: split to take, also a slice such as "train[:10%]", by default the one that the source
             serves as.
         weight: how often every row appears in an epoch: 2 is twice, 0.5 a seeded half of the rows.
+        format: format of the rows: auto, sharegpt, openai, alpaca, prompt_completion or text.
         null_is_empty: a null in a text or in its template is the empty text. Otherwise a row with
             such a null is refused.
     """
@@ -49,6 +53,9 @@ class Source:
     context: str | None = None
     image: str | None = None
     null_is_empty: bool | None = None
+    tools: str | None = None
+    system: str | None = None
+    format: FormatName | None = None
 
 
 if TYPE_CHECKING:

@@ -22,6 +22,9 @@ class Part(ABC):
         count: number of rows.
     """
 
+    fills_nulls = False
+    """Whether every object of a column has the keys of all of them, null where it has none."""
+
     def __init__(self, columns: Sequence[str], count: int) -> None:
         self.columns = list(columns)
         self.count = count
@@ -97,6 +100,11 @@ class Table:
     def column_names(self) -> list[str]:
         """Names of the columns that at least one part has."""
         return list(dict.fromkeys(chain.from_iterable(part.columns for part in self.parts)))
+
+    @property
+    def fills_nulls(self) -> bool:
+        """Whether objects may have keys that are null because others have them."""
+        return any(part.fills_nulls for part in self.parts)
 
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.ranges)

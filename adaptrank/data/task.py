@@ -311,11 +311,15 @@ class TaskData(LightningDataModule, ABC):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def batched(self, split: Split) -> tuple[Sequence[Row], Callable[[Sequence[Row]], Batch]]:
+        """Return what the batches of a split are made of, and the function that makes them."""
+        return self.examples(split), self.collate(split)
+
     def _make_loader(
         self, split: Split, size: int, *, shuffle: bool = False, group_by_length: bool = False
     ) -> ResumableLoader:
         """Return a loader of this process's share of a split."""
-        examples = self.examples(split)
+        examples, collate = self.batched(split)
         share = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         is_lazy = isinstance(examples, LazyExamples)
         if is_lazy and group_by_length:
@@ -334,7 +338,7 @@ class TaskData(LightningDataModule, ABC):
             world_size=share.get("num_replicas", 1),
             lazy=is_lazy,
         )
-        return ResumableLoader(examples, self.collate(split), order, num_workers=self.num_workers)
+        return ResumableLoader(examples, collate, order, num_workers=self.num_workers)
 
     def describe_training(self) -> dict[str, Any]:
         """Return what the training batches and their order depend on, for the record of a run.

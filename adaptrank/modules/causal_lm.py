@@ -31,7 +31,7 @@ from adaptrank.modules.body_and_head import separable_body
 from adaptrank.modules.known_attention import known_attention
 from adaptrank.modules.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.model_losses import has_own_terms, own_terms_only
-from adaptrank.modules.packed_rows import attention_inputs
+from adaptrank.modules.packed_rows import attention_inputs, check_packing
 from adaptrank.modules.target_selection import Targets, find_targets, selected
 from adaptrank.ops.cross_entropy import linear_cross_entropy
 from adaptrank.ops.low_rank import plain
@@ -90,6 +90,12 @@ class CausalLM(AdaptedModule):
         # The model that was probed, and its separable body. In a tuple, PyTorch does not register
         # them as submodules a second time.
         self._probed: tuple[Any, nn.Module | None] = (None, None)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if getattr(data, "packing", False):
+            check_packing(self.model, data.batch_size, data.max_length)
 
     # ---- the loss
 

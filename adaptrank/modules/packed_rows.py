@@ -62,7 +62,7 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any, host: Mapping[str
         # A recurrent layer carries its state from one example to the next.
         if segments is not None:
             _refuse("boundaries of examples", model)
-        if positions is not None and _restarts(host["position_ids"]):
+        if positions is not None and _restarts(host["position_ids"], mask is not None):
             _refuse("position_ids that begin again", model)
         return ready
     # Transformers keeps examples apart by itself where nothing but positions tells them apart.
@@ -74,18 +74,18 @@ def _apart(ready: Inputs, segments: Tensor | None, model: Any, host: Mapping[str
     if segments is not None:
         starts = starts | (segments.diff(dim=-1) != 0)
     takes_dense_mask = _takes_dense_mask(model, length)
-    if told_by_positions and wraps_single_layers(model):
+    if told_by_positions and reads_positions(model, rows):
         # It asks the device whether there are several. Where the host knows, it is told.
         is_known = takes_dense_mask and _are_known_to_start(host.get("position_ids"))
         if not is_known:
             return ready
     if takes_dense_mask:
         ready["attention_mask"] = _for_attention(_dense_mask(starts, mask, rows), model)
-    elif wraps_single_layers(model) and (mask is None or _hides_nothing(host)):
+    elif reads_positions(model, rows) and (mask is None or _hides_nothing(host)):
         ready["attention_mask"] = None
         ready["position_ids"] = _positions_of(starts) if segments is not None else positions
-    elif segments is not None or _restarts(host["position_ids"]):
-        _refuse("packed rows with padding", model)
+    elif segments is not None or _restarts(host["position_ids"], mask is not None):
+        _refuse("several packed rows" if mask is None else "packed rows with padding", model)
     return ready
 
 
@@ -227,14 +227,62 @@ def _takes_dense_mask(model: Any, length: int) -> bool:
     return reaches and reads_it
 
 
+def reads_positions(model: nn.Module, rows: int) -> bool:
+    """Tell whether the attention of a model separates examples by positions that begin again.
+
+    Flash attention does it for a single row. An attention that transformers does not know has no
+    mask, and separates nothing.
+
+    Args:
+        model: a model that `_separates`.
+        rows: number of rows of the batch.
+    """
+    name = _attention_name(model)
+    by_mask = name in ("sdpa", "eager", "flex_attention")
+    is_flash = "flash" in name and rows == 1
+    return wraps_single_layers(model) and (by_mask or is_flash)
+
+
+def check_packing(model: nn.Module, rows: int, length: int) -> None:
+    """Raise if a model cannot keep the examples of packed rows apart.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: number of rows of a batch.
+        length: tokens of a row.
+
+    Raises:
+        UserError: naming the model and its attention.
+    """
+    if _separates(model):
+        if _takes_dense_mask(model, length) or reads_positions(model, rows):
+            return
+        if rows > 1 and reads_positions(model, 1):
+            raise UserError(
+                f"{type(model).__name__} with attention {_attention_name(model)!r} keeps the "
+                f"examples of one packed row apart, and a batch has {rows}. Set data.batch_size: 1 "
+                f"and trainer.accumulate_grad_batches: {rows}."
+            )
+    raise UserError(
+        f"{type(model).__name__} with attention {_attention_name(model)!r} does not keep the "
+        "examples of a packed row apart. Leave out data.packing."
+    )
+
+
 def wraps_single_layers(model: nn.Module) -> bool:
     """Tell whether no wrapper surrounds a whole attention, which may bring a cache of its own."""
     return not any(list(wrapper.innermost.children()) for wrapper in wrappers(model))
 
 
-def _restarts(positions: Tensor) -> bool:
-    """Tell whether positions begin again within a row."""
-    return bool((positions.diff(dim=-1) < 0).any())
+def _restarts(positions: Tensor, has_mask: bool) -> bool:
+    """Tell whether positions begin again within a row.
+
+    Args:
+        positions: (rows, T).
+        has_mask: whether there may be padding, all of whose positions may be the same.
+    """
+    steps = positions.diff(dim=-1)
+    return bool((steps < 0 if has_mask else steps != 1).any())
 
 
 def _refuse(what: str, model: Any) -> NoReturn:
