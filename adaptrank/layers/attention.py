@@ -50,7 +50,7 @@ def attending(layer: nn.Module, function: Attention) -> Iterator[None]:
 
     config: Any = layer.config
     eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
-    original = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    original = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager)
     ALL_ATTENTION_FUNCTIONS[_ROUTE] = _call_route
     routed_config = copy.copy(config)
     # The public property would write into nested configurations, which are shared.
