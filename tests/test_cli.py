@@ -540,6 +540,7 @@ def test_evaluating_an_adapter(here, cli, trained):
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()] == [
         "Backbone",
+        "Scores",
         "loss",
         "perplexity",
         "exact_match",
@@ -549,7 +550,8 @@ def test_evaluating_an_adapter(here, cli, trained):
     assert "perplexity" in tested
     code, untrained, _ = cli("validate", "--config", "tiny.yaml")
     assert code == 0
-    assert untrained.splitlines()[1] != out.splitlines()[1]
+    assert untrained.splitlines()[1].startswith("Scores the untrained model")
+    assert untrained.splitlines()[2] != out.splitlines()[2]
     assert not (here / "runs").exists()
 
 

@@ -26,6 +26,7 @@ from adaptrank.artifacts.adapter_checks import (
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describe_adapter
 from adaptrank.artifacts.conventions import record_conventions
+from adaptrank.artifacts.file_names import CONFIG, WEIGHTS
 from adaptrank.artifacts.header import digest_of, parse
 from adaptrank.artifacts.placing import place
 from adaptrank.artifacts.rollback import unchanged_on_error
@@ -36,7 +37,7 @@ from adaptrank.artifacts.saving_checks import (
     warn_of_disabled,
 )
 from adaptrank.artifacts.stored_values import load_tensors
-from adaptrank.artifacts.weights_file import WEIGHTS, StoredTensors, find_weights, open_weights
+from adaptrank.artifacts.weights_file import StoredTensors, find_weights, open_weights
 from adaptrank.axes import CLOSED, compact
 from adaptrank.injection import (
     ParameterizationCallable,
@@ -66,8 +67,6 @@ __all__ = [
 log = logging.getLogger("adaptrank")
 
 Model = TypeVar("Model", bound=nn.Module)
-
-CONFIG = "adapter_config.json"
 
 HEADER_KEY = "adaptrank"
 """Metadata key of the description. It is the only key, because several have no fixed order."""
@@ -204,7 +203,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
 
     Args:
         model: the base, which may hold adapters of other names. A module around it will do.
-        folder: a folder that `save_adapter` wrote.
+        folder: a folder that `save_adapter` wrote, or the name of one on the Hub, `user/name` or
+            `user/name@revision`. The Hub's cache comes before the Hub.
         name: name of the adapter in this model. None means its name in the file.
     Returns:
         The same model.
@@ -240,6 +240,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the description in an adapter's file. No tensor is loaded.
 
+    Args:
+        folder: as in `load_adapter`.
     Raises:
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file is damaged, or was written by another library or a later version.
@@ -251,7 +253,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _described(stored: StoredTensors) -> dict[str, Any]:
     """Return the description in the header of an open file, checked."""
     if HEADER_KEY not in stored.metadata:
-        raise UserError(f"{stored.file} is no adaptrank adapter: its header does not describe one.")
+        hint = ""
+        if (stored.file.parent / CONFIG).is_file():
+            hint = " An adapter of PEFT is read by `python -m adaptrank import`."
+        raise UserError(
+            f"{stored.file} is no adaptrank adapter: its header does not describe one.{hint}"
+        )
     return parse(stored.metadata[HEADER_KEY], stored.file)
 
 

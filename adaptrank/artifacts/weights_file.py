@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts.file_names import WEIGHTS
+from adaptrank.artifacts.hub_cache import locate_adapter, refuse_foreign_link
 from adaptrank.artifacts.strict_json import is_plain_text
-
-WEIGHTS = "adapter_model.safetensors"
 
 LARGEST_HEADER = 1 << 25
 """Largest number of bytes of a safetensors header."""
@@ -98,13 +98,15 @@ def _printable(text: str) -> str:
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file of an adapter's folder.
+    """Return the safetensors file of an adapter.
 
+    Args:
+        folder: its folder, or its name on the Hub, see `locate_adapter`.
     Raises:
         FileNotFoundError: says what is in its place.
-        UserError: if it is a symbolic link.
+        UserError: if it is a symbolic link that leaves the Hub's cache.
     """
-    folder = Path(folder)
+    folder = locate_adapter(folder)
     file = folder / WEIGHTS
     if folder.is_file() and folder.suffix == ".ckpt":
         raise FileNotFoundError(
@@ -115,10 +117,7 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"{str(folder)!r} is a file; an adapter is a folder with {WEIGHTS} in it, unpacked."
         )
-    if file.is_symlink():
-        raise UserError(
-            f"{file} is a symbolic link, which may lead anywhere; copy the file itself."
-        )
+    refuse_foreign_link(file)
     if not file.is_file():
         raise FileNotFoundError(
             f"No adapter at {str(folder)!r}: it has no {WEIGHTS}.{_hint_at_other_files(folder)}"

@@ -9,7 +9,7 @@ from adaptrank.backbones.load import (
     load_model,
     load_tokenizer,
 )
-from adaptrank.backbones.lookup import Source, resolve
+from adaptrank.backbones.lookup import Source, is_hub_id, resolve
 from adaptrank.backbones.vocabulary import (
     add_embedding_rows,
     before_end,
@@ -32,6 +32,7 @@ __all__ = [
     "embedding_paths",
     "embedding_rows",
     "fingerprint",
+    "is_hub_id",
     "load_image_processor",
     "load_model",
     "load_tokenizer",

@@ -65,13 +65,14 @@ def resolve(name: str) -> Source:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return Source(name, "folder", str(folder.resolve()))
-    if folder.exists() or name.startswith("~") or not _is_hub_id(name):
+    if folder.exists() or name.startswith("~") or not is_hub_id(name):
         raise FileNotFoundError(_explain_missing_folder(name, folder))
     found = _find_in_cache(name) or _find_in_wheel(name) or _make(name)
     return found or Source(name, "hub", name)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Return whether a text has the form of a repository on the Hub, `name` or `user/name`."""
     import huggingface_hub.utils
     from huggingface_hub.errors import HFValidationError
 

@@ -23,6 +23,8 @@ VERBS = {
     "export": "write an adapter in the format of HF PEFT, for PEFT or for servers with one rank",
     "import": "read an adapter of HF PEFT: LoRA, DoRA, AdaLoRA, LoKr",
     "generate": "complete prompts with an adapter, or with a merged model",
+    "push": "share an adapter on the Hugging Face Hub, with a card that says how to load it",
+    "pull": "fetch an adapter from the Hugging Face Hub",
     "extract": "make an adapter of a checkpoint of a run: the best one, or of any step",
     "merge": "fold an adapter into its base and write a plain transformers model",
 }

@@ -13,6 +13,7 @@ from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.chance import no_better_than_chance
 from adaptrank.cli.checkpoint_path import explain_restoring
+from adaptrank.cli.monitors import missing_metric, without_other_names
 from adaptrank.cli.output import metric_names, next_commands, numbers, resume_command, say
 from adaptrank.parameterizations import adapted_part
 from adaptrank.reports.card import write_card
@@ -55,7 +56,7 @@ def _logged(metrics: dict[str, float], files: RunFiles) -> dict[str, float]:
     saved = files.saved
     if saved.get("weights") == "best" and saved["step"] != saved["of"]:
         return {saved["monitor"]: saved["value"]}
-    return metrics
+    return without_other_names(metrics)
 
 
 def _write_card(folder: Path, module: "LightningModule", summary: dict[str, Any]) -> None:
@@ -71,6 +72,9 @@ def explain(cli: "AdaptrankCLI", error: Exception) -> str | None:
 
     Once training has begun, the library's own errors alone are known to be no bugs.
     """
+    trainer = getattr(cli, "trainer", None)
+    if trainer is not None and (text := missing_metric(trainer, error)):
+        return text
     is_own = isinstance(errors.unwrap(error), UserError)
     if cli.began and not is_own:
         return None

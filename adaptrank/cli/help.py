@@ -16,10 +16,10 @@ INTRO = {
     "fit": "Train adapters from a YAML file, evaluate before and after, leave a run folder\n"
     "(runs/<config>/<n>/).",
     "validate": "Evaluate on the validation set, most often with\n"
-    "`--model.adapter runs/<config>/<n>/adapter`.",
+    "`--adapter runs/<config>/<n>/adapter`. The output says what was scored.",
     "test": "Evaluate on the test set, most often with\n"
-    "`--model.adapter runs/<config>/<n>/adapter`.",
-    "predict": "Predict with `--model.adapter runs/<config>/<n>/adapter`. Each example is one\n"
+    "`--adapter runs/<config>/<n>/adapter`. The output says what was scored.",
+    "predict": "Predict with `--adapter runs/<config>/<n>/adapter`. Each example is one\n"
     "line of JSON, printed or written to `--out FILE`.",
 }
 OVERRIDE = """A key on the command line overrides the file:
@@ -36,6 +36,7 @@ TRAINER = {
     "devices": "how many, or which",
     "precision": "of the computation, such as bf16-mixed; the frozen weights have model.dtype",
     "callbacks": "further Lightning callbacks",
+    "logger": "a logger beside metrics.jsonl, by name, such as TensorBoardLogger, or a list",
 }
 """The usual arguments of Lightning's Trainer. A test holds them against its signature."""
 
@@ -96,6 +97,7 @@ def _data_rows() -> list[Row]:
 
 def _run_rows(verb: str) -> list[Row]:
     rows = [
+        ("adapter", "short for model.adapter: a folder, or user/name on the Hub"),
         ("seed_everything = 0", "seed of the run"),
         ("ckpt_path", "resume from, or evaluate, this checkpoint"),
         ("accept_changes = false", "go on although the checkpoint is of other settings"),

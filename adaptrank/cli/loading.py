@@ -109,16 +109,24 @@ def find_model(name: str, base: str | None) -> StoredModel:
         ConfigError: if the name is none of these.
     """
     from adaptrank import backbones
-    from adaptrank.artifacts import WEIGHTS, prompt_conventions
+    from adaptrank.artifacts import WEIGHTS, hub_is_offline, prompt_conventions
 
-    folder = adapter_folder(name)
-    if (folder / WEIGHTS).is_file():
+    if Path(name).expanduser().exists():
+        folder = adapter_folder(name)
+        if (folder / WEIGHTS).is_file():
+            return find_adapter(name, base)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
+            )
+    elif _is_adapter_on_hub(name):
         return find_adapter(name, base)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
-        )
     source = backbones.resolve(name)
+    if source.kind == "hub" and hub_is_offline() and name not in backbones.WHEELS:
+        raise ConfigError(
+            f"There is no adapter and no model {name!r}: it is no folder, it is not in the Hub's "
+            f"cache, and HF_HUB_OFFLINE forbids to ask the Hub."
+        )
     config = stored_config(Path(source.path))
     auto_class = SEQ2SEQ if config.get("is_encoder_decoder") is True else CAUSAL
     return StoredModel(source, None, auto_class, conventions=prompt_conventions(config))
@@ -128,7 +136,7 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     """Return an adapter's folder, or the adapter in a run's folder, with its base model.
 
     Args:
-        name: the folder.
+        name: the folder, or the adapter's name on the Hub.
         base: the base model, if it is not the one that the adapter's file names.
     Raises:
         ConfigError: if there is no adapter, or no base.
@@ -136,8 +144,6 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     from adaptrank.artifacts import read_adapter
 
     folder = adapter_folder(name)
-    if not folder.exists():
-        raise ConfigError(missing_file(name, "adapter folder"))
     description = read_adapter(folder)
     described = description["base"]
     auto_class = described.get("auto_class") or "AutoModelForCausalLM"
@@ -158,17 +164,44 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
     )
 
 
-def adapter_folder(name: str) -> Path:
-    """Return the folder of a name. A run's folder stands for the adapter in it.
+def _is_adapter_on_hub(name: str) -> bool:
+    """Return whether a name is that of an adapter on the Hub, and of no model.
 
-    Raises:
-        ConfigError: if the name is a checkpoint.
+    The Hub itself is asked only about a name that no cache and no wheel knows.
     """
-    from adaptrank.artifacts import WEIGHTS
+    from adaptrank import backbones
+    from adaptrank.artifacts import (
+        cached_adapter,
+        hub_is_offline,
+        is_adapter_on_hub,
+        parse_hub_name,
+    )
 
-    folder = Path(name).expanduser()
-    if folder.suffix == ".ckpt" and folder.is_file():
+    on_hub = parse_hub_name(name)
+    if on_hub is None:
+        return False
+    if cached_adapter(on_hub) is not None or on_hub.revision is not None:
+        return True
+    is_known = backbones.resolve(name).kind != "hub"
+    return not is_known and not hub_is_offline() and is_adapter_on_hub(on_hub)
+
+
+def adapter_folder(name: str) -> Path:
+    """Return the folder of an adapter. A run's folder stands for the adapter in it.
+
+    Args:
+        name: a folder, or a name on the Hub, which is looked for in the Hub's cache first.
+    Raises:
+        ConfigError: if the name is a checkpoint, or nothing has this name.
+    """
+    from adaptrank.artifacts import WEIGHTS, locate_adapter, parse_hub_name
+
+    given = Path(name).expanduser()
+    if given.suffix == ".ckpt" and given.is_file():
         raise ConfigError(a_checkpoint(name))
+    if not given.exists() and parse_hub_name(name) is None:
+        raise ConfigError(missing_file(name, "adapter folder"))
+    folder = locate_adapter(name)
     inside = folder / "adapter"
     is_run = not (folder / WEIGHTS).is_file() and (inside / WEIGHTS).is_file()
     return inside if is_run else folder

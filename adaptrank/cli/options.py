@@ -20,7 +20,10 @@ FILES = {"import": "import_"}
 
 BASE = "the base model; by default the one that the adapter's file names"
 FORCE = "replace a folder that is not empty"
-ADAPTER = "a run's adapter folder"
+ADAPTER = (
+    "a run's adapter folder, or its name on the Hub, user/name[@revision]. `--adapter ADAPTER` is "
+    "the same"
+)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -34,6 +37,30 @@ class OptionParser(argparse.ArgumentParser):
             if arg.startswith("--") and name not in known:
                 hint = did_you_mean(name, known)
                 errors.fail(f"unknown option {name}.{hint} `{self.prog} --help` lists them.")
+
+    def adapters_first(self, args: Sequence[str]) -> list[str]:
+        """Return arguments in which each `--adapter NAME` is a positional one, in front.
+
+        fit, validate, test and predict take `--adapter`. It means the same wherever a verb takes
+        adapters.
+        """
+        takes_adapters = any(
+            not action.option_strings and str(action.metavar).startswith("ADAPTER")
+            for action in self._actions
+        )
+        if not takes_adapters:
+            return list(args)
+        adapters, others = [], []
+        rest = list(args)
+        while rest:
+            name, equals, value = rest.pop(0).partition("=")
+            if name != "--adapter":
+                others.append(f"{name}{equals}{value}")
+            elif equals or rest:
+                adapters.append(value if equals else rest.pop(0))
+            else:
+                self.error("--adapter needs a value")
+        return [*adapters, *others]
 
     def error(self, message: str) -> NoReturn:
         """Print a mistake and exit with 2."""
@@ -66,6 +93,7 @@ def run_verb(verb: str, args: Sequence[str]) -> None:
     module = importlib.import_module(f"adaptrank.cli.verbs.{FILES.get(verb, verb)}")
     parser = make_parser(verb, module.DESCRIPTION)
     module.add_options(parser)
+    args = parser.adapters_first(args)
     if getattr(module, "TAKES_KEYS", False):
         options, keys = parser.parse_known_args(args)
         options.keys = keys

@@ -10,6 +10,7 @@ import copy
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 from adaptrank.cli.known_classes import class_of, known_classes, one_of
 from adaptrank.cli.mistakes import NoClassError, ParsingError, UnknownKeyError
@@ -17,6 +18,9 @@ from adaptrank.cli.wording import Report, Wording
 
 ACTIONS = ("help", "config", "print_config", "print_shtab")
 """Options that are no keys of a configuration."""
+
+RUN_FOLDER = "<run folder>"
+"""Value of a logger's `save_dir` that stands for the run folder, which is made later."""
 
 
 class Parser(LightningArgumentParser):
@@ -34,7 +38,17 @@ class Parser(LightningArgumentParser):
         """Remember the class that the parser is for."""
         if nested_key is None:
             self.owner = theclass
-        return super().add_class_arguments(theclass, nested_key, **kwargs)
+        added = super().add_class_arguments(theclass, nested_key, **kwargs)
+        if nested_key is None and isinstance(theclass, type) and issubclass(theclass, Logger):
+            self._log_into_run_folder()
+        return added
+
+    def _log_into_run_folder(self) -> None:
+        """Let a logger that needs a folder write into that of the run, by default."""
+        for action in self._actions:
+            if action.dest == "save_dir" and action.required:
+                action.required = False
+                self.set_defaults({"save_dir": RUN_FOLDER})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the innermost parser's mistake with the keys of this one, or word a new one."""

@@ -1,14 +1,16 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI with allocators and a folder for each run."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -17,15 +19,16 @@ import adaptrank.data
 import adaptrank.modules  # noqa: F401
 from adaptrank._files import write_text
 from adaptrank.allocation import Participant
-from adaptrank.artifacts import WEIGHTS
 from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder
 from adaptrank.cli import errors
-from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig, StepCheckpoint
+from adaptrank.cli.adapter_path import check_adapter_path
+from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig
 from adaptrank.cli.checkpoint_path import check_checkpoint_path
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
-from adaptrank.cli.known_classes import subclasses
+from adaptrank.cli.loggers import keep_checkpoints_in, loggers_in, make_logger
 from adaptrank.cli.mistakes import ParsingError
+from adaptrank.cli.monitors import MetricNames
 from adaptrank.cli.output import (
     class_names,
     metric_names,
@@ -35,14 +38,18 @@ from adaptrank.cli.output import (
     table,
 )
 from adaptrank.cli.parser import Parser
+from adaptrank.cli.participants import checkpoints, participants, which_weights
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
+from adaptrank.cli.scored import Scored, scored
 from adaptrank.modules import AdaptedModule
 from adaptrank.training.distributed import check_launcher
 from adaptrank.training.finite import FiniteWeights
 from adaptrank.training.peers import PeerWatch
 
 T = TypeVar("T")
+
+log = logging.getLogger("adaptrank")
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -69,6 +76,7 @@ class AdaptrankCLI(LightningCLI):
 
     def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb, self.args = verb, list(args)
+        self.metric_names = MetricNames()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -142,21 +150,9 @@ class AdaptrankCLI(LightningCLI):
         return self._get(self.config_init, key)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a file where an adapter's folder belongs, before minutes of building."""
+        """Look for the adapter to start from, before minutes of building."""
         adapter = self._get(self.config, "model.init_args.adapter")
-        if not (isinstance(adapter, str) and Path(adapter).is_file()):
-            return
-        if Path(adapter).suffix == ".ckpt":
-            raise errors.ConfigError(f"model.adapter: {errors.a_checkpoint(adapter)}")
-        class_path = self._get(self.config, "model.class_path")
-        own = [f"{cls.__module__}.{cls.__name__}" for cls in subclasses(AdaptedModule)]
-        own += [f"adaptrank.modules.{cls.__name__}" for cls in subclasses(AdaptedModule)]
-        if class_path in own:
-            inside = Path(adapter).name == WEIGHTS
-            example = repr(str(Path(adapter).parent)) if inside else "such as runs/NAME/0/adapter"
-            raise errors.ConfigError(
-                f"model.adapter: {adapter!r} is a file. Name the folder of an adapter, {example}."
-            )
+        check_adapter_path(adapter, self._get(self.config, "model.class_path"))
 
     def instantiate_classes(self) -> None:
         """Build the model, the data and the trainer."""
@@ -168,78 +164,42 @@ class AdaptrankCLI(LightningCLI):
             self.model.accept_changes = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with the callbacks and the logger of a run."""
-        allocators = self._allocators()
-        callbacks = [*allocators]
+        """Build the trainer, with the callbacks and the loggers of a run."""
         configured = self._configured_callbacks()
-        own_logger = self.configured("trainer.logger") in (None, True)
+        chosen = (self.configured("allocator"), self.configured("initial_ranks"))
+        callbacks = participants(*chosen, configured)
         if self.verb == "fit":
+            self.metric_names.adopt(self.model, configured)
+            weights = which_weights(self._get(self.config, "save"), configured)
             folder = self.run_folder = self._new_folder()
-            callbacks += [FiniteWeights(), PeerWatch(), RunFiles(folder, self._which_weights())]
-            callbacks += [Interrupt(folder), Begins(self._begin), *self._checkpoint(folder)]
+            loggers = loggers_in(folder, self.configured("trainer.logger"), self.verb)
+            disabled = self.configured("trainer.enable_checkpointing") is False
+            callbacks += [FiniteWeights(), PeerWatch(), RunFiles(folder, weights)]
+            callbacks += [Interrupt(folder), Begins(self._begin)]
+            callbacks += checkpoints(folder, disabled, configured)
             if self.configured("trainer.default_root_dir") is None:
                 kwargs["default_root_dir"] = str(folder)
-            if own_logger:
-                kwargs["logger"] = JsonlLogger(folder)
-        elif own_logger:
-            kwargs["logger"] = False
+            keep_checkpoints_in(folder, configured)
+            # The first logger is the one that a user's code finds as `self.logger`.
+            kwargs["logger"] = [*loggers, JsonlLogger(folder)]
+        else:
+            loggers = loggers_in(None, self.configured("trainer.logger"), self.verb)
+            kwargs["logger"] = loggers or False
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
         if self.configured("trainer.enable_progress_bar") is not False and not has_bar:
             callbacks.append(progress())
         config = {**(self.configured("trainer") or {}), **kwargs}
         trainer = self._instantiate_trainer(config, callbacks)
+        # In front of the callbacks that read metrics.
+        if self.verb == "fit":
+            trainer.callbacks = [self.metric_names, *trainer.callbacks]  # type: ignore[attr-defined]
         check_launcher(trainer)
         ensure_checkpoint_files(trainer)
         return trainer
 
-    def _which_weights(self) -> Literal["best", "last"] | None:
-        """Return the key `save`. "best" needs a metric to go by."""
-        save: Literal["best", "last"] | None = self._get(self.config, "save")
-        ranks = any(
-            isinstance(callback, ModelCheckpoint) and callback.monitor is not None
-            for callback in self._configured_callbacks()
-        )
-        if save == "best" and not ranks:
-            raise errors.ConfigError(
-                "save: best needs a metric: add a ModelCheckpoint with a `monitor`, such as loss, "
-                "to trainer.callbacks, or leave `save` out."
-            )
-        return save
-
     def _configured_callbacks(self) -> list[Callback]:
         configured = self.configured("trainer.callbacks") or []
         return configured if isinstance(configured, list) else [configured]
-
-    def _allocators(self) -> list[Callback]:
-        """Return the allocators of the typed keys, in the order in which they act.
-
-        They come before any ModelCheckpoint, so that a checkpoint at an event holds the new ranks.
-        """
-        allocator = self.configured("allocator")
-        initial = self.configured("initial_ranks")
-        if initial is not None and initial.moves:
-            raise errors.ConfigError(
-                f"initial_ranks: {type(initial).__name__} moves ranks while training. "
-                f"Give it as `allocator`."
-            )
-        for callback in self._configured_callbacks():
-            both_move = (
-                isinstance(callback, Participant) and callback.moves and allocator is not None
-            )
-            if both_move and allocator.moves:
-                raise errors.ConfigError(
-                    f"`allocator` is {type(allocator).__name__}, and trainer.callbacks lists "
-                    f"{type(callback).__name__}: two would move the same ranks. Keep one."
-                )
-        return [given for given in (initial, allocator) if given is not None]
-
-    def _checkpoint(self, folder: Path) -> list[Callback]:
-        """Return the checkpoint callback of a run that configures none."""
-        disabled = self.configured("trainer.enable_checkpointing") is False
-        configured = self._configured_callbacks()
-        if disabled or any(isinstance(callback, ModelCheckpoint) for callback in configured):
-            return []
-        return [StepCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=50)]
 
     def _new_folder(self) -> Path:
         configs = self._get(self.config, "config") or []
@@ -266,6 +226,7 @@ class AdaptrankCLI(LightningCLI):
             say(f"No evaluation before and after: {missing}.")
         if self.evaluates and not self._get(self.config, "ckpt_path"):
             self.before = self.evaluate()
+            self.metric_names.check(self.model, self._callbacks(), self.before)
         self.trainer.fit(**kwargs)
         if not self.trainer.interrupted:
             finish(self)
@@ -296,16 +257,20 @@ class AdaptrankCLI(LightningCLI):
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate on the validation set."""
-        self._say_backbone()
+        self._say_what_is_scored()
         self._report(self.trainer.validate(**kwargs, verbose=False), verbose)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate on the test set."""
-        self._say_backbone()
+        self._say_what_is_scored()
         self._report(self.trainer.test(**kwargs, verbose=False), verbose)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and print or write one line of JSON for each example."""
+        model = self._scored()
+        if not model.is_trained:
+            # Standard output holds the predictions alone.
+            log.warning("%s", model.sentence)
         batches = self.trainer.predict(**kwargs) or []
         names = class_names(self.model, self.datamodule)
         lines = [json.dumps(line, ensure_ascii=False) for line in predictions(batches, names)]
@@ -333,6 +298,16 @@ class AdaptrankCLI(LightningCLI):
         if isinstance(self.model, AdaptedModule):
             say(f"Backbone {self.model.source.describe()}")
 
+    def _scored(self) -> Scored:
+        configs = self._get(self.config, "config") or []
+        checkpoint = self._get(self.config, "ckpt_path")
+        config = str(configs[-1]) if configs else None
+        return scored(self.model, checkpoint, config, self._get(self.config, "runs"))
+
+    def _say_what_is_scored(self) -> None:
+        self._say_backbone()
+        say(self._scored().sentence)
+
     def _callbacks(self) -> list[Callback]:
         return self.trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
@@ -342,8 +317,18 @@ def _merged(results: Sequence[Any]) -> dict[str, float]:
     return {name: float(value) for result in results for name, value in result.items()}
 
 
+def in_full(arg: str) -> str:
+    """Return an argument as LightningCLI knows it."""
+    if arg == "--help_all":
+        return "--help"
+    name, equals, value = arg.partition("=")
+    return f"--model.adapter{equals}{value}" if name == "--adapter" else arg
+
+
 def construct(cls: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Build a class that the configuration names. A ValueError of it is the user's mistake."""
+    if isinstance(cls, type) and issubclass(cls, Logger):
+        return cast(T, make_logger(cls, *args, **kwargs))
     with errors.constructing(getattr(cls, "__name__", str(cls))):
         return cls(*args, **kwargs)
 
@@ -354,7 +339,7 @@ def run(verb: str, args: Sequence[str]) -> None:
     A mistake prints its sentence and exits with 2. A bug keeps its traceback.
     """
     debug = errors.debugging(args)
-    args = ["--help" if arg == "--help_all" else arg for arg in args if arg != "--debug"]
+    args = [in_full(arg) for arg in args if arg != "--debug"]
     # LightningCLI runs the verb in its constructor. What failed in it is asked about afterwards.
     cli = object.__new__(AdaptrankCLI)
     torch.set_float32_matmul_precision("high")

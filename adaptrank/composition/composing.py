@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank.artifacts import load_adapter, read_adapter, unchanged_on_error
+from adaptrank.artifacts import (
+    load_adapter,
+    locate_adapter,
+    read_adapter,
+    unchanged_on_error,
+)
 from adaptrank.composition.compression import Compression
 from adaptrank.composition.delta_space import changes, compose_in_delta_space, weight_norm
 from adaptrank.composition.operators import options_of
@@ -57,7 +61,8 @@ def compose(
 
     Args:
         model: the base, without adapters.
-        adapters: folders that `save_adapter` wrote, of adapters of one base by its fingerprint.
+        adapters: folders that `save_adapter` wrote, or names on the Hub, of adapters of one base by
+            its fingerprint.
         weights: one for each adapter, negative to subtract it. None means 1 for all.
         operator: any of `OPERATORS`.
         mode: "delta" or "sequential".
@@ -78,7 +83,7 @@ def compose(
         ValueError: if adapters and model do not fit together, or an option is out of range. The
             model is unchanged then.
     """
-    folders = [Path(folder) for folder in adapters]
+    folders = [locate_adapter(folder) for folder in adapters]
     weights = [1.0] * len(folders) if weights is None else [float(w) for w in weights]
     compression = compression or Compression()
     request = Request(folders, weights, operator, mode, order, compression, merged, others)

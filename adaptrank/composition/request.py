@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError, did_you_mean
-from adaptrank.artifacts import frozen_weights
+from adaptrank.artifacts import frozen_weights, shown_adapter
 from adaptrank.backbones import fingerprint
 from adaptrank.composition.compression import Compression
 from adaptrank.composition.operators import OPERATORS
@@ -57,7 +57,7 @@ class Request:
     @property
     def names(self) -> list[str]:
         """Short names of the adapters: the last parts of their paths in which they differ."""
-        parts = [folder.resolve().parts for folder in self.folders]
+        parts = [Path(shown_adapter(folder.resolve())).parts for folder in self.folders]
         longest = max(map(len, parts))
         depth = 1
         while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < longest:

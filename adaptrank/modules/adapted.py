@@ -76,7 +76,8 @@ class AdaptedModule(LightningModule):
         backbone: a local folder or a model id, looked for in the local caches, in installed
             wheels, and on the Hub.
         adapters: list of adapters to make. It may be empty only where `adapter` is given.
-        adapter: folder of a saved adapter to start warm from.
+        adapter: folder of a saved adapter to start warm from, or its name on the Hub, `user/name`
+            or `user/name@revision`.
         rank_pattern: sizes to start from, {axis, path or pattern: units}, or a `ranks.json` of
             another run.
         train_modules: further modules to train whole, by path or last component.

@@ -1,6 +1,7 @@
 """A model card beside an adapter: its training, its results, its layers and its ranks."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from adaptrank._files import write_text
+from adaptrank.reports.card_mark import mark_card
 from adaptrank.reports.escaping import code_span, fence, markdown
 from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import render
@@ -36,7 +38,7 @@ def card(summary: Mapping[str, Any], ranks: Mapping[str, int], config: str) -> s
         base_argument=repr(base),
         auto_class=_class_name(summary["base"].get("auto_class")),
         size=_size(summary),
-        metrics=_metrics(summary),
+        metrics=metric_rows(summary),
         layers=[_layer_row(row) for row in summary["layers"]],
         ranks=ranks,
         rank_map=rank_map(ranks),
@@ -63,7 +65,7 @@ def write_card(
     folder: Path, summary: Mapping[str, Any], ranks: Mapping[str, int], config: str
 ) -> None:
     """Write the card into the folder of an adapter. The arguments are those of `card`."""
-    write_text(folder / CARD, card(summary, ranks, config))
+    write_text(folder / CARD, mark_card(card(summary, ranks, config)))
 
 
 def _front_matter(base: str | None, methods: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _layer_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "kind": markdown(row["kind"]), "method": markdown(row["method"])}
 
 
-def _metrics(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def metric_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return name, value before and value after the training of each metric."""
     return [
         {
@@ -109,6 +111,17 @@ def _metrics(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         for name, after in summary["after"].items()
         if not name.startswith(HIDDEN_METRICS)
+    ]
+
+
+def layer_counts(layers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return kind, method and number of layers, of {path: method}. A kind is the last component."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for path, method in layers.items():
+        counts[path.rpartition(".")[2], method] += 1
+    return [
+        {"kind": markdown(kind), "method": markdown(method), "count": count}
+        for (kind, method), count in counts.items()
     ]
 
 

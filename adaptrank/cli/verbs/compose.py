@@ -32,7 +32,12 @@ OPERATOR_OPTIONS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add, flag = parser.add_argument, "store_true"
-    add("adapters", metavar="ADAPTER", nargs="+", help="adapter folders, two or more")
+    add(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        help="adapters, two or more: folders, or names on the Hub",
+    )
     add("--out", required=True, metavar="FOLDER", help="new folder for the result")
     method = "sum, ties, dare, dare_ties, magnitude_prune, knots (sum)"
     add("--method", default="sum", metavar="NAME", help=method)

@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the adapter, and print what was lost."""
     from adaptrank._files import write_json
+    from adaptrank.artifacts import shown_adapter
     from adaptrank.cli.loading import find_adapter, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
     from adaptrank.interop.peft import export_peft
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     write_folder(out, write)
     layers = report["layers"]
     ranks = [facts["rank"] for facts in layers.values()]
-    print(f"Exported {stored.adapter} as {options.format}, {report['type']}: {out}")
+    print(f"Exported {shown_adapter(stored.adapter)} as {options.format}, {report['type']}: {out}")
     print(f"  {len(layers)} layers, ranks {min(ranks)} to {max(ranks)}")
     errors = {path: facts["error"] for path, facts in layers.items() if facts["error"]}
     if errors:

@@ -24,7 +24,7 @@ EMPTY = "An empty prompt has nothing to complete."
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    model = "a run's adapter folder, a model's folder, or a model id"
+    model = "a run's adapter folder or its name on the Hub, a model's folder, or a model id"
     parser.add_argument("model", metavar="ADAPTER_OR_MODEL", help=model)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
     file = "one prompt a line; of a .jsonl file, the columns of training or the field `prompt`"

@@ -15,7 +15,7 @@ are read."""
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    adapter = "what PEFT's save_pretrained wrote"
+    adapter = "what PEFT's save_pretrained wrote, or its name on the Hub, user/name"
     parser.add_argument("adapter", metavar="PEFT_FOLDER", help=adapter)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
     base = "the base model; by default the one that PEFT's configuration names"
@@ -30,15 +30,17 @@ def run(options: argparse.Namespace) -> None:
     import transformers
 
     from adaptrank import backbones
-    from adaptrank.artifacts import save_adapter
+    from adaptrank.artifacts import locate_adapter, parse_hub_name, save_adapter, shown_adapter
     from adaptrank.cli.loading import find_base, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
     from adaptrank.injection import describe
     from adaptrank.interop.peft import TASKS, import_peft, read_config
 
-    folder, out = Path(options.adapter), Path(options.out)
-    if not folder.is_dir():
+    out = Path(options.out)
+    given = Path(options.adapter).expanduser()
+    if not given.is_dir() and (given.exists() or parse_hub_name(options.adapter) is None):
         raise ConfigError(missing_file(options.adapter, "folder of a PEFT adapter"))
+    folder = locate_adapter(options.adapter)
     config = read_config(folder)
     if not options.base and config.get("revision") not in (None, "main"):
         raise ConfigError(
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     import_peft(model, folder, initial=options.initial)
     base = {"name": name, "auto_class": auto_class}
     write_folder(out, lambda new: save_adapter(model, new, base))
-    print(f"Imported {folder} on {source.name}: {out}")
+    print(f"Imported {shown_adapter(folder)} on {source.name}: {out}")
     print("\n".join(f"  {line}" for line in describe(model).splitlines()))
     if auto_class == "AutoModelForCausalLM":
         print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the merged model."""
     import torch
 
-    from adaptrank.artifacts import finish_configuration
+    from adaptrank.artifacts import finish_configuration, shown_adapter
     from adaptrank.artifacts import merge as fold
     from adaptrank.cli.loading import find_adapter, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
         out, lambda folder: (model.save_pretrained(folder), preprocessor.save_pretrained(folder))
     )
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    print(f"Merged {layers} layers of {stored.adapter} into {stored.source.name}: {out} ", end="")
+    adapter = shown_adapter(stored.adapter)
+    print(f"Merged {layers} layers of {adapter} into {stored.source.name}: {out} ", end="")
     print(f"({_short(dtype)}, {size:,.0f} MB)")
     if stored.writes_text:
         print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.artifacts import CONFIG, WEIGHTS, JsonError, parse_json
+from adaptrank.artifacts import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    JsonError,
+    parse_json,
+    refuse_foreign_link,
+)
 from adaptrank.interop.peft.allow_list import check_settings
 from adaptrank.interop.peft.conversions import READERS
 from adaptrank.interop.peft.keys import ALPHA_KEYS
@@ -42,14 +49,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _check_files(folder: Path) -> None:
     for file in (folder / CONFIG, folder / WEIGHTS):
-        if file.is_symlink():
-            raise UserError(
-                f"{file} is a symbolic link, which may lead anywhere. Copy the file itself."
-            )
+        refuse_foreign_link(file)
         if not file.is_file():
             pickled = ""
-            if (folder / "adapter_model.bin").is_file():
-                pickled = " adapter_model.bin is a pickle, which is never loaded."
+            if (folder / PICKLED).is_file():
+                pickled = f" {PICKLED} is a pickle, which is never loaded."
             raise FileNotFoundError(
                 f"No PEFT adapter at {str(folder)!r}: it has no {file.name}.{pickled}"
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts import WEIGHTS, open_weights, unchanged_on_error
+from adaptrank.artifacts import WEIGHTS, locate_adapter, open_weights, unchanged_on_error
 from adaptrank.axes import rank_axes
 from adaptrank.injection import wrap_targets
 from adaptrank.interop.peft.configuration import read_config
@@ -50,7 +50,8 @@ def import_peft(
 
     Args:
         model: the base, without an adapter of that name.
-        folder: folder that PEFT's `save_pretrained` wrote, with weights in safetensors.
+        folder: folder that PEFT's `save_pretrained` wrote, with weights in safetensors, or its
+            name on the Hub, `user/name`.
         name: name of the adapter in our model.
         initial: folder of the same adapter as PEFT saved it before training. Initializations by
             data or by random numbers (CorDA, LoRA-GA, `pissa_niter_4`) need it.
@@ -63,10 +64,11 @@ def import_peft(
         UserError: if the adapter is of another type, uses a setting that we do not understand, or
             does not fit the model. The model is unchanged then.
     """
-    folder = Path(folder)
+    folder = locate_adapter(folder)
+    first = None if initial is None else locate_adapter(initial)
     config, stored = read_peft(folder)
     check_initialization(config, folder, has_initial=initial is not None)
-    first_factors = {} if initial is None else _first_factors(Path(initial), config)
+    first_factors = {} if first is None else _first_factors(first, config)
     root = enclosed(model)
     modules = named_layers(root)
     with unchanged_on_error(root) as rollback:
@@ -83,10 +85,10 @@ def import_peft(
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
             subtracted: Callable[[int, float], Product | None]
-            if initial is None:
+            if first is None:
                 subtracted = partial(subtracted_product, config, path, layer, folder)
             else:
-                subtracted = partial(_scaled_product, first_factors, path, Path(initial))
+                subtracted = partial(_scaled_product, first_factors, path, first)
             stored_layer = StoredLayer(folder, config, path, tensors, subtracted)
             converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)

@@ -1,0 +1,75 @@
+"""What `validate`, `test` and `predict` score: an adapter, a checkpoint, or the untrained model."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import LightningModule
+
+from adaptrank.artifacts import WEIGHTS
+from adaptrank.cli.output import run_name
+from adaptrank.modules import AdaptedModule
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model that is scored.
+
+    Args:
+        sentence: what it is, and what was not loaded.
+        is_trained: whether it may hold trained weights.
+    """
+
+    sentence: str
+    is_trained: bool
+
+
+def scored(
+    module: LightningModule, checkpoint: str | None, config: str | None, runs: str
+) -> Scored:
+    """Return what is scored.
+
+    Args:
+        module: the module, as it was configured.
+        checkpoint: value of `ckpt_path`.
+        config: the last configuration file, or None.
+        runs: folder of the run folders.
+    """
+    adapter = getattr(module, "adapter", None)
+    if checkpoint is not None:
+        on = f", over the adapter {adapter}" if adapter else ""
+        return Scored(f"Scores the checkpoint {checkpoint}{on}", True)
+    if adapter is not None:
+        return Scored(f"Scores the adapter {adapter}", True)
+    if not isinstance(module, AdaptedModule):
+        kind = type(module).__name__
+        return Scored(f"Scores {kind} as its constructor makes it, without a checkpoint", True)
+    text = "Scores the untrained model: no adapter and no checkpoint was given."
+    beside = None if config is None else _beside(Path(config), Path(runs))
+    if beside is not None:
+        option, path = beside
+        pattern = " --model.rank_pattern null" if module.rank_pattern else ""
+        text += (
+            f"\n{path} stands beside the configuration and was not loaded: add "
+            f"--{option} {shlex.quote(str(path))}{pattern if option == 'adapter' else ''}"
+        )
+    return Scored(text, False)
+
+
+def _beside(config: Path, runs: Path) -> tuple[str, Path] | None:
+    """Return the option and the path of what a run of this configuration left, or None.
+
+    It is the run in whose folder the configuration lies, or the last run of the configuration.
+    """
+    folders = [config.parent]
+    named = runs / run_name(config)
+    if named.is_dir():
+        numbered = [folder for folder in named.iterdir() if folder.name.isdigit()]
+        folders += sorted(numbered, key=lambda folder: int(folder.name), reverse=True)
+    for folder in folders:
+        if (folder / "adapter" / WEIGHTS).is_file():
+            return "adapter", folder / "adapter"
+        checkpoints = [*(folder / "checkpoints").glob("*.ckpt")]
+        if checkpoints:
+            return "ckpt_path", max(checkpoints, key=lambda file: file.stat().st_mtime)
+    return None
