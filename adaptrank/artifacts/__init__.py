@@ -10,7 +10,7 @@ from adaptrank.artifacts.adapter import (
     write_files,
 )
 from adaptrank.artifacts.adapter_checks import check_digest
-from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.base_weights import frozen_weights, quantization_of, trained_modules
 from adaptrank.artifacts.checkpoint_reading import check_form, explain_damage, read_checkpoint
 from adaptrank.artifacts.contents import describe_adapter, describe_nests
 from adaptrank.artifacts.conventions import (
@@ -93,6 +93,7 @@ __all__ = [
     "parse_hub_name",
     "parse_json",
     "prompt_conventions",
+    "quantization_of",
     "read_adapter",
     "read_checkpoint",
     "record_conventions",

@@ -20,6 +20,7 @@ from adaptrank.artifacts.adapter_checks import (
     check_digest,
     check_layers,
     check_numbers,
+    check_rows,
     check_size,
     warn_of_other_base,
 )
@@ -227,6 +228,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
             layers = named_layers(root)
             check_layers(layers, description, file)
             check_allocations(layers, description, file)
+            check_rows(root, description, file)
             warn_of_other_base(root, description)
             for entry in description["adapters"]:
                 _wrap_as_described(root, entry)

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank._errors import UserError
+from adaptrank._errors import UserError, some
 from adaptrank.artifacts.arguments import check_arguments
-from adaptrank.artifacts.base_weights import frozen_weights
+from adaptrank.artifacts.base_weights import (
+    frozen_weights,
+    quantization_of,
+    weights_beside_linear_layers,
+)
 from adaptrank.artifacts.contents import (
     adapter_names,
     describe_nest,
@@ -24,6 +28,7 @@ from adaptrank.artifacts.contents import (
 from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.weights_file import StoredTensors
 from adaptrank.backbones import fingerprint
+from adaptrank.injection import trained_rows
 from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
 
 log = logging.getLogger("adaptrank")
@@ -147,6 +152,21 @@ def _check_shape(path: str, layer: nn.Module, stored: tuple[int, ...], file: Pat
         )
 
 
+def check_rows(model: nn.Module, description: Mapping[str, Any], file: Path) -> None:
+    """Refuse a file with trained rows of an embedding whose rows do not train in the model."""
+    base = description["base"]
+    stored = base.get("trained_rows", [])
+    present = {tuple(rows.indices.tolist()) for rows in trained_rows(model).values()}
+    if stored and present != {tuple(stored)}:
+        needed = base.get("vocabulary")
+        resize = f"model.resize_token_embeddings({needed}), and then " if needed else ""
+        raise UserError(
+            f"{file} holds rows of added tokens, for which this model has no place. The commands "
+            f"and model.adapter make it. In Python, call {resize}"
+            f"adaptrank.injection.train_rows(model, {some(map(str, stored), 3)})."
+        )
+
+
 def check_allocations(
     layers: Mapping[str, nn.Module], description: Mapping[str, Any], file: Path
 ) -> None:
@@ -237,9 +257,15 @@ def _on_meta(plain: nn.Module) -> nn.Module:
 
 def warn_of_other_base(model: nn.Module, description: Mapping[str, Any]) -> None:
     """Log one line if the frozen weights are not those that the adapter was trained on."""
-    present = fingerprint(frozen_weights(model, description["trained_modules"]))
+    trained = description["trained_modules"]
+    present = fingerprint(frozen_weights(model, trained))
     base = description["base"]
-    if present != base["fingerprint"]:
+    if present == base["fingerprint"]:
+        return
+    differing = _other_quantization(model, base, trained)
+    if differing:
+        log.warning("%s", differing)
+    else:
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         log.warning(
             "The base differs from the one this adapter was trained on (%s; fingerprint %s, "
@@ -249,3 +275,38 @@ def warn_of_other_base(model: nn.Module, description: Mapping[str, Any]) -> None
             present,
             name or f"a {type(model).__name__}",
         )
+
+
+def _other_quantization(
+    model: nn.Module, base: Mapping[str, Any], trained: Collection[str]
+) -> str | None:
+    """Return a sentence if the base is the same model in another quantization, else None.
+
+    What no quantization changes is compared: embeddings, norms and biases.
+    """
+    here, there = quantization_of(model), base.get("quantization")
+    if here == there:
+        return None
+    source = base.get("source") or base.get("name") or "its base"
+    stored = base.get("fingerprint_beside_linear")
+    if stored is None:
+        # An adapter of a base that was not quantized, or of an earlier version.
+        return (
+            f"The base differs from the one this adapter was trained on ({source}, not quantized): "
+            f"here it is {_spell(here)}. Results will differ by what that rounds away, or more if "
+            f"it is another model."
+        )
+    if stored != fingerprint(weights_beside_linear_layers(model, trained)):
+        return None
+    return (
+        f"The base differs from the one this adapter was trained on ({source}, {_spell(there)}): "
+        f"here it is {_spell(here)}. Results will differ by what a quantization rounds away."
+    )
+
+
+def _spell(quantization: Mapping[str, Any] | None) -> str:
+    if quantization is None:
+        return "not quantized"
+    single = quantization.get("double_quant") is False
+    suffix = " without double_quant" if single else ""
+    return f"quantized to {quantization['type']}{suffix}"

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
+from adaptrank.injection import plain_tensor_name
 from adaptrank.parameterizations import (
     Parameterization,
     adapter_parameters,
@@ -47,7 +49,17 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Weight, bool]]:
         elif plain not in parts:
             for name, parameter in plain.named_parameters(recurse=False):
                 if id(parameter) not in adapter_ids:
-                    yield _join(path, name), parameter, parameter.requires_grad
+                    full_name = _plain_name(plain, path, name)
+                    yield full_name, parameter, parameter.requires_grad
+
+
+def _plain_name(module: nn.Module, path: str, name: str) -> str:
+    """Return the name of a parameter before rows of its layer train by themselves."""
+    plain = plain_tensor_name(module, name)
+    if plain is None:
+        return _join(path, name)
+    # <layer>.parametrizations.weight.original
+    return _join(path.rpartition(".parametrizations.")[0], plain)
 
 
 def _fused_weights(path: str, split: kinds.Parts) -> Iterator[tuple[str, Weight, bool]]:
@@ -56,6 +68,39 @@ def _fused_weights(path: str, split: kinds.Parts) -> Iterator[tuple[str, Weight,
     for name in ("weight", "bias"):
         if any(getattr(part, name) is not None for part in split.plain):
             yield _join(path, name), partial(split.fused, name), trains
+
+
+def weights_beside_linear_layers(
+    model: nn.Module, trained: Collection[str] | None = None
+) -> dict[str, Weight]:
+    """Return the frozen parameters that are no weight of a linear layer, by their names.
+
+    A quantization leaves them as they are, so that a base and its quantized form have the same.
+
+    Args:
+        model: any module, with wrappers or without.
+        trained: as in `frozen_weights`.
+    """
+    linear = set()
+    for path, module in named_layers(model).items():
+        plain = module.innermost if isinstance(module, Parameterization) else module
+        if isinstance(plain, (*kinds.LINEAR, kinds.Parts)):
+            linear.add(_join(path, "weight"))
+    weights = frozen_weights(model, trained)
+    return {name: value for name, value in weights.items() if name not in linear}
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return how the layers of a model are quantized, as `layers.quantization` does, or None.
+
+    Where layers differ, the first one counts.
+    """
+    for module in model.modules():
+        if not isinstance(module, Parameterization):
+            described = kinds.quantization(module)
+            if described is not None:
+                return described
+    return None
 
 
 def trained_modules(model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from adaptrank import layers as kinds
 from adaptrank.artifacts.base_facts import base_facts
-from adaptrank.artifacts.base_weights import frozen_weights, trained_modules
+from adaptrank.artifacts.base_weights import (
+    frozen_weights,
+    quantization_of,
+    trained_modules,
+    weights_beside_linear_layers,
+)
 from adaptrank.artifacts.conventions import conventions_of
 from adaptrank.artifacts.header import FORMAT_VERSION
 from adaptrank.axes import PRUNED, rank_axes
@@ -98,9 +103,16 @@ def describe_adapter(
     trained = trained_modules(model)
     if base_fingerprint is None:
         base_fingerprint = fingerprint(frozen_weights(model))
+    described_base = {**base_facts(model), **(base or {}), "fingerprint": base_fingerprint}
+    quantization = quantization_of(model)
+    if quantization is not None:
+        described_base["quantization"] = quantization
+        described_base["fingerprint_beside_linear"] = fingerprint(
+            weights_beside_linear_layers(model)
+        )
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "base": {**base_facts(model), **(base or {}), "fingerprint": base_fingerprint},
+        "base": described_base,
         "adapters": describe_nests(model, names),
         "ranks": _describe_ranks(model, names),
         "trained_modules": sorted(trained),

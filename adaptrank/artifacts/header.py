@@ -28,6 +28,9 @@ MOST_PARTS = 64
 LONGEST_TEXT = 1 << 17
 """Characters of the longest chat template or prompt template."""
 
+MOST_TOKENS = 1 << 16
+"""Largest number of added tokens, and of rows of an embedding that train alone."""
+
 DEEPEST_NEST = 16
 """Largest number of classes that one adapter puts on one layer."""
 
@@ -116,10 +119,36 @@ def _check_base(base: Any) -> None:
     for key in ("name", "source", "auto_class", "fingerprint"):
         fits = base.get(key) is None or is_plain_text(base[key], LONGEST_NAME)
         _need(fits, f"base.{key} is no text of one line")
+    for key in ("fingerprint_beside_linear", "revision"):
+        fits = base.get(key) is None or is_plain_text(base[key], LONGEST_NAME)
+        _need(fits, f"base.{key} is no text of one line")
+    _check_quantization(base.get("quantization"))
+    _check_tokens(base)
     rows = base.get("vocabulary")
     _need(rows is None or _is_count(rows), "base.vocabulary is no number")
     labels = base.get("num_labels")
     _need(labels is None or _is_count(labels), "base.num_labels is no number")
+
+
+def _check_quantization(quantization: Any) -> None:
+    if quantization is None:
+        return
+    fits = isinstance(quantization, dict) and is_plain_text(quantization.get("type"), 64)
+    _need(fits, "base.quantization has no type")
+    double = quantization.get("double_quant", True)
+    _need(isinstance(double, bool), "base.quantization.double_quant is no yes or no")
+    known = quantization.keys() <= {"type", "double_quant"}
+    _need(known, "base.quantization is more than its type and double_quant")
+
+
+def _check_tokens(base: Mapping[str, Any]) -> None:
+    """Refuse added tokens and trained rows that are no tokens with their ids, or no rows."""
+    tokens = base.get("added_tokens", {})
+    fits = _is_map(tokens, _is_count) and len(set(tokens.values())) == len(tokens)
+    _need(fits and len(tokens) <= MOST_TOKENS, "base.added_tokens are no tokens with their ids")
+    rows = base.get("trained_rows", [])
+    fits = _are_indices(rows) and len(rows) <= MOST_TOKENS
+    _need(fits, "base.trained_rows are no numbers of rows")
 
 
 def _check_adapters(adapters: Any) -> None:

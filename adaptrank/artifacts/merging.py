@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError
 from adaptrank.artifacts.rounding import RoundingLoss
-from adaptrank.injection import MERGED, is_merged, join_fused
+from adaptrank.injection import MERGED, fold_rows, is_merged, join_fused, trained_rows
 from adaptrank.parameterizations import (
     Parameterization,
     enclosed,
@@ -73,6 +73,11 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
             "The model is itself a wrapper, and nothing holds it; merge a module that does: "
             "nn.Sequential(layer)."
         )
+    if keep_originals and trained_rows(root):
+        raise UserError(
+            "Rows of added tokens train by themselves in this model, and no copy of them is kept; "
+            "merge with keep_originals=False."
+        )
     _check_mergeable(root, layers)
     originals, loss = Originals(), RoundingLoss()
     try:
@@ -92,6 +97,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     )
     if keep_originals:
         setattr(root, MERGED, originals)
+    fold_rows(root)
     return model
 
 

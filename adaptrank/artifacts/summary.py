@@ -11,6 +11,8 @@ from torch import nn
 
 from adaptrank.artifacts.planning import by_layer
 from adaptrank.axes import rank_axes
+from adaptrank.injection import row_modules
+from adaptrank.layers import count_numbers
 from adaptrank.parameterizations import adapted_part, adapter_parameters, wrapped_layers
 
 
@@ -35,9 +37,13 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
         rows[row] = layers + 1, parameters + trainable.get(path, 0)
 
     adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
+    of_tokens = set(row_modules(model))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapter_ids:
-            row = name.rpartition(".")[0], "trained whole"
+            holder = name.rpartition(".")[0]
+            row = holder, "trained whole"
+            if holder in of_tokens:
+                row = holder.partition(".parametrizations.")[0], "rows of added tokens"
             _, parameters = rows.get(row, (0, 0))
             rows[row] = 1, parameters + parameter.numel()
     return [(kind, layers, methods, count) for (kind, methods), (layers, count) in rows.items()]
@@ -81,7 +87,7 @@ def summarize(
         "base": base_of(module),
         "layers": layers,
         "trainable": sum(row["trainable"] for row in layers),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(count_numbers(parameter) for parameter in model.parameters()),
         "ranks": sum(len(axis) for axis in rank_axes(model).values()),
         "before": dict(before),
         "after": dict(after),

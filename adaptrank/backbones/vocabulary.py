@@ -39,9 +39,11 @@ def add_embedding_rows(model: Any, tokenizer: Any, rows: int) -> None:
             f"{rows:,} tokens are asked for, and the tokenizer has {len(tokenizer):,}: it is not "
             f"the tokenizer of training."
         )
+    weight = model.get_input_embeddings().weight
+    # Their mean and covariance are read, which a model without weights does not have.
     with silenced(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.resize_token_embeddings(rows)
+        model.resize_token_embeddings(rows, mean_resizing=not weight.is_meta)
 
 
 def before_end(ids: list[int], ends: Collection[int]) -> list[int]:
@@ -54,7 +56,13 @@ def before_end(ids: list[int], ends: Collection[int]) -> list[int]:
 
 def embedding_paths(model: Any) -> list[str]:
     """Return the paths of a model's input embedding and of its output embedding."""
-    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    embeddings = set()
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            embeddings.add(id(find()))
+        # Of a model that reads no tokens.
+        except (AttributeError, NotImplementedError):
+            continue
     return [path for path, module in model.named_modules() if id(module) in embeddings]
 
 

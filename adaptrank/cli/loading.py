@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from adaptrank.cli.errors import ConfigError, a_checkpoint, missing_file
 if TYPE_CHECKING:
     import torch
 
-    from adaptrank.backbones import Source
+    from adaptrank.backbones import LoadingOptions, Quantization, Source
 
 log = logging.getLogger("adaptrank")
 
@@ -44,6 +44,10 @@ class StoredModel:
         num_labels: number of classes, for a classifier.
         conventions: those of training, as the adapter or the merged model records them.
         vocabulary: number of tokens, if the embedding has rows that the base's files do not have.
+        added_tokens: tokens that the tokenizer of the base's files does not have.
+        trained_rows: rows of the embedding and the head that were trained by themselves.
+        quantization: that of training, as the adapter records it.
+        trusts_code: whether Python code that comes with the base is run. No file can set it.
     """
 
     source: "Source"
@@ -52,6 +56,10 @@ class StoredModel:
     num_labels: int | None = None
     conventions: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: int | None = None
+    added_tokens: tuple[str, ...] = ()
+    trained_rows: tuple[int, ...] = ()
+    quantization: Mapping[str, Any] | None = None
+    trusts_code: bool = False
 
     @property
     def is_causal(self) -> bool:
@@ -63,22 +71,65 @@ class StoredModel:
         """True if the model completes a text, or writes another one for it."""
         return self.auto_class in (CAUSAL, SEQ2SEQ)
 
-    def load(self, dtype: "torch.dtype", adapted: bool = True) -> Any:
-        """Return the model in evaluation mode, with its adapter unless `adapted` is false."""
+    @property
+    def is_quantized(self) -> bool:
+        """True if the files of the base hold quantized weights."""
+        from adaptrank.backbones import load_config
+
+        config = load_config(self.source, self._options())
+        return getattr(config, "quantization_config", None) is not None
+
+    def load(
+        self,
+        dtype: "torch.dtype",
+        adapted: bool = True,
+        quantization: "Quantization | None" = None,
+        device_map: str | None = None,
+        folded: bool = True,
+    ) -> Any:
+        """Return the model in evaluation mode.
+
+        Args:
+            dtype: dtype of the weights that are not quantized.
+            adapted: whether it has its adapter.
+            quantization: how linear layers are quantized. None loads them as they are.
+            device_map: devices of the layers. None is the CPU.
+            folded: whether trained rows are written into the embedding and the head.
+        """
         import transformers
 
         from adaptrank.artifacts import load_adapter
-        from adaptrank.backbones import add_embedding_rows, load_model
+        from adaptrank.backbones import add_embedding_rows, embedding_rows, load_model
+        from adaptrank.injection import fold_rows, train_rows
 
-        labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        labels: dict[str, Any] = {}
+        if self.num_labels is not None:
+            labels["num_labels"] = self.num_labels
         auto_class = getattr(transformers, self.auto_class)
-        has_fresh_head = bool(labels) or self.auto_class == MULTIPLE_CHOICE
-        model = load_model(self.source, auto_class, dtype, has_fresh_head, **labels)
+        model = load_model(
+            self.source,
+            auto_class,
+            dtype,
+            replace(self._options(), quantization=quantization, device_map=device_map),
+            fresh_head=bool(labels) or self.auto_class == MULTIPLE_CHOICE,
+            **labels,
+        )
+        present = embedding_rows(model)
         if self.vocabulary is not None:
             add_embedding_rows(model, self.tokenizer(), self.vocabulary)
+        if self.trained_rows:
+            fresh_from = None if self.vocabulary is None else present
+            train_rows(model, self.trained_rows, fresh_from)
         if adapted and self.adapter is not None:
             model = load_adapter(model, self.adapter)
+        if folded:
+            fold_rows(model)
         return model.train(False)
+
+    def _options(self) -> "LoadingOptions":
+        from adaptrank.backbones import LoadingOptions
+
+        return LoadingOptions(trust_remote_code=self.trusts_code, added_tokens=self.added_tokens)
 
     def preprocessor(self) -> Any:
         """Return what makes inputs of raw data: the image processor, or else the tokenizer."""
@@ -93,7 +144,7 @@ class StoredModel:
         from adaptrank.artifacts import use_chat_template
         from adaptrank.backbones import load_tokenizer
 
-        tokenizer = load_tokenizer(self.source)
+        tokenizer = load_tokenizer(self.source, self._options())
         if use_chat_template(tokenizer, self.conventions):
             log.warning(
                 "The chat template of %s is not the one of training, which is used here.",
@@ -102,7 +153,7 @@ class StoredModel:
         return tokenizer
 
 
-def find_model(name: str, base: str | None) -> StoredModel:
+def find_model(name: str, base: str | None, trusts_code: bool = False) -> StoredModel:
     """Return an adapter's folder, a run's folder, a model's folder, or a model id as a model.
 
     Raises:
@@ -114,13 +165,13 @@ def find_model(name: str, base: str | None) -> StoredModel:
     if Path(name).expanduser().exists():
         folder = adapter_folder(name)
         if (folder / WEIGHTS).is_file():
-            return find_adapter(name, base)
+            return find_adapter(name, base, trusts_code)
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ConfigError(
                 f"{name!r} holds neither an adapter ({WEIGHTS}) nor a model (config.json)."
             )
     elif _is_adapter_on_hub(name):
-        return find_adapter(name, base)
+        return find_adapter(name, base, trusts_code)
     source = backbones.resolve(name)
     if source.kind == "hub" and hub_is_offline() and name not in backbones.WHEELS:
         raise ConfigError(
@@ -129,15 +180,22 @@ def find_model(name: str, base: str | None) -> StoredModel:
         )
     config = stored_config(Path(source.path))
     auto_class = SEQ2SEQ if config.get("is_encoder_decoder") is True else CAUSAL
-    return StoredModel(source, None, auto_class, conventions=prompt_conventions(config))
+    return StoredModel(
+        source,
+        None,
+        auto_class,
+        conventions=prompt_conventions(config),
+        trusts_code=trusts_code,
+    )
 
 
-def find_adapter(name: str, base: str | None) -> StoredModel:
+def find_adapter(name: str, base: str | None, trusts_code: bool = False) -> StoredModel:
     """Return an adapter's folder, or the adapter in a run's folder, with its base model.
 
     Args:
         name: the folder, or the adapter's name on the Hub.
         base: the base model, if it is not the one that the adapter's file names.
+        trusts_code: whether a person allows Python code that comes with the base.
     Raises:
         ConfigError: if there is no adapter, or no base.
     """
@@ -153,7 +211,9 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
             f"{', '.join(AUTO_CLASSES)}. In Python, load the base yourself, and "
             f"adaptrank.load_adapter(model, folder)."
         )
-    source = find_base(folder, base or described.get("name"))
+    revision = described.get("revision") if base is None else None
+    source = find_base(folder, base or described.get("name"), revision)
+    tokens: Mapping[str, int] = described.get("added_tokens", {})
     return StoredModel(
         source,
         folder,
@@ -161,6 +221,10 @@ def find_adapter(name: str, base: str | None) -> StoredModel:
         described.get("num_labels"),
         description.get("conventions", {}),
         described.get("vocabulary"),
+        tuple(sorted(tokens, key=lambda token: tokens[token])),
+        tuple(described.get("trained_rows", ())),
+        described.get("quantization"),
+        trusts_code,
     )
 
 
@@ -207,7 +271,7 @@ def adapter_folder(name: str) -> Path:
     return inside if is_run else folder
 
 
-def find_base(folder: Path, name: str | None) -> "Source":
+def find_base(folder: Path, name: str | None, revision: str | None = None) -> "Source":
     """Return the base model of an adapter's folder.
 
     Raises:
@@ -220,7 +284,7 @@ def find_base(folder: Path, name: str | None) -> "Source":
             f"{folder} does not say what base it was trained on. Name it with --base."
         )
     try:
-        return backbones.resolve(name)
+        return backbones.resolve(name, revision)
     except FileNotFoundError as error:
         raise ConfigError(f"The base of {folder}: {error} Name the base with --base.") from error
 
@@ -236,10 +300,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def stored_dtype(source: "Source") -> "torch.dtype":
+def stored_dtype(source: "Source", trusts_code: bool = False) -> "torch.dtype":
     """Return the dtype of a base's files, or float32 if its configuration gives none."""
     import torch
-    from transformers import AutoConfig
 
-    dtype = getattr(AutoConfig.from_pretrained(source.path), "dtype", None)
+    from adaptrank.backbones import LoadingOptions, load_config
+
+    options = LoadingOptions(trust_remote_code=trusts_code)
+    dtype = getattr(load_config(source, options), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

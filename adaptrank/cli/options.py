@@ -24,6 +24,7 @@ ADAPTER = (
     "a run's adapter folder, or its name on the Hub, user/name[@revision]. `--adapter ADAPTER` is "
     "the same"
 )
+TRUST = "run Python code that comes with the base; read it first"
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
 from adaptrank._errors import UserError
+from adaptrank.artifacts import quantization_of
 from adaptrank.data import fill_prompt
 from adaptrank.modules import AdaptedModule
 from adaptrank.parameterizations import wrapped_layers
@@ -108,12 +109,15 @@ def next_commands(folder: Path, module: LightningModule, data: object = None) ->
     if not isinstance(module, AdaptedModule):
         load = f"adaptrank.load_adapter(model, {str(folder / 'adapter')!r})"
         return f"{lines[0]}\n  load:     {load}"
+    trust = " --trust_remote_code" if module.loading.trust_remote_code else ""
     if hasattr(module, "complete"):
         prompt = prompt_options(data)
-        lines.append(f"  generate: python -m adaptrank generate {adapter} {prompt}")
-    if all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest):
+        lines.append(f"  generate: python -m adaptrank generate {adapter} {prompt}{trust}")
+    is_stored_quantized = _is_stored_quantized(module)
+    mergeable = all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest)
+    if mergeable and not is_stored_quantized:
         merged = shlex.quote(str(folder / "merged"))
-        lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {merged}")
+        lines.append(f"  merge:    python -m adaptrank merge {adapter} --out {merged}{trust}")
     # fast_dev_run writes no configuration.
     if (folder / "config.yaml").is_file():
         config = shlex.quote(str(folder / "config.yaml"))
@@ -126,7 +130,28 @@ def next_commands(folder: Path, module: LightningModule, data: object = None) ->
             file = " --data.predict FILE" if takes_file else ""
             lines.append(f"  predict:  {predict}{pattern}{file}")
         lines.append(f"  go on:    {command}{pattern}")
+    lines += _about_quantization(module, mergeable)
     return "\n".join(lines)
+
+
+def _is_stored_quantized(module: AdaptedModule) -> bool:
+    """Return whether the base is quantized in its files, so that nothing can be merged into it."""
+    return module.loading.quantization is None and quantization_of(module) is not None
+
+
+def _about_quantization(module: AdaptedModule, mergeable: bool) -> list[str]:
+    """Return what the commands do with a base that is quantized."""
+    if _is_stored_quantized(module):
+        return ["The base is quantized in its files. To merge, name its plain form: merge --base."]
+    quantization = module.loading.quantization
+    if quantization is None:
+        return []
+    used = f"The base was loaded in {quantization.kind}"
+    if hasattr(module, "complete"):
+        used += ", and so it is by generate"
+    if mergeable:
+        used += ". merge takes it as it is stored, in its own dtype"
+    return [f"{used}."]
 
 
 def prompt_options(data: object) -> str:

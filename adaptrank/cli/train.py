@@ -42,7 +42,7 @@ from adaptrank.cli.participants import checkpoints, participants, which_weights
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.cli.scored import Scored, scored
-from adaptrank.modules import AdaptedModule
+from adaptrank.modules import AdaptedModule, check_devices
 from adaptrank.training.distributed import check_launcher
 from adaptrank.training.finite import FiniteWeights
 from adaptrank.training.peers import PeerWatch
@@ -217,6 +217,9 @@ class AdaptrankCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Evaluate, train, evaluate again, and write the summary."""
         self.before = {}
+        if isinstance(self.model, AdaptedModule):
+            # Else the evaluation before training would load the model first.
+            check_devices(self.model.loading, self.trainer, fits=True)
         # A schedule that cannot work is refused before minutes of evaluation.
         self._check_schedules()
         self._say_backbone()

@@ -2,7 +2,7 @@
 
 from adaptrank.injection.fused import join_fused, split_at
 from adaptrank.injection.inject import adapt, describe, wrap_targets
-from adaptrank.injection.makers import ParameterizationCallable, as_makers
+from adaptrank.injection.makers import ParameterizationCallable, as_makers, method_of
 from adaptrank.injection.match import find_modules
 from adaptrank.injection.paths import last_name, lies_in
 from adaptrank.injection.rank_pattern import apply_rank_pattern
@@ -15,11 +15,20 @@ from adaptrank.injection.switch import (
     select_rows,
     set_enabled,
 )
+from adaptrank.injection.trained_rows import (
+    TrainedRows,
+    fold_rows,
+    plain_tensor_name,
+    row_modules,
+    train_rows,
+    trained_rows,
+)
 from adaptrank.injection.transaction import undone_on_error
 
 __all__ = [
     "MERGED",
     "ParameterizationCallable",
+    "TrainedRows",
     "adapt",
     "apply_rank_pattern",
     "as_makers",
@@ -28,13 +37,19 @@ __all__ = [
     "describe",
     "disabled",
     "find_modules",
+    "fold_rows",
     "is_merged",
     "join_fused",
     "last_name",
     "lies_in",
+    "method_of",
+    "plain_tensor_name",
+    "row_modules",
     "select_rows",
     "set_enabled",
     "split_at",
+    "train_rows",
+    "trained_rows",
     "undone_on_error",
     "wrap_targets",
 ]

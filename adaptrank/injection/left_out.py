@@ -49,7 +49,7 @@ def left_out_weights(modules: Mapping[str, nn.Module], only_linear: bool = True)
         if isinstance(module, kinds.LINEAR if only_linear else kinds.MATRICES):
             reason = kinds.unsupported(module) or rescaled.get(path)
             if reason:
-                numbers = sum(parameter.numel() for parameter in module.parameters())
+                numbers = sum(map(kinds.count_numbers, module.parameters()))
                 found.append(LeftOut(path, numbers, reason))
         elif not isinstance(module, _OTHER_KINDS):
             found += _weights_of(path, module)
@@ -102,7 +102,8 @@ def summary(left_out: Iterable[LeftOut], model: nn.Module) -> list[str]:
     The share is that of the model's parameters, without those of adapters.
     """
     added = {id(parameter) for parameter in adapter_parameters(model)}
-    whole = sum(p.numel() for p in model.parameters() if id(p) not in added) or 1
+    plain = [parameter for parameter in model.parameters() if id(parameter) not in added]
+    whole = sum(map(kinds.count_numbers, plain)) or 1
     grouped: dict[tuple[str, str], list[LeftOut]] = {}
     for weight in left_out:
         grouped.setdefault((last_name(weight.path), weight.reason), []).append(weight)

@@ -27,7 +27,14 @@ from adaptrank.layers.matrix import (
     stored,
     write,
 )
-from adaptrank.layers.quantized import dequantize, dtype, quantized, readable
+from adaptrank.layers.quantized import (
+    count_numbers,
+    dequantize,
+    dtype,
+    quantization,
+    quantized,
+    readable,
+)
 from adaptrank.layers.support import unsupported
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "attends",
     "channels_first",
     "channels_last",
+    "count_numbers",
     "dense",
     "dequantize",
     "device",
@@ -48,6 +56,7 @@ __all__ = [
     "example_input",
     "is_read",
     "project",
+    "quantization",
     "quantized",
     "readable",
     "routed",

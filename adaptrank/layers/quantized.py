@@ -11,6 +11,24 @@ def quantized(layer: nn.Module) -> bool:
     return _is_quantized(getattr(layer, "weight", None))
 
 
+def quantization(layer: nn.Module) -> dict[str, Any] | None:
+    """Return the kind of a layer's quantization, as the key `quantize` names it, or None.
+
+    {"type": "nf4"}, with "double_quant" for 4 bits, {"type": "llm-int8"}, {"type": "int8"}, or the
+    name of torchao's class for another quantization of that library.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not _is_quantized(weight):
+        return None
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return {"type": str(state.quant_type), "double_quant": bool(state.nested)}
+    if not _is_torchao(weight):
+        return {"type": "llm-int8"}
+    kind = type(weight).__name__
+    return {"type": "int8" if kind == "Int8Tensor" else kind}
+
+
 def dequantize(layer: nn.Module) -> Tensor:
     """Return the layer's weight as an ordinary floating-point tensor, in the layer's own layout."""
     weight = cast(Tensor, layer.weight)
@@ -25,6 +43,12 @@ def dequantize(layer: nn.Module) -> Tensor:
         scale = cast(Tensor, weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB)
         return weight.data.float() * scale.float()[:, None] / 127
     return readable(weight)
+
+
+def count_numbers(weight: Tensor) -> int:
+    """Return the number of weights in a tensor, of which 4-bit ones share a byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def readable(weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One LightningModule per task: build the backbone, adapt it, step, log."""
 
 from adaptrank.modules.adapted import AdaptedModule
+from adaptrank.modules.backbone_loading import check_devices
 from adaptrank.modules.causal_lm import CausalLM
 from adaptrank.modules.classification_module import ClassificationModule
 from adaptrank.modules.image_classification import ImageClassification
@@ -22,4 +23,5 @@ __all__ = [
     "Seq2Seq",
     "SequenceClassification",
     "TokenClassification",
+    "check_devices",
 ]

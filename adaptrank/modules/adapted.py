@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,13 +37,34 @@ from adaptrank.checkpoints import (
     make_record,
     model_differences,
 )
-from adaptrank.injection import adapt, apply_rank_pattern, as_makers, find_modules
+from adaptrank.injection import (
+    adapt,
+    apply_rank_pattern,
+    as_makers,
+    find_modules,
+    row_modules,
+)
 from adaptrank.modules.agreement import agree, trained_conventions
 from adaptrank.modules.averaging import (
     average_trained_only,
     averaged_models,
     fill_frozen,
     filter_weights,
+)
+from adaptrank.modules.backbone_loading import (
+    add_tokens,
+    check_devices,
+    check_quantized,
+    describe_tokens,
+    device_of,
+    leave_in_place,
+    modules_that_train,
+    tokens_to_add,
+)
+from adaptrank.modules.gradient_checkpointing import (
+    check_recomputable,
+    enable_checkpointing,
+    read_checkpointing,
 )
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.host_batch import HostBatch, unwatch_transfers, watch_transfers
@@ -89,13 +111,24 @@ class AdaptedModule(LightningModule):
             from 0.0 to 1.0.
         lora_plus_ratio: learning rate of each axis' closing factor (LoRA's B) over that of the
             others (LoRA+, arXiv:2402.12354, which uses 16).
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory. True, or
+            options: {every_n_layers: 2}, `offload` and `use_reentrant`.
         compile: compile each transformer block with `torch.compile`. True takes its defaults, and
             a mapping is its options, {mode: max-autotune-no-cudagraphs}. Results are the same up
             to rounding.
         seed: seed of the generator that initializes new units of a `rank_pattern`.
         resize_tokens: give the embedding and the head rows for tokens that only the tokenizer has.
-            Both then train whole, and are saved with the adapter.
+            With true both train whole, and are saved with the adapter. With "new" the new rows
+            train alone.
+        quantize: load the linear layers of a plain backbone in 4 or 8 bits: nf4, fp4, int8 or
+            llm-int8, or a mapping with options, {type: nf4, double_quant: false}.
+        attn_implementation: attention of transformers: eager, sdpa, flash_attention_2 and others.
+        device_map: devices of the layers, for validate, test and predict. A run of training is on
+            the device of the trainer.
+        trust_remote_code: run Python code that comes with the backbone.
+        revision: branch, tag or commit of a backbone on the Hub.
+        added_tokens: tokens to add to the tokenizer. Their rows of the embedding and of the head
+            train, and with `resize_tokens: true` all rows.
     """
 
     accept_changes: bool = False
@@ -117,10 +150,16 @@ class AdaptedModule(LightningModule):
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup: int | float = 0.1,
         lora_plus_ratio: float = 1.0,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | dict[str, Any] = False,
         seed: int = 0,
-        resize_tokens: bool = False,
+        resize_tokens: bool | Literal["new"] = False,
         compile: bool | dict[str, Any] = False,
+        quantize: str | dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        added_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]
@@ -137,21 +176,32 @@ class AdaptedModule(LightningModule):
         self.train_modules = train_modules or []
         self.resize_tokens = resize_tokens
         self.frozen_dtype = backbones.auto_dtype(dtype)
+        self.loading = backbones.read_options(
+            quantize, attn_implementation, device_map, trust_remote_code, added_tokens
+        )
+        self.revision = revision
         self.optimizer = optimizer
         self.schedule = schedule
         check_options(schedule, warmup, lora_plus_ratio, seed)
         self.compile_options = read_compile_options(compile)
+        check_quantized(self.loading, self.frozen_dtype, self.compile_options is not None)
         check_optimizer_options(optimizer)
+        self.gradient_checkpointing = read_checkpointing(gradient_checkpointing)
         for entry in self.adapters:
-            for make in as_makers(entry.parameterization):
+            makers = as_makers(entry.parameterization)
+            for make in makers:
                 check_maker(make)
+            if self.gradient_checkpointing is not None:
+                check_recomputable(makers)
         self.warmup = warmup
         self.lora_plus_ratio = lora_plus_ratio
-        self.gradient_checkpointing = gradient_checkpointing
         self.seed = seed
         self.backbone: nn.Module | None = None
         # Number of tokens, if the embedding has new rows for some of them.
         self.vocabulary: int | None = None
+        # Rows of the embedding that train alone, and whether all of them do.
+        self.trained_rows: list[int] = []
+        self.trains_embeddings = False
         # Differences between data and adapter that the log has named.
         self.warned: set[tuple[str, int]] = set()
         self.base_fingerprint: str | None = None
@@ -164,7 +214,7 @@ class AdaptedModule(LightningModule):
     @cached_property
     def source(self) -> backbones.Source:
         """Where the backbone comes from."""
-        return backbones.resolve(self.backbone_name)
+        return backbones.resolve(self.backbone_name, self.revision)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -172,7 +222,8 @@ class AdaptedModule(LightningModule):
 
         It has the chat template that the `adapter` was trained with.
         """
-        tokenizer = backbones.load_tokenizer(self.source)
+        options = replace(self.loading, added_tokens=tokens_to_add(self))
+        tokenizer = backbones.load_tokenizer(self.source, options)
         use_chat_template(tokenizer, trained_conventions(self))
         return tokenizer
 
@@ -193,9 +244,16 @@ class AdaptedModule(LightningModule):
         """Load the pretrained model of the task."""
         import transformers
 
-        auto_class = getattr(transformers, self.auto_class)
-        options = self.model_options()
-        return backbones.load_model(self.source, auto_class, self.frozen_dtype, **options)
+        check_devices(self.loading, self._trainer)
+        return backbones.load_model(
+            self.source,
+            getattr(transformers, self.auto_class),
+            self.frozen_dtype,
+            self.loading,
+            kept=partial(modules_that_train, self),
+            device=device_of(self._trainer),
+            **self.model_options(),
+        )
 
     def model_options(self) -> dict[str, Any]:
         """Return further arguments of `backbones.load_model`, such as `num_labels`."""
@@ -211,16 +269,12 @@ class AdaptedModule(LightningModule):
             agree(self)
             return
         backbone = self.load_backbone()
-        if rows := self._rows_to_add(backbone):
-            backbones.add_embedding_rows(backbone, self.tokenizer, rows)
-            self.vocabulary = rows
+        add_tokens(self, backbone)
         backbone.config.use_cache = False
         trained_whole = self._prepare_trained_modules(backbone)
         self._inject_adapters(backbone, trained_whole)
-        if self.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        if self.gradient_checkpointing is not None:
+            enable_checkpointing(backbone, self.gradient_checkpointing)
         # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
         backbone.train()
         self.backbone = backbone
@@ -229,23 +283,17 @@ class AdaptedModule(LightningModule):
         if self.compile_options is not None:
             compile_blocks(backbone, **self.compile_options)
         strategy = self._trainer.strategy if self._trainer is not None else None
+        leave_in_place(self, self._trainer)
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
         agree(self)
 
-    def _rows_to_add(self, backbone: Any) -> int:
-        """Return the number of rows that the embedding shall have, or 0 to leave it as it is."""
-        if self.resize_tokens and len(self.tokenizer) > (backbones.embedding_rows(backbone) or 0):
-            return len(self.tokenizer)
-        if self.adapter is None:
-            return 0
-        return int(read_adapter(self.adapter)["base"].get("vocabulary", 0))
-
     def _prepare_trained_modules(self, backbone: nn.Module) -> list[str]:
         """Hold the modules that train whole in float32, and return their paths."""
         heads = self.heads(backbone)
-        resized = backbones.embedding_paths(backbone) if self.vocabulary else []
-        trained = find_modules(backbone, [*heads, *self.train_modules, *resized])
+        resized = backbones.embedding_paths(backbone) if self.trains_embeddings else []
+        rows = row_modules(backbone)
+        trained = find_modules(backbone, [*heads, *self.train_modules, *resized, *rows])
         if self.adapter is not None:
             for name in read_adapter(self.adapter)["trained_modules"]:
                 path = name.rpartition(".")[0]
@@ -271,6 +319,8 @@ class AdaptedModule(LightningModule):
             )
         if self.adapter is not None:
             load_adapter(backbone, self.adapter)
+        for path in row_modules(backbone):
+            backbone.get_submodule(path).requires_grad_(True)
         if self.rank_pattern:
             apply_rank_pattern(backbone, read_rank_pattern(self.rank_pattern), self.seed)
 
@@ -281,7 +331,9 @@ class AdaptedModule(LightningModule):
             "source": self.source.describe(),
             "auto_class": self.auto_class,
         }
-        return described | ({"vocabulary": self.vocabulary} if self.vocabulary else {})
+        if self.revision is not None:
+            described["revision"] = self.revision
+        return described | describe_tokens(self)
 
     def conventions(self) -> dict[str, Any]:
         """Return what this module adds to the conventions of the data."""
@@ -325,13 +377,19 @@ class AdaptedModule(LightningModule):
 
     def describe_training(self) -> dict[str, Any]:
         """Return what the steps of training depend on, for the record of a run."""
-        return {
+        described = {
             "dtype": str(self.frozen_dtype),
             "lora_plus_ratio": self.lora_plus_ratio,
             "schedule": self.schedule,
             "warmup": self.warmup,
             STEPS_OF_SCHEDULE: self._steps_of_schedule,
         }
+        # Checkpoints of earlier versions do not have these, and neither does a run without them.
+        if self.loading.quantization is not None:
+            described["quantize"] = self.loading.quantization.describe()
+        if self.loading.attention is not None:
+            described["attn_implementation"] = self.loading.attention
+        return described
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate the loss of a batch with its weight in the optimizer step."""

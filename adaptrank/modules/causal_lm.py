@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torchmetrics import MeanMetric
 
 from adaptrank._options import COUNT, check_number
@@ -272,14 +273,16 @@ class CausalLM(AdaptedModule):
     @torch.no_grad()
     def complete(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
         """Return the greedy continuations of left-padded prompts (B, T), as B texts."""
-        output = self.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        # Rows of added tokens are put into the embedding once, and not for every token.
+        with parametrize.cached():
+            output = self.model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
         # An end token that is not special would be part of the text.
         ends = stop_ids_of(self.model.generation_config)
         generated = [before_end(row, ends) for row in output[:, prompt_ids.shape[1] :].tolist()]

@@ -59,7 +59,7 @@ class MultipleChoice(AdaptedModule):
     def tokenizer(self) -> Any:
         """Tokenizer of the backbone, which makes token types only where the model reads them."""
         mapping = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
-        return leave_out_unread_types(super().tokenizer, self.source, mapping)
+        return leave_out_unread_types(super().tokenizer, self.source, mapping, self.loading)
 
     def load_backbone(self) -> Any:
         return pad_as_tokenizer(super().load_backbone(), self.tokenizer)

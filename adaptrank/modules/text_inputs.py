@@ -3,11 +3,13 @@
 from typing import Any
 
 from adaptrank._errors import UserError
-from adaptrank.backbones import Source
+from adaptrank.backbones import LoadingOptions, Source, load_config
 from adaptrank.modules.batch_keys import forward_keys
 
 
-def leave_out_unread_types(tokenizer: Any, source: Source, mapping: str) -> Any:
+def leave_out_unread_types(
+    tokenizer: Any, source: Source, mapping: str, options: LoadingOptions | None = None
+) -> Any:
     """Let a tokenizer make token types only where the model's class, not built yet, names them.
 
     Args:
@@ -15,6 +17,7 @@ def leave_out_unread_types(tokenizer: Any, source: Source, mapping: str) -> Any:
         source: where the backbone comes from.
         mapping: name of the mapping of transformers from configurations to classes of the task,
             such as "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING".
+        options: how the backbone is loaded.
 
     Returns:
         The tokenizer.
@@ -24,7 +27,7 @@ def leave_out_unread_types(tokenizer: Any, source: Source, mapping: str) -> Any:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source.path)
+    config = load_config(source, options)
     model_class: Any = getattr(transformers, mapping).get(type(config), None)
     check_has_task(source, config, mapping)
     # The code of some models comes with their weights.

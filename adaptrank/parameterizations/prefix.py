@@ -52,6 +52,7 @@ class Prefix(ModuleWrapper):
     ranges: ClassVar = {"encoder": NOT_NEGATIVE, "std": POSITIVE}
     mergeable = False
     starts_at_base = False
+    recomputable = False
     no_decay = ("P", "E")
 
     def __init__(

@@ -41,6 +41,8 @@ class Traits:
     """Whether W' exists as a dense matrix that can replace the layer's weight."""
     starts_at_base: bool = True
     """Whether training starts at what the frozen layer computes, to the last bit."""
+    recomputable: ClassVar[bool] = True
+    """Whether a forward pass may be computed a second time, as gradient checkpointing does."""
     exact_gradient: ClassVar[Mapping[str, Any]] = {}
     """Arguments under which the backward pass is the derivative of the forward pass, for a method
     whose default is another gradient by design."""

@@ -79,8 +79,9 @@ def run(options: argparse.Namespace) -> None:
     read = {**dict.fromkeys(folders, "adapter"), Path(first.source.path): "base"}
     check_out(out, options.force, read)
     base = read_adapter(folders[0])["base"]
-    base.pop("fingerprint")
-    model = first.load(stored_dtype(first.source), adapted=False)
+    for key in ("fingerprint", "fingerprint_beside_linear", "quantization"):
+        base.pop(key, None)
+    model = first.load(stored_dtype(first.source), adapted=False, folded=False)
     report = _composed(model, folders, options)
 
     def write(folder: Path) -> None:
@@ -126,11 +127,13 @@ def _composed(model: Any, folders: list[Path], options: argparse.Namespace) -> d
 def _save(model: Any, folder: Path, base: dict[str, Any], merged: Any) -> None:
     """Write an adapter, or the merged model with the tokenizer of its base."""
     from adaptrank.artifacts import conventions_of, finish_configuration, save_adapter
+    from adaptrank.injection import fold_rows
 
     if merged is None:
         save_adapter(model, folder, base)
     else:
         preprocessor = merged.preprocessor()
+        fold_rows(model)
         finish_configuration(model, preprocessor, conventions_of(model))
         model.save_pretrained(folder)
         preprocessor.save_pretrained(folder)

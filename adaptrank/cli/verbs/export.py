@@ -7,7 +7,7 @@ from typing import Any
 from adaptrank._errors import did_you_mean
 from adaptrank.cli.errors import ConfigError
 from adaptrank.cli.loading import StoredModel
-from adaptrank.cli.options import ADAPTER, BASE, FORCE
+from adaptrank.cli.options import ADAPTER, BASE, FORCE, TRUST
 
 FORMATS = {
     "peft": "ranks and scales as they are, by rank_pattern and alpha_pattern",
@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     error = "or its largest relative error in a layer"
     parser.add_argument("--error", type=float, metavar="E", help=error)
     parser.add_argument("--base", metavar="NAME", help=BASE)
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument("--force", action="store_true", help=FORCE)
 
 
@@ -55,11 +56,11 @@ def run(options: argparse.Namespace) -> None:
 
     _check(options)
     out = Path(options.out)
-    stored = find_adapter(options.adapter, options.base)
+    stored = find_adapter(options.adapter, options.base, options.trust_remote_code)
     assert stored.adapter is not None
     check_out(out, options.force, {stored.adapter: "adapter", Path(stored.source.path): "base"})
     _check_pruned(stored.adapter)
-    model = stored.load(stored_dtype(stored.source))
+    model = stored.load(stored_dtype(stored.source, stored.trusts_code), folded=False)
     base = {"name": stored.source.name, "auto_class": stored.auto_class}
     report: dict[str, Any] = {}
 
@@ -67,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
         uniform = options.format == "lora-uniform"
         report.update(export_peft(model, folder, base, uniform, options.rank, options.error))
         write_json(folder / "export.json", report)
+        if stored.added_tokens:
+            stored.tokenizer().save_pretrained(folder)
 
     write_folder(out, write)
     layers = report["layers"]
@@ -78,8 +81,10 @@ def run(options: argparse.Namespace) -> None:
         mean, worst = sum(errors.values()) / len(errors), max(errors, key=lambda p: errors[p])
         print(f"  relative error of the changes: mean {mean:.3f}, ", end="")
         print(f"largest {errors[worst]:.3f} at {worst}; each in export.json")
-        if stored.is_causal:
+        if stored.is_causal and not stored.trained_rows:
             print(f"  {_effect(stored, model, out)}")
+    if stored.vocabulary:
+        print(f"  first: base.resize_token_embeddings({stored.vocabulary})")
     print(f"  load: peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
 
@@ -123,13 +128,12 @@ def _effect(stored: StoredModel, exact: Any, out: Path) -> str:
     """
     import torch
 
-    from adaptrank.backbones import load_tokenizer
     from adaptrank.cli.loading import stored_dtype
     from adaptrank.interop.peft import import_peft
 
-    base = stored.load(stored_dtype(stored.source), adapted=False)
+    base = stored.load(stored_dtype(stored.source, stored.trusts_code), adapted=False)
     exported = import_peft(base, out).train(False)
-    tokenizer = load_tokenizer(stored.source)
+    tokenizer = stored.tokenizer()
     difference, divergence, agreement = 0.0, [], []
     for text in TEXTS:
         ids = torch.tensor(tokenizer([text])["input_ids"])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrank._errors import UserError
 from adaptrank.cli.errors import ConfigError, missing_file
-from adaptrank.cli.options import BASE
+from adaptrank.cli.options import BASE, TRUST
 
 DESCRIPTION = """\
 Complete prompts greedily, with an adapter on its base, or with a merged (or any other causal
@@ -38,8 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     as_json = "a line of JSON for each prompt: prompt, completion"
     parser.add_argument("--json", action="store_true", help=as_json)
     parser.add_argument("--base", metavar="NAME", help=BASE)
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     dtype = "of the weights: auto (bf16 where it is fast), fp32, bf16"
     parser.add_argument("--dtype", default="auto", help=dtype)
+    quantize = "of the linear layers: nf4, int8 and others, or none (as in training)"
+    parser.add_argument("--quantize", metavar="NAME", help=quantize)
+    devices = "devices of the layers, such as auto or cuda:0 (the CPU)"
+    parser.add_argument("--device_map", metavar="NAME", help=devices)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens {options.max_new_tokens}: give 1 or more.")
     dtype = backbones.auto_dtype(options.dtype)
-    stored = find_model(options.model, options.base)
+    stored = find_model(options.model, options.base, options.trust_remote_code)
     if not stored.writes_text:
         task = stored.auto_class.removeprefix("AutoModelFor")
         raise ConfigError(
@@ -60,7 +66,9 @@ def run(options: argparse.Namespace) -> None:
     form = prompt_form(options, stored.conventions)
     prompts = read_prompts(options, form.template)
     tokenizer = stored.tokenizer()
-    model = stored.load(dtype)
+    quantization = chosen_quantization(options.quantize, stored, dtype)
+    backbones.read_options(device_map=options.device_map)
+    model = stored.load(dtype, quantization=quantization, device_map=options.device_map)
     searches = (model.generation_config.num_beams or 1) > 1
     streams = sys.stdout.isatty() and not options.json and not searches
     for typed in prompts:
@@ -75,6 +83,37 @@ def run(options: argparse.Namespace) -> None:
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
             print(prompt + text if stored.is_causal and not form.chat else text, flush=True)
+
+
+def chosen_quantization(given: str | None, stored: Any, dtype: Any) -> Any:
+    """Return the quantization of the base: the given one, or else that of training.
+
+    Args:
+        given: value of --quantize, or None.
+        stored: the model.
+        dtype: dtype of the weights that are not quantized.
+    """
+    from adaptrank import backbones
+
+    if given is not None:
+        chosen = backbones.read_quantization(given)
+        if chosen is not None:
+            backbones.check_quantization(chosen, dtype)
+        return chosen
+    recorded = stored.quantization
+    if recorded is None or recorded["type"] not in backbones.KINDS or stored.is_quantized:
+        return None
+    chosen = backbones.read_quantization(recorded)
+    assert chosen is not None
+    try:
+        backbones.check_quantization(chosen, dtype)
+    except UserError as error:
+        raise ConfigError(f"{error} Or take the base as it is: --quantize none.") from None
+    print(
+        f"The base is loaded in {chosen.kind}, as in training. --quantize none takes it as it is.",
+        file=sys.stderr,
+    )
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptrank.cli.errors import ConfigError
-from adaptrank.cli.options import ADAPTER, BASE, FORCE
+from adaptrank.cli.options import ADAPTER, BASE, FORCE, TRUST
 
 if TYPE_CHECKING:
     import torch
-
-    from adaptrank.backbones import Source
 
 log = logging.getLogger("adaptrank")
 
@@ -30,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
     parser.add_argument("--base", metavar="NAME", help=BASE)
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     dtypes = ("auto", "fp32", "bf16", "fp16")
     dtype = "of the saved weights; auto is that of the base's files"
     parser.add_argument("--dtype", default="auto", choices=dtypes, help=dtype)
@@ -42,17 +41,18 @@ def run(options: argparse.Namespace) -> None:
 
     from adaptrank.artifacts import finish_configuration, shown_adapter
     from adaptrank.artifacts import merge as fold
+    from adaptrank.backbones import auto_dtype
     from adaptrank.cli.loading import find_adapter, stored_dtype
     from adaptrank.cli.out_folder import check_out, write_folder
     from adaptrank.parameterizations import wrapped_layers
 
     out = Path(options.out)
-    stored = find_adapter(options.adapter, options.base)
+    stored = find_adapter(options.adapter, options.base, options.trust_remote_code)
     assert stored.adapter is not None
     _check_pruned(stored.adapter)
     check_out(out, options.force, {stored.adapter: "adapter", Path(stored.source.path): "base"})
-    base_dtype = stored_dtype(stored.source)
-    dtype = _dtype_to_save(options.dtype, stored.source)
+    base_dtype = stored_dtype(stored.source, stored.trusts_code)
+    dtype = base_dtype if options.dtype == "auto" else auto_dtype(options.dtype)
     # The base is loaded as it is stored. Half precision is merged in float32 anyway, and float32
     # must not be rounded before the sum.
     model = stored.load(dtype if dtype == base_dtype else torch.float32)
@@ -70,16 +70,12 @@ def run(options: argparse.Namespace) -> None:
     adapter = shown_adapter(stored.adapter)
     print(f"Merged {layers} layers of {adapter} into {stored.source.name}: {out} ", end="")
     print(f"({_short(dtype)}, {size:,.0f} MB)")
+    trust = " --trust_remote_code" if stored.trusts_code else ""
     if stored.writes_text:
-        print(f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT")
+        print(
+            f"  generate: python -m adaptrank generate {shlex.quote(str(out))} --prompt TEXT{trust}"
+        )
     print(f"  load:     transformers.{stored.auto_class}.from_pretrained({str(out)!r})")
-
-
-def _dtype_to_save(name: str, source: "Source") -> "torch.dtype":
-    from adaptrank import backbones
-    from adaptrank.cli.loading import stored_dtype
-
-    return stored_dtype(source) if name == "auto" else backbones.auto_dtype(name)
 
 
 def _check_pruned(adapter: Path) -> None:

@@ -26,6 +26,7 @@ from adaptrank.interop.peft.keys import (
     stored_tensor,
 )
 from adaptrank.interop.peft.modules_to_save import whole_modules
+from adaptrank.interop.peft.token_rows import token_settings, without_rows
 from adaptrank.parameterizations import Parameterization, enclosed, named_layers, wrapped_layers
 
 
@@ -78,8 +79,11 @@ def export_peft(
     base = base or {}
     modules = named_layers(model)
     task = TASKS.get(base.get("auto_class") or "")
-    whole = whole_modules(model, trained_modules(model), peft_layers, task)
+    rows, row_tensors = token_settings(model, kind)
+    trained = without_rows(model, trained_modules(model))
+    whole = whole_modules(model, trained, peft_layers, task)
     config |= {
+        **rows,
         "base_model_name_or_path": base.get("name"),
         "task_type": whole.task,
         "target_modules": _target_modules(modules, list(peft_layers)),
@@ -92,6 +96,7 @@ def export_peft(
 
     tensors = _stored_tensors(peft_layers, modules)
     tensors |= {f"{PREFIX}{name}": value for name, value in whole.tensors.items()}
+    tensors |= row_tensors
     write_files(
         Path(folder),
         {key: value.detach().contiguous().clone() for key, value in tensors.items()},
