@@ -134,3 +134,9 @@ def _start_of_last_completion(labels: list[int]) -> int:
 def as_int32(ids: list[int]) -> Tensor:
     """Return ids as an int32 tensor, half the memory of int64. Batches are int64 again."""
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def added_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the ids of tokens beside the text: special tokens, and those that were added."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset([*added, *tokenizer.all_special_ids])

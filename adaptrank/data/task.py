@@ -176,9 +176,15 @@ class TaskData(LightningDataModule, ABC):
 
     def encode_split(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Return the examples of all rows of a split."""
-        return (
-            self.encode(rows, split) if isinstance(rows, list) else self._lazy_examples(rows, split)
-        )
+        if not isinstance(rows, list):
+            return self._lazy_examples(rows, split)
+        examples = self.encode(rows, split)
+        if not examples:
+            raise UserError(
+                f"max_length={self.max_length} has no room for any of the {len(rows)} {split} "
+                "rows. Raise it."
+            )
+        return examples
 
     @property
     def encoded(self) -> dict[Split, Sequence[Row]]:
