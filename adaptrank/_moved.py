@@ -139,7 +139,7 @@ RENAMED: dict[str, str] = {
     "adaptrank.data.text.closest": ("adaptrank._errors.did_you_mean"),
     "adaptrank.data.text.load": ("adaptrank.data.files.load_split"),
     "adaptrank.data.text.mapped": ("adaptrank.data.columns.read_fields"),
-    "adaptrank.data.text.number": ("adaptrank.data.classification_data.parse_number"),
+    "adaptrank.data.text.number": ("adaptrank.data.class_index.parse_number"),
     "adaptrank.data.text.reader": ("adaptrank.data.columns.FieldReader"),
     "adaptrank.data.text.repeated": ("adaptrank.data.mixing.repeat_rows"),
     "adaptrank.regularize.Regularize": ("adaptrank.training.adapter_gradients.AdapterGradients"),

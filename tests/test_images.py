@@ -12,6 +12,7 @@ from shared_fixtures import write_image_processor
 
 from adaptrank import Adapter, load_adapter, merge, save_adapter
 from adaptrank.cli import main
+from adaptrank.cli.errors import explain
 from adaptrank.data import HandwrittenDigits, ImageData
 from adaptrank.data.images import as_bytes, decode
 from adaptrank.modules import ImageClassification
@@ -484,3 +485,14 @@ def test_an_adapter_of_images_loads_in_python(tiny_vit, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(tiny_vit, num_labels=2)
     load_adapter(model, tmp_path)
     assert model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_a_process_that_loads_images_ends_with_the_sentence_alone(tmp_path):
+    path = folder_of_classes(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "b" / "1.png").write_text("no image")
+    loader = ready(ImageData(path, path, num_workers=1)).val_dataloader()
+    with pytest.raises(ValueError, match="Caught") as caught:
+        list(loader)
+    said = explain(caught.value)
+    assert said.startswith(f"Row 3 of {path!r}: the image ")
+    assert "\n" not in said

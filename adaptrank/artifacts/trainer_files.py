@@ -65,7 +65,7 @@ def write_trainer_files(model: nn.Module, folder: Path, run_state: Mapping[str, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_no_other_model(folder)
-    write_json(folder / CONFIG_FILE, refused_by_from_pretrained({}))
+    write_json(folder / CONFIG_FILE, refused_by_from_pretrained())
     with _closed_units_unsaid(model):
         save_adapter(model, folder)
     _name_the_loader(folder / CONFIG)

@@ -58,7 +58,8 @@ def build(vocabulary: int) -> Any:
     """Return a T5 of random weights: two blocks in the encoder, two in the decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
+    config_class: Any = T5Config
+    config = config_class(
         vocab_size=vocabulary,
         d_model=64,
         d_kv=16,
@@ -88,7 +89,8 @@ def character_tokenizer() -> Any:
         pair=f"$A {END} $B {END}",
         special_tokens=[(END, vocabulary[END])],
     )
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,

@@ -93,7 +93,11 @@ def unwrap(error: BaseException) -> BaseException:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and len(error.args) > 1:
         return f"{error.filename}: {error.strerror}."
-    lines = [shorten(line.strip()) for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    # A process that loads data sends its traceback as text, and the sentence is its last line.
+    if text.startswith("Caught ") and "in DataLoader worker" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    lines = [shorten(line.strip()) for line in text.splitlines() if line.strip()]
     return "\n".join(lines[:3]) or type(error).__name__
 
 

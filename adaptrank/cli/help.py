@@ -71,9 +71,12 @@ def usage(verb: str) -> str:
 
 def _model_rows() -> list[Row]:
     rows = _argument_rows("modules", "AdaptedModule", "model.")
+    shown: dict[tuple[Row, ...], str] = {}
     for node in _concrete("modules", "AdaptedModule"):
+        own = tuple(_argument_rows("modules", node.name, "  "))
+        same = shown.setdefault(own, node.name)
         rows.append((f"model: {node.name}", _summary(node)))
-        rows += _argument_rows("modules", node.name, "  ")
+        rows += own if same == node.name else [("  the arguments of", same)]
     return rows
 
 

@@ -128,9 +128,9 @@ def multiple_choice_batch(examples: Sequence[Row], pad_id: int, *, pad_type_id: 
         for example in examples:
             pieces = list(example[field].split(example["lengths"].tolist()))
             rows += pieces + [pieces[0][:0]] * (most - len(pieces))
-        batch[field] = pad(rows, value).unflatten(0, (len(examples), most))
+        batch[field] = pad(rows, value).view(len(examples), most, -1)
         if field == "input_ids":
-            batch["attention_mask"] = mask(rows).unflatten(0, (len(examples), most))
+            batch["attention_mask"] = mask(rows).view(len(examples), most, -1)
     batch["choice_mask"] = mask([torch.ones(count) for count in counts])
     if all("label" in example for example in examples):
         batch["labels"] = torch.tensor([example["label"] for example in examples])

@@ -24,12 +24,11 @@ class ClassificationModule(LabelModule):
     """One class, several classes, or numbers for each input.
 
     Args:
-        problem: "single_label", one class for each row; "multi_label", any number of classes; or
-            "regression", numbers. By default that of the `adapter` or of the data, and with one
+        problem: kind of the labels: single_label, multi_label (any number of classes in a row) or
+            regression (numbers). By default that of the `adapter` or of the data, and with one
             label a regression.
         thresholds: probability from which on a class of several is predicted: a number, a list, or
             {name: number}.
-        num_labels, metrics, class_weights: as in `LabelModule`.
         kwargs: as in `AdaptedModule`.
     """
 

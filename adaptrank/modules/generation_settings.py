@@ -33,9 +33,10 @@ def read_generation(given: Mapping[str, Any] | None) -> dict[str, Any]:
             f"generation={given!r} is no mapping. Write settings of transformers' GenerationConfig,"
             " such as {num_beams: 4}."
         )
-    from transformers import GenerationConfig
+    import transformers
 
-    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    config_class: Any = transformers.GenerationConfig
+    known = [name for name in vars(config_class()) if not name.startswith("_")]
     for name in given:
         if name in OWN_KEYS:
             raise UserError(f"generation: {name} has no place here. {OWN_KEYS[name]}.")
@@ -52,7 +53,7 @@ def read_generation(given: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"generation: {name}={value} is too large. Use a number up to {LARGEST_SETTING:,}."
             )
     try:
-        GenerationConfig(**given).validate(strict=True)
+        config_class(**given).validate(strict=True)
     except (TypeError, ValueError) as error:
         lines = [line.strip("- ") for line in str(error).strip().splitlines() if line.strip()]
         reason = lines[1] if len(lines) > 1 else lines[0]

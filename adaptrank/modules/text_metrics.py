@@ -161,11 +161,11 @@ def _of_class(entry: str | Mapping[str, Any]) -> tuple[str, Metric]:
             f"There is no metric of texts {entry!r}.{did_you_mean(str(entry), TEXT_NAMES)} Use "
             f"{', '.join(TEXT_NAMES)}, or the class_path of a class of torchmetrics.text."
         )
-    given = {"class_path": entry} if isinstance(entry, str) else entry
+    given: Mapping[str, Any] = {"class_path": entry} if isinstance(entry, str) else entry
     path = str(given.get("class_path"))
     cls = find_class(path if "." in path else f"{TORCHMETRICS}.{path}")
     try:
-        metric = cls(**given.get("init_args", {}))
+        metric = cls(**(given.get("init_args") or {}))
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"The metric {cls.__name__} cannot be made: {error}") from error
     return str(given.get("name") or cls.__name__), metric

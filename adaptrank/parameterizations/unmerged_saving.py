@@ -5,7 +5,6 @@ transformers' Trainer saves through the same function. What it writes is decided
 `TrainerWriter` that an allocator leaves with the model.
 """
 
-import json
 import logging
 import sys
 from functools import wraps
@@ -104,7 +103,7 @@ HOW_TO_LOAD = (
 CONFIG_FILE = "config.json"
 
 
-def refused_by_from_pretrained(config: dict[str, Any]) -> dict[str, Any]:
+def refused_by_from_pretrained() -> dict[str, Any]:
     """Return the contents of a config.json that no class of transformers loads.
 
     Without a configuration, a named class would fall back on its default size and start at random.
@@ -113,7 +112,6 @@ def refused_by_from_pretrained(config: dict[str, Any]) -> dict[str, Any]:
     is built. A Trainer, which resumes from the folder, reads none of these entries.
     """
     return {
-        **config,
         "model_type": HOW_TO_LOAD,
         "vocab_size": HOW_TO_LOAD,
         "hidden_size": HOW_TO_LOAD,
@@ -135,8 +133,7 @@ def _mark_as_training_state(folder: Path) -> None:
     """Let `from_pretrained` refuse a folder that only a Trainer can load."""
     file = folder / CONFIG_FILE
     if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, refused_by_from_pretrained(config))
+        write_json(file, refused_by_from_pretrained())
     if folder.parent not in _named_folders:
         _named_folders.add(folder.parent)
         log.warning(
