@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptrank.allocation import ALLOCATORS, Allocator, Policy, RankInitializer
     from adaptrank.artifacts import load_adapter, merge, save_adapter, unmerge
     from adaptrank.axes import fit_ranks, rank_axes
+    from adaptrank.backbones import load_backbone
     from adaptrank.composition import compose
     from adaptrank.injection import (
         adapt,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
     from adaptrank.modules import Adapter
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+    from adaptrank.reports import report
     from adaptrank.training import compile_blocks
 
 __version__ = "0.2.0"
@@ -45,8 +47,10 @@ _HOMES = {
     "disabled": "injection",
     "fit_ranks": "axes",
     "load_adapter": "artifacts",
+    "load_backbone": "backbones",
     "merge": "artifacts",
     "rank_axes": "axes",
+    "report": "reports",
     "save_adapter": "artifacts",
     "select_rows": "injection",
     "set_enabled": "injection",
@@ -68,8 +72,10 @@ __all__ = [
     "disabled",
     "fit_ranks",
     "load_adapter",
+    "load_backbone",
     "merge",
     "rank_axes",
+    "report",
     "save_adapter",
     "select_rows",
     "set_enabled",

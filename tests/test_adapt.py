@@ -10,7 +10,14 @@ from torch import nn
 
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt, apply_rank_pattern, describe, set_enabled
-from adaptrank.parameterizations import SVD, DoRA, HyperAdapt, LoRA, wrapped_layers
+from adaptrank.parameterizations import (
+    SVD,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    adapter_parameters,
+    wrapped_layers,
+)
 from adaptrank.testing import perturb
 
 
@@ -143,11 +150,25 @@ def test_it_starts_at_the_model_and_is_the_model():
     assert adapt(model, "all-linear", [HyperAdapt, partial(LoRA, rank=2)]) is model
     assert torch.equal(model(x), want)
     assert [type(w).__name__ for w in model.classifier.nest] == ["HyperAdapt", "LoRA"]
-    assert describe(model) == (
-        "q_proj        3 x LoRA on HyperAdapt\n"
-        "v_proj        3 x LoRA on HyperAdapt\n"
-        "classifier    1 x LoRA on HyperAdapt"
-    )
+    kinds = [line.split()[0] for line in describe(model).splitlines()]
+    assert kinds == ["q_proj", "v_proj", "classifier", "trainable"]
+
+
+def test_a_description_has_the_parameters_of_each_kind_and_of_the_head():
+    """In a notebook and at a prompt the text is shown as it is."""
+    model = adapt(Net(), ["q_proj"], partial(LoRA, rank=2), train_modules=["classifier"])
+    per_layer = sum(p.numel() for p in adapter_parameters(model)) // 3
+    whole = sum(p.numel() for p in model.classifier.parameters())
+    text = describe(model)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["q_proj", "3", "x", "LoRA", f"{3 * per_layer:,}"]
+    assert lines[1] == ["classifier", "trained", "whole", f"{whole:,}"]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert text.splitlines()[2].startswith(f"trainable {trained:,} of {total:,} parameters")
+    assert text.endswith(", 6 ranks")
+    assert repr(text) == text
+    assert text._repr_html_() == f"<pre>{text}</pre>"
 
 
 def test_training_mode_is_kept():

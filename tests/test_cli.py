@@ -19,6 +19,7 @@ from adaptrank.cli import VERBS, main
 from adaptrank.cli.out_folder import write_folder
 from adaptrank.cli.output import run_name
 from adaptrank.cli.train import AdaptrankCLI
+from adaptrank.cli.verbs import methods
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 
@@ -801,6 +802,16 @@ def test_methods_lists_the_registries(cli):
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
+    computed = json.loads(json.dumps(methods.compute()))
+    shipped = {
+        kind: [each for each in computed[kind] if each["module"].startswith("adaptrank.")]
+        for kind in ("parameterizations", "allocators")
+    }
+    names = {each["name"] for each in shipped["allocators"]}
+    shipped["pairs"] = {name: computed["pairs"][name] for name in sorted(names)}
+    assert shipped == methods.read_table(), (
+        "run: python -m adaptrank methods --recompute --json > adaptrank/cli/methods_table.json"
+    )
     code, out, _ = cli("methods")
     assert code == 0
     for name, cls in PARAMETERIZATIONS.items():
@@ -854,18 +865,31 @@ def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(monkeypatch, capsys
 # ---- help
 
 
-def test_help_imports_nothing_heavy():
-    """Of the program, and of fit: what makes them quick is that torch stays out."""
+def test_help_and_keys_import_nothing_heavy(tmp_path):
+    """What makes help, `methods` and the answer to a mistake quick is that torch stays out."""
+    (tmp_path / "wrong.yaml").write_text("trainer: {max_stps: 3}\n")
+    (tmp_path / "class.yaml").write_text("allocator: {class_path: ElaLora}\n")
     code = (
         "import sys\nfrom adaptrank.cli import main\n"
-        "main([]); main(['--help']); main(['fit', '--help'])\n"
+        "main([]); main(['--help']); main(['fit', '--help']); main(['methods', '--pairs'])\n"
+        "for verb in ('fit', 'plan'):\n"
+        "    for file in ('wrong.yaml', 'class.yaml'):\n"
+        "        try:\n            main([verb, '--config', file])\n"
+        "        except SystemExit as leaving:\n            assert leaving.code == 2\n"
+        "        else:\n            raise AssertionError(file)\n"
         "heavy = ('torch', 'lightning', 'transformers', 'jsonargparse')\n"
         "sys.exit(any(m in sys.modules for m in heavy))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Did you mean 'trainer.max_steps'?") == 2
+    assert done.stderr.count("Did you mean 'ElaLoRA'?") == 2
     assert done.stdout.count("usage: python -m adaptrank VERB") == 2
 
 

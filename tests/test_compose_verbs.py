@@ -121,17 +121,21 @@ def test_inspect(two, cli):  # noqa: F811
     assert code == 0, err
     assert "|D|/|W|" in out
     assert "q_proj" in out
-    data = json.loads((two / "h" / "inspect" / "inspect.json").read_text())
+    data = json.loads((two / "inspected" / "h" / "inspect.json").read_text())
     assert len(data["layers"]) == 14
     assert data["summary"]["all"]["share"] > 0.9, "a HyperAdapt has full rank"
-    assert (two / "h" / "inspect" / "inspect.png").stat().st_size > 5000
+    assert (two / "inspected" / "h" / "inspect.png").stat().st_size > 5000
     code, out, _ = cli(
         "inspect", "a", "--layers", r".*layers\.0\.self_attn.*", "--no-intruders", "--json"
     )
     layers = json.loads(out)["layers"]
     assert len(layers) == 4
     assert all(facts["rank"] == 2 and "intruders" not in facts for facts in layers.values())
-    assert not (two / "a" / "inspect").exists()
+    assert not (two / "inspected" / "a").exists()
+    assert not (two / "h" / "inspect").exists()
+    code, _, err = cli("inspect", "h", "--out", "h/inside")
+    assert code == 2
+    assert "lies in the adapter's folder h, which is left as it is" in err
     for wrong, sentence in (
         (["--layers", "("], "no regular expression"),
         (["--layers", "nothing"], "no layer matches"),

@@ -88,6 +88,11 @@ def test_python_snippets_run(page, tiny_llama, tmp_path, monkeypatch, modules):
         loader = getattr(transformers, f"Auto{kind}")
         tiny = partial(load_tiny, loader.from_pretrained)
         monkeypatch.setattr(loader, "from_pretrained", tiny)
+    # A cache in which the pretrained model of the pages is a tiny one.
+    models = tmp_path / "cache" / "models"
+    models.mkdir(parents=True)
+    (models / "HuggingFaceTB--SmolLM2-135M-Instruct").symlink_to(tiny_llama)
+    monkeypatch.setenv("ADAPTRANK_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     texts = blocks(page, "python")
     named = re.search(r"^# (\w+)\.py$", "\n".join(texts), re.MULTILINE)

@@ -53,3 +53,25 @@ def test_the_readme_names_every_example():
     for path in EXAMPLES:
         assert f"examples/{path.name}" in readme
         assert f"examples/{path.name}" in index
+
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_text_and_pictures(path, tmp_path):
+    """Its cells are executed in a kernel of their own, and the file itself holds no outputs."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(path, as_version=4)
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in codes)
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    texts = ["".join(str(output) for output in cell.outputs) for cell in codes]
+    assert "trainable 4,096 of 24,224" in texts[1]
+    assert "30/" in texts[2]
+    assert "units 56 -> 56 on 14 axes" in texts[3]
+    assert "data:image/png;base64" in texts[3]

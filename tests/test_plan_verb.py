@@ -1,13 +1,21 @@
 """What `plan` tells is what a run does."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_configs import CONFIGS, short
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from adaptrank.artifacts import simulation
 from adaptrank.cli import main
+from adaptrank.injection import adapt
+from adaptrank.parameterizations import LoRA
 
 
 @pytest.fixture
@@ -123,3 +131,158 @@ def test_without_a_configuration(capsys):
     with pytest.raises(SystemExit):
         main(["plan"])
     assert "plan needs a configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "sentence"),
+    [
+        ("model", {"init_args": {"warmup": 300}}, "never ends in a run of"),
+        ("trainer", {"precision": "64-mixed"}, "64-mixed"),
+        ("trainer", {"strategy": "fsdp"}, "fsdp"),
+        ("trainer", {"accelerator": "gpu"}, "gpu"),
+        (
+            "data",
+            {"class_path": "CausalLMData", "init_args": {"sources": "nowhere.jsonl"}},
+            "There is no 'nowhere.jsonl'",
+        ),
+    ],
+)
+def test_what_the_trainer_the_data_or_the_optimizer_refuse(
+    section, change, sentence, files, capsys
+):
+    """Beside what a run refuses when it is built, which both verbs share."""
+    file = files("lora_llama")
+    config = yaml.safe_load(file.read_text())
+    if "class_path" in change:
+        config[section] = change
+    elif "init_args" in change:
+        config[section]["init_args"] |= change["init_args"]
+    else:
+        config[section] |= change
+    file.write_text(yaml.safe_dump(config))
+    said = []
+    for verb in ("plan", "fit"):
+        options = ["--evaluate", "false"] if verb == "fit" else []
+        with pytest.raises(SystemExit) as left:
+            main([verb, "--config", str(file), *options])
+        assert left.value.code == 2
+        said.append(" ".join(capsys.readouterr().err.split()))
+    assert sentence in said[0]
+    assert said[0] == said[1]
+
+
+def test_epochs_and_batches_give_the_steps(files, capsys):
+    file = files("lora_llama")
+    options = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--model.warmup", "0.0"]
+    options += ["--trainer.accumulate_grad_batches", "2", "--data.train_size", "40"]
+    data = planned(file, capsys, *options, "--data.batch_size", "4")
+    assert data["steps"] == 2 * 40 // 4 // 2
+    assert data["batch"]["rows"] == 4
+
+
+def test_figures_say_how_they_were_obtained(files, capsys):
+    file = files("lora_llama")
+    data = planned(file, capsys)
+    assert data["how"].keys() >= {*data["bytes"]} - {"peak"}
+    main(["plan", "--config", str(file), "--tokens", "11"])
+    out = capsys.readouterr().out
+    assert "of 11 tokens: as asked." in out
+    assert "activations, with checkpointing" in out
+    assert "counted in a step on tensors without values" in out
+    assert "measured here: a product" in out
+    size, activations = data["bytes"], data["activations"]
+    rest = ("frozen", "parameters", "gradients", "optimizer")
+    peak = sum(size[name] for name in rest) + activations["without_checkpointing"]
+    assert size["peak"] == peak
+    assert activations["with_checkpointing"] < activations["without_checkpointing"]
+
+
+def test_one_device_of_two_is_planned_without_starting_another_process(files, capsys):
+    file = files("lora_llama")
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    data = planned(file, capsys, *options)
+    assert data["time"]["devices"] == 2
+
+
+# ---- activations
+
+
+def llama(layers):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    return adapt(LlamaForCausalLM(config).train(), "all-linear", LoRA)
+
+
+def loss_of(model, device):
+    ids = torch.ones(2, 9, dtype=torch.long, device=device)
+    return lambda: model(input_ids=ids, labels=ids).loss
+
+
+class Stack(nn.Module):
+    """Equal blocks, which may be computed again in the backward pass."""
+
+    def __init__(self, count, recomputes=False):
+        super().__init__()
+        block = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        self.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(count))
+        self.recomputes = recomputes
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.recomputes:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_equal_blocks_are_extended_exactly(recomputes, monkeypatch):
+    model = adapt(Stack(6, recomputes), "all-linear", LoRA).to("meta")
+    x = torch.ones(5, 8, device="meta")
+
+    def loss():
+        return model(x).sum()
+
+    assert simulation.equal_blocks(model).name == "blocks"
+    short = simulation.simulate_step(model, loss)
+    assert len(model.blocks) == 6
+    other = adapt(Stack(6), ["blocks.0.0"], LoRA)
+    assert simulation.equal_blocks(other) is None
+    monkeypatch.setattr(simulation, "equal_blocks", lambda model: None)
+    assert simulation.simulate_step(model, loss) == short
+
+
+def test_activations_are_those_of_a_real_step():
+    """What a real step keeps for its backward pass, each memory once, is a lower bound."""
+    model = llama(2)
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, "cpu")()
+    real = sum(kept.values())
+    loss.backward()
+    with FlopCounterMode(display=False) as flops:
+        loss_of(model, "cpu")().backward()
+    model = model.to("meta")
+    step = simulation.simulate_step(model, loss_of(model, "meta"))
+    assert real <= step.activations <= 1.5 * real
+    assert step.flops >= flops.get_total_flops()
+    matrices = simulation.simulate_step(model, loss_of(model, "meta"), fused_attention=False)
+    assert matrices.activations > step.activations

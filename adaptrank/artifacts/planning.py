@@ -10,7 +10,6 @@ from torch import nn
 from adaptrank.artifacts.base_weights import trained_modules
 from adaptrank.artifacts.contents import adapter_tensors
 from adaptrank.axes import cost_model, rank_axes
-from adaptrank.parameterizations import wrapped_layers
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,6 @@ def states_of(optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]) -> fl
     probe.step()
     sizes = [v.numel() for v in probe.state[parameter].values() if isinstance(v, torch.Tensor)]
     return sum(size for size in sizes if size > 1) / parameter.numel()
-
-
-def by_layer(model: nn.Module) -> dict[str, int]:
-    """Return the number of trainable parameters in each adapted layer that has any.
-
-    A tied parameter counts in the first layer that has it.
-    """
-    counts: dict[str, int] = {}
-    seen: set[int] = set()
-    for path, layer in wrapped_layers(model).items():
-        for wrapper in layer.nest:
-            for _, parameter in wrapper.own_parameters():
-                if parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    counts[path] = counts.get(path, 0) + parameter.numel()
-    return counts
 
 
 def at_the_end(model: nn.Module, unit: str, budget: int) -> int:

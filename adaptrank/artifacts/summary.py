@@ -7,46 +7,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
 
-from adaptrank.artifacts.planning import by_layer
 from adaptrank.axes import rank_axes
-from adaptrank.injection import row_modules
+from adaptrank.injection import parameter_table
 from adaptrank.layers import count_numbers
-from adaptrank.parameterizations import adapted_part, adapter_parameters, wrapped_layers
+from adaptrank.parameterizations import adapted_part
 
 
 def base_of(module: LightningModule) -> dict[str, Any]:
     """Return a module's facts about its frozen model, or {} if it has no `describe_base`."""
     describe: Callable[[], dict[str, Any]] | None = getattr(module, "describe_base", None)
     return {} if describe is None else describe()
-
-
-def parameter_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
-    """List (kind of layer, number of layers, methods, trainable parameters) in the model's order.
-
-    A kind is the last component of the path. The last rows are modules that train whole. A tied
-    tensor counts in the first row that has it.
-    """
-    trainable = by_layer(model)
-    rows: dict[tuple[str, str], tuple[int, int]] = {}
-    for path, layer in wrapped_layers(model).items():
-        methods = " on ".join(type(wrapper).__name__ for wrapper in reversed(layer.nest))
-        row = path.rsplit(".", 1)[-1], methods
-        layers, parameters = rows.get(row, (0, 0))
-        rows[row] = layers + 1, parameters + trainable.get(path, 0)
-
-    adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
-    of_tokens = set(row_modules(model))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in adapter_ids:
-            holder = name.rpartition(".")[0]
-            row = holder, "trained whole"
-            if holder in of_tokens:
-                row = holder.partition(".parametrizations.")[0], "rows of added tokens"
-            _, parameters = rows.get(row, (0, 0))
-            rows[row] = 1, parameters + parameter.numel()
-    return [(kind, layers, methods, count) for (kind, methods), (layers, count) in rows.items()]
 
 
 def peak_memory() -> int:

@@ -1,5 +1,6 @@
 """Pretrained models by name: a folder, the caches, an installed wheel, the Hub."""
 
+from adaptrank.backbones.by_name import load_backbone
 from adaptrank.backbones.digits_vit import digit_images
 from adaptrank.backbones.dtype import auto_dtype
 from adaptrank.backbones.fingerprints import fingerprint
@@ -48,6 +49,7 @@ __all__ = [
     "fingerprint",
     "is_hub_id",
     "layers_to_keep",
+    "load_backbone",
     "load_config",
     "load_image_processor",
     "load_model",

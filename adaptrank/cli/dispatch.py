@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from adaptrank._errors import did_you_mean
+from adaptrank.cli.completion import complete, is_asked
 from adaptrank.cli.errors import fail
+from adaptrank.cli.verbosity import read_verbosity
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
 
@@ -40,6 +42,8 @@ start here:
   python -m adaptrank fit --config configs/smoke.yaml             seconds
   python -m adaptrank fit --config configs/hyperadapt_llama.yaml  minutes, on a real Llama
   python -m adaptrank VERB --help
+
+every verb takes --quiet (no progress) and --verbose (all that the libraries log)
 """
 
 
@@ -49,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; by default those of the process.
     """
+    if is_asked():
+        complete(VERBS, TRAINING_VERBS)
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items())
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A user's own classes stand beside their YAML. The console script does not look there itself.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    verb, *rest = args
+    verb, *rest = read_verbosity(args)
     if verb not in VERBS:
         fail(f"{verb!r} is no verb.{did_you_mean(verb, VERBS)} There are: {', '.join(VERBS)}.")
     if verb not in TRAINING_VERBS:
@@ -74,6 +80,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(usage(verb), end="")
     else:
+        rest = prepare(verb, rest)
         from adaptrank.cli.train import run
 
         run(verb, rest)
+
+
+def prepare(verb: str, args: Sequence[str]) -> list[str]:
+    """Check the keys of a command line before PyTorch is imported, and expand list positions.
+
+    A mistake exits with 2.
+
+    Args:
+        verb: fit, validate, test or predict.
+        args: the command line after the verb.
+
+    Returns:
+        The command line without options that name an item of a list.
+    """
+    from adaptrank._errors import UserError
+    from adaptrank.cli.early_check import check_early
+    from adaptrank.cli.errors import debugging
+    from adaptrank.cli.list_items import expand_items
+
+    try:
+        expanded = expand_items(args)
+        check_early(verb, expanded)
+    except UserError as error:
+        if debugging(args):
+            raise
+        fail(str(error))
+    return expanded

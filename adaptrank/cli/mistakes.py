@@ -44,9 +44,11 @@ class ParsingError(UserError):
         sources(args)
         entry = self.entry(args)
         if entry is None:
-            key = ".".join(self.names)
-            text = self.template.replace("KEY", key).replace("VALUE", repr(self.value))
-            return ConfigError(text, self.names)
+            return self.whole()
+        return self.at(entry)
+
+    def at(self, entry: Entry) -> ConfigError:
+        """Return the final error for an entry: its place, and the sentence."""
         sentence = self.sentence(entry)
         # An option is its own key: do not write it twice.
         if entry.where == f"--{spell(entry.key)}":
@@ -54,6 +56,12 @@ class ParsingError(UserError):
             sentence = sentence.removeprefix(f"{key}: ")
             sentence = sentence.replace(f"Unknown key {key}.", "Unknown key.", 1)
         return ConfigError(f"{entry.where}: {sentence}", entry.key)
+
+    def whole(self) -> ConfigError:
+        """Return the final error without a place."""
+        key = ".".join(self.names)
+        text = self.template.replace("KEY", key).replace("VALUE", repr(self.value))
+        return ConfigError(text, self.names)
 
 
 class MisfitError(ParsingError):

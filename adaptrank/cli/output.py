@@ -1,9 +1,10 @@
 """Output of fit, validate, test and predict: metrics, predictions, and commands to type next."""
 
 import inspect
+import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,31 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 
 from adaptrank._errors import UserError
+from adaptrank._files import write_text
 from adaptrank.artifacts import quantization_of
-from adaptrank.data import fill_prompt
+from adaptrank.cli.verbosity import is_quiet
+from adaptrank.data import TaskData, fill_prompt
 from adaptrank.modules import AdaptedModule
 from adaptrank.parameterizations import wrapped_layers
 
 LONGEST_PROMPT = 240
-"""Characters of the longest prompt in a printed command. A longer one is shown as TEXT."""
+"""Characters of the longest prompt in a printed command. A longer one goes into a file."""
+MOST_PROMPTS = 64
+"""Rows of the validation set among which a prompt for a command is looked for."""
+PROMPTS = "prompts.jsonl"
+"""File of a run with a prompt that is too long for a command."""
 
 
 @rank_zero_only
 def say(text: str) -> None:
     """Print from the first process only."""
     print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Print what is not a result, from the first process only. `--quiet` leaves it out."""
+    if not is_quiet():
+        say(text)
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -111,7 +124,7 @@ def next_commands(folder: Path, module: LightningModule, data: object = None) ->
         return f"{lines[0]}\n  load:     {load}"
     trust = " --trust_remote_code" if module.loading.trust_remote_code else ""
     if hasattr(module, "complete"):
-        prompt = prompt_options(data)
+        prompt = prompt_options(data, folder)
         lines.append(f"  generate: python -m adaptrank generate {adapter} {prompt}{trust}")
     is_stored_quantized = _is_stored_quantized(module)
     mergeable = all(wrapper.mergeable for layer in layers.values() for wrapper in layer.nest)
@@ -154,16 +167,26 @@ def _about_quantization(module: AdaptedModule, mergeable: bool) -> list[str]:
     return [f"{used}."]
 
 
-def prompt_options(data: object) -> str:
+def prompt_options(data: object, folder: Path | None = None) -> str:
     """Return the options of `generate` for a prompt of a run's data, in the run's format.
 
+    The prompt is one of the validation set. Where all of its prompts are too long for a command,
+    one goes into a file.
+
     The adapter records the format as well, so most of them only show what holds by default.
+
+    Args:
+        data: the data module of the run.
+        folder: the run folder, for a file with a prompt.
     """
-    prompt: str | None = getattr(data, "example_prompt", None)
+    prompts = validation_prompts(data)
+    fitting = [text for text in prompts if len(text) <= LONGEST_PROMPT and "\\n" not in text]
+    example: str | None = getattr(data, "example_prompt", None)
+    prompt = fitting[0] if fitting else (prompts or [example])[0]
     template: str | None = getattr(data, "prompt_template", None)
     describe: Callable[[], dict[str, Any]] = getattr(data, "conventions", dict)
     chat = " --chat" if describe().get("chat") else ""
-    if prompt is None or len(prompt) > LONGEST_PROMPT or "\\n" in prompt:
+    if prompt is None:
         return f"--prompt TEXT{chat}"
     raw = ""
     if template is not None:
@@ -171,7 +194,37 @@ def prompt_options(data: object) -> str:
             raw = "" if fill_prompt(template, prompt) == prompt else " --raw"
         except UserError:
             raw = " --raw"
-    return f"--prompt {quote(prompt)}{chat}{raw}"
+    if len(prompt) <= LONGEST_PROMPT and "\\n" not in prompt:
+        return f"--prompt {quote(prompt)}{chat}{raw}"
+    if folder is None or not folder.is_dir():
+        return f"--prompt TEXT{chat}{raw}"
+    file = folder / PROMPTS
+    write_text(file, json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
+    return f"--file {shlex.quote(str(file))}{chat}{raw}"
+
+
+def validation_prompts(data: object) -> list[str]:
+    """Return the prompts of the first rows of the validation set, [] where there are none.
+
+    The prompt of a conversation is its first message of a user.
+    """
+    if not isinstance(data, TaskData):
+        return []
+    try:
+        rows = data.rows("val") or []
+    except (OSError, UserError):
+        # The files of the data are gone by now.
+        return []
+    prompts = [_prompt_of(rows[number]) for number in range(min(len(rows), MOST_PROMPTS))]
+    return [prompt for prompt in prompts if prompt]
+
+
+def _prompt_of(row: Mapping[str, Any]) -> str | None:
+    """Return the prompt of a row, or None if it has none that a person would type."""
+    messages = row.get("messages") or []
+    asked = [message.get("content") for message in messages if message.get("role") == "user"]
+    prompt = row.get("prompt") or next(iter(asked), None)
+    return prompt if isinstance(prompt, str) else None
 
 
 def quote(text: str) -> str:

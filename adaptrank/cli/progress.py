@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from adaptrank.cli.verbosity import is_quiet
+
 LINES = 10
 """Lines of a run whose output is no terminal."""
 SHOWN_EVERY = 50
@@ -16,7 +18,11 @@ STEP_MEANS = ("train_loss", "train_aux_loss")
 
 
 def progress() -> ProgressBar:
-    """Return a bar for a terminal, or plain lines for a file or a pipe."""
+    """Return a bar for a terminal, or plain lines for a file or a pipe. `--quiet` shows none."""
+    if is_quiet():
+        lines = StepLines()
+        lines.disable()
+        return lines
     return StepBar() if sys.stdout.isatty() and sys.stderr.isatty() else StepLines()
 
 

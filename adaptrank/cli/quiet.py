@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adaptrank.cli.verbosity import is_quiet, verbosity
+
 NOISY = (
     "lightning.pytorch",
     "lightning.fabric",
@@ -21,15 +23,23 @@ NOISY = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show other libraries' errors only, and the library's own warnings as plain sentences."""
+    """Show other libraries' errors only, and the library's own warnings as plain sentences.
+
+    With `--verbose`, all that this library and Lightning log is shown, and every warning.
+    """
+    is_verbose = verbosity() == "verbose"
     noisy = [(logger, logger.level) for logger in map(logging.getLogger, NOISY)]
     for logger, _ in noisy:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.INFO if is_verbose else logging.ERROR)
     # Data say how they were recognized and packed.
     notes = logging.getLogger("adaptrank.data")
     noisy.append((notes, notes.level))
-    notes.setLevel(logging.INFO)
+    if not is_quiet():
+        notes.setLevel(logging.INFO)
     log = logging.getLogger("adaptrank")
+    own_level = log.level
+    if is_verbose:
+        log.setLevel(logging.DEBUG)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
@@ -42,9 +52,12 @@ def quiet() -> Iterator[None]:
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
             warnings.filterwarnings("ignore", module=foreign)
+            if is_verbose:
+                warnings.resetwarnings()
             yield
     finally:
         for logger, level in noisy:
             logger.setLevel(level)
         log.removeHandler(handler)
+        log.setLevel(own_level)
         log.propagate = propagate

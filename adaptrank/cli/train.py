@@ -25,6 +25,7 @@ from adaptrank.cli import errors
 from adaptrank.cli.adapter_path import check_adapter_path
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig
 from adaptrank.cli.checkpoint_path import check_checkpoint_path
+from adaptrank.cli.early_check import PREFIX
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.loggers import keep_checkpoints_in, loggers_in, make_logger
 from adaptrank.cli.mistakes import ParsingError
@@ -32,6 +33,7 @@ from adaptrank.cli.monitors import MetricNames
 from adaptrank.cli.output import (
     class_names,
     metric_names,
+    note,
     predictions,
     run_name,
     say,
@@ -91,6 +93,7 @@ class AdaptrankCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=[verb, *args],
+            parser_kwargs={"default_env": True, "env_prefix": PREFIX},
         )
 
     # ---- parsing
@@ -299,7 +302,7 @@ class AdaptrankCLI(LightningCLI):
 
     def _say_backbone(self) -> None:
         if isinstance(self.model, AdaptedModule):
-            say(f"Backbone {self.model.source.describe()}")
+            note(f"Backbone {self.model.source.describe()}")
 
     def _scored(self) -> Scored:
         configs = self._get(self.config, "config") or []

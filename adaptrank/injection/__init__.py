@@ -1,7 +1,8 @@
 """Put wrappers around the layers of a model, and take them away again."""
 
+from adaptrank.injection.description import Description, by_layer, describe, parameter_table
 from adaptrank.injection.fused import join_fused, split_at
-from adaptrank.injection.inject import adapt, describe, wrap_targets
+from adaptrank.injection.inject import adapt, wrap_targets
 from adaptrank.injection.makers import ParameterizationCallable, as_makers, method_of
 from adaptrank.injection.match import find_modules
 from adaptrank.injection.paths import last_name, lies_in
@@ -27,11 +28,13 @@ from adaptrank.injection.transaction import undone_on_error
 
 __all__ = [
     "MERGED",
+    "Description",
     "ParameterizationCallable",
     "TrainedRows",
     "adapt",
     "apply_rank_pattern",
     "as_makers",
+    "by_layer",
     "check_names",
     "delete_adapter",
     "describe",
@@ -43,6 +46,7 @@ __all__ = [
     "last_name",
     "lies_in",
     "method_of",
+    "parameter_table",
     "plain_tensor_name",
     "row_modules",
     "select_rows",

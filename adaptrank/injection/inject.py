@@ -1,6 +1,5 @@
 """Adapt a model: find layers, freeze everything, and wrap the layers."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -10,11 +9,10 @@ from torch.nn.parameter import UninitializedParameter
 from adaptrank._errors import UserError
 from adaptrank.axes import rank_axes
 from adaptrank.injection.fused import split_fused_layers
-from adaptrank.injection.left_out import left_out_weights, summary, warn_of_left_out
+from adaptrank.injection.left_out import warn_of_left_out
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
 from adaptrank.injection.match import find_modules, match_layers
 from adaptrank.injection.outside_base import warn_of_frozen_heads
-from adaptrank.injection.paths import last_name
 from adaptrank.injection.rank_pattern import RankPattern, resize_by_pattern
 from adaptrank.injection.switch import is_merged
 from adaptrank.injection.transaction import undone_on_error
@@ -182,21 +180,3 @@ def _resize_new_axes(
         if any(id(wrapper) in new for wrapper, _ in axis.members):
             axes[key] = axis
     resize_by_pattern(model, axes, rank_pattern, seed)
-
-
-def describe(model: nn.Module) -> str:
-    """Return one line for each kind of wrapped layer: its name, its count and its methods.
-
-    A kind is the last component of the path. Further lines list weights that cannot be wrapped,
-    such as those of experts, with their share of the parameters.
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    for path, layer in wrapped_layers(model).items():
-        methods = " on ".join(type(wrapper).__name__ for wrapper in reversed(layer.nest))
-        kind = last_name(path) or type(layer.innermost).__name__
-        counts[kind, methods] += 1
-    width = max((len(kind) for kind, _ in counts), default=0)
-    lines = [f"{kind:{width}}  {count:3} x {methods}" for (kind, methods), count in counts.items()]
-    if counts:
-        lines += summary(left_out_weights(named_layers(model)), model)
-    return "\n".join(lines)

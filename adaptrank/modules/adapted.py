@@ -41,6 +41,7 @@ from adaptrank.injection import (
     adapt,
     apply_rank_pattern,
     as_makers,
+    describe,
     find_modules,
     row_modules,
 )
@@ -237,6 +238,13 @@ class AdaptedModule(LightningModule):
         if self.backbone is None:
             raise RuntimeError("The backbone is built by configure_model(). The Trainer calls it.")
         return self.backbone
+
+    def __repr__(self) -> str:
+        """Return the task, its backbone, and what trains."""
+        head = f"{type(self).__name__}({self.backbone_name})"
+        if self.backbone is None:
+            return f"{head}, not built yet"
+        return f"{head}\n{describe(self.backbone)}"
 
     # ---- building
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrank.modules.forward_replacement import replaced_forwards
 from adaptrank.ops.low_rank import plain
@@ -50,11 +51,35 @@ def _only_applies_head(model: Any, body: nn.Module, head: Any, hidden: Tensor) -
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     try:
         with replaced_forwards([(body, _constant_body(hidden))]):
+            if hidden.is_meta:
+                return _operations(model, input_ids=tokens) == _operations(head, hidden)
             logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         return torch.equal(logits, head(hidden))
     # The model reads more of its body's output than the last hidden state.
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
+
+
+class _Computing(TorchDispatchMode):
+    """Notes the operations that compute something, and no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not operation.is_view:
+            self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def _operations(module: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """Return the operations of a call. Without values, they tell what a model does."""
+    with _Computing() as computing:
+        module(*args, **kwargs)
+    return computing.names
 
 
 def _constant_body(hidden: Tensor) -> Callable[..., Any]:

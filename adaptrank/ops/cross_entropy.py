@@ -55,7 +55,7 @@ class _HeadLoss(torch.autograd.Function):
         device = hidden.device.type
         ctx.save_for_backward(hidden, weight, bias, targets)
         # Cast once here, and not again for each chunk.
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             half = torch.get_autocast_dtype(device)
             weight, hidden = weight.to(half), hidden.to(half)
             bias = None if bias is None else bias.to(half)

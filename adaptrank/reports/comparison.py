@@ -39,7 +39,7 @@ GIB, MEGABYTE = 2**30, 1e6
 
 
 def rows(record: Mapping[str, Any]) -> list[Row]:
-    """Return one row for each method, allocator and budget.
+    """Return one row for each method, allocator, budget and point of the grid.
 
     A row has means and standard deviations over seeds, and a paired t-test against the baseline.
     The test pairs runs of one seed at one budget. Its p is None for fewer than two pairs, or where
@@ -50,11 +50,12 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for result in record["results"]:
-        key = (result["method"], result["allocator"], result["budget"])
+        values = tuple(map(repr, (result.get("grid") or {}).items()))
+        key = (result["method"], result["allocator"], result["budget"], values)
         groups.setdefault(key, []).append(result)
     table = [_summarized(results, record["metric"]) for results in groups.values()]
     for row in table:
-        row |= _compared(row, _baseline_row(table, record["baseline"], row["budget"]))
+        row |= _compared(row, _baseline_row(table, row["against"] or record["baseline"], row))
     return table
 
 
@@ -66,7 +67,8 @@ def column_names(record: Mapping[str, Any]) -> list[str]:
 def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
     """Return a row as texts, in the order of `COLUMNS`."""
     allocator = "-" if row["allocator"] == "none" else row["allocator"]
-    place = [row["method"], allocator, _whole(row["budget"])]
+    method = ", ".join([row["method"], *grid_texts(row["grid"])])
+    place = [method, allocator, _whole(row["budget"])]
     if "metric" not in row:
         return [*place, *["-"] * 5, f"{row['failed']} failed", *["-"] * 5]
     return [
@@ -86,10 +88,29 @@ def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
 
 
 def row_label(row: Row) -> str:
-    """Return the method, and its allocator if it has one."""
-    if row["allocator"] == "none":
-        return str(row["method"])
-    return f"{row['method']}, {row['allocator']}"
+    """Return the method, its allocator if it has one, and its values of the grid."""
+    allocator = [] if row["allocator"] == "none" else [row["allocator"]]
+    return ", ".join([row["method"], *allocator, *grid_texts(row["grid"])])
+
+
+def grid_texts(grid: Mapping[str, Any]) -> list[str]:
+    """Return "rank=4" for each key of a grid, by the shortest name that no other key has."""
+    keys = [key.split(".") for key in grid]
+    texts = []
+    for parts, value in zip(keys, grid.values(), strict=True):
+        length = 1
+        while length < len(parts) and [k[-length:] for k in keys].count(parts[-length:]) > 1:
+            length += 1
+        texts.append(f"{'.'.join(parts[-length:])}={_value_text(value)}")
+    return texts
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        return str(value["class_path"].rpartition(".")[2])
+    return "none" if value is None else str(value)
 
 
 def pareto(points: Sequence[tuple[float, float]], mode: str) -> list[tuple[float, float]]:
@@ -121,6 +142,8 @@ def _summarized(results: Sequence[Row], metric: str) -> Row:
         "method": first["method"],
         "allocator": first["allocator"],
         "budget": first["budget"],
+        "grid": first.get("grid") or {},
+        "against": first.get("against"),
         "lr": first["lr"],
         "seeds": len(successful),
         "failed": len(results) - len(successful),
@@ -138,10 +161,18 @@ def _summarized(results: Sequence[Row], metric: str) -> Row:
     return row
 
 
-def _baseline_row(table: Sequence[Row], method: str | None, budget: int | None) -> Row | None:
-    """Return the baseline's row at a budget, without an allocator if there is such a row."""
-    candidates = [row for row in table if row["method"] == method and row["budget"] == budget]
-    without_allocator = [row for row in candidates if row["allocator"] == "none"]
+def _baseline_row(table: Sequence[Row], method: str | None, row: Row) -> Row | None:
+    """Return the row of a method at the budget and grid point of another row.
+
+    It is the one without an allocator, if there is such a row.
+    """
+    same = ("budget", "grid")
+    candidates = [
+        other
+        for other in table
+        if other["method"] == method and all(other[key] == row[key] for key in same)
+    ]
+    without_allocator = [other for other in candidates if other["allocator"] == "none"]
     return next(iter(without_allocator or candidates), None)
 
 

@@ -90,6 +90,31 @@ def read_history(folder: Path) -> History:
     return History(name, events, sizes, summary)
 
 
+def history_of_events(
+    events: Sequence[Mapping[str, Any]], start: Mapping[str, int], name: str, title: str
+) -> History:
+    """Return the history that the events of an allocator tell, without the files of a run.
+
+    Args:
+        events: its attribute `events`.
+        start: sizes of the axes at the start.
+        name: name of the run.
+        title: name of the allocator.
+
+    Raises:
+        UserError: if there is no event.
+    """
+    total = sum(start.values())
+    first: Event = {"step": 0, "reason": "the start", "allocators": [title], "sizes": dict(start)}
+    moving = [dict(event) for event in events if event["step"] != 0]
+    listed = [first | {"active": total, "allocated": total}]
+    listed += sorted(moving, key=lambda event: int(event["step"]))
+    sizes = _sizes_after_events(listed, {})
+    if not sizes or not events:
+        raise UserError(f"{title} has no events yet. Train with it first.")
+    return History(name, listed, sizes, {})
+
+
 def _read_events(file: Path) -> list[Event]:
     """Return the events of a file by step, without a last line that was cut off."""
     events: list[Event] = []

@@ -131,6 +131,24 @@ RESULT: Fields = {
 }
 """Keys of every result of a study."""
 
+IS_TABLE = (lambda value: isinstance(value, dict), "a mapping")
+
+OPTIONAL_RESULT: Fields = {
+    "grid": IS_TABLE,
+    "against": (optional(is_text), "a text or null"),
+    "of": (list_of(is_text), "a list of texts"),
+    "similarity": (record_of({"rms_cos": (optional(is_number), "")}), "a mapping with rms_cos"),
+}
+"""Keys of the result of a study with a grid or with sums."""
+
+SEARCH: Fields = {"trials": COUNT, "low": NUMBER, "high": NUMBER}
+
+OPTIONAL_STUDY: Fields = {
+    "grid": (table_of(list_of(lambda value: True)), "lists of values by key"),
+    "search": (optional(record_of(SEARCH)), "a mapping with trials, low and high, or null"),
+}
+"""Keys of results.json that a study without a grid or a search may not have."""
+
 STUDY: Fields = {
     "title": TEXT,
     "limits": TEXT,
@@ -226,10 +244,12 @@ def read_study_results(file: Path) -> dict[str, Any]:
     """
     record = read_table(file)
     check_fields(str(file), record, STUDY, required=True)
+    check_fields(str(file), record, OPTIONAL_STUDY)
     for list_name in ("trials", "results"):
         for number, result in enumerate(record[list_name], 1):
             place = f"{file}, {list_name}, number {number}"
             check_fields(place, result, RESULT, required=True)
+            check_fields(place, result, OPTIONAL_RESULT)
             succeeded = result["status"] == "success"
             fields = SUCCESS if succeeded else {"error": TEXT}
             check_fields(place, result, fields, required=True)

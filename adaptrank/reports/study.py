@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank._files import atomic_files
+from adaptrank.reports.chosen_values import chosen_values
 from adaptrank.reports.comparison import Row, cells, column_names, rows
 from adaptrank.reports.escaping import code_span
 from adaptrank.reports.escaping import markdown as escape
@@ -71,6 +72,7 @@ def markdown(record: Mapping[str, Any], table: Sequence[Row]) -> str:
         "columns": [escape(column) for column in values["columns"]],
         "table": [list(map(escape, row)) for row in values["table"]],
         "left_out": [escape(reason) for reason in values["left_out"]],
+        "notes": [escape(sentence) for sentence in values["notes"]],
         "failed": [
             {"key": escape(result["key"]), "error": escape(result["error"])}
             for result in values["failed"]
@@ -100,8 +102,35 @@ def _values(record: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
         "columns": column_names(record),
         "table": [cells(row, record) for row in table],
         "left_out": record["left_out"],
+        "notes": [*chosen_values(record, table), *similarities(record)],
         "failed": [result for result in results if result["status"] == "failed"],
     }
+
+
+def similarities(record: Mapping[str, Any]) -> list[str]:
+    """Return a sentence about the similarity of the adapters of each composition."""
+    sentences = []
+    for result in record["results"]:
+        cosine = (result.get("similarity") or {}).get("rms_cos")
+        if cosine is not None:
+            parts = ", ".join(result.get("of", []))
+            sentences.append(
+                f"{result['method']}, seed {result['seed']}: root mean square cosine {cosine:.4f} "
+                f"between the changes of {parts}."
+            )
+    return sentences
+
+
+def _trials(record: Mapping[str, Any]) -> str:
+    """Return how many learning rates each row tried, and which."""
+    search = record.get("search")
+    if search:
+        return (
+            f"{search['trials']} trials for each row, which Optuna proposed between "
+            f"{search['low']:g} and {search['high']:g} (seed {search.get('seed', 0)})"
+        )
+    rates = ", ".join(f"{rate:g}" for rate in record["lrs"])
+    return f"{len(record['lrs'])} trials for each row ({rates})"
 
 
 def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:
@@ -119,11 +148,9 @@ def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:
         f"over seeds {seeds}."
     ]
     if record["selected_on"]:
-        rates = ", ".join(f"{rate:g}" for rate in record["lrs"])
         sentences.append(
             f"Learning rates selected by {code(record['selected_by'])} on "
-            f"{text(record['selected_on'])}, which is not reported on, by "
-            f"{len(record['lrs'])} trials for each row ({rates})."
+            f"{text(record['selected_on'])}, which is not reported on, by {_trials(record)}."
         )
     else:
         sentences.append("Learning rates as configured.")

@@ -9,21 +9,31 @@ from adaptrank.studies.design import (
     trial_points,
 )
 from adaptrank.studies.engines import on_ray, on_this_machine
+from adaptrank.studies.key_paths import Place, find_place, set_place, spell_place, value_at
+from adaptrank.studies.overlays import Config, merge
 from adaptrank.studies.replays import without_replays
 from adaptrank.studies.runner import run_study
-from adaptrank.studies.study_file import Study, read_study
+from adaptrank.studies.study_file import Study, make_study, read_study
 
 __all__ = [
+    "Config",
+    "Place",
     "Point",
     "Setting",
     "Study",
+    "find_place",
+    "make_study",
+    "merge",
     "on_ray",
     "on_this_machine",
     "read_study",
     "reported_points",
     "run_study",
+    "set_place",
     "solve_budget",
     "solve_settings",
+    "spell_place",
     "trial_points",
+    "value_at",
     "without_replays",
 ]

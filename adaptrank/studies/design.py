@@ -6,16 +6,27 @@ on the meta device.
 """
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from adaptrank._errors import UserError
+from adaptrank.studies.choices import GridPoint, grid_points, set_grid_point
+from adaptrank.studies.key_paths import Accepts, short_names
 from adaptrank.studies.overlays import Config, contains, map_texts, merge, set_at
 from adaptrank.studies.study_file import BUDGET, Study
 
 Count = Callable[[Config], int]
 """Configuration -> number of parameters that train in adapters. A refusal is a ValueError."""
+
+LONGEST_PART = 24
+"""Characters of a value of a grid in the name of a folder."""
+
+UNFIT_FOR_FOLDERS = re.compile(r"[/\\\s:*?\"<>|]")
+"""Characters that the name of a folder does without."""
 
 LARGEST = 1 << 14
 """Bound on the integer that is solved for a budget."""
@@ -32,6 +43,7 @@ class Setting:
         units: integer that was solved for the budget, None if there was none to solve.
         parameters: number of parameters that train in adapters at the start.
         config: whole configuration.
+        grid: (key, value) of each key of the study's grid.
     """
 
     method: str
@@ -40,6 +52,7 @@ class Setting:
     units: int | None
     parameters: int
     config: Config
+    grid: GridPoint = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Point:
         parameters: number of parameters that train in adapters at the start.
         trial: whether the run only helps to select a learning rate.
         config: whole configuration.
+        grid: (key, value) of each key of the study's grid.
     """
 
     method: str
@@ -67,6 +81,7 @@ class Point:
     parameters: int
     trial: bool
     config: Config = field(hash=False, compare=False)
+    grid: GridPoint = field(default=(), hash=False)
 
     @property
     def key(self) -> str:
@@ -76,6 +91,8 @@ class Point:
             parts.append(self.allocator)
         if self.budget is not None:
             parts.append(f"b{self.budget}")
+        names = short_names([key for key, _ in self.grid])
+        parts += [f"{names[key]}_{value}"[:LONGEST_PART] for key, value in self.grid]
         if self.lr is not None:
             parts.append(f"lr{self.lr:g}")
         parts.append(f"s{self.seed}")
@@ -83,7 +100,7 @@ class Point:
             parts.append("trial")
         content = json.dumps(self.config, sort_keys=True).encode()
         parts.append(hashlib.blake2b(content, digest_size=5).hexdigest())
-        return "-".join(part.replace("/", "_").replace(" ", "_") for part in parts)
+        return "-".join(UNFIT_FOR_FOLDERS.sub("_", part) for part in parts)
 
 
 class Solution(NamedTuple):
@@ -94,18 +111,48 @@ class Solution(NamedTuple):
     config: Config
 
 
-def solve_settings(study: Study, count: Count) -> Iterator[Setting | str]:
-    """Yield every method with every allocator at every budget.
+def solve_settings(
+    study: Study, count: Count, accepts: Accepts | None = None
+) -> Iterator[Setting | str]:
+    """Yield every method with every allocator at every point of the grid and every budget.
 
     A combination that fits no budget is yielded as a sentence that says why.
+
+    Args:
+        study: the study.
+        count: counts the parameters of a configuration.
+        accepts: tells which class takes an argument, for short keys of a grid.
+
+    Raises:
+        UserError: if a key of the grid leads to no place in a configuration.
     """
-    for method, method_overlay in study.methods.items():
-        for allocator, allocator_overlay in study.allocators.items():
-            config = merge(merge(study.config, method_overlay), allocator_overlay)
-            if contains(config, BUDGET):
-                yield from _solved_settings(study.budgets, method, allocator, config, count)
-            else:
-                yield _fixed_setting(study.budgets, method, allocator, config, count)
+    for method, allocator in itertools.product(study.methods, study.allocators):
+        config = merge(study.config, study.methods[method])
+        config = merge(config, study.allocators[allocator])
+        for point in grid_points(study.grid):
+            try:
+                varied = set_grid_point(config, point, accepts)
+            except UserError as error:
+                raise UserError(f"grid: {error}") from None
+            for setting in _settings_of(study, method, allocator, varied, count):
+                yield _at_grid_point(setting, point)
+
+
+def _settings_of(
+    study: Study, method: str, allocator: str, config: Config, count: Count
+) -> Iterator[Setting | str]:
+    """Yield the settings of a configuration at the budgets of the study."""
+    if contains(config, BUDGET):
+        yield from _solved_settings(study.budgets, method, allocator, config, count)
+    else:
+        yield _fixed_setting(study.budgets, method, allocator, config, count)
+
+
+def _at_grid_point(setting: Setting | str, point: GridPoint) -> Setting | str:
+    if isinstance(setting, Setting):
+        return replace(setting, grid=point)
+    values = ", ".join(f"{key}={value}" for key, value in point)
+    return f"{values}: {setting}" if point else setting
 
 
 def _solved_settings(
@@ -190,8 +237,13 @@ def trial_points(study: Study, setting: Setting) -> list[Point]:
     """
     if len(study.lrs) < 2:
         return []
+    return [trial_point(study, setting, lr) for lr in study.lrs]
+
+
+def trial_point(study: Study, setting: Setting, lr: float) -> Point:
+    """Return the run that tries a learning rate for a setting, with the first seed."""
     config = merge(setting.config, study.selection["overlay"])
-    return [_point(study, setting, config, lr, study.seeds[0], trial=True) for lr in study.lrs]
+    return _point(study, setting, config, lr, study.seeds[0], trial=True)
 
 
 def reported_points(study: Study, setting: Setting, lr: float | None) -> list[Point]:
@@ -216,4 +268,5 @@ def _point(
         parameters=setting.parameters,
         trial=trial,
         config=config,
+        grid=setting.grid,
     )

@@ -1,6 +1,5 @@
 """Changes of plain configurations: tables laid over tables, texts replaced, values set."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +9,25 @@ Config = dict[str, Any]
 """A configuration of `fit`, or a part of one, as YAML holds it."""
 
 
+def plain_copy(value: Any) -> Any:
+    """Return a copy of plain data in which no two places share a table or a list.
+
+    An anchor of YAML stands for one object in several places.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain_copy(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain_copy(entry) for entry in value]
+    return value
+
+
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Config:
     """Return the base with an overlay laid over it.
 
     Tables are merged key by key. Lists and all other values are replaced. A table with another
     `class_path` replaces the whole table, as the arguments belong to the old class.
     """
-    result = copy.deepcopy(dict(base))
+    result: Config = plain_copy(base)
     for key, value in overlay.items():
         current = result.get(key)
         if (
@@ -26,7 +37,7 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Config:
         ):
             result[key] = merge(current, value)
         else:
-            result[key] = copy.deepcopy(value)
+            result[key] = plain_copy(value)
     return result
 
 
@@ -62,7 +73,7 @@ def set_at(config: Config, key: str, value: Any) -> Config:
     Raises:
         UserError: if a component of the path is no table.
     """
-    result = copy.deepcopy(config)
+    result: Config = plain_copy(config)
     *tables, last = key.split(".")
     table: Any = result
     for name in tables:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,20 @@ def run_point(point: Point, out: Path) -> Result:
     write_text(folder / "config.yaml", config)
 
     start = time.monotonic()
-    exit_code = _fit(folder)
-    result: Result = {
+    exit_code = run_verb(folder, _fit_command(folder))
+    result = base_result(point) | {"total_time": time.monotonic() - start}
+    summaries = sorted((folder / "runs").glob("*/*/summary.json"))
+    if exit_code or not summaries:
+        result |= failure(folder, exit_code)
+    else:
+        result |= _facts(summaries[-1].parent)
+    write_json(result_file(out, point), result)
+    return result
+
+
+def base_result(point: Point) -> Result:
+    """Return the fields of a result that say which point it is of."""
+    return {
         "key": point.key,
         "method": point.method,
         "allocator": point.allocator,
@@ -48,19 +61,17 @@ def run_point(point: Point, out: Path) -> Result:
         "lr": point.lr,
         "seed": point.seed,
         "trial": point.trial,
-        "total_time": time.monotonic() - start,
+        "grid": dict(point.grid),
         "adapter_params_at_start": point.parameters,
         "metrics": {},
         "error": "",
     }
-    summaries = sorted((folder / "runs").glob("*/*/summary.json"))
-    if exit_code or not summaries:
-        error = _error_sentence(folder / "log.txt") or f"exit code {exit_code}"
-        result |= {"status": "failed", "error": error}
-    else:
-        result |= _facts(summaries[-1].parent)
-    write_json(result_file(out, point), result)
-    return result
+
+
+def failure(folder: Path, exit_code: int) -> Result:
+    """Return the fields of a result that say why a run failed."""
+    error = _error_sentence(folder / "log.txt") or f"exit code {exit_code}"
+    return {"status": "failed", "error": error}
 
 
 def point_folder(out: Path, point: Point) -> Path:
@@ -73,13 +84,20 @@ def result_file(out: Path, point: Point) -> Path:
     return point_folder(out, point) / "result.json"
 
 
-def _fit(folder: Path) -> int:
-    """Run `fit` on the configuration in a folder, log what it prints, and return its exit code."""
-    command = [sys.executable, "-m", "adaptrank", "fit"]
-    command += ["--config", str(folder / "config.yaml"), "--runs", str(folder / "runs")]
-    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+def _fit_command(folder: Path) -> list[str]:
+    return ["fit", "--config", str(folder / "config.yaml"), "--runs", str(folder / "runs")]
+
+
+def run_verb(folder: Path, command: Sequence[str]) -> int:
+    """Run a verb in a process of its own, log what it prints, and return its exit code.
+
+    Args:
+        folder: folder of the point, whose `log.txt` grows.
+        command: verb and options.
+    """
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         finished = subprocess.run(
-            command,
+            [sys.executable, "-m", "adaptrank", *command],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -56,7 +56,8 @@ def _source(point: Point, results: Sequence[Mapping[str, Any]]) -> Mapping[str, 
     method, allocator = reference["method"], reference["allocator"] or "none"
     for result in results:
         same_run = (
-            result["method"] == method
+            (result.get("grid") or {}) == dict(point.grid)
+            and result["method"] == method
             and result["allocator"] == allocator
             and result["seed"] == point.seed
             and result["budget"] in (point.budget, None)

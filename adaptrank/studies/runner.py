@@ -17,17 +17,25 @@ from adaptrank.studies.design import (
     solve_settings,
     trial_points,
 )
-from adaptrank.studies.engines import Engine, Result
+from adaptrank.studies.engines import Engine, Result, RunPoint
+from adaptrank.studies.key_paths import Accepts
 from adaptrank.studies.point_run import result_file, run_point
 from adaptrank.studies.replays import replay_reference, with_ranks
+from adaptrank.studies.search import search_trials
 from adaptrank.studies.study_file import Study
+from adaptrank.studies.sum_run import SumPoint, run_sum, sum_points
 
 Say = Callable[[str], None]
 """Prints one line of progress."""
 
 
 def run_study(
-    study: Study, out: Path, count: Count, engine: Engine, say: Say = print
+    study: Study,
+    out: Path,
+    count: Count,
+    engine: Engine,
+    say: Say = print,
+    accepts: Accepts | None = None,
 ) -> dict[str, Any]:
     """Solve budgets, select learning rates, run all points, and return the results.
 
@@ -40,21 +48,19 @@ def run_study(
         count: counts the parameters of a configuration.
         engine: runs points.
         say: prints one line of progress.
+        accepts: tells which class takes an argument, for short keys of a grid.
 
     Returns:
         Plain data, also written to `results.json`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    solved = list(solve_settings(study, count))
+    solved = list(solve_settings(study, count, accepts))
     left_out = [reason for reason in solved if isinstance(reason, str)]
     settings = [setting for setting in solved if isinstance(setting, Setting)]
     for reason in left_out:
         say(f"left out: {reason}")
 
-    trials: list[Point] = []
-    for setting in settings:
-        trials += trial_points(study, setting)
-    trial_results = _run_points(trials, out, engine, say, "trials")
+    trial_results = _run_trials(study, settings, out, engine, say)
 
     points: list[Point] = []
     for setting in settings:
@@ -63,21 +69,62 @@ def run_study(
     results = _run_points(direct, out, engine, say, "runs")
     replays = [with_ranks(point, results) for point in points if replay_reference(point)]
     results += _run_points(replays, out, engine, say, "replays")
+    results += _run_sums(study, results, left_out, out, engine, say)
 
     record = _record(study, left_out, trial_results, results)
     write_json(out / "results.json", record)
     return record
 
 
+def _run_trials(
+    study: Study, settings: Sequence[Setting], out: Path, engine: Engine, say: Say
+) -> list[Result]:
+    """Run the trials that select learning rates, from a list or by a search."""
+    if study.search:
+
+        def run_points(points: Sequence[Point], noun: str) -> list[Result]:
+            return _run_points(points, out, engine, say, noun)
+
+        return search_trials(study, settings, run_points)
+    trials: list[Point] = []
+    for setting in settings:
+        trials += trial_points(study, setting)
+    return _run_points(trials, out, engine, say, "trials")
+
+
+def _run_sums(
+    study: Study,
+    results: Sequence[Result],
+    left_out: list[str],
+    out: Path,
+    engine: Engine,
+    say: Say,
+) -> list[Result]:
+    """Compose and evaluate the sums of a study. Those without all their parts are left out."""
+    points: list[SumPoint] = []
+    for point in sum_points(study, results):
+        if isinstance(point, str):
+            say(f"left out: {point}")
+            left_out.append(point)
+        else:
+            points.append(point)
+    return _run_points(points, out, engine, say, "sums", run_sum)
+
+
 def _run_points(
-    points: Sequence[Point], out: Path, engine: Engine, say: Say, noun: str
+    points: Sequence[Point],
+    out: Path,
+    engine: Engine,
+    say: Say,
+    noun: str,
+    run: RunPoint = run_point,
 ) -> list[Result]:
     """Run the points that are not finished, and return the results of all of them."""
     waiting = [point for point in points if not _is_finished(out, point)]
     if points:
         say(f"{len(points)} {noun}, {len(points) - len(waiting)} of them finished before")
     start = time.monotonic()
-    for done, result in enumerate(engine(run_point, waiting, out), 1):
+    for done, result in enumerate(engine(run, waiting, out), 1):
         seconds_left = (time.monotonic() - start) / done * (len(waiting) - done)
         say(
             f"[{done}/{len(waiting)}] {result['key']}: {_outcome(result)}  "
@@ -120,7 +167,7 @@ def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]
 
     Of two equally good rates the lower one is taken. None is the configuration's own rate.
     """
-    if len(study.lrs) < 2:
+    if len(study.lrs) < 2 and not study.search:
         return study.lrs[0] if study.lrs else None
     metric = study.selection["metric"]
     sign = -1 if study.selection.get("mode", "min") == "max" else 1
@@ -129,6 +176,9 @@ def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]
         value = result["metrics"].get(metric, math.nan)
         if _is_of(result, setting) and math.isfinite(value):
             tried.append((sign * value, result["lr"]))
+    if not tried and study.search:
+        # Without a result, the middle of the range on the logarithmic scale.
+        return float(f"{math.sqrt(study.search['low'] * study.search['high']):.4g}")
     if not tried:
         return sorted(study.lrs)[len(study.lrs) // 2]
     return float(min(tried)[1])
@@ -136,11 +186,9 @@ def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]
 
 def _is_of(result: Result, setting: Setting) -> bool:
     """Return whether a result belongs to a setting."""
-    return (result["method"], result["allocator"], result["budget"]) == (
-        setting.method,
-        setting.allocator,
-        setting.budget,
-    )
+    same_grid = (result.get("grid") or {}) == dict(setting.grid)
+    row = (result["method"], result["allocator"], result["budget"])
+    return same_grid and row == (setting.method, setting.allocator, setting.budget)
 
 
 def _record(
@@ -150,7 +198,7 @@ def _record(
     results: Sequence[Result],
 ) -> dict[str, Any]:
     """Return all that a report of the study needs."""
-    selects = len(study.lrs) > 1
+    selects = len(study.lrs) > 1 or bool(study.search)
     return {
         "study": study.name,
         "title": study.title,
@@ -162,6 +210,8 @@ def _record(
         "selected_by": study.selection.get("metric") if selects else None,
         "reported_on": study.reported_on,
         "lrs": list(study.lrs),
+        "search": dict(study.search) or None,
+        "grid": {key: list(values) for key, values in study.grid.items()},
         "seeds": list(study.seeds),
         "left_out": list(left_out),
         "trials": list(trial_results),

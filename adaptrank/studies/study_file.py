@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from adaptrank._errors import UserError, did_you_mean
+from adaptrank.studies.choices import check_grid, check_search, check_sums
 from adaptrank.studies.overlays import Config, contains, map_texts, merge
 
 KEYS = (
@@ -19,6 +20,9 @@ KEYS = (
     "allocators",
     "budgets",
     "lrs",
+    "grid",
+    "search",
+    "sums",
     "seeds",
     "lr_key",
     "seed_keys",
@@ -56,6 +60,11 @@ class Study:
         budgets: largest numbers of trainable parameters. Empty to take configurations as they are.
         lrs: learning rates to select from, by equal trials for every method. Empty to take the
             configuration's own.
+        grid: key of a configuration -> values. Each combination is a row of the report.
+        search: learning rates that Optuna proposes: `trials` for every method, between `low` and
+            `high`, with a `seed` (0). Empty without a search.
+        sums: name -> adapters that are composed: `of` methods, by `method` ("sum") with `weights`
+            and further `options` of `compose`. The result is evaluated on the data of `like`.
         seeds: seeds of the reported runs.
         lr_key: dotted path of the learning rate.
         seed_keys: dotted paths of the seed.
@@ -76,6 +85,9 @@ class Study:
     allocators: Mapping[str, Config]
     budgets: Sequence[int]
     lrs: Sequence[float]
+    grid: Mapping[str, Sequence[Any]]
+    search: Mapping[str, Any]
+    sums: Mapping[str, Mapping[str, Any]]
     seeds: Sequence[int]
     lr_key: str
     seed_keys: Sequence[str]
@@ -100,7 +112,21 @@ def read_study(
         FileNotFoundError: if there is no such file.
         UserError: if a key is unknown, missing, or of another type.
     """
-    stated = _read_table(file) | dict(overrides or {})
+    return make_study(_read_table(file) | dict(overrides or {}), file, data)
+
+
+def make_study(stated: Mapping[str, Any], file: Path, data: str | None = None) -> Study:
+    """Return the study that a table of keys describes.
+
+    Args:
+        stated: keys of a study and their values.
+        file: file that is named in errors, and from which `config` is a path.
+        data: folder that replaces `$data` in any text of the study.
+
+    Raises:
+        FileNotFoundError: if there is no such configuration.
+        UserError: if a key is unknown, missing, or of another type.
+    """
     _check_keys(stated, file)
     study = Study(
         name=file.stem,
@@ -111,6 +137,9 @@ def read_study(
         allocators=_named_overlays(stated.get("allocators") or {"none": {}}),
         budgets=stated.get("budgets") or [],
         lrs=stated.get("lrs") or [],
+        grid=stated.get("grid") or {},
+        search=stated.get("search") or {},
+        sums=stated.get("sums") or {},
         seeds=stated.get("seeds") or [0],
         lr_key=stated.get("lr_key") or LR_KEY,
         seed_keys=stated.get("seed_keys") or list(SEED_KEYS),
@@ -155,7 +184,9 @@ def _base_config(config: str | Config, file: Path) -> Config:
     path = file.parent / config
     if not path.is_file():
         raise FileNotFoundError(f"{file}: there is no configuration {str(path)!r}.")
-    content: Config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no configuration: it has to be a table of keys.")
     return content
 
 
@@ -187,12 +218,22 @@ def _check_study(study: Study, file: Path) -> None:
         "reported on, and a metric",
         file,
     )
+    _check_choices(study, file)
     for name, overlay in study.methods.items():
         _require(
             bool(study.budgets) or not _is_solved(overlay, study.allocators),
             f"{name} has {BUDGET}, and the study no budgets",
             file,
         )
+
+
+def _check_choices(study: Study, file: Path) -> None:
+    def require(condition: bool, mistake: str) -> None:
+        _require(condition, mistake, file)
+
+    check_grid(study.grid, require)
+    check_search(study.search, study.lrs, _can_select(study.selection), require)
+    check_sums(study.sums, study.methods, require)
 
 
 def _require(condition: bool, mistake: str, file: Path) -> None:
@@ -240,4 +281,5 @@ def _with_data(study: Study, data: str | None, file: Path) -> Study:
         methods={name: filled(overlay) for name, overlay in study.methods.items()},
         allocators={name: filled(overlay) for name, overlay in study.allocators.items()},
         selection=filled(dict(study.selection)),
+        grid=filled(dict(study.grid)),
     )

@@ -23,7 +23,7 @@ LEGEND = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
-    out = "for inspect.json and inspect.png (ADAPTER/inspect)"
+    out = "for inspect.json and inspect.png (inspected/NAME in the folder you start from)"
     parser.add_argument("--out", metavar="FOLDER", help=out)
     parser.add_argument("--layers", metavar="REGEX", help="only layers whose whole path matches")
     intruders = "leave intruder dimensions out, which take most of the time"
@@ -47,6 +47,9 @@ def run(options: argparse.Namespace) -> None:
     _check_pattern(options.layers)
     stored = find_adapter(options.adapter, options.base)
     assert stored.adapter is not None
+    out = Path(options.out) if options.out else Path("inspected") / _name_of(stored.adapter)
+    if not options.json:
+        _check_out(out, stored.adapter)
     found = spectra(stored.load(torch.float32), options.layers, not options.no_intruders)
     if not found:
         raise ConfigError(_why_nothing(stored.adapter, options.layers))
@@ -70,11 +73,32 @@ def run(options: argparse.Namespace) -> None:
     for line in spectral_lines(summary):
         print(f"  {line}")
     print(f"  {LEGEND}")
-    out = Path(options.out) if options.out else stored.adapter / "inspect"
     with atomic_files(out) as temporary:
         write_json(temporary / "inspect.json", data)
         _draw(layers, temporary / "inspect.png")
     print(f"  written: {out / 'inspect.json'}, {out / 'inspect.png'}")
+
+
+def _name_of(adapter: Path) -> str:
+    """Return a name for the files of an adapter: `elalora_llama-0` for runs/elalora_llama/0."""
+    folder = adapter.resolve()
+    parts = folder.parts[1:]
+    if folder.name == "adapter":
+        parts = parts[:-1]
+    number = parts[-2:] if parts and parts[-1].isdigit() else parts[-1:]
+    return "-".join(number) or "adapter"
+
+
+def _check_out(out: Path, adapter: Path) -> None:
+    """Refuse to write into the folder of the adapter, which may be shared or read-only."""
+    inside = (out.resolve(), *out.resolve().parents)
+    if adapter.resolve() in inside:
+        raise ConfigError(
+            f"{out} lies in the adapter's folder {adapter}, which is left as it is. Name another "
+            f"folder with --out."
+        )
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file. Name a folder.")
 
 
 def _check_pattern(pattern: str | None) -> None:

@@ -6,11 +6,15 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 DESCRIPTION = (
     "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work."
 )
+
+TABLE = Path(__file__).parents[1] / "methods_table.json"
+"""What `methods --recompute --json` prints. A test holds it against the code."""
 
 REFERENCE = 768
 """Sides of the linear layer that costs are stated for."""
@@ -38,10 +42,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     pairs = "which allocator works on which parameterization"
     parser.add_argument("--pairs", action="store_true", help=pairs)
     parser.add_argument("--json", action="store_true", help="as JSON")
+    anew = "measure anew, instead of reading the table that the package brings"
+    parser.add_argument("--recompute", action="store_true", help=anew)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables."""
+    """Print the tables.
+
+    They are read from the file that the package brings. Where a user's own classes are imported,
+    they are computed.
+    """
+    data = compute() if options.modules or options.recompute else read_table()
+    if options.json:
+        print(json.dumps(data, indent=2))
+    elif options.pairs:
+        print(_pairs_table(data["pairs"]))
+    else:
+        print(PARAMETERIZATIONS_HEAD)
+        print(_parameterizations_table(data["parameterizations"]))
+        print(ALLOCATORS_HEAD)
+        print(_allocators_table(data["allocators"]))
+        print(FOOT)
+
+
+def read_table() -> dict[str, Any]:
+    """Return the table that the package brings, as `compute` made it."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def compute() -> dict[str, Any]:
+    """Return all parameterizations, allocators and pairs that are known, as JSON-able data."""
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
@@ -54,17 +85,7 @@ def run(options: argparse.Namespace) -> None:
     pairs: dict[str, dict[str, str]] = {}
     for name, cls in ALLOCATORS.items():
         pairs[name] = {" + ".join(nest): cls.pair(*nest) for nest in rows}
-    if options.json:
-        data = {"parameterizations": methods, "allocators": allocators, "pairs": pairs}
-        print(json.dumps(data, indent=2))
-    elif options.pairs:
-        print(_pairs_table(pairs))
-    else:
-        print(PARAMETERIZATIONS_HEAD)
-        print(_parameterizations_table(methods))
-        print(ALLOCATORS_HEAD)
-        print(_allocators_table(allocators))
-        print(FOOT)
+    return {"parameterizations": methods, "allocators": allocators, "pairs": pairs}
 
 
 def describe_parameterization(cls: type[Any]) -> dict[str, Any]:

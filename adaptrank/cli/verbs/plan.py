@@ -1,21 +1,17 @@
-"""`plan`: say what a configuration would train and take, without loading a weight."""
+"""`plan`: say what a configuration would train, take and leave, without loading a weight."""
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from adaptrank.cli.errors import ConfigError
-from adaptrank.cli.quiet import quiet
-
-if TYPE_CHECKING:
-    from adaptrank.allocation import Participant
-    from adaptrank.modules import AdaptedModule
 
 DESCRIPTION = """\
 Say what a configuration would train, take and leave, without loading a weight: parameters of each
-kind of layer, the budget over the events, memory of adapter, gradients and optimizer, the size of
-the file, and whether a run would be refused. It takes --config FILE and all other keys of `fit`."""
+kind of layer, the budget over the events, memory of weights, gradients, optimizer and activations,
+the least time that training takes, and whether `fit` would refuse it. Each figure says how it was
+obtained. It takes --config FILE and all other keys of `fit`."""
 
 TAKES_KEYS = True
 
@@ -25,40 +21,60 @@ ROWS = 10
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    parser.add_argument("--layers", action="store_true", help="every layer, not only every kind")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    add = parser.add_argument
+    add("--layers", action="store_true", help="every layer, not only every kind")
+    tokens = "count activations for rows of this length, not for the longest rows of the data"
+    add("--tokens", type=int, metavar="N", help=tokens)
+    measure = "also run this many steps with the real weights, and measure time and memory"
+    add("--measure", type=int, metavar="N", help=measure)
+    add("--json", action="store_true", help="as JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the plan."""
+    for name in ("tokens", "measure"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give 1 or more.")
     if not options.keys:
         raise ConfigError(
             "plan needs a configuration. Type `python -m adaptrank plan --config FILE`."
         )
-    data = describe(options.keys)
+    # The keys are those of `fit`, which are known before PyTorch is imported.
+    from adaptrank.cli.dispatch import prepare
+
+    keys = prepare("fit", options.keys)
+    from adaptrank.cli.forecast import forecast
+    from adaptrank.cli.planning import build
+
+    data = forecast(build(keys), options.tokens)
+    if options.measure is not None:
+        from adaptrank.cli.measured import measure_steps
+
+        data["measured"] = measure_steps(keys, options.measure)
     if options.json:
         print(json.dumps(data, indent=2))
-        return
+    else:
+        _print(data, options.layers)
+
+
+def _print(data: Mapping[str, Any], every_layer: bool) -> None:
     print(f"Backbone {data['backbone']}")
-    rows = data["layers"] if options.layers else data["kinds"]
-    width = max(map(len, rows))
+    rows = data["layers"] if every_layer else data["kinds"]
+    width = max([24, *map(len, rows)])
     for name, count in rows.items():
         print(f"  {name:{width}} {count:14,}")
     parameters = data["trainable"] + data["frozen_parameters"]
     print(f"  {'trainable':{width}} {data['trainable']:14,} of {parameters:,} parameters")
     if data["allocator"]:
         _print_budget(data)
-    print("\nMemory, beside activations")
-    for name in ("frozen", "parameters", "gradients", "optimizer", "file"):
-        label = "adapter file" if name == "file" else name
-        print(f"  {label:{width}} {data['bytes'][name] / 2**20:14,.2f} MiB")
-    at_end = data.get("trainable_at_end")
-    if at_end is not None:
-        share = at_end / max(data["trainable"], 1)
-        print(f"  at the end about {at_end:,} numbers train, {share:.0%} of the start")
+    _print_memory(data, width)
+    _print_time(data, width)
+    if "measured" in data:
+        _print_measured(data["measured"], width)
 
 
-def _print_budget(data: dict[str, Any]) -> None:
+def _print_budget(data: Mapping[str, Any]) -> None:
     curve = data["budget"]
     print(f"\n{data['allocator_title']}, {data['units_at_start']} units at the start")
     if data["note"]:
@@ -70,135 +86,60 @@ def _print_budget(data: dict[str, Any]) -> None:
         print(f"  step {at:6} {total}")
     if len(curve) > len(shown):
         print(f"  ({len(curve)} events in all)")
+    at_end = data.get("trainable_at_end")
+    if at_end is not None:
+        share = at_end / max(data["trainable"], 1)
+        print(f"  at the end about {at_end:,} numbers train, {share:.0%} of the start")
 
 
-def describe(args: Sequence[str]) -> dict[str, Any]:
-    """Return the plan of a configuration, as JSON-able data.
+def _print_memory(data: Mapping[str, Any], width: int) -> None:
+    """Print the parts of the memory on each device, and how each was obtained."""
+    how, size = data["how"], data["bytes"]
+    print(f"\nMemory, MiB{_devices(data)}")
 
-    Args:
-        args: the command line of `fit`, without the verb.
-    Raises:
-        UserError: if `fit` would refuse the configuration.
-    """
-    from adaptrank.artifacts import planning
-    from adaptrank.axes import rank_axes
+    def line(label: str, value: int | None, source: str) -> None:
+        figure = "not counted" if value is None else f"{value / 2**20:,.2f}"
+        print(f"  {label:{width}} {figure:>14}  {source}")
 
-    cli = _built(args)
-    module = _checked(cli.model)
-    model = _configured(module, getattr(cli.datamodule, "num_classes", None))
-    states = planning.states_of(module.optimizer)
-    size = planning.footprint(model, states)
-    layers = planning.by_layer(model)
-    kinds: dict[str, int] = {}
-    for path, count in layers.items():
-        kind = path.rpartition(".")[2]
-        kinds[kind] = kinds.get(kind, 0) + count
-    parts = ("frozen", "parameters", "gradients", "optimizer", "file")
-    data: dict[str, Any] = {
-        "backbone": module.source.describe(),
-        "layers": layers,
-        "kinds": kinds,
-        "trainable": size.trainable,
-        "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "bytes": {name: getattr(size, name) for name in parts},
-        "optimizer_states": states,
-        "allocator": None,
-        "units_at_start": sum(len(axis) for axis in rank_axes(model).values()),
-    }
-    allocator = cli.configured("allocator")
-    if allocator is not None:
-        heads = size.trainable - sum(layers.values())
-        starts = cli.configured("initial_ranks") is not None or not allocator.moves
-        steps = cli.configured("trainer.max_steps")
-        data |= _budget(allocator, model, steps, starts, heads)
-    return data
+    for name in ("frozen", "parameters", "gradients", "optimizer"):
+        line(name, size[name], how[name])
+    for name, value in data["activations"].items():
+        label = name.replace("_", " ").replace("with", "activations, with")
+        line(label, value, how["activations"] if value is not None else data["not_simulated"])
+    line("together at the peak", size["peak"], "computed: the sum, as configured")
+    line("adapter file", size["file"], how["file"])
+    batch = data["batch"]
+    tokens = f" of {batch['tokens']} tokens" if batch["tokens"] else ""
+    print(f"  The batch has {batch['rows']} rows{tokens}: {batch['from']}.")
 
 
-def _built(args: Sequence[str]) -> Any:
-    """Return the parsed and built configuration of `fit`, with nothing run."""
-    from adaptrank.cli.train import AdaptrankCLI
-
-    class Planned(AdaptrankCLI):
-        """Parses and builds the configuration, and runs nothing."""
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            return None
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            """No-op: the verb's work is the plan."""
-
-    # Once more, now that the libraries that print are imported.
-    with quiet():
-        return Planned("fit", args)
+def _devices(data: Mapping[str, Any]) -> str:
+    devices = data["time"]["devices"]
+    return f" on each of {devices} devices" if devices > 1 else ""
 
 
-def _checked(module: Any) -> "AdaptedModule":
-    """Refuse a module that `plan` cannot describe."""
-    from adaptrank.modules import AdaptedModule
-
-    if not isinstance(module, AdaptedModule):
-        raise ConfigError(
-            f"plan knows the library's own modules, such as CausalLM, "
-            f"and not {type(module).__name__}."
-        )
-    if module.adapter is not None:
-        raise ConfigError(
-            "plan tells what a new adapter takes. Leave model.adapter out, and name its "
-            "parameterization."
-        )
-    return module
-
-
-def _configured(module: "AdaptedModule", num_classes: int | None) -> Any:
-    """Return the module's adapted model on the meta device."""
-    import torch
-    import transformers
-
-    if getattr(module, "num_labels", 0) is None:
-        module.__dict__["num_labels"] = num_classes
-
-    def on_meta() -> Any:
-        classes = getattr(module, "num_labels", None)
-        labels = {"num_labels": classes} if isinstance(classes, int) else {}
-        config = transformers.AutoConfig.from_pretrained(module.source.path, **labels)
-        auto_class = getattr(transformers, module.auto_class)
-        with torch.device("meta"):
-            return auto_class.from_config(config).to(module.frozen_dtype)
-
-    module.load_backbone = on_meta  # type: ignore[method-assign]
-    module.configure_model()
-    return module.model
+def _print_time(data: Mapping[str, Any], width: int) -> None:
+    """Print the steps, and the least time that they take."""
+    facts, how = data["time"], data["how"]
+    steps = data["steps"]
+    print(f"\nTime on {facts['device']}")
+    print(f"  {'steps':{width}} {steps if steps else 'no end':>14}")
+    if "seconds_per_step" not in facts:
+        print(f"  {'a step':{width}} {'not counted':>14}  {data['not_simulated']}")
+        return
+    for label, value, unit, source in (
+        ("operations a step", facts["flops_per_step"] / 1e9, "GFLOP", how["flops"]),
+        ("speed", facts["flops_per_second"] / 1e9, "GFLOP/s", how["speed"]),
+        ("a step, at least", facts["seconds_per_step"], "s", how["seconds"]),
+    ):
+        print(f"  {label:{width}} {value:14,.3f}  {unit}, {source}")
+    if "seconds" in facts:
+        minutes, seconds = divmod(round(facts["seconds"]), 60)
+        print(f"  {'training, at least':{width}} {f'{minutes}:{seconds:02}':>14}  min, computed")
 
 
-def _budget(
-    allocator: "Participant", model: Any, steps: int | None, starts: bool, heads: int
-) -> dict[str, Any]:
-    """Return the allocator's budget over the events, and the numbers that train at the end.
-
-    Args:
-        allocator: the allocator.
-        model: the adapted model, on the meta device.
-        steps: optimizer steps of the run, if the configuration gives them.
-        starts: whether the ranks to start from are chosen from the data.
-        heads: numbers that train outside the adapted layers.
-    """
-    from adaptrank.artifacts import planning
-
-    data: dict[str, Any] = {
-        "allocator": type(allocator).__name__,
-        "allocator_title": allocator.title,
-        "unit": allocator.unit,
-        "budget": [],
-        "note": "",
-    }
-    if starts:
-        data["note"] = "the ranks to start from are chosen when the data are there"
-    if not steps or steps < 0:
-        data["note"] = "the events are told once trainer.max_steps says where training ends"
-        return data
-    curve = allocator.foresee(model, steps)
-    data["budget"] = [[at, budget] for at, budget in curve]
-    last = curve[-1][1] if curve else None
-    if last is not None:
-        data["trainable_at_end"] = planning.at_the_end(model, allocator.unit, last) + heads
-    return data
+def _print_measured(facts: Mapping[str, Any], width: int) -> None:
+    print(f"\nMeasured in {facts['steps']} steps with the real weights")
+    print(f"  {'a step':{width}} {facts['seconds_per_step']:14,.3f}  s, without the first one")
+    peak = facts["peak_bytes"] / 2**20
+    print(f"  {'peak memory':{width}} {peak:14,.2f}  MiB, {facts['of']}")
