@@ -325,30 +325,30 @@ def test_the_configuration_is_pushed_when_it_is_asked_for(run, hub, cli):  # noq
 # ---- mistakes
 
 
-@pytest.mark.parametrize(
-    ("args", "wanted"),
-    [
-        (["push", "ADAPTER", "adapter"], "It has no owner. Write user/name"),
-        (["push", "nothing", NAME], "There is no adapter folder 'nothing'"),
-        (["push", ".", NAME], "No adapter at"),
-        (["push", "a.ckpt", NAME], "is a checkpoint. Make an adapter of it first"),
-        (["push", "ADAPTER", NAME, "--license", "Apache 2.0"], "Did you mean 'apache-2.0'?"),
-        (["push", "ADAPTER", NAME, "--language", "English"], "is no code of a language"),
-        (["push", "ADAPTER", "bob/public", "--private"], "everyone can see it"),
-        (["push", "ADAPTER", f"{NAME}@a", "--revision", "b"], "Give one."),
-        (["push", "ADAPTER", NAME, "--revision", "0" * 40], "is a commit, which cannot be written"),
-        (["pull", "adapter"], "It has no owner"),
-        (["pull", "bob/missing"], "The Hub has no repository bob/missing, or it is private"),
-        (["pull", "bob/public@v9"], "has no revision 'v9'"),
-        (["pull", "bob/gated"], "is gated: ask for access at"),
-        (["pull", "bob/pickle"], "adapter_model.bin, which is never loaded"),
-        (["pull", "bob/model"], "is a model and no adapter"),
-        (["pull", "bob/public"], "is no adapter: it has no adapter_model.safetensors"),
-        (["generate", "bob/pickle", "--prompt", "1"], "which is never loaded"),
-        (["merge", "bob/model", "--out", "x"], "is a model and no adapter"),
-    ],
-)
-def test_mistakes_are_one_sentence(run, hub, cli, args, wanted):  # noqa: F811
+MISTAKES = [
+    (["push", "ADAPTER", "adapter"], "It has no owner. Write user/name"),
+    (["push", "nothing", NAME], "There is no adapter folder 'nothing'"),
+    (["push", ".", NAME], "No adapter at"),
+    (["push", "a.ckpt", NAME], "is a checkpoint. Make an adapter of it first"),
+    (["push", "ADAPTER", NAME, "--license", "Apache 2.0"], "Did you mean 'apache-2.0'?"),
+    (["push", "ADAPTER", NAME, "--language", "English"], "is no code of a language"),
+    (["push", "ADAPTER", "bob/public", "--private"], "everyone can see it"),
+    (["push", "ADAPTER", f"{NAME}@a", "--revision", "b"], "Give one."),
+    (["push", "ADAPTER", NAME, "--revision", "0" * 40], "is a commit, which cannot be written"),
+    (["pull", "adapter"], "It has no owner"),
+    (["pull", "bob/missing"], "The Hub has no repository bob/missing, or it is private"),
+    (["pull", "bob/public@v9"], "has no revision 'v9'"),
+    (["pull", "bob/gated"], "is gated: ask for access at"),
+    (["pull", "bob/pickle"], "adapter_model.bin, which is never loaded"),
+    (["pull", "bob/model"], "is a model and no adapter"),
+    (["pull", "bob/public"], "is no adapter: it has no adapter_model.safetensors"),
+    (["generate", "bob/pickle", "--prompt", "1"], "which is never loaded"),
+    (["merge", "bob/model", "--out", "x"], "is a model and no adapter"),
+]
+"""A command that fails -> a part of its sentence."""
+
+
+def test_mistakes_are_one_sentence(run, hub, cli):  # noqa: F811
     Path("a.ckpt").touch()
     weights = (run / "adapter" / WEIGHTS).read_bytes()
     hub.add("bob/public", {"notes.txt": b"-"})
@@ -356,11 +356,13 @@ def test_mistakes_are_one_sentence(run, hub, cli, args, wanted):  # noqa: F811
     hub.add("bob/pickle", {"adapter_model.bin": b"-", "adapter_config.json": b"{}"})
     hub.add("bob/model", {"config.json": b"{}", "model.safetensors": b"-"})
     before = {name: list(each["messages"]) for name, each in hub.repositories.items()}
-    code, _, err = cli(*[run / "adapter" if arg == "ADAPTER" else arg for arg in args])
-    assert code == 2, err
-    assert wanted in err, err
-    assert len(err.strip().splitlines()) == 1, err
-    assert before == {name: each["messages"] for name, each in hub.repositories.items()}
+    for args, wanted in MISTAKES:
+        code, _, err = cli(*[run / "adapter" if arg == "ADAPTER" else arg for arg in args])
+        assert code == 2, err
+        assert wanted in err, err
+        assert len(err.strip().splitlines()) == 1, err
+        after = {name: each["messages"] for name, each in hub.repositories.items()}
+        assert before == after, args
 
 
 def test_a_failed_push_leaves_nothing_that_looks_whole(run, hub, cli, monkeypatch):  # noqa: F811

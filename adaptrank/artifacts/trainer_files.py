@@ -129,7 +129,7 @@ def follow_trainer_files(model: nn.Module) -> None:
     model loads as ever.
     """
     model.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_post_hook(_after_loading)
+    model.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
 
 def _before_loading(

@@ -106,7 +106,8 @@ def _trained(pixels: Tensor, labels: Tensor) -> Any:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
+    make_config: Any = ViTConfig
+    config = make_config(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
@@ -118,7 +119,7 @@ def _trained(pixels: Tensor, labels: Tensor) -> Any:
     model: Any = ViTForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(labels)).split(BATCH_SIZE):
+        for batch in torch.split(torch.randperm(len(labels)), BATCH_SIZE):
             loss = model(pixel_values=pixels[batch], labels=labels[batch]).loss
             loss.backward()
             optimizer.step()

@@ -281,7 +281,8 @@ def load_image_processor(source: Source) -> Any:
                 "`ViTImageProcessorPil(size={'height': 224, 'width': 224}).save_pretrained(folder)`"
             )
         try:
-            return AutoImageProcessor.from_pretrained(source.path, backend="pil")
+            auto_class: Any = AutoImageProcessor
+            return auto_class.from_pretrained(source.path, backend="pil")
         except ValueError as error:
             raise OSError(f"it has no image processor ({_first_line(error)})") from error
 

@@ -191,7 +191,7 @@ def _higher_is_better(name: str, module: LightningModule) -> bool | None:
     """Return whether more of a metric is better, or None if it is not known."""
     for child in module.modules():
         if isinstance(child, MetricCollection) and name in child:
-            known: bool | None = child[name].higher_is_better  # type: ignore[assignment]
+            known: bool | None = child[name].higher_is_better
             return known
     words = set(re.split(r"[_/ -]", name.lower()))
     if words & LOWER:

@@ -333,8 +333,9 @@ def in_full(arg: str) -> str:
 
 def construct(cls: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Build a class that the configuration names. A ValueError of it is the user's mistake."""
-    if isinstance(cls, type) and issubclass(cls, Logger):
-        return cast(T, make_logger(cls, *args, **kwargs))
+    kind: Any = cls
+    if isinstance(kind, type) and issubclass(kind, Logger):
+        return cast(T, make_logger(kind, *args, **kwargs))
     with errors.constructing(getattr(cls, "__name__", str(cls))):
         return cls(*args, **kwargs)
 

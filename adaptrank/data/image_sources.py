@@ -55,7 +55,8 @@ def load_images(source: Source, split: str) -> Table | None:
     if path.is_dir():
         split_folder = _folder_of_split(path, name)
         if split_folder is None and _has_split_folders(path):
-            return _no_split(source, path, name)
+            _check_split(source, path, name)
+            return None
         folder = split_folder or path
         parts = _parts_of_folder(folder, source)
         if parts is not None and split_folder is not None:
@@ -77,8 +78,8 @@ def _of_one_split(parts: Sequence[Part], source: Source, split: str) -> Table | 
     return take_rows(Table(parts), source.path, name, instruction)
 
 
-def _no_split(source: Source, path: Path, name: str) -> None:
-    """Return None for a split that a folder does not have, or raise if it has to have it."""
+def _check_split(source: Source, path: Path, name: str) -> None:
+    """Raise if a folder has to have a split that it does not have."""
     if source.split is not None or name == "train":
         found = sorted(child.name for child in path.iterdir() if child.is_dir())
         raise UserError(f"The folder {source.path!r} has no {name!r} split. It holds {found}.")
@@ -310,7 +311,7 @@ def _decodable(part: Part, source: Source) -> Part:
 
 def _holds_images(kind: Any) -> bool:
     """Tell whether an Arrow type is that of images: the bytes of a file, and its path."""
-    from pyarrow import types
+    import pyarrow.types as types
 
     return types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
@@ -321,7 +322,7 @@ def _is_pair(kind: Any) -> bool:
 
 def _read_parquet(part: ArrowPart) -> DatasetPart:
     """Return the rows of a Parquet file as a data set, with the undecoded images in memory."""
-    from datasets import Dataset
+    from datasets.arrow_dataset import Dataset
     from datasets.table import InMemoryTable
     from pyarrow import parquet
 

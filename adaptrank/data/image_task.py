@@ -6,15 +6,12 @@ from functools import partial
 from typing import Any, overload
 
 from adaptrank._errors import UserError
-from adaptrank._options import Range, check_number
 from adaptrank.data.collate import Batch, image_batch
 from adaptrank.data.images import decode, raw_bytes
 from adaptrank.data.labelled_data import LabelledData
 from adaptrank.data.lazy import Computed
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.task import Row, Split
-
-SHARE = Range(0, 1)
 
 
 class ImageTask(LabelledData):
@@ -41,7 +38,10 @@ class ImageTask(LabelledData):
         limit_val: int | None = None,
         horizontal_flip: float = 0.0,
     ) -> None:
-        check_number("horizontal_flip", horizontal_flip, SHARE)
+        if isinstance(horizontal_flip, bool) or not 0 <= horizontal_flip <= 1:
+            raise UserError(
+                f"horizontal_flip={horizontal_flip} is no probability. Use a number from 0 to 1."
+            )
         super().__init__(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from adaptrank._errors import UserError
 from adaptrank._options import COUNT, check_number
 from adaptrank.artifacts import GENERATION_KEYS, stop_ids_of
-from adaptrank.backbones import before_end
+from adaptrank.backbones import before_end, load_config
 from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.batch_keys import (
     IGNORED,
@@ -82,9 +82,7 @@ class Seq2Seq(AdaptedModule):
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the backbone. One without a decoder is refused before it is loaded."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.source.path)
+        config = load_config(self.source, self.loading)
         check_has_task(self.source, config, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
         return super().tokenizer
 

@@ -298,7 +298,7 @@ class TrainerRun:
     def _has_state_of(self, step: int) -> bool:
         return self._loaded is not None and self._loaded.get("step") == step
 
-    def _stored_state(self, member: "Participant", step: int) -> Mapping[str, Any]:
+    def _stored_state(self, member: "Participant", step: int) -> dict[str, Any]:
         stored = self._loaded or {}
         allocators = stored.get("allocators", {})
         if "tracked" in stored:
@@ -311,7 +311,7 @@ class TrainerRun:
                 f"on; allocators in the checkpoint: {there}. Resume with the callbacks of the run "
                 f"that saved it, or start a new run."
             )
-        state: Mapping[str, Any] = allocators[member.label]
+        state: dict[str, Any] = allocators[member.label]
         return state
 
     # ---- the end
