@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
+from adaptrank._errors import UserError
 from adaptrank.modules import Adapter, CausalLM
 from adaptrank.modules.label_counts import LabelSpread
 from adaptrank.parameterizations import AttentionScale, LoRA, Prefix, wrappers
@@ -385,10 +386,10 @@ def test_packed_rows_of_a_mixture_of_experts():
 def test_a_regression_has_one_label_for_each_row():
     module = TinyClassifier("none", [Adapter([partial(LoRA, rank=2)])], num_labels=1)
     module.configure_model()
-    output = torch.zeros(4)
-    with pytest.raises(ValueError, match="one label for each row"):
-        module._loss(output, torch.zeros(4, 1), torch.tensor(4))
-    assert module._loss(output, torch.ones(4), torch.tensor(4)) == 1
+    output, count = torch.zeros(4), torch.tensor(4)
+    with pytest.raises(UserError, match="one label for each row"):
+        module.problem.loss(output, torch.zeros(4, 1), count, None)
+    assert module.problem.loss(output, torch.ones(4), count, None) == 1
 
 
 def test_the_variance_of_large_labels():

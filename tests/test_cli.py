@@ -807,8 +807,16 @@ def test_methods_lists_the_registries(cli):
         kind: [each for each in computed[kind] if each["module"].startswith("adaptrank.")]
         for kind in ("parameterizations", "allocators")
     }
-    names = {each["name"] for each in shipped["allocators"]}
-    shipped["pairs"] = {name: computed["pairs"][name] for name in sorted(names)}
+    # Other tests define methods and allocators of their own.
+    methods_here = {each["name"] for each in shipped["parameterizations"]}
+    shipped["pairs"] = {
+        allocator["name"]: {
+            nest: fit
+            for nest, fit in computed["pairs"][allocator["name"]].items()
+            if methods_here.issuperset(nest.split(" + "))
+        }
+        for allocator in shipped["allocators"]
+    }
     assert shipped == methods.read_table(), (
         "run: python -m adaptrank methods --recompute --json > adaptrank/cli/methods_table.json"
     )
@@ -899,7 +907,7 @@ def test_every_verb_has_help(verb, cli):
     assert code == 0
     assert out.startswith(f"usage: python -m adaptrank {verb}")
     assert err == ""
-    assert 5 < len(out.splitlines()) < 120
+    assert 5 < len(out.splitlines()) < 140
     assert max(map(len, out.splitlines())) <= 120
 
 

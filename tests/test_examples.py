@@ -72,6 +72,6 @@ def test_a_notebook_runs_and_shows_text_and_pictures(path, tmp_path):
     ).execute()
     texts = ["".join(str(output) for output in cell.outputs) for cell in codes]
     assert "trainable 4,096 of 24,224" in texts[1]
-    assert "30/" in texts[2]
+    assert "Epoch" in texts[2]
     assert "units 56 -> 56 on 14 axes" in texts[3]
     assert "data:image/png;base64" in texts[3]

@@ -130,7 +130,7 @@ def _simulate(model: nn.Module, loss: Callable[[], Tensor], fused_attention: boo
     counter = _Counter([*model.parameters(), *model.buffers()])
     try:
         with counter, attention:
-            loss().backward()
+            loss().backward()  # type: ignore[no-untyped-call]
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -138,7 +138,7 @@ def _simulate(model: nn.Module, loss: Callable[[], Tensor], fused_attention: boo
     return SimulatedStep(counter.peak, counter.flops + attended)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that operations make, while they live, and operations.
 
     Args:
@@ -146,7 +146,7 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self.flops = 0
@@ -215,7 +215,7 @@ class _FusedAttention:
         forward = 2 * pairs * (query.shape[-1] + value.shape[-1])
         backward = forward + 2 * pairs * (2 * query.shape[-1] + value.shape[-1])
         self.flops += forward + (backward if query.requires_grad else 0)
-        output: Tensor = _Attention.apply(query, key, value)
+        output: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -230,6 +230,6 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -16,7 +16,7 @@ from adaptrank.allocation import Participant
 from adaptrank.artifacts import planning
 from adaptrank.artifacts.simulation import SimulatedStep, simulate_step
 from adaptrank.axes import rank_axes
-from adaptrank.cli.planning import MOST_ROWS, Planned
+from adaptrank.cli.preparation import MOST_ROWS, Planned
 from adaptrank.data import TaskData
 from adaptrank.injection import by_layer
 from adaptrank.modules import AdaptedModule

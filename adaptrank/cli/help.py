@@ -70,13 +70,14 @@ def usage(verb: str) -> str:
 
 
 def _model_rows() -> list[Row]:
+    """Return the arguments of all tasks, and each task with the names of its own arguments."""
     rows = _argument_rows("modules", "AdaptedModule", "model.")
-    shown: dict[tuple[Row, ...], str] = {}
+    shared = {argument for argument, _ in _parameters_of("modules", "AdaptedModule")}
     for node in _concrete("modules", "AdaptedModule"):
-        own = tuple(_argument_rows("modules", node.name, "  "))
-        same = shown.setdefault(own, node.name)
         rows.append((f"model: {node.name}", _summary(node)))
-        rows += own if same == node.name else [("  the arguments of", same)]
+        own = [name for name, _ in _parameters_of("modules", node.name) if name not in shared]
+        if own:
+            rows.append(("  adds", ", ".join(own)))
     return rows
 
 
@@ -94,7 +95,14 @@ def _allocator_rows() -> list[Row]:
 
 
 def _data_rows() -> list[Row]:
-    rows = [(node.name, _summary(node)) for node in _concrete("data", "TaskData")]
+    """Return the classes that read files, the names of the others, and what all of them take."""
+    rows, made_here = [], []
+    for node in _concrete("data", "TaskData"):
+        if "sources" in dict(_parameters_of("data", node.name)):
+            rows.append((node.name, _summary(node)))
+        else:
+            made_here.append(node.name)
+    rows.append(("without files", ", ".join(made_here)))
     return rows + _argument_rows("data", "TaskData", "data.")
 
 
@@ -212,11 +220,15 @@ def _argument_rows(room: str, name: str, prefix: str) -> list[Row]:
     documented: dict[str, str] = {}
     for node in reversed(lineage):
         documented |= _documented(ast.get_docstring(node) or "")
-    parameters = next((found for node in lineage if (found := _parameters(node))), [])
     return [
         (f"{prefix}{argument}{_default(value)}", documented.get(argument, ""))
-        for argument, value in parameters
+        for argument, value in _parameters_of(room, name)
     ]
+
+
+def _parameters_of(room: str, name: str) -> list[tuple[str, ast.expr | None]]:
+    """Return (name, default) of the parameters of a class, or of its nearest ancestor with any."""
+    return next((found for node in _lineage(room, name) if (found := _parameters(node))), [])
 
 
 def _summary(node: ast.ClassDef) -> str:

@@ -90,7 +90,7 @@ def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
 def row_label(row: Row) -> str:
     """Return the method, its allocator if it has one, and its values of the grid."""
     allocator = [] if row["allocator"] == "none" else [row["allocator"]]
-    return ", ".join([row["method"], *allocator, *grid_texts(row["grid"])])
+    return ", ".join([row["method"], *allocator, *grid_texts(row.get("grid") or {})])
 
 
 def grid_texts(grid: Mapping[str, Any]) -> list[str]:

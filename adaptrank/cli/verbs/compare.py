@@ -227,7 +227,7 @@ def _count(config: Mapping[str, Any]) -> int:
     """Return the parameters of a configuration's adapters, as `plan` counts them."""
     import yaml
 
-    from adaptrank.cli.planning import count_adapters
+    from adaptrank.cli.preparation import count_adapters
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"

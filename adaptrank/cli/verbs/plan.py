@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
     keys = prepare("fit", options.keys)
     from adaptrank.cli.forecast import forecast
-    from adaptrank.cli.planning import build
+    from adaptrank.cli.preparation import build
 
     data = forecast(build(keys), options.tokens)
     if options.measure is not None:
