@@ -14,11 +14,11 @@ from torch import nn
 from adaptrank import adapt, compose, load_adapter, merge, save_adapter
 from adaptrank.artifacts import read_adapter
 from adaptrank.artifacts.planning import at_the_end
-from adaptrank.artifacts.summary import parameter_table
 from adaptrank.axes import generator, rank_axes
 from adaptrank.composition import Compression, spectra
 from adaptrank.composition.changes import Product, shared_ranks
 from adaptrank.composition.operators import OPERATORS
+from adaptrank.injection import parameter_table
 from adaptrank.modules.optim import parameter_groups
 from adaptrank.parameterizations import SVD, DoRA, LoRA
 from adaptrank.reports.history import read_history

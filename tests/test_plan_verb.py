@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from loading_runs import causal
 from test_configs import CONFIGS, short
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 from adaptrank.artifacts import simulation
-from adaptrank.cli import main
+from adaptrank.cli import main, preparation
+from adaptrank.data import CausalLMData
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import LoRA
 
@@ -202,6 +205,112 @@ def test_one_device_of_two_is_planned_without_starting_another_process(files, ca
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     data = planned(file, capsys, *options)
     assert data["time"]["devices"] == 2
+
+
+# ---- rows that give several examples, or share a row
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_count_the_examples_that_a_text_is_cut_into(
+    packing, files, tmp_path, capsys, monkeypatch
+):
+    """Only some rows are read, and the others are taken to be like them."""
+    texts = tmp_path / "texts.jsonl"
+    line = json.dumps({"text": "12 + 7 = 19. 30 + 4 = 34. 5 + 6 = 11. 8 + 90 = 98."})
+    texts.write_text(f"{line}\n" * 24)
+    arguments = {"sources": str(texts), "packing": packing, "max_length": 16, "batch_size": 4}
+    file = files("lora_llama")
+    config = yaml.safe_load(file.read_text())
+    config["data"] = {"class_path": "CausalLMData", "init_args": arguments}
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1}
+    file.write_text(yaml.safe_dump(config))
+    whole = planned(file, capsys)
+    monkeypatch.setattr(preparation, "MOST_ROWS", 6)
+    assert planned(file, capsys)["steps"] == whole["steps"]
+    data = CausalLMData(**arguments)
+    data.tokenizer = AutoTokenizer.from_pretrained(config["model"]["init_args"]["backbone"])
+    data.setup("fit")
+    rows, _ = data.batched("train")
+    assert len(data.examples("train")) > 2 * 24
+    assert whole["steps"] == -(-len(rows) // 4)
+    assert whole["batch"] == {
+        "rows": 4,
+        "tokens": max(len(row["input_ids"]) for row in rows),
+        "from": "the longest among the first 1,024 rows of the data",
+    }
+
+
+def test_packing_that_a_model_cannot_keep_apart_is_refused(files, tmp_path, capsys):
+    from transformers import BloomConfig
+
+    file = files("lora_llama")
+    config = yaml.safe_load(file.read_text())
+    arguments = config["model"]["init_args"]
+    folder = tmp_path / "bloom"
+    AutoTokenizer.from_pretrained(arguments["backbone"]).save_pretrained(folder)
+    BloomConfig(vocab_size=400, hidden_size=16, n_layer=1, n_head=2).save_pretrained(folder)
+    arguments["backbone"] = str(folder)
+    config["data"]["init_args"]["packing"] = True
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(file)])
+    assert "Leave out data.packing" in " ".join(capsys.readouterr().err.split())
+
+
+# ---- how the backbone is loaded
+
+
+def test_quantized_weights_take_what_they_take_when_they_are_loaded(files, capsys):
+    pytest.importorskip("bitsandbytes")
+    file = files("lora_llama")
+    backbone = yaml.safe_load(file.read_text())["model"]["init_args"]["backbone"]
+    plain = planned(file, capsys)
+    data = planned(file, capsys, "--model.quantize", "llm-int8")
+    model = causal(backbone, quantize="llm-int8")
+    model.configure_model()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert data["bytes"]["frozen"] == sum(p.numel() * p.element_size() for p in frozen)
+    assert data["frozen_parameters"] == plain["frozen_parameters"]
+    assert data["bytes"]["file"] == plain["bytes"]["file"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--model.quantize", "llm-int8", "--model.train_modules", "[q_proj]"],
+            "cannot train whole",
+        ),
+        (["--model.device_map", "auto"], "Leave device_map out"),
+        (
+            ["--model.device_map", "auto", "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+            "DDPStrategy moves it",
+        ),
+    ],
+)
+def test_options_of_loading_that_fit_refuses(options, sentence, files, capsys):
+    pytest.importorskip("bitsandbytes")
+    file = files("lora_llama")
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--config", str(file), *options])
+    assert left.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_peak_is_that_of_the_configured_checkpointing(files, capsys):
+    file = files("lora_llama")
+    whole = planned(file, capsys, "--model.gradient_checkpointing", "true")
+    some = planned(file, capsys, "--model.gradient_checkpointing", "{every_n_layers: 2}")
+    off = planned(file, capsys)
+    assert [data["checkpointing"] for data in (whole, some, off)] == [True, True, False]
+    kept = [data["activations"]["with_checkpointing"] for data in (whole, some)]
+    assert kept[0] < kept[1] < off["activations"]["without_checkpointing"]
+    for data, activations in ((whole, kept[0]), (some, kept[1])):
+        assert data["activations"]["without_checkpointing"] > activations
+        assert off["bytes"]["peak"] - data["bytes"]["peak"] == (
+            off["activations"]["without_checkpointing"] - activations
+        )
+        assert data["time"]["flops_per_step"] > off["time"]["flops_per_step"]
 
 
 # ---- activations

@@ -24,7 +24,7 @@ from adaptrank.artifacts.best_checkpoint import (
     ranking_callback,
     restart_ranking,
 )
-from adaptrank.artifacts.summary import base_of, parameter_table, render, summarize
+from adaptrank.artifacts.summary import base_of, render, summarize
 from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import adapted_part, wrapped_layers
 
@@ -36,7 +36,6 @@ __all__ = [
     "base_of",
     "discard_unbegun",
     "new_run_folder",
-    "parameter_table",
     "render",
     "summarize",
     "write_json",

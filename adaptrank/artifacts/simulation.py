@@ -112,7 +112,11 @@ def equal_blocks(model: nn.Module) -> Blocks | None:
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
     """Return the kinds of a block's modules, and its parameters, as a value to compare."""
-    kinds = tuple((name, type(module)) for name, module in block.named_modules())
+    # Of blocks in a row, gradient checkpointing may recompute only some.
+    kinds = tuple(
+        (name, type(module), bool(getattr(module, "gradient_checkpointing", False)))
+        for name, module in block.named_modules()
+    )
     parameters = tuple(
         (name, parameter.shape, parameter.dtype, parameter.requires_grad)
         for name, parameter in block.named_parameters()

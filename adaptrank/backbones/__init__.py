@@ -7,6 +7,7 @@ from adaptrank.backbones.fingerprints import fingerprint
 from adaptrank.backbones.kept_layers import layers_to_keep
 from adaptrank.backbones.load import (
     NO_PILLOW,
+    check_unquantized,
     load_config,
     load_image_processor,
     load_model,
@@ -43,6 +44,7 @@ __all__ = [
     "before_end",
     "chat_template_of",
     "check_quantization",
+    "check_unquantized",
     "digit_images",
     "embedding_paths",
     "embedding_rows",

@@ -148,6 +148,21 @@ def _layers_to_keep(
         UserError: if the model is quantized already, or no layer is left to quantize.
     """
     assert options.quantization is not None
+    check_unquantized(source, config)
+    model = model_on_meta(source, auto_class, config, options)
+    heads, trained = ([], []) if kept is None else kept(model)
+    return layers_to_keep(model, options.quantization, heads, trained)
+
+
+def check_unquantized(source: Source, config: Any) -> None:
+    """Refuse to quantize a model that is quantized already.
+
+    Args:
+        source: where the model comes from, for the error.
+        config: its configuration.
+    Raises:
+        UserError: naming the method by which it is quantized.
+    """
     present = getattr(config, "quantization_config", None)
     if present is not None:
         method = present.get("quant_method") if isinstance(present, dict) else None
@@ -156,9 +171,6 @@ def _layers_to_keep(
             f"{source.name} is quantized already{by}: leave model.quantize out, or name its "
             f"unquantized form."
         )
-    model = model_on_meta(source, auto_class, config, options)
-    heads, trained = ([], []) if kept is None else kept(model)
-    return layers_to_keep(model, options.quantization, heads, trained)
 
 
 def _quantizing(

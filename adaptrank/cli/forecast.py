@@ -56,7 +56,7 @@ def forecast(cli: Planned, tokens: int | None = None) -> dict[str, Any]:
 
     def look(trainer: Trainer, module: AdaptedModule) -> None:
         steps = _steps(cli, trainer)
-        data.update(_model_facts(module))
+        data.update(_model_facts(module, cli.unloaded.saved))
         data.update(_budget_facts(cli, module, steps, data))
         data.update(_memory_facts(cli, trainer, module, tokens))
         data["steps"] = steps
@@ -81,7 +81,13 @@ def _steps(cli: Planned, trainer: Trainer) -> int | None:
     return -(-int(total) // processes)
 
 
-def _model_facts(module: AdaptedModule) -> dict[str, Any]:
+def _model_facts(module: AdaptedModule, saved: int) -> dict[str, Any]:
+    """Return the parameters of a model, and the bytes of what a run keeps.
+
+    Args:
+        module: with its model.
+        saved: bytes by which a quantization makes the frozen weights smaller.
+    """
     model = module.model
     states = planning.states_of(module.optimizer)
     size = planning.footprint(model, states)
@@ -94,13 +100,15 @@ def _model_facts(module: AdaptedModule) -> dict[str, Any]:
     if whole:
         kinds["trained whole"] = whole
     parts = ("frozen", "parameters", "gradients", "optimizer", "file")
+    sizes: dict[str, int] = {name: getattr(size, name) for name in parts}
+    sizes["frozen"] -= saved
     return {
         "backbone": module.source.describe(),
         "layers": layers,
         "kinds": kinds,
         "trainable": size.trainable,
         "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "bytes": {name: getattr(size, name) for name in parts},
+        "bytes": sizes,
         "optimizer_states": states,
         "units_at_start": sum(len(axis) for axis in rank_axes(model).values()),
     }
@@ -162,8 +170,8 @@ def _memory_facts(
         activations[name] = step.activations
         simulated[recomputes] = step
     facts["activations"] = activations
-    facts["checkpointing"] = module.gradient_checkpointing
-    used = simulated.get(module.gradient_checkpointing)
+    facts["checkpointing"] = module.gradient_checkpointing is not None
+    used = simulated.get(facts["checkpointing"])
     facts["flops"] = None if used is None else used.flops
     return facts
 
@@ -182,17 +190,18 @@ def _origin(data: Any) -> str:
 def _largest_batch(data: Any, trainer: Trainer, tokens: int | None) -> Any:
     """Return a training batch on the host, of the longest rows where their lengths are known."""
     if not isinstance(data, TaskData):
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if loader is None:
             trainer.fit_loop.setup_data()
             loader = trainer.train_dataloader
-        return next(iter(loader))  # type: ignore[call-overload]
-    examples = data.examples("train")
+        return next(iter(loader))
+    # Packed rows hold several examples each.
+    examples, collate = data.batched("train")
     some = [examples[position] for position in range(min(len(examples), MOST_ROWS))]
     longest = sorted(some, key=_length)[-data.batch_size :]
     if tokens is not None:
         longest = [_stretched(example, tokens) for example in longest]
-    return data.collate("train")(longest)
+    return collate(longest)
 
 
 def _length(example: Mapping[str, Any]) -> int:
@@ -228,7 +237,9 @@ def _simulate(
 ) -> SimulatedStep:
     """Simulate a training step on a batch, with or without gradient checkpointing."""
     backbone = module.model
-    _set_checkpointing(backbone, recomputes)
+    # Inputs of blocks that are kept on the host count as if they were kept beside the model.
+    options = module.gradient_checkpointing or {}
+    _set_checkpointing(backbone, recomputes, options.get("every_n_layers", 1))
     # The batch is known on the host, and its tensors are on the meta device, as if it had moved.
     moved = {
         key: value.to("meta") if isinstance(value, Tensor) else value
@@ -239,7 +250,7 @@ def _simulate(
 
     def loss() -> Tensor:
         with trainer.precision_plugin.train_step_context():
-            output = module.training_step(moved, 0)
+            output: Any = module.training_step(moved, 0)
         result: Tensor = output["loss"] if isinstance(output, Mapping) else output
         return result
 
@@ -249,14 +260,22 @@ def _simulate(
         return simulate_step(module, loss, fused_attention=attention != "eager")
 
 
-def _set_checkpointing(backbone: Any, recomputes: bool) -> None:
-    """Switch gradient checkpointing on or off, by the name that transformers has for it."""
+def _set_checkpointing(backbone: Any, recomputes: bool, every: int) -> None:
+    """Switch gradient checkpointing on or off, by the name that transformers has for it.
+
+    Args:
+        backbone: a model of transformers.
+        recomputes: whether to switch it on.
+        every: number of blocks of which one is recomputed.
+    """
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if not recomputes and hasattr(backbone, f"{name}_disable"):
             getattr(backbone, f"{name}_disable")()
             return
         if recomputes and hasattr(backbone, f"{name}_enable"):
-            arguments = {f"{name}_kwargs": {"use_reentrant": False}}
+            arguments: dict[str, Any] = {f"{name}_kwargs": {"use_reentrant": False}}
+            if every > 1:
+                arguments["every_n_layers"] = every
             getattr(backbone, f"{name}_enable")(**arguments)
             return
 
@@ -332,9 +351,10 @@ def _mean_share(data: Any, batch: Mapping[str, Any]) -> float:
     """Return the tokens of a row on average, over those of a row of the largest batch."""
     if not isinstance(data, TaskData) or not batch["tokens"]:
         return 1.0
-    examples = data.examples("train")
+    examples, _ = data.batched("train")
     lengths = [_length(examples[position]) for position in range(min(len(examples), MOST_ROWS))]
-    return min(1.0, sum(lengths) / len(lengths) / batch["tokens"])
+    longest: int = batch["tokens"]
+    return min(1.0, sum(lengths) / len(lengths) / longest)
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> float:

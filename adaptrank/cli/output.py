@@ -182,7 +182,7 @@ def prompt_options(data: object, folder: Path | None = None) -> str:
     prompts = validation_prompts(data)
     fitting = [text for text in prompts if len(text) <= LONGEST_PROMPT and "\\n" not in text]
     example: str | None = getattr(data, "example_prompt", None)
-    prompt = fitting[0] if fitting else (prompts or [example])[0]
+    prompt = next(iter([*fitting, *prompts]), example)
     template: str | None = getattr(data, "prompt_template", None)
     describe: Callable[[], dict[str, Any]] = getattr(data, "conventions", dict)
     chat = " --chat" if describe().get("chat") else ""

@@ -6,7 +6,7 @@ the same sentence.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ from adaptrank.cli.quiet import quiet
 from adaptrank.cli.train import AdaptrankCLI
 from adaptrank.data import TaskData
 from adaptrank.injection import by_layer
-from adaptrank.modules import AdaptedModule
+from adaptrank.layers import LINEAR
+from adaptrank.modules import AdaptedModule, check_devices
 from adaptrank.training.distributed import check_launcher, keep_apart
 
 MOST_ROWS = 1024
@@ -35,6 +36,8 @@ class Planned(AdaptrankCLI):
 
     probe: Trainer
     """Trainer of one process that prepares the run, in place of one that starts others."""
+    unloaded: "Unloaded"
+    """The model without weights, once the run is prepared."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer as `fit` does, without the files of a run."""
@@ -69,8 +72,8 @@ class Planned(AdaptrankCLI):
             UserError: if `fit` would refuse the configuration.
         """
         self._check_schedules()
-        self._check_strategy()
         module = check_module(self.model)
+        self._check_strategy(module)
         # What a validation can log, as far as the task says.
         self.metric_names.check(module, self._configured_callbacks(), module.metrics_shown)
         # Compiled blocks would be compiled for tensors without numbers.
@@ -82,19 +85,21 @@ class Planned(AdaptrankCLI):
         self.probe.strategy.model_to_device = _noop  # type: ignore[method-assign]
         self.probe.strategy.teardown = _noop  # type: ignore[method-assign]
         try:
-            with without_weights(), without_schedule(), few_rows(self.datamodule):
+            with without_weights() as unloaded, without_schedule(), few_rows(self.datamodule):
+                self.unloaded = unloaded
                 self.probe.fit(module, datamodule=self.datamodule)
         except _Ready:
             return
         raise AssertionError("the run was not stopped before its first step")
 
-    def _check_strategy(self) -> None:
-        """Refuse a strategy beside which no allocator moves ranks.
+    def _check_strategy(self, module: AdaptedModule) -> None:
+        """Refuse a strategy that the model does not go with, or beside which no ranks move.
 
         The trainer of one process has another strategy, which says nothing about it.
         """
         if self.probe is self.trainer:
             return
+        check_devices(module.loading, self.trainer, fits=True)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Participant) for callback in callbacks):
             keep_apart(self.trainer)
@@ -180,37 +185,68 @@ class _Counted(Planned):
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
+def without_weights() -> Iterator["Unloaded"]:
     """Within the block, let modules load models on the meta device, from configurations alone."""
+    unloaded = Unloaded()
     load_model = backbones.load_model
-    backbones.load_model = _model_on_meta
+    backbones.load_model = unloaded.load_model
     try:
-        yield
+        yield unloaded
     finally:
         backbones.load_model = load_model
 
 
-def _model_on_meta(
-    source: backbones.Source,
-    auto_class: Any,
-    dtype: torch.dtype,
-    options: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """Build the model of a configuration without memory for its weights.
+class Unloaded:
+    """Models without memory for their weights.
 
-    The arguments are those of `backbones.load_model`.
+    Attributes:
+        saved: bytes by which quantized weights are smaller than weights of the frozen dtype.
     """
-    from transformers import AutoConfig
 
-    labels = {"num_labels": kwargs["num_labels"]} if kwargs.get("num_labels") else {}
-    trusts = bool(getattr(options, "trust_remote_code", False))
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusts, **labels)
-    attention = getattr(options, "attention", None)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trusts, **chosen)
-    return model.to(dtype)
+    def __init__(self) -> None:
+        self.saved = 0
+
+    def load_model(
+        self,
+        source: backbones.Source,
+        auto_class: Any,
+        dtype: torch.dtype,
+        options: backbones.LoadingOptions | None = None,
+        kept: Callable[[Any], tuple[Collection[str], Collection[str]]] | None = None,
+        device: torch.device | None = None,
+        fresh_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Build a model from its configuration.
+
+        The arguments are those of `backbones.load_model`. A quantization is counted in `saved`, and
+        the weights have the frozen dtype.
+
+        Raises:
+            UserError: if a quantization does not go with the model.
+        """
+        kwargs.pop("ignore_mismatched_sizes", None)
+        config = backbones.load_config(source, options, **kwargs)
+        model = backbones.model_on_meta(source, auto_class, config, options).to(dtype)
+        if options is not None and options.quantization is not None:
+            backbones.check_unquantized(source, config)
+            heads, trained = ((), ()) if kept is None else kept(model)
+            skipped = backbones.layers_to_keep(model, options.quantization, heads, trained)
+            self.saved += _saved_bytes(model, options.quantization, skipped)
+        return model
+
+
+def _saved_bytes(
+    model: torch.nn.Module, quantization: backbones.Quantization, skipped: Collection[str]
+) -> int:
+    """Return how much smaller the weights of a model are once its layers are quantized."""
+    saved = 0.0
+    for path, module in model.named_modules():
+        is_kept = path in skipped or not isinstance(module, LINEAR)
+        if not is_kept and quantization.is_quantizable(module):
+            weight: torch.Tensor = module.weight
+            saved += weight.numel() * (weight.element_size() - quantization.bytes_per_weight)
+    return round(saved)
 
 
 @contextmanager
@@ -242,7 +278,8 @@ def without_schedule() -> Iterator[None]:
 def few_rows(data: Any) -> Iterator[None]:
     """Within the block, tokenize no more than the first rows of a split.
 
-    Further rows are taken to be like these, so that the number of steps is right.
+    Further rows are taken to be like these, so that the number of steps is right. A row may give
+    several examples, or none.
     """
     if not isinstance(data, TaskData):
         yield
@@ -250,8 +287,12 @@ def few_rows(data: Any) -> Iterator[None]:
     encode = data.encode
 
     def encode_first(rows: list[Any], split: Any) -> list[Any]:
-        encoded = encode(rows[:MOST_ROWS], split)
-        return list(itertools.islice(itertools.cycle(encoded), len(rows)))
+        first = rows[:MOST_ROWS]
+        encoded = encode(first, split)
+        if len(first) == len(rows):
+            return encoded
+        count = round(len(encoded) * len(rows) / len(first))
+        return list(itertools.islice(itertools.cycle(encoded), count))
 
     data.encode = encode_first  # type: ignore[method-assign]
     try:

@@ -115,7 +115,7 @@ class TokenClassificationData(TokenTask):
         """
         indices = None if declared is None else self._index.of_column(declared)
         for k, row in enumerate(rows):
-            tags = []
+            tags: list[int] = []
             for word, tag in zip(row["tokens"], row["tags"], strict=True):
                 where = f"Row {k} of {source.path!r}, word {len(tags)} ({word!r})"
                 known = tag != NO_TAG

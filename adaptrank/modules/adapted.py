@@ -18,40 +18,19 @@ from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank._options import check_maker
 from adaptrank.allocation.schedules import steps
-from adaptrank.artifacts import (
-    TENSORS,
-    load_adapter,
-    locate_tensors,
-    read_adapter,
-    trained_modules,
-    use_chat_template,
-)
-from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
+from adaptrank.artifacts import TENSORS, locate_tensors, trained_modules, use_chat_template
 from adaptrank.axes import fit_ranks
 from adaptrank.checkpoints import (
     RECORD,
     STEPS_OF_SCHEDULE,
     compare_model,
-    ensure_recorder,
     identify_base,
     make_record,
     model_differences,
 )
-from adaptrank.injection import (
-    adapt,
-    apply_rank_pattern,
-    as_makers,
-    describe,
-    find_modules,
-    row_modules,
-)
+from adaptrank.injection import as_makers, describe
 from adaptrank.modules.agreement import agree, trained_conventions
-from adaptrank.modules.averaging import (
-    average_trained_only,
-    averaged_models,
-    fill_frozen,
-    filter_weights,
-)
+from adaptrank.modules.averaging import averaged_models, fill_frozen, filter_weights
 from adaptrank.modules.backbone_loading import (
     add_tokens,
     check_devices,
@@ -67,26 +46,21 @@ from adaptrank.modules.gradient_checkpointing import (
     enable_checkpointing,
     read_checkpointing,
 )
-from adaptrank.modules.half_precision import dtype_of, train_in_float32
-from adaptrank.modules.host_batch import HostBatch, unwatch_transfers, watch_transfers
+from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
 from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
-from adaptrank.modules.option_checks import (
-    check_clipping,
-    check_optimizer_options,
-    check_options,
-)
-from adaptrank.modules.settings import Adapter, read_compile_options, read_rank_pattern
+from adaptrank.modules.option_checks import check_optimizer_options, check_options
+from adaptrank.modules.settings import Adapter, read_compile_options
+from adaptrank.modules.trainable_parts import make_trainable
 from adaptrank.modules.trained_state import (
     check_same_keys,
     random_state,
     select_trained,
     set_random_state,
 )
-from adaptrank.training.adapter_gradients import ensure_gradients
+from adaptrank.modules.trainer_setup import prepare_trainer
 from adaptrank.training.compiled_blocks import compile_blocks
-from adaptrank.training.distributed import check_launcher, repeated_blocks, shard_frozen
-from adaptrank.training.finite import check_finite, ensure_finite
-from adaptrank.training.peers import ensure_peer_watch
+from adaptrank.training.distributed import repeated_blocks, shard_frozen
+from adaptrank.training.finite import check_finite
 from adaptrank.training.step_mean import StepMean
 
 log = logging.getLogger("adaptrank")
@@ -279,8 +253,7 @@ class AdaptedModule(LightningModule):
         backbone = self.load_backbone()
         add_tokens(self, backbone)
         backbone.config.use_cache = False
-        trained_whole = self._prepare_trained_modules(backbone)
-        self._inject_adapters(backbone, trained_whole)
+        make_trainable(self, backbone)
         if self.gradient_checkpointing is not None:
             enable_checkpointing(backbone, self.gradient_checkpointing)
         # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
@@ -295,42 +268,6 @@ class AdaptedModule(LightningModule):
         if isinstance(strategy, ModelParallelStrategy):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
         agree(self)
-
-    def _prepare_trained_modules(self, backbone: nn.Module) -> list[str]:
-        """Hold the modules that train whole in float32, and return their paths."""
-        heads = self.heads(backbone)
-        resized = backbones.embedding_paths(backbone) if self.trains_embeddings else []
-        rows = row_modules(backbone)
-        trained = find_modules(backbone, [*heads, *self.train_modules, *resized, *rows])
-        if self.adapter is not None:
-            for name in read_adapter(self.adapter)["trained_modules"]:
-                path = name.rpartition(".")[0]
-                trained[path] = backbone.get_submodule(path)
-        # Tied modules share a tensor, which the first of them casts.
-        dtypes = {path: dtype_of(module) for path, module in trained.items()}
-        for path, module in trained.items():
-            train_in_float32(module, dtypes[path], cast_back=path not in heads)
-        return list(trained)
-
-    def _inject_adapters(self, backbone: nn.Module, trained_whole: list[str]) -> None:
-        """Wrap layers with new adapters, load the saved one, and set the ranks to start from."""
-        for entry in self.adapters:
-            adapt(
-                backbone,
-                entry.targets,
-                entry.parameterization,
-                exclude=entry.exclude or (),
-                name=entry.name,
-                train_modules=trained_whole,
-                split_fused=entry.split_fused,
-                seed=self.seed,
-            )
-        if self.adapter is not None:
-            load_adapter(backbone, self.adapter)
-        for path in row_modules(backbone):
-            backbone.get_submodule(path).requires_grad_(True)
-        if self.rank_pattern:
-            apply_rank_pattern(backbone, read_rank_pattern(self.rank_pattern), self.seed)
 
     def describe_base(self) -> dict[str, Any]:
         """Return the description of the base for an adapter's file."""
@@ -420,26 +357,9 @@ class AdaptedModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        check_clipping(self.trainer)
         self.step_mean.reset()
         self._warned_unsupervised.clear()
-        check_launcher(self.trainer)
-        if stage == "fit":
-            ensure_finite(self.trainer)
-            ensure_peer_watch(self.trainer)
-            ensure_checkpoint_files(self.trainer)
-        ensure_gradients(self.trainer)
-        ensure_recorder(self.trainer)
-        if stage == "fit":
-            average_trained_only(self.trainer, self)
-            watch_transfers(self.trainer, self.host_batch)
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            log.warning(
-                "precision=%s trains the adapters in half precision, where small steps vanish. "
-                "Use precision=32-true and model.dtype=bf16: the frozen weights stay in half "
-                "precision.",
-                self.trainer.precision,
-            )
+        prepare_trainer(self.trainer, self, stage)
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)

@@ -60,11 +60,11 @@ def _only_applies_head(model: Any, body: nn.Module, head: Any, hidden: Tensor) -
         return False
 
 
-class _Computing(TorchDispatchMode):
+class _Computing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that compute something, and no views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(
@@ -77,7 +77,8 @@ class _Computing(TorchDispatchMode):
 
 def _operations(module: Any, *args: Any, **kwargs: Any) -> list[str]:
     """Return the operations of a call. Without values, they tell what a model does."""
-    with _Computing() as computing:
+    computing = _Computing()
+    with computing:
         module(*args, **kwargs)
     return computing.names
 

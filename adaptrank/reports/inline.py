@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from adaptrank._errors import UserError
 from adaptrank.reports.figures import draw_run
 from adaptrank.reports.history import History, history_of_events, read_history
-from adaptrank.reports.ranks import DESCRIPTIONS
 from adaptrank.reports.rendering import Picture, render
+from adaptrank.reports.run_words import DESCRIPTIONS
 
 
 class Started(Protocol):

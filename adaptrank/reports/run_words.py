@@ -77,7 +77,7 @@ def _moved(history: History) -> str:
 
 def _gains(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> list[str]:
     """Return what became of the metrics that are known before and after."""
-    gains = []
+    gains: list[str] = []
     for name, old in before.items():
         new = after.get(name)
         if old is None or new is None or len(gains) == MOST_METRICS:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from adaptrank.studies.design import Point, Setting, trial_point
 from adaptrank.studies.engines import Result
@@ -59,7 +59,9 @@ def _optuna_study(study: Study) -> Any:
             "A search over learning rates needs Optuna: pip install 'adaptrank[search]'."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = "maximize" if study.selection.get("mode", "min") == "max" else "minimize"
+    direction: Literal["minimize", "maximize"] = (
+        "maximize" if study.selection.get("mode", "min") == "max" else "minimize"
+    )
     sampler = optuna.samplers.TPESampler(seed=study.search.get("seed", 0))
     return optuna.create_study(sampler=sampler, direction=direction)
 

@@ -144,7 +144,7 @@ def map_size(grid: LayerGrid, cell_width: float, cell_height: float) -> tuple[fl
 
 def _luminance(image: "AxesImage", value: float) -> float:
     """Return how light the color of a value is, from 0 to 1 (Rec. 709)."""
-    red, green, blue, _ = image.cmap(image.norm(value))
+    red, green, blue, _ = image.cmap(image.norm(np.asarray(value)))
     return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
 
 

@@ -1,6 +1,6 @@
 """Pictures of a run: its ranks, its budget and its scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -214,7 +214,7 @@ def _add_color_bar(
         bar.ax.tick_params(labelsize=SMALL)
 
 
-def _label_layers(panels: "Sequence[Axes]") -> None:
+def _label_layers(panels: "Iterable[Axes]") -> None:
     for panel in panels:
         panel.set_ylabel("layer", fontsize=NORMAL)
 

@@ -1,0 +1,65 @@
+"""What trains in a backbone: adapters, modules that train whole, and rows of added tokens."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from adaptrank import backbones
+from adaptrank.artifacts import load_adapter, read_adapter
+from adaptrank.injection import adapt, apply_rank_pattern, find_modules, row_modules
+from adaptrank.modules.half_precision import dtype_of, train_in_float32
+from adaptrank.modules.settings import read_rank_pattern
+
+if TYPE_CHECKING:
+    from adaptrank.modules.adapted import AdaptedModule
+
+
+def make_trainable(module: "AdaptedModule", backbone: nn.Module) -> None:
+    """Freeze a backbone but for what a task trains in it.
+
+    Args:
+        module: the task.
+        backbone: its pretrained model, which gets the adapters.
+    """
+    trained_whole = _prepare_trained_modules(module, backbone)
+    _inject_adapters(module, backbone, trained_whole)
+
+
+def _prepare_trained_modules(module: "AdaptedModule", backbone: nn.Module) -> list[str]:
+    """Hold the modules that train whole in float32, and return their paths."""
+    heads = module.heads(backbone)
+    resized = backbones.embedding_paths(backbone) if module.trains_embeddings else []
+    rows = row_modules(backbone)
+    trained = find_modules(backbone, [*heads, *module.train_modules, *resized, *rows])
+    if module.adapter is not None:
+        for name in read_adapter(module.adapter)["trained_modules"]:
+            path = name.rpartition(".")[0]
+            trained[path] = backbone.get_submodule(path)
+    # Tied modules share a tensor, which the first of them casts.
+    dtypes = {path: dtype_of(part) for path, part in trained.items()}
+    for path, part in trained.items():
+        train_in_float32(part, dtypes[path], cast_back=path not in heads)
+    return list(trained)
+
+
+def _inject_adapters(
+    module: "AdaptedModule", backbone: nn.Module, trained_whole: list[str]
+) -> None:
+    """Wrap layers with new adapters, load the saved one, and set the ranks to start from."""
+    for entry in module.adapters:
+        adapt(
+            backbone,
+            entry.targets,
+            entry.parameterization,
+            exclude=entry.exclude or (),
+            name=entry.name,
+            train_modules=trained_whole,
+            split_fused=entry.split_fused,
+            seed=module.seed,
+        )
+    if module.adapter is not None:
+        load_adapter(backbone, module.adapter)
+    for path in row_modules(backbone):
+        backbone.get_submodule(path).requires_grad_(True)
+    if module.rank_pattern:
+        apply_rank_pattern(backbone, read_rank_pattern(module.rank_pattern), module.seed)
