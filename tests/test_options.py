@@ -15,15 +15,32 @@ from adaptrank._errors import UserError
 from adaptrank._options import Range, check_arguments, check_maker, check_number, numeric_options
 from adaptrank.allocation import ALLOCATORS
 from adaptrank.cli import main
-from adaptrank.modules import Adapter, CausalLM, SequenceClassification
+from adaptrank.modules import (
+    Adapter,
+    CausalLM,
+    ImageClassification,
+    MultipleChoice,
+    Seq2Seq,
+    SequenceClassification,
+    TokenClassification,
+)
 from adaptrank.parameterizations import LoRA
+
+TASKS = (
+    CausalLM,
+    ImageClassification,
+    MultipleChoice,
+    Seq2Seq,
+    SequenceClassification,
+    TokenClassification,
+)
 
 NEVER = (math.nan, math.inf, -math.inf, True, "8", [math.nan])
 """Values that no option takes."""
 
 MAY_BE_ZERO = {
     "dropout", "orth", "depth", "encoder", "seed", "warmup", "final", "until", "swaps", "whole",
-    "beta", "sparsity", "xi", "xi_end", "l1", "floor", "r_min",
+    "beta", "sparsity", "xi", "xi_end", "l1", "floor", "r_min", "thresholds",
 }  # fmt: skip
 NOT_ZERO = {("LoRAPrune", "sparsity")}
 MAY_BE_MINUS_ONE = {"seed", ("Kronecker", "factor"), ("LoKr", "factor")}
@@ -90,7 +107,7 @@ def test_numbers_of_allocators(cls):
     cls()
 
 
-@pytest.mark.parametrize("cls", [CausalLM, SequenceClassification], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", TASKS, ids=lambda cls: cls.__name__)
 def test_numbers_of_modules(cls):
     build = partial(cls, "there-is-no-such-backbone", [Adapter([LoRA])])
     options = {}
