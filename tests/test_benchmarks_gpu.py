@@ -32,6 +32,7 @@ def device(gpu):
 # ---- every part
 
 
+@pytest.mark.tables
 def test_tiny_shapes_go_through_every_part(gpu, tmp_path):
     gpu.main(["--tiny", "--minutes", "60", "--out", str(tmp_path)])
     now = json.loads((tmp_path / gpu.FILE).read_text())["now"]

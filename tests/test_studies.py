@@ -672,6 +672,7 @@ class Ordered(Counted):
             yield result
 
 
+@pytest.mark.tables
 def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
     """Run each point in a process of the cluster, all at once."""
     import ray
