@@ -15,8 +15,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(MAKE) --jobs=2 lint unit
 
+# One thread for each of the two processes, and for the commands that tests start.
 unit: $(VENV)/.installed-dev
-	$(RUN) pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -99,7 +99,8 @@ def test_cached_prefixes_change_nothing(make):
 
 
 def test_blocks_before_the_unit_are_not_computed():
-    run, calls = llama(layers=12), []
+    layers = 6
+    run, calls = llama(layers=layers), []
     for block in run.model.model.layers:
         block.mlp.register_forward_hook(lambda *_: calls.append(1))
     axes = rank_axes(run.model)
@@ -108,16 +109,19 @@ def test_blocks_before_the_unit_are_not_computed():
     saved = len(calls)
     calls.clear()
     exact(axes, run, cached=False)
-    assert len(calls) == 2 * 2 * 12 * (units + 1)
-    tried = sum(12 - upto for upto in range(1, 12))  # every prefix once, before it is trusted
+    assert len(calls) == 2 * 2 * layers * (units + 1)
+    tried = sum(layers - upto for upto in range(1, layers))  # every prefix once, before it is trusted
     assert (
         saved
         == 2
         * 2
-        * (sum(len(axis) * (12 - int(key.split(".")[2])) for key, axis in axes.items()) + 12)
+        * (
+            sum(len(axis) * (layers - int(key.split(".")[2])) for key, axis in axes.items())
+            + layers
+        )
         + tried
     )
-    assert saved < 0.58 * len(calls)
+    assert saved < len(calls) * (layers + 2) / (2 * layers), "about half: a mean over the blocks"
 
 
 def test_the_score_is_the_analytic_one_on_a_linear_model():

@@ -162,6 +162,7 @@ def settings_of_compiler():
     return dynamo_config.get_config_copy(), shapes_config.get_config_copy()
 
 
+@pytest.mark.tables
 def test_hooks_switches_and_rows_are_noticed_after_compiling():
     model, counter = two_blocks()
     ids = tokens(2, 8)
@@ -274,6 +275,7 @@ def assert_same_run(run, other):
 OPTIONS = {"backend": "aot_eager", "fullgraph": True}
 
 
+@pytest.mark.tables
 def test_a_compiled_run_equals_an_eager_one_which_resumes_it(tiny_llama, tmp_path):
     eager = fit(tiny_llama, tmp_path / "eager", False)
     compiled = fit(tiny_llama, tmp_path / "compiled", OPTIONS)

@@ -212,7 +212,7 @@ def test_random_scores_do_not():
         ("ElaLoRA (two pools), sensitivity", {}),
         pytest.param("ALoRA, ablation", {"batches": 1}, marks=pytest.mark.tables),
         pytest.param("SubLoRA (Fisher)", {"batches": 1}, marks=pytest.mark.tables),
-        ("SoRA, budget 18", {}),
+        pytest.param("SoRA, budget 18", {}, marks=pytest.mark.tables),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
