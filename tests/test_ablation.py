@@ -110,7 +110,9 @@ def test_blocks_before_the_unit_are_not_computed():
     calls.clear()
     exact(axes, run, cached=False)
     assert len(calls) == 2 * 2 * layers * (units + 1)
-    tried = sum(layers - upto for upto in range(1, layers))  # every prefix once, before it is trusted
+    tried = sum(
+        layers - upto for upto in range(1, layers)
+    )  # every prefix once, before it is trusted
     assert (
         saved
         == 2
