@@ -22,6 +22,7 @@ from adaptrank.modules.label_counts import LabelCounts, LabelShares, LabelSpread
 from adaptrank.modules.label_metrics import MetricEntry, MetricRequest, Scores, read_requests
 from adaptrank.modules.problems import Problem, SingleLabel
 from adaptrank.modules.standard_metrics import STANDARD_NAMES
+from adaptrank.modules.unlabelled_batches import UnlabelledBatches
 
 
 def fresh_heads(backbone: nn.Module) -> list[str]:
@@ -74,7 +75,7 @@ class LabelModule(AdaptedModule):
         self.labels_seen: LabelCounts | LabelShares | LabelSpread | None = None
         self.weights: Tensor | None
         self.register_buffer("weights", None, persistent=False)
-        self._unsupervised: Tensor | None = None
+        self._unlabelled = UnlabelledBatches()
 
     # ---- building
 
@@ -211,17 +212,13 @@ class LabelModule(AdaptedModule):
         output, labels = self.targets(self(batch), read_labels(batch))
         count = self.problem.count(labels, self.weights)
         loss = self.problem.loss(output, labels, count, self.weights)
-        is_unsupervised = count == 0
-        earlier = self._unsupervised
-        self._unsupervised = is_unsupervised if earlier is None else earlier | is_unsupervised
+        self._unlabelled.note(count)
         self.step_mean.note(count, {"train_loss": loss})
         return loss
 
     def on_train_epoch_end(self) -> None:
-        # The flag is read here and not in each step, which would wait for the device.
-        if self._unsupervised is not None and bool(self._unsupervised):
+        if self._unlabelled.take():
             self.warn_unsupervised("batch")
-        self._unsupervised = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output, labels = self.targets(self(batch), read_labels(batch))

@@ -1,6 +1,7 @@
 """Metrics that torchmetrics lacks: exact match of an answer, and multiple choice."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,10 @@ from torchmetrics import Metric
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+")
 
 
-class ExactMatch(Metric):
-    """Share of generated texts whose final answer is the gold one, in [0, 1].
+class ShareOfTexts(Metric):
+    """Share of generated texts that match the text that was wanted, in [0, 1].
 
-    The answer of a text is the part after its last "####", else the part after its last "=", else
-    the whole text. Two numbers match if they differ by less than 1e-3, and "$1,200" is 1200. Two
-    texts match if they differ in case, spaces and a final full stop only. If the gold answer is a
-    number and the text's answer is a sentence, the last number of the sentence is compared.
+    A subclass says in `matches` when a text is right.
     """
 
     higher_is_better = True
@@ -29,14 +27,31 @@ class ExactMatch(Metric):
         self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, texts: Sequence[str], answers: Sequence[str]) -> None:
-        """Compare generated texts with their gold answers, one answer per text."""
-        for text, answer in zip(texts, answers, strict=True):
-            self.correct += is_match(text, answer)
-        self.total += len(answers)
+    @abstractmethod
+    def matches(self, text: str, wanted: str) -> bool:
+        """Tell whether a generated text is right."""
+
+    def update(self, texts: Sequence[str], wanted: Sequence[str]) -> None:
+        """Compare generated texts with the wanted ones, one for each text."""
+        for text, right in zip(texts, wanted, strict=True):
+            self.correct += self.matches(text, right)
+        self.total += len(wanted)
 
     def compute(self) -> Tensor:
         return self.correct / self.total
+
+
+class ExactMatch(ShareOfTexts):
+    """Share of generated texts whose final answer is the gold one, in [0, 1].
+
+    The answer of a text is the part after its last "####", else the part after its last "=", else
+    the whole text. Two numbers match if they differ by less than 1e-3, and "$1,200" is 1200. Two
+    texts match if they differ in case, spaces and a final full stop only. If the gold answer is a
+    number and the text's answer is a sentence, the last number of the sentence is compared.
+    """
+
+    def matches(self, text: str, wanted: str) -> bool:
+        return is_match(text, wanted)
 
 
 def is_match(text: str, answer: str) -> bool:

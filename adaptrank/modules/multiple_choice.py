@@ -22,6 +22,7 @@ from adaptrank.modules.batch_keys import (
 from adaptrank.modules.label_module import fresh_heads
 from adaptrank.modules.problems import DIGITS
 from adaptrank.modules.text_inputs import leave_out_unread_types, pad_as_tokenizer
+from adaptrank.modules.unlabelled_batches import UnlabelledBatches
 from adaptrank.training.moving import to_device
 
 CHOICE_KEYS = ("choice_mask", "choices")
@@ -51,7 +52,7 @@ class MultipleChoice(AdaptedModule):
         self.accuracy = MeanMetric()
         self.calibration = BinaryCalibrationError(n_bins=15)
         self.guessing = MeanMetric()
-        self._unsupervised: Tensor | None = None
+        self._unlabelled = UnlabelledBatches()
 
     # ---- building
 
@@ -121,17 +122,13 @@ class MultipleChoice(AdaptedModule):
         labels = read_labels(batch)
         count = count_supervised(labels)
         loss = self._loss(self(batch), labels, count)
-        is_unsupervised = count == 0
-        earlier = self._unsupervised
-        self._unsupervised = is_unsupervised if earlier is None else earlier | is_unsupervised
+        self._unlabelled.note(count)
         self.step_mean.note(count, {"train_loss": loss})
         return loss
 
     def on_train_epoch_end(self) -> None:
-        # The flag is read here and not in each step, which would wait for the device.
-        if self._unsupervised is not None and bool(self._unsupervised):
+        if self._unlabelled.take():
             self.warn_unsupervised("batch")
-        self._unsupervised = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         scores, labels = self(batch), read_labels(batch)

@@ -5,38 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adaptrank._errors import UserError, did_you_mean
 from adaptrank.modules.label_metrics import MetricPart, find_class
+from adaptrank.modules.metrics import ShareOfTexts
 
 EXAMPLE = "the quick brown fox jumps"
 """Text on which a metric is tried."""
 
 
-class SameText(Metric):
+class SameText(ShareOfTexts):
     """Share of texts that are their target, in [0, 1]. Runs of white space count as one space."""
 
-    higher_is_better = True
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, preds: Sequence[str], target: Sequence[str]) -> None:
-        """Compare texts with their targets, one target for each text."""
-        for text, wanted in zip(preds, target, strict=True):
-            self.correct += text.split() == wanted.split()
-        self.total += len(target)
-
-    def compute(self) -> Tensor:
-        return self.correct / self.total
+    def matches(self, text: str, wanted: str) -> bool:
+        return text.split() == wanted.split()
 
 
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
