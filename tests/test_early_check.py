@@ -250,3 +250,26 @@ def test_a_mistake_of_the_command_line_exits_with_2(file, capsys):
         prepare("fit", ["--config", "missing.yaml"])
     assert leaving.value.code == 2
     assert "no configuration file 'missing.yaml'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["data", "model", "allocator"])
+def test_an_option_may_name_another_class_than_the_file(first, tmp_path):
+    """In the short form and in the long one. What follows belongs to the class of the option."""
+    file = tmp_path / "a.yaml"
+    others = {
+        "data": ("ArithmeticProblems", "CausalLMData", "sources"),
+        "model": ("CausalLM", "SequenceClassification", "num_labels"),
+        "allocator": ("AdaLoRA", "ElaLoRA", "swaps"),
+    }
+    old, new, argument = others[first]
+    file.write_text(json.dumps({first: {"class_path": old}}))
+    for form in ([f"--{first}", new], [f"--{first}.class_path", new]):
+        for level in ("", "init_args."):
+            option = f"--{first}.{level}{argument}"
+            check_early("fit", ["--config", str(file), *form, option, "3"])
+            with pytest.raises(ConfigError, match="Unknown key"):
+                check_early("fit", ["--config", str(file), option, "3"])
+            with pytest.raises(ConfigError, match="Unknown key"):
+                check_early("fit", ["--config", str(file), *form, f"{option}x", "3"])
+    with pytest.raises(ConfigError, match=f"Did you mean '{new}'"):
+        check_early("fit", ["--config", str(file), f"--{first}.class_path", f"{new}x"])

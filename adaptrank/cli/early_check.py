@@ -168,7 +168,7 @@ def _check_option(
     # An option without a value gets its sentence from the parser.
     if first in FREE_OPTIONS or entry.value == "" or (rest and rest[-1] == "help"):
         return
-    if not rest and first in CLASS_KEYS:
+    if first in CLASS_KEYS and rest in ([], ["class_path"]):
         _check_class_value(source, entry.key, entry.value, CLASS_KEYS[first], classes)
     elif first == "trainer":
         _check_trainer_option(source, entry, rest)
