@@ -17,10 +17,15 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._classes: dict[str, type[T]] = {}
+        self._unlisted: set[str] = set()
 
-    def add(self, cls: type[T]) -> None:
+    def add(self, cls: type[T], listed: bool = True) -> None:
         """Add a class; the base class calls this for every subclass.
 
+        Args:
+            cls: the class.
+            listed: whether it is one of those to choose from. One that is not is still found by its
+                name.
         Raises:
             TypeError: if another class has that name already.
         """
@@ -33,6 +38,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 f"everywhere; rename one."
             )
         self._classes[cls.__name__] = cls
+        if listed:
+            self._unlisted.discard(cls.__name__)
+        else:
+            self._unlisted.add(cls.__name__)
 
     def import_folder(self, package: str, path: Iterable[str]) -> None:
         """Import every file of a package, so that the folder is the only list."""
@@ -46,9 +55,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return cls
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            sorted(name for name, cls in self._classes.items() if not inspect.isabstract(cls))
-        )
+        listed = self._classes.keys() - self._unlisted
+        return iter(sorted(name for name in listed if not inspect.isabstract(self._classes[name])))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

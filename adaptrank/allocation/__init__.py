@@ -6,6 +6,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.participant import ALLOCATORS, Participant
 from adaptrank.allocation.policy import Policy
+from adaptrank.allocation.shells.lightning import fit_before_load
 from adaptrank.allocation.shells.trainer_hooks import AdapterCallback
 from adaptrank.allocation.state import TrackedTensors
 
@@ -30,4 +31,5 @@ __all__ = [
     "Policy",
     "RankInitializer",
     "TrackedTensors",
+    "fit_before_load",
 ]

@@ -232,6 +232,16 @@ class Engine:
         self._run = Run(participant.label, nn.Module(), {}, [], self.progress, participant.unit)
         checks.check_schedule(participant, phases)
 
+    def forget_scores(self) -> None:
+        """Start the state anew, because the tensors that it describes were replaced.
+
+        A training strategy calls it when a round begins.
+        """
+        self.state = self.participant.init_state(self.run.axes)
+        self.state.to(_device(self.run.model))
+        if self.participant.moves and not self.run.moves_left:
+            self.state.clear()
+
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:

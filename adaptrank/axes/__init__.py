@@ -2,6 +2,7 @@
 
 from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
+from adaptrank.axes.forgetting import forget_state, prune_moments
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
 from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import shift_copies
@@ -35,10 +36,12 @@ __all__ = [
     "dequantized",
     "find_groups",
     "fit_ranks",
+    "forget_state",
     "generator",
     "holds",
     "misfit_of_state",
     "natural",
+    "prune_moments",
     "rank_axes",
     "rank_cost",
     "shift_copies",

@@ -14,8 +14,9 @@ from adaptrank.parameterizations.enclosing import enclosed, plain_name
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.merged_updates import MergedUpdates
 from adaptrank.parameterizations.module import ModuleWrapper
-from adaptrank.parameterizations.starting import start_scale
+from adaptrank.parameterizations.starting import built_again, start_scale
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
@@ -56,10 +57,12 @@ __all__ = [
     "Capability",
     "Cost",
     "LowRankUpdate",
+    "MergedUpdates",
     "ModuleWrapper",
     "Parameterization",
     "adapted_part",
     "adapter_parameters",
+    "built_again",
     "check_indices",
     "enclosed",
     "formula",

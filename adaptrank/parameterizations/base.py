@@ -60,9 +60,10 @@ class Parameterization(Wrapper):
 
     _is_linear: bool = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, listed: bool = True, **kwargs: Any) -> None:
+        """Add the class to `PARAMETERIZATIONS`. One with `listed=False` is no method to choose."""
         super().__init_subclass__(**kwargs)
-        PARAMETERIZATIONS.add(cls)
+        PARAMETERIZATIONS.add(cls, listed)
 
     def __init__(self, base: nn.Module) -> None:
         if sentence := renamed_definition(type(self)):

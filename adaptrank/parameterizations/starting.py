@@ -20,13 +20,24 @@ def rms_of(tensor: Tensor) -> float:
 def start_scale(wrapper: "Parameterization", name: str, generator: torch.Generator) -> float:
     """Return the root mean square of a tensor as the constructor draws it.
 
-    The wrapper is built once more, over the same base and from the same arguments. The wrapper, its
-    base and the states of all generators stay as they are.
+    The wrapper, its base and the states of all generators stay as they are.
 
     Args:
         wrapper: the wrapper whose tensor has no units left.
         name: attribute of the wrapper.
         generator: CPU generator that the draw is seeded from.
+    """
+    return rms_of(cast(Tensor, getattr(built_again(wrapper, generator), name)))
+
+
+def built_again(wrapper: "Parameterization", generator: torch.Generator) -> "Parameterization":
+    """Return the wrapper as its constructor makes it, over the same base, from the same arguments.
+
+    The wrapper, its base and the states of all generators stay as they are.
+
+    Args:
+        wrapper: the wrapper to build once more.
+        generator: CPU generator that all draws of the constructor are seeded from.
     """
     seed = int(torch.randint(1 << 62, (), generator=generator))
     device = layers.device(wrapper.innermost)
@@ -40,8 +51,7 @@ def start_scale(wrapper: "Parameterization", name: str, generator: torch.Generat
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         try:
-            again = type(wrapper)(wrapper.base, **wrapper.init_args)
+            return type(wrapper)(wrapper.base, **wrapper.init_args)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-    return rms_of(cast(Tensor, getattr(again, name)))

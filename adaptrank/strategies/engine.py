@@ -1,0 +1,273 @@
+"""The engine of a training strategy: rounds, borders and checkpoints. It knows no trainer."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from adaptrank._errors import UserError
+from adaptrank.axes import forget_state, rank_axes
+from adaptrank.parameterizations import Parameterization, adapted_part, wrapped_layers
+from adaptrank.strategies.rate import scale_rate
+from adaptrank.strategies.rounds import Rounds
+
+if TYPE_CHECKING:
+    from adaptrank.allocation import Participant
+    from adaptrank.strategies.strategy import TrainingStrategy
+
+log = logging.getLogger("adaptrank")
+
+VERSION = 1
+"""Version of the state in a checkpoint."""
+
+
+@dataclass
+class StrategyRun:
+    """The model and the progress of a run, as a strategy may use them.
+
+    Args:
+        model: holds the wrappers.
+        layers: path before wrapping -> outermost wrapper.
+        optimizers: optimizers of the run.
+        rounds: the rounds of the run.
+        allocators: allocators of the run, whose scores are forgotten when tensors start anew.
+        seed: seed of the strategy.
+        steps_done: optimizer steps so far.
+        number: number of the present round.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, Parameterization]
+    optimizers: list[torch.optim.Optimizer]
+    rounds: Rounds
+    allocators: list["Participant"]
+    seed: int
+    steps_done: int = 0
+    number: int = 0
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Delete optimizer state and gradients of tensors that start anew."""
+        forget_state(tensors, self.optimizers)
+
+    def forget_scores(self) -> None:
+        """Let the allocators score anew, because the tensors that they scored were replaced."""
+        for allocator in self.allocators:
+            allocator.engine.forget_scores()
+
+    def ranks(self) -> dict[str, int]:
+        """Return the units of each axis that trains."""
+        axes = rank_axes(self.model)
+        return {key: len(axis) for key, axis in axes.items() if axis.trainable()}
+
+
+class RoundEngine:
+    """Runs one strategy: prepares the model, and acts at the borders between rounds.
+
+    Args:
+        strategy: whose hooks are called.
+    """
+
+    def __init__(self, strategy: "TrainingStrategy") -> None:
+        self.strategy = strategy
+        self.running = False
+        self.events: list[dict[str, Any]] = []
+        """What happened at the start of each round."""
+        self._stored: Mapping[str, Any] | None = None
+        self._run: StrategyRun | None = None
+
+    @property
+    def run(self) -> StrategyRun:
+        """The run that was started last.
+
+        Raises:
+            RuntimeError: if none was.
+        """
+        if self._run is None:
+            raise RuntimeError(f"{self.strategy.label} takes part in no run yet; call start().")
+        return self._run
+
+    # ---- the life of a run
+
+    def prepare(self, model: nn.Module) -> None:
+        """Add what the strategy needs to a model.
+
+        Raises:
+            UserError: if the model holds no adapter.
+        """
+        if not wrapped_layers(model):
+            raise UserError(
+                f"{self.strategy.label} found no adapter in this {type(model).__name__}; call "
+                f"adaptrank.adapt(model, ...) first."
+            )
+        self.strategy.prepare(adapted_part(model))
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        total_steps: float,
+        allocators: Sequence["Participant"] = (),
+        steps_done: int = 0,
+    ) -> None:
+        """Begin a run, or go on with the one whose checkpoint was loaded.
+
+        Args:
+            model: holds the wrappers.
+            optimizers: optimizers of the run.
+            total_steps: optimizer steps of the whole run.
+            allocators: allocators of the same run.
+            steps_done: optimizer steps of the checkpoint that the run goes on from.
+        Raises:
+            UserError: if the run makes no sense, or if its checkpoint is of another run.
+        """
+        strategy = self.strategy
+        if total_steps in (-1, float("inf")):
+            raise UserError(
+                f"{strategy.label} divides a run into rounds, and this run has no end; give "
+                f"trainer.max_steps or trainer.max_epochs."
+            )
+        for allocator in allocators:
+            if reason := self._refuses(allocator):
+                raise UserError(f"{strategy.label} and {allocator.label}: {reason}.")
+        part = adapted_part(model)
+        rounds = strategy.rounds(int(total_steps))
+        self._run = run = StrategyRun(
+            part,
+            wrapped_layers(part),
+            list(optimizers),
+            rounds,
+            list(allocators),
+            strategy.seed,
+            steps_done,
+        )
+        stored, self._stored = self._stored, None
+        if stored is None:
+            if steps_done:
+                raise UserError(
+                    f"The checkpoint is of a run without {strategy.label}; leave it out, or start "
+                    f"a new run."
+                )
+            self.events = []
+            self._enter(0)
+        else:
+            self._check_stored(stored, rounds)
+            self.events = list(stored["events"])
+            run.steps_done, run.number = int(stored["steps_done"]), int(stored["round"])
+            strategy.arrange(run.number)
+            self._cross_borders()
+        for optimizer in run.optimizers:
+            run.handles += scale_rate(
+                optimizer, lambda group: strategy.rate(run.steps_done, group)
+            )
+        self.running = True
+
+    def step(self, step: int | None = None) -> dict[str, Any] | None:
+        """Finish an optimizer step, and return the event if a round has begun.
+
+        Args:
+            step: number of the step, counted from 1; by default the next one.
+        """
+        run = self.run
+        run.steps_done = run.steps_done + 1 if step is None else step
+        return self._cross_borders()
+
+    def finish(self) -> None:
+        """Give the optimizers their own learning rates back."""
+        if self._run is not None:
+            for handle in self._run.handles:
+                handle.remove()
+            self._run.handles.clear()
+        self.running = False
+
+    # ---- borders
+
+    def _cross_borders(self) -> dict[str, Any] | None:
+        """Close the rounds that have ended, and enter those that follow, one by one."""
+        run, event = self.run, None
+        while run.number < run.rounds.number(run.steps_done):
+            with torch.no_grad():
+                self.strategy.leave(run.number)
+            event = self._enter(run.number + 1)
+        return event
+
+    def _enter(self, number: int) -> dict[str, Any]:
+        run = self.run
+        run.number = number
+        with torch.no_grad():
+            self.strategy.enter(number)
+        self.strategy.arrange(number)
+        event = {
+            "step": run.steps_done,
+            "round": number,
+            "rounds": len(run.rounds),
+            "strategy": self.strategy.label,
+            "ranks": run.ranks(),
+            **self.strategy.describe_border(number),
+        }
+        self.events.append(event)
+        return event
+
+    def _refuses(self, allocator: "Participant") -> str:
+        if reason := self.strategy.refuses_allocator(allocator):
+            return reason
+        return ""
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the round, the arguments, and the events so far."""
+        run = self._run
+        return {
+            "version": VERSION,
+            "class": self.strategy.label,
+            "init_args": self.strategy.init_args,
+            "round": 0 if run is None else run.number,
+            "steps_done": 0 if run is None else run.steps_done,
+            "borders": [] if run is None else list(run.rounds.borders),
+            "events": self.events,
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Take what a checkpoint holds; the next `start` goes on from there.
+
+        Raises:
+            UserError: if the state is damaged.
+        """
+        missing = {"class", "init_args", "round", "steps_done", "borders", "events"} - set(stored)
+        if missing or stored.get("version") != VERSION:
+            raise UserError(
+                f"The checkpoint's state of {self.strategy.label} is damaged or of another "
+                f"version; start a new run, or use another checkpoint."
+            )
+        self._stored, self.running = stored, False
+
+    def _check_stored(self, stored: Mapping[str, Any], rounds: Rounds) -> None:
+        """Compare the run of a checkpoint with this one.
+
+        Raises:
+            UserError: naming the differences.
+        """
+        before, now = dict(stored["init_args"]), self.strategy.init_args
+        differences = [
+            f"{name}: {before.get(name)!r} there, {value!r} here"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
+        done = int(stored["steps_done"])
+        passed = [border for border in stored["borders"] if border <= done]
+        if [border for border in rounds.borders if border <= done] != passed:
+            differences.append("rounds that are over ended at other steps")
+        if not differences:
+            return
+        listed = "; ".join(differences)
+        if not self.strategy.accept_changes:
+            raise UserError(
+                f"The checkpoint is of another run of {self.strategy.label} ({listed}); restore "
+                f"these settings, or set accept_changes: true in the model."
+            )
+        log.warning("%s goes on with other settings: %s.", self.strategy.label, listed)

@@ -1,0 +1,1 @@
+"""Training strategies: one paper, one file. The folder is the registry."""

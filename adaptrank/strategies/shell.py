@@ -1,0 +1,219 @@
+"""A training strategy as a callback of Lightning, or as four calls in a plain loop."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+from torch import nn
+
+from adaptrank._errors import UserError
+from adaptrank.allocation import Participant, fit_before_load
+from adaptrank.checkpoints import ensure_recorder
+from adaptrank.strategies.engine import RoundEngine
+from adaptrank.training.adapter_gradients import ensure_gradients
+from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.peers import ensure_peer_watch
+
+if TYPE_CHECKING:
+    from adaptrank.strategies.strategy import TrainingStrategy
+
+SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+"""Lightning's strategies under which no process has the whole weight of a layer."""
+
+
+class StrategyShell(Callback):
+    """Calls the engine from Lightning's hooks, or from four calls in a plain loop.
+
+    Args:
+        engine: runs the training strategy.
+    """
+
+    accept_changes: bool
+
+    def __init__(self, engine: RoundEngine) -> None:
+        self.engine = engine
+
+    @property
+    def round_events(self) -> list[dict[str, Any]]:
+        """What happened at the start of each round."""
+        return self.engine.events
+
+    # ---- plain calls
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        total_steps: float,
+        *,
+        allocators: Sequence[Participant] = (),
+        steps_done: int = 0,
+    ) -> None:
+        """Begin a run, or go on with the one whose state was loaded.
+
+        Args:
+            model: holds the wrappers. The optimizer may be made before or after.
+            optimizers: one optimizer, or several.
+            total_steps: optimizer steps of the whole run.
+            allocators: allocators of the same run. Call their `step` before that of the strategy.
+            steps_done: optimizer steps of the checkpoint that the run goes on from.
+        Raises:
+            UserError: if the run makes no sense.
+        """
+        if isinstance(optimizers, torch.optim.Optimizer):
+            optimizers = [optimizers]
+        self.engine.prepare(model)
+        self.engine.start(model, list(optimizers), total_steps, allocators, steps_done)
+
+    def step(self) -> dict[str, Any] | None:
+        """Call this after the optimizer's step; return the event if a round has begun."""
+        return self.engine.step()
+
+    def finish(self) -> None:
+        """Call this when training is over; it removes hooks."""
+        self.engine.finish()
+
+    # ---- Lightning
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare the model before a checkpoint is loaded, and check what else is in the run."""
+        # Lightning builds the model after this hook, and loads a checkpoint right after that.
+        pl_module.configure_model()
+        pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
+        self.engine.prepare(pl_module)
+        if stage != "fit":
+            ensure_recorder(trainer)
+            return
+        self.engine.running = False
+        self._check_trainer(trainer, pl_module)
+        ensure_peer_watch(trainer)
+        ensure_gradients(trainer)
+        ensure_recorder(trainer)
+        keep_apart(trainer)
+        _put_behind_allocators(trainer, self)
+
+    def _check_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what a rewritten adapter cannot follow."""
+        label = type(self).__name__
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, StrategyShell) and callback is not self:
+                raise UserError(
+                    f"{label} and {type(callback).__name__} would both divide the run into rounds; "
+                    f"keep one."
+                )
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise UserError(
+                    f"{type(callback).__name__} averages factors, which a new round replaces; "
+                    f"leave it out, or train without {label}."
+                )
+        if isinstance(trainer.strategy, SHARDING):
+            raise UserError(
+                f"{label} merges whole weights, and {type(trainer.strategy).__name__} shards them; "
+                f"use trainer.strategy: ddp."
+            )
+        if not pl_module.automatic_optimization:
+            raise UserError(
+                f"{label} counts the steps of one optimizer, and {type(pl_module).__name__} steps "
+                f"its optimizers itself; use automatic optimization."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the adapters back to Lightning's strategy."""
+        if stage == "fit":
+            rejoin(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run, after its allocators."""
+        self._start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run again if a checkpoint was restored after on_fit_start."""
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.engine.running:
+            return
+        if len(trainer.optimizers) != 1:
+            raise UserError(
+                f"{type(self).__name__} counts the steps of one optimizer, and this run has "
+                f"{len(trainer.optimizers)}; configure one."
+            )
+        accepts = self.accept_changes
+        self.accept_changes = accepts or getattr(pl_module, "accept_changes", False)
+        try:
+            self.engine.start(
+                pl_module,
+                trainer.optimizers,
+                trainer.estimated_stepping_batches,
+                _participants(trainer),
+                trainer.global_step,
+            )
+        finally:
+            self.accept_changes = accepts
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Finish the optimizer step, if the batch completed one."""
+        if trainer.global_step == self.engine.run.steps_done:  # gradients are being accumulated
+            return
+        event = self.engine.step(trainer.global_step)
+        if event is not None:
+            pl_module.log("round", float(event["round"]))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the run."""
+        self.finish()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Finish the run."""
+        self.finish()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the strategy."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint; the next start goes on from there."""
+        self.engine.load_state_dict(state_dict)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: the class, since a run has one strategy."""
+        return type(self).__qualname__
+
+
+def strategy_of(trainer: Trainer) -> "TrainingStrategy | None":
+    """Return the training strategy among the callbacks of a trainer, or None."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, StrategyShell)), None)  # type: ignore[return-value]
+
+
+def _participants(trainer: Trainer) -> list[Participant]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Participant)]
+
+
+def _put_behind_allocators(trainer: Trainer, shell: StrategyShell) -> None:
+    """Move a strategy behind the last allocator, so that a merge sees the final ranks.
+
+    The list is replaced, not changed: Lightning may be iterating over it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [callback for callback in callbacks if callback is not shell]
+    places = [n for n, callback in enumerate(callbacks) if callback is shell]
+    allocators = [n for n, callback in enumerate(others) if isinstance(callback, Participant)]
+    place = max([places[0], *(n + 1 for n in allocators)])
+    trainer.callbacks = [*others[:place], shell, *others[place:]]  # type: ignore[attr-defined]
