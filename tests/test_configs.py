@@ -15,6 +15,8 @@ from adaptrank.parameterizations import wrapped_layers
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 STEPS = 4
+SHORT_ROUNDS = {"every": 2, "restart_warmup": 1, "links": 2}
+"""Arguments of training strategies under which a run of four steps has two rounds."""
 
 
 def short(config, backbones):
@@ -39,6 +41,11 @@ def short(config, backbones):
             known = inspect.signature(ALLOCATORS[config[key]["class_path"]]).parameters
             schedule.update({name: 1 for name in ("every", "warmup", "final") if name in known})
             schedule.pop("budget", None)  # is that of the large model
+    if config.get("training_strategy"):
+        rounds = config["training_strategy"].setdefault("init_args", {})
+        for name, few in SHORT_ROUNDS.items():
+            if name in rounds:
+                rounds[name] = few
     return config
 
 
