@@ -420,3 +420,11 @@ def test_a_strategy_of_ones_own_takes_a_few_lines():
 
     run_plain(Halves(), model, watch=watch, make=torch.optim.SGD)
     assert torch.equal(model.maps[0].A, kept["A"]) and not torch.equal(model.maps[0].B, kept["B"])
+
+
+def test_an_allocator_leaves_out_the_first_tenth_of_a_round_but_never_its_last_event():
+    adalora = AdaLoRA(budget=6, every=1, warmup=0, final=2)
+    strategy = ReLoRA(every=20, restart_warmup=2, reset="full")
+    fit(Toy(partial(SVD, rank=4)), strategy, adalora, steps=44)
+    steps = [event["step"] for event in adalora.events if event["step"]]
+    assert steps == [*range(1, 21), *range(23, 41), 42]

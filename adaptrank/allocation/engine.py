@@ -5,7 +5,7 @@ The engine knows no method and no trainer. A shell calls `start`, `before_step`,
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,6 +48,9 @@ class Engine:
         """Description of the run whose checkpoint was loaded; None in one of an earlier version."""
         self.state = TrackedTensors()
         self.progress = Progress(budget=(participant.budget, participant.unit))
+        self.held: Callable[[int], bool] | None = None
+        """Whether an event at a step is left out, by the rounds of a training strategy. The last
+        event of the run is never left out."""
         self._bad_steps = BadSteps()
         self._run: Run | None = None
         self._told = False
@@ -296,6 +299,8 @@ class Engine:
         progress, phases = self.progress, self.run.phases
         step, event = progress.steps_done, None
         for due in phases.events_between(before, step):
+            if self.held is not None and due != phases.end and self.held(due):
+                continue
             progress.steps_done = due
             event = self._event()
         progress.steps_done = step

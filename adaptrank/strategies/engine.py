@@ -132,7 +132,7 @@ class RoundEngine:
                 f"trainer.max_steps or trainer.max_epochs."
             )
         for allocator in allocators:
-            if reason := self._refuses(allocator):
+            if reason := strategy.refuses_allocator(allocator):
                 raise UserError(f"{strategy.label} and {allocator.label}: {reason}.")
         part = adapted_part(model)
         rounds = strategy.rounds(int(total_steps))
@@ -160,10 +160,10 @@ class RoundEngine:
             run.steps_done, run.number = int(stored["steps_done"]), int(stored["round"])
             strategy.arrange(run.number)
             self._cross_borders()
+        for allocator in run.allocators:
+            allocator.engine.held = strategy.holds_allocators
         for optimizer in run.optimizers:
-            run.handles += scale_rate(
-                optimizer, lambda group: strategy.rate(run.steps_done, group)
-            )
+            run.handles += scale_rate(optimizer, lambda group: strategy.rate(run.steps_done, group))
         self.running = True
 
     def step(self, step: int | None = None) -> dict[str, Any] | None:
@@ -182,6 +182,8 @@ class RoundEngine:
             for handle in self._run.handles:
                 handle.remove()
             self._run.handles.clear()
+            for allocator in self._run.allocators:
+                allocator.engine.held = None
         self.running = False
 
     # ---- borders
@@ -211,11 +213,6 @@ class RoundEngine:
         }
         self.events.append(event)
         return event
-
-    def _refuses(self, allocator: "Participant") -> str:
-        if reason := self.strategy.refuses_allocator(allocator):
-            return reason
-        return ""
 
     # ---- checkpoints
 

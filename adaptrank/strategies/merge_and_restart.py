@@ -69,6 +69,12 @@ class MergeAndRestart(TrainingStrategy, registered=False):
             )
         return ""
 
+    def holds_allocators(self, step: int) -> bool:
+        """Leave events out in the first tenth of a round, whose units have just started at zero."""
+        rounds = self.run.rounds
+        number = rounds.number(step - 1)
+        return number > 0 and step - rounds.start(number) <= 0.1 * rounds.length(number)
+
     def describe_border(self, number: int) -> dict[str, Any]:
         merged = {path: len(ledger_of(outermost).A) for path, outermost in self.layers.items()}
         return {"merged_ranks": merged, "stored": stored_numbers(self.layers)}

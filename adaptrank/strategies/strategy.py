@@ -119,6 +119,10 @@ class TrainingStrategy(StrategyShell):
         """Return why an allocator cannot take part, as a sentence without its end; "" if it can."""
         return ""
 
+    def holds_allocators(self, step: int) -> bool:
+        """Return whether the allocators leave out an event after optimizer step `step`."""
+        return False
+
     def describe_border(self, number: int) -> dict[str, Any]:
         """Return further entries of the event at the start of a round."""
         return {}
