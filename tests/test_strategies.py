@@ -63,7 +63,9 @@ def run_plain(strategy, model, steps=TOTAL, make=torch.optim.Adam, watch=None):
 
 def test_rounds_by_length_and_by_count():
     rounds = Rounds.of_length(10, 25)
-    assert rounds.borders == (10, 20) and len(rounds) == 3 and rounds.length(2) == 5
+    assert rounds.borders == (10, 20)
+    assert len(rounds) == 3
+    assert rounds.length(2) == 5
     assert [rounds.number(step) for step in (0, 9, 10, 19, 20, 24)] == [0, 0, 1, 1, 2, 2]
     assert Rounds.of_length(10, 10).borders == ()
     assert Rounds.of_count(3, 10).borders == (3, 6)
@@ -74,28 +76,58 @@ def test_rounds_by_length_and_by_count():
 # ---- the ledger
 
 
-def test_the_ledger_keeps_the_contract_of_a_parameterization():
-    def build(dense):
-        layer = MergedUpdates(nn.Linear(48, 24))
-        torch.manual_seed(3)
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_ledger_keeps_the_contract_of_a_parameterization(dense):
+    def build():
+        ledger = MergedUpdates(nn.Linear(48, 24).double())
+        random = torch.Generator().manual_seed(3)
         for k in (2, 3):
-            layer.add((torch.randn(24, k), torch.randn(k, 48)))
+            ledger.add((torch.randn(24, k, generator=random), torch.randn(k, 48, generator=random)))
         if dense:
-            layer.add(torch.randn(24, 48))
-        return layer
+            ledger.add(torch.randn(24, 48, generator=random))
+        assert not list(ledger.own_parameters())
+        return LoRA(ledger)
 
-    for dense in (False, True):
-        make = partial(build, dense)
-        for check in (
-            testing.check_definition,
-            testing.check_merged,
-            testing.check_factors,
-            testing.check_state_dict,
-            testing.check_copies,
-            testing.check_switch,
-        ):
-            check(make)
-        assert not list(make().own_parameters())
+    for check in (
+        testing.check_definition,
+        testing.check_gradients,
+        testing.check_merged,
+        testing.check_factors,
+        testing.check_state_dict,
+        testing.check_copies,
+        testing.check_switch,
+    ):
+        # The dense change has all of its rows or none, and this check takes one away.
+        if not (dense and check is testing.check_state_dict):
+            check(build)
+
+
+def test_a_dense_change_without_some_of_its_rows_is_refused():
+    ledger = MergedUpdates(nn.Linear(6, 4))
+    stored = ledger.state_dict() | {"D": torch.zeros(3, 6)}
+    model = nn.Sequential(ledger)
+    with pytest.raises(UserError, match="3 of 4 rows"):
+        fit_ranks(model, {f"0.{name}": value for name, value in stored.items()})
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", ["embedding", "convolution"])
+def test_the_ledger_works_over_other_layers_than_linear_ones(kind, dense):
+    torch.manual_seed(0)
+    base = nn.Embedding(10, 6) if kind == "embedding" else nn.Conv2d(3, 4, 3)
+    base, twin = base.double(), copy.deepcopy(base).double()
+    ledger = MergedUpdates(base)
+    m, n = ledger.shape
+    U, V = torch.randn(m, 2, dtype=torch.float64), torch.randn(2, n, dtype=torch.float64)
+    ledger.add(U @ V if dense else (U, V))
+    change = U @ V
+    if kind == "embedding":
+        x = torch.tensor([[1, 2, 9]])
+        twin.weight.data += change.T
+    else:
+        x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+        twin.weight.data += change.view_as(twin.weight)
+    torch.testing.assert_close(ledger(x), twin(x))
 
 
 def test_the_ledger_is_found_by_name_and_is_no_method_to_choose():
@@ -116,7 +148,8 @@ def test_the_ledger_equals_the_sum_of_all_changes_over_a_half_precision_weight()
         layer.add((U, V))
         numbers = sum(tensor.numel() for tensor in layer.own_tensors().values())
         assert numbers <= 24 * 32 + 24 + 32  # no more than the dense change
-    assert len(layer.D) == 24 and not len(layer.A)
+    assert len(layer.D) == 24
+    assert not len(layer.A)
     change = layer.dense().double() - W
     assert (change - total).norm() < 1e-5 * total.norm()
     assert torch.equal(base.weight, W.bfloat16())
@@ -140,7 +173,8 @@ def test_a_merge_and_a_restart_leave_the_function_as_it_is(cls):
             or not layer.starts_at_base
             or "trains more than the weight" in str(error)
         )
-        assert refused and cls.__name__ in str(error)
+        assert refused
+        assert cls.__name__ in str(error)
         return
     model.eval()
     want = model(x)
@@ -167,7 +201,7 @@ def test_nests_and_sizes_that_differ_from_the_arguments(inner):
     model[0] = LoRA(inner(model[0]), rank=4)
     insert_ledgers(model)
     assert [type(w) for w in model[0].nest] == [MergedUpdates, inner, LoRA]
-    assert [w.depth for w in model[0].nest] == [1, 2, 3]
+    assert [w.nest_depth for w in model[0].nest] == [1, 2, 3]
     testing.perturb(model)
     axis = next(axis for key, axis in rank_axes(model).items() if axis.trainable())
     for keep, grow in (([0, 2], 0), (None, 5)):
@@ -226,20 +260,8 @@ def test_the_registry_lists_the_folder():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_function_stays_the_same_at_every_border(name):
-    strategy, model = MAKERS[name](), Toy(LORA2)
-    x = torch.randn(5, 16)
-    outputs = {}
-
-    def watch(step, optimizer, model):
-        outputs[step] = [layer(x).detach() for layer in model.maps]
-
-    entered = []
-    enter = strategy.enter
-    strategy.enter = lambda number: (enter(number), entered.append(number))
-
-    def check(step, optimizer, model):
-        watch(step, optimizer, model)
-
+    strategy, model = MAKERS[name](), Toy(LORA2, dtype=torch.float64)
+    x, borders = torch.randn(5, 16, dtype=torch.float64), []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     strategy.start(model, optimizer, TOTAL)
     for step in range(TOTAL):
@@ -247,12 +269,12 @@ def test_the_function_stays_the_same_at_every_border(name):
         model.loss(step).backward()
         optimizer.step()
         before = [layer(x).detach() for layer in model.maps]
-        event = strategy.step()
-        if event is not None:
+        if strategy.step() is not None:
+            borders.append(step + 1)
             for layer, want in zip(model.maps, before, strict=True):
-                torch.testing.assert_close(layer(x), want, rtol=0, atol=1e-5)
+                torch.testing.assert_close(layer(x), want, rtol=1e-11, atol=1e-11)
     strategy.finish()
-    assert entered == [0, 1, 2]
+    assert borders == [8, 16]
     assert all(len(ledger_of(layer).A) for layer in model.maps)
 
 
@@ -419,12 +441,13 @@ def test_a_strategy_of_ones_own_takes_a_few_lines():
             kept["B"] = model.maps[0].B.detach().clone()
 
     run_plain(Halves(), model, watch=watch, make=torch.optim.SGD)
-    assert torch.equal(model.maps[0].A, kept["A"]) and not torch.equal(model.maps[0].B, kept["B"])
+    assert torch.equal(model.maps[0].A, kept["A"])
+    assert not torch.equal(model.maps[0].B, kept["B"])
 
 
 def test_an_allocator_leaves_out_the_first_tenth_of_a_round_but_never_its_last_event():
-    adalora = AdaLoRA(budget=6, every=1, warmup=0, final=2)
+    adalora = AdaLoRA(budget=6, every=1, warmup=0, final=19)
     strategy = ReLoRA(every=20, restart_warmup=2, reset="full")
-    fit(Toy(partial(SVD, rank=4)), strategy, adalora, steps=44)
+    fit(Toy(partial(SVD, rank=4)), strategy, adalora, steps=60)
     steps = [event["step"] for event in adalora.events if event["step"]]
-    assert steps == [*range(1, 21), *range(23, 41), 42]
+    assert steps == [*range(1, 21), *range(23, 41), 41]

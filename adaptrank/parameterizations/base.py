@@ -338,7 +338,7 @@ class Parameterization(Wrapper):
 
         It is the weight of the base if this wrapper is off.
         """
-        return dense_weight(self) if self.depth <= FEW_WRAPPERS else dense_deep(self.nest)
+        return dense_weight(self) if self.nest_depth <= FEW_WRAPPERS else dense_deep(self.nest)
 
     @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor] | None:

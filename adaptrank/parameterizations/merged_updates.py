@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
@@ -82,6 +83,14 @@ class MergedUpdates(LowRankUpdate, listed=False):
 
     def fuses(self, x: Tensor) -> bool:
         return not len(self.D) and self._is_linear and ops.fits(x)
+
+    def refresh(self) -> None:
+        """Refuse a dense change that has only some of its rows, as a damaged file may give it."""
+        if len(self.D) not in (0, self.shape[0]):
+            raise UserError(
+                f"The merged change of a layer has {len(self.D)} of {self.shape[0]} rows; the file "
+                f"is damaged."
+            )
 
     def cost(self) -> Cost:
         m, n = self.shape

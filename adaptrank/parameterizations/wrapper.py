@@ -57,7 +57,7 @@ class Wrapper(Traits, nn.Module, ABC):
     base: nn.Module
     wraps_a_base: ClassVar[bool] = True
     """Mark of a wrapper. It is read faster than `isinstance` of an abstract class."""
-    depth: int = 1
+    nest_depth: int = 1
     """Number of wrappers of the nest up to this one when it was made."""
     _given_weight: Tensor | None = None
     _gates_read: frozenset[str] = frozenset()
@@ -88,8 +88,8 @@ class Wrapper(Traits, nn.Module, ABC):
         if isinstance(type(self).gates, Mapping):
             self.gates = dict(type(self).gates)
         if isinstance(base, Wrapper):
-            self.depth = base.depth + 1
-            allow_recursion(self.depth)
+            self.nest_depth = base.nest_depth + 1
+            allow_recursion(self.nest_depth)
         else:
             _freeze(base)
         self.base = base
@@ -97,7 +97,7 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        allow_recursion(self.depth)
+        allow_recursion(self.nest_depth)
         guard_save_pretrained()
 
     # ---- attributes
@@ -140,7 +140,7 @@ class Wrapper(Traits, nn.Module, ABC):
     @property
     def innermost(self) -> nn.Module:
         """The layer under all wrappers."""
-        if self.depth > FEW_WRAPPERS:
+        if self.nest_depth > FEW_WRAPPERS:
             return find_innermost(self)
         # `isinstance` of an abstract class, and attributes of a module, are slow to read.
         layer: Any = self._modules["base"]
@@ -315,7 +315,7 @@ class Wrapper(Traits, nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the adapted output where this wrapper is on, and the base's output elsewhere."""
-        if self.depth > FEW_WRAPPERS and len(args) == 1 and not kwargs:
+        if self.nest_depth > FEW_WRAPPERS and len(args) == 1 and not kwargs:
             return forward_deep(cast("Parameterization", self), args[0])
         if not self.enabled or self.idle:
             return self.base(*args, **kwargs)

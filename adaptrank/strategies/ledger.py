@@ -31,7 +31,7 @@ def insert_ledgers(model: nn.Module) -> None:
         ledger.train_own(innermost_wrapper.training)
         innermost_wrapper.base = ledger
         for wrapper in outermost.nest[1:]:
-            wrapper.depth += 1
+            wrapper.nest_depth += 1
 
 
 def ledger_of(outermost: Parameterization) -> MergedUpdates:

@@ -39,6 +39,8 @@ class StrategyShell(Callback):
 
     def __init__(self, engine: RoundEngine) -> None:
         self.engine = engine
+        self._resumed_at = 0
+        """Optimizer steps in the checkpoint that the run resumes from."""
 
     @property
     def round_events(self) -> list[dict[str, Any]]:
@@ -91,7 +93,8 @@ class StrategyShell(Callback):
         if stage != "fit":
             ensure_recorder(trainer)
             return
-        self.engine.running = False
+        # A checkpoint that this run resumes from is loaded after setup.
+        self.engine.running, self._resumed_at = False, 0
         self._check_trainer(trainer, pl_module)
         ensure_peer_watch(trainer)
         ensure_gradients(trainer)
@@ -154,7 +157,7 @@ class StrategyShell(Callback):
                 trainer.optimizers,
                 trainer.estimated_stepping_batches,
                 _participants(trainer),
-                trainer.global_step,
+                max(trainer.global_step, self._resumed_at),
             )
         finally:
             self.accept_changes = accepts
@@ -180,6 +183,12 @@ class StrategyShell(Callback):
         self.finish()
 
     # ---- checkpoints
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how far the run of the checkpoint was."""
+        self._resumed_at = int(checkpoint.get("global_step", 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the strategy."""
