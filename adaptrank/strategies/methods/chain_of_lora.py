@@ -46,7 +46,7 @@ class ChainOfLoRA(MergeAndRestart):
         super().enter(number)
 
     def _resize(self, model: nn.Module, rank: int, number: int) -> None:
-        """Give every axis that trains the rank of a link. A restart follows, unless it is the first."""
+        """Give every axis that trains the rank of a link, before its wrapper starts anew."""
         for key, axis in rank_axes(model).items():
             if not axis.trainable() or len(axis) == rank:
                 continue
