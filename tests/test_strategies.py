@@ -43,7 +43,7 @@ LORA2 = partial(LoRA, rank=2)
 
 MAKERS = {
     "ReLoRA": lambda: ReLoRA(every=8, restart_warmup=3),
-    "ReLoRA full": lambda: ReLoRA(every=8, restart_warmup=3, reset="full"),
+    "ReLoRA magnitude": lambda: ReLoRA(every=8, restart_warmup=3, reset="magnitude"),
     "ReLoRA random": lambda: ReLoRA(every=8, restart_warmup=3, reset="random"),
     "ChainOfLoRA": lambda: ChainOfLoRA(links=3),
     "ChainOfLoRA ranks": lambda: ChainOfLoRA(links=3, ranks=[3, 2, 1]),
@@ -241,6 +241,13 @@ def test_a_restart_draws_the_same_whatever_was_drawn_before():
     assert not torch.equal(model[0].A, drawn[0])
 
 
+def test_two_wrappers_of_a_nest_draw_different_tensors():
+    model = nn.Sequential(LoRA(LoRA(nn.Linear(16, 12), rank=3), rank=3))
+    for wrapper in model[0].nest:
+        restart("0", wrapper, 0, 1)
+    assert not torch.equal(model[0].A, model[0].base.A)
+
+
 def test_an_adapter_with_a_ledger_is_saved_and_loaded(tmp_path):
     base = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8))
     model = adapt(copy.deepcopy(base), "all-linear", LORA2)
@@ -415,6 +422,8 @@ def test_refusals():
         ReLoRA(every=10, restart_warmup=10)
     with pytest.raises(UserError, match="give 3 ranks"):
         ChainOfLoRA(links=3, ranks=[4, 2])
+    with pytest.raises(UserError, match="one round in this run of 24 optimizer steps"):
+        fit(Toy(LORA2), ReLoRA(every=24, restart_warmup=3))
     with pytest.raises(UserError, match="found no adapter"):
         ReLoRA().start(nn.Linear(4, 4), torch.optim.SGD(nn.Linear(4, 4).parameters(), lr=1), 10)
     with pytest.raises(UserError, match="has no end"):

@@ -136,6 +136,11 @@ class RoundEngine:
                 raise UserError(f"{strategy.label} and {allocator.label}: {reason}.")
         part = adapted_part(model)
         rounds = strategy.rounds(int(total_steps))
+        if len(rounds) < 2:
+            raise UserError(
+                f"{strategy.label} would have one round in this run of {int(total_steps)} optimizer "
+                f"steps, so that it does nothing; train longer, or ask for shorter rounds."
+            )
         self._run = run = StrategyRun(
             part,
             wrapped_layers(part),

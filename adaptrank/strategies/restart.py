@@ -13,7 +13,7 @@ from adaptrank.parameterizations import Parameterization, built_again
 def restart(path: str, wrapper: Parameterization, seed: int, round_number: int) -> list[Tensor]:
     """Set the tensors of a wrapper to what its constructor draws, and return those that train.
 
-    Every axis keeps its present size. The draw depends on (seed, path, round) alone, so it is the
+    Every axis keeps its present size. The draw depends on (seed, path, place in the nest, round) alone, so it is the
     same on all processes and after a resume.
 
     Args:
@@ -22,7 +22,7 @@ def restart(path: str, wrapper: Parameterization, seed: int, round_number: int) 
         seed: seed of the strategy.
         round_number: number of the round that begins.
     """
-    random = generator(seed, f"{path}/{type(wrapper).__name__}/restart", round_number)
+    random = generator(seed, f"{path}/{len(wrapper.nest)}/restart", round_number)
     fresh = built_again(wrapper, random)
     for axis in wrapper.axes:
         size, drawn = wrapper.axis_size(axis), fresh.axis_size(axis)

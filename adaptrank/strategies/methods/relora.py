@@ -20,10 +20,13 @@ class ReLoRA(MergeAndRestart):
 
     The optimizer's moments are reset, by one of three rules. "full" deletes them with the step
     counter. "magnitude" sets the smallest share `prune` of each moment to zero, and "random" a
-    random share. These two keep the step counter, as the released code does.
+    random share. These two keep the step counter, as the released code does. So the first step of
+    a pruned entry is up to (1 - beta1) / sqrt(1 - beta2) learning rates long, which is 3.2 for
+    Adam's defaults: give them a long warm-up.
 
-    Source: arXiv:2307.05695. Defaults are those of the released configuration for pretraining
-        (cycles of 1000 steps, 100 steps of warm-up, magnitude pruning of 0.8 for the 1B model). The
+    Source: arXiv:2307.05695. Cycles of 1000 steps and 100 steps of warm-up are those of the
+        released configuration for pretraining, which prunes 0.8 of each moment by magnitude for
+        the 1B model. A full reset is the default here, because fine-tuning has short cycles. The
         paper's full-rank warm start is for pretraining, and is left out.
     Args:
         every: optimizer steps of a cycle.
@@ -43,7 +46,7 @@ class ReLoRA(MergeAndRestart):
         *,
         every: int = 1000,
         restart_warmup: int = 100,
-        reset: Literal["full", "magnitude", "random"] = "magnitude",
+        reset: Literal["full", "magnitude", "random"] = "full",
         prune: float = 0.8,
         seed: int = 0,
     ) -> None:
