@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         select_rows,
         set_enabled,
     )
-    from adaptrank.modules import Adapter
+    from adaptrank.modules import Adapter, parameter_groups
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
     from adaptrank.reports import report
     from adaptrank.training import compile_blocks
@@ -49,6 +49,7 @@ _HOMES = {
     "load_adapter": "artifacts",
     "load_backbone": "backbones",
     "merge": "artifacts",
+    "parameter_groups": "modules",
     "rank_axes": "axes",
     "report": "reports",
     "save_adapter": "artifacts",
@@ -74,6 +75,7 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "merge",
+    "parameter_groups",
     "rank_axes",
     "report",
     "save_adapter",

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,7 @@ def parameterization_page(name: str, cls: Any) -> str:
         "Starts at the base": "" if layer.starts_at_base else "no",
         "Tied across layers": ", ".join(f"`{t}`" for t in layer.shared),
         "Exempt from weight decay": ", ".join(f"`{t}`" for t in layer.no_decay),
+        "Kinds of trained tensors": kinds_of_tensors(layer),
         "Axes can": ", ".join(["shrink", *sorted(layer.capabilities)]) if layer.axes else "",
         "Allocators that work": links(allocators),
         **{
@@ -262,6 +264,14 @@ def parameterization_page(name: str, cls: Any) -> str:
             f"```yaml\nparameterization:\n- class_path: {name}\n  {init_args(cls)}```",
         ]
     )
+
+
+def kinds_of_tensors(layer: Any) -> str:
+    """Return the trained tensors of a wrapper by their kinds, for its page."""
+    tensors: dict[str, list[str]] = {}
+    for name, _ in layer.own_parameters():
+        tensors.setdefault(layer.kind_of(name), []).append(f"`{name}`")
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in tensors.items())
 
 
 def allocator_page(name: str, cls: Any) -> str:
@@ -302,6 +312,85 @@ def allocator_page(name: str, cls: Any) -> str:
     )
 
 
+def strategy_page(name: str, cls: Any) -> str:
+    """Return the page of a training strategy."""
+    from adaptrank.allocation import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+    from adaptrank.strategies import beside_allocator, on_method
+
+    doc = read(cls.__doc__)
+    of_methods = {m: on_method(cls, m) for m in own(PARAMETERIZATIONS)}
+    of_allocators = {a: beside_allocator(cls, kind) for a, kind in own(ALLOCATORS).items()}
+    facts = {
+        "Source": plain(doc.sections.get("Source", cls.source)),
+        "Function of the model at a border": "stays, in evaluation mode"
+        if cls.preserves_function
+        else "changes",
+        "Works with": links([m for m, cell in of_methods.items() if cell == "works"]),
+        **refusals("Does not work with", of_methods),
+        "Allocators that work": links([a for a, cell in of_allocators.items() if cell == "works"]),
+        **refusals("Allocators that do not", of_allocators),
+        "Errors": plain(doc.sections.get("Raises", "")),
+        "File": f"`{cls.__module__.replace('.', '/')}.py`",
+    }
+    return "\n\n".join(
+        [
+            f"# {name}",
+            plain(doc.summary),
+            *map(prose, doc.body),
+            table([(k, v) for k, v in facts.items() if v], "", ""),
+            "## Arguments",
+            argument_table(cls),
+            "[Strategies](../strategies.md) says how strategies compare, and how to write one.",
+            "In YAML, with every argument at its default:",
+            f"```yaml\ntraining_strategy:\n  class_path: {name}\n  {init_args(cls)}```",
+        ]
+    )
+
+
+def refusals(title: str, cells: Mapping[str, str]) -> dict[str, str]:
+    """Return a fact with the names that are refused, grouped by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in cells.items():
+        if reason != "works":
+            reasons.setdefault(reason, []).append(name)
+    said = [f"{links(names)} ({plain(reason)})" for reason, names in reasons.items()]
+    return {title: "; ".join(said)}
+
+
+def optimizer_page(name: str, cls: Any) -> str:
+    """Return the page of an optimizer."""
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    doc = read(cls.__doc__)
+    pair = import_module("adaptrank.optimizers").optimizer_pair
+    cells = {m: pair(cls, m) for m in own(PARAMETERIZATIONS)}
+    facts = {
+        "Source": plain(doc.sections.get("Source", cls.source)),
+        "Works with": links([m for m, cell in cells.items() if cell == "works"]),
+        **refusals("Does not work with", cells),
+        "Errors": plain(doc.sections.get("Raises", "")),
+        "File": f"`{cls.__module__.replace('.', '/')}.py`",
+    }
+    return "\n\n".join(
+        [
+            f"# {name}",
+            plain(doc.summary),
+            *map(prose, doc.body),
+            table([(k, v) for k, v in facts.items() if v], "", ""),
+            "## Arguments",
+            argument_table(cls),
+        ]
+    )
+
+
+def optimizers() -> dict[str, type]:
+    """Return the optimizers of the package by name."""
+    if find_spec("adaptrank.optimizers") is None:
+        return {}
+    return own(import_module("adaptrank.optimizers").OPTIMIZERS)
+
+
 def options_of(cells: Mapping[str, str]) -> list[str]:
     """Return the options that have to be off in some pairs."""
     return sorted({cell for cell in cells.values() if cell not in ("", "works")})
@@ -313,12 +402,14 @@ def cell(pair: str) -> str:
 
 
 def index_page() -> str:
-    """Return a page with both registries, and the table of pairs that work."""
+    """Return a page with all registries, and the tables of what fits what."""
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
+    from adaptrank.strategies import STRATEGIES
 
     methods, allocators = own(PARAMETERIZATIONS), own(ALLOCATORS)
+    strategies, own_optimizers = own(STRATEGIES), optimizers()
     made = [
         (links([n]), code(" ".join(read(c.__doc__).summary.split())), plain(c.source))
         for n, c in methods.items()
@@ -333,7 +424,7 @@ def index_page() -> str:
         )
         for nest in nests()
     ]
-    toctree = "\n".join([*methods, *allocators])
+    toctree = "\n".join([*methods, *allocators, *strategies, *own_optimizers])
     return "\n\n".join(
         [
             "# Methods",
@@ -343,6 +434,10 @@ def index_page() -> str:
             table(made, "name", "what changes in a weight", "source"),
             "## Allocators",
             table(movers, "name", "what moves", "source"),
+            "## Training strategies",
+            "[Strategies](../strategies.md) says which to choose, and what they fit.",
+            table(summaries(strategies), "name", "what happens between rounds", "source"),
+            *optimizer_section(own_optimizers),
             "## Which pairs work",
             "A method without a rank axis has nothing to move by itself. In a nest with a method "
             "that has one, it is a fixed cost. An option in a cell has to be off, because the "
@@ -353,16 +448,63 @@ def index_page() -> str:
     )
 
 
+def summaries(classes: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return rows of a link, the first paragraph of the docstring, and the source."""
+    return [
+        (links([name]), plain(read(cls.__doc__).summary), plain(cls.source))
+        for name, cls in classes.items()
+    ]
+
+
+def optimizer_section(classes: Mapping[str, Any]) -> list[str]:
+    """Return the section of the optimizers, or nothing where there are none."""
+    if not classes:
+        return []
+    return ["## Optimizers", table(summaries(classes), "name", "what is different", "source")]
+
+
+def strategy_table() -> str:
+    """Return a table of the training strategies: what each one fits, and what stays at a border."""
+    from adaptrank.allocation import ALLOCATORS
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+    from adaptrank.strategies import STRATEGIES, beside_allocator, on_method
+
+    rows = []
+    for name, cls in own(STRATEGIES).items():
+        of_methods = {m: on_method(cls, m) for m in own(PARAMETERIZATIONS)}
+        of_allocators = {a: beside_allocator(cls, kind) for a, kind in own(ALLOCATORS).items()}
+        page = f"[{name}](methods/{name}.md)"
+        stays = "stays" if cls.preserves_function else "changes"
+        rows.append((page, _which(of_methods), _which(of_allocators), stays))
+    return table(rows, "strategy", "methods", "allocators", "function at a border")
+
+
+def _which(cells: Mapping[str, str]) -> str:
+    """Return the names that work or, if these are fewer, all but the names that do not."""
+    works = [name for name, cell in cells.items() if cell == "works"]
+    refused = [name for name in cells if name not in works]
+    if not refused:
+        return "all"
+    if not works:
+        return "none"
+    if len(refused) < len(works):
+        return f"all but {', '.join(refused)}"
+    return ", ".join(works)
+
+
 def write_pages(folder: Path) -> list[Path]:
     """Write every page into an empty folder."""
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.parameterizations import PARAMETERIZATIONS
+    from adaptrank.strategies import STRATEGIES
 
     pages = {"index": index_page()}
     pages |= {
         name: parameterization_page(name, cls) for name, cls in own(PARAMETERIZATIONS).items()
     }
     pages |= {name: allocator_page(name, cls) for name, cls in own(ALLOCATORS).items()}
+    pages |= {name: strategy_page(name, cls) for name, cls in own(STRATEGIES).items()}
+    pages |= {name: optimizer_page(name, cls) for name, cls in optimizers().items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, text in pages.items():
@@ -381,6 +523,13 @@ class Keys(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         module, _, name = self.arguments[0].rpartition(".")
         return self.parse_text_to_nodes(argument_table(getattr(import_module(module), name)))
+
+
+class Strategies(SphinxDirective):
+    """Directive ```{strategies}```: a table of the training strategies and what they fit."""
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(strategy_table())
 
 
 def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -427,6 +576,7 @@ def keep_attributes(
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directive and the hooks."""
     app.add_directive("keys", Keys)
+    app.add_directive("strategies", Strategies)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / FOLDER))
     app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", keep_attributes, priority=900)  # after it

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adaptrank.allocation import ALLOCATORS
 from adaptrank.parameterizations import PARAMETERIZATIONS
+from adaptrank.strategies import STRATEGIES
 from adaptrank.testing import perturb
 
 METHODS = [PARAMETERIZATIONS[name] for name in PARAMETERIZATIONS]
@@ -31,11 +32,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _registries():
-    """Allocators that a test defines leave the registry with it."""
-    before = dict(ALLOCATORS._classes)
+    """Allocators and strategies that a test defines leave the registry with it."""
+    registries = (ALLOCATORS, STRATEGIES)
+    before = [dict(registry._classes) for registry in registries]
     yield
-    ALLOCATORS._classes.clear()
-    ALLOCATORS._classes.update(before)
+    for registry, classes in zip(registries, before, strict=True):
+        registry._classes.clear()
+        registry._classes.update(classes)
 
 
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.__name__)

@@ -805,17 +805,29 @@ def test_methods_lists_the_registries(cli):
     computed = json.loads(json.dumps(methods.compute()))
     shipped = {
         kind: [each for each in computed[kind] if each["module"].startswith("adaptrank.")]
-        for kind in ("parameterizations", "allocators")
+        for kind in ("parameterizations", "allocators", "strategies", "optimizers")
     }
     # Other tests define methods and allocators of their own.
     methods_here = {each["name"] for each in shipped["parameterizations"]}
-    shipped["pairs"] = {
-        allocator["name"]: {
-            nest: fit
-            for nest, fit in computed["pairs"][allocator["name"]].items()
-            if methods_here.issuperset(nest.split(" + "))
+    names = {kind: [each["name"] for each in shipped[kind]] for kind in shipped}
+    for table, columns in (
+        ("pairs", "allocators"),
+        ("strategy_methods", "strategies"),
+        ("optimizer_methods", "optimizers"),
+    ):
+        shipped[table] = {
+            column: {
+                nest: fit
+                for nest, fit in computed[table][column].items()
+                if methods_here.issuperset(nest.split(" + "))
+            }
+            for column in names[columns]
         }
-        for allocator in shipped["allocators"]
+    shipped["strategy_allocators"] = {
+        strategy: {
+            name: computed["strategy_allocators"][strategy][name] for name in names["allocators"]
+        }
+        for strategy in names["strategies"]
     }
     assert shipped == methods.read_table(), (
         "run: python -m adaptrank methods --recompute --json > adaptrank/cli/methods_table.json"

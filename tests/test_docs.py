@@ -20,6 +20,7 @@ import adaptrank
 from adaptrank import PARAMETERIZATIONS, adapt, load_adapter, rank_axes, save_adapter
 from adaptrank.axes import cost_model
 from adaptrank.cli import VERBS, main
+from adaptrank.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,6 +39,20 @@ def blocks(page, language):
         r"^```(\w+)([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     return [text for name, rest, text in found if name == language and "no-run" not in rest]
+
+
+SOURCES = {
+    "my_allocator": "add_an_allocator",
+    "my_strategy": "strategies",
+    "row_blocks": "add_a_parameterization",
+}
+"""Module that a page tells to write -> page."""
+
+
+def named_block(module):
+    """The block of a page that begins with the name of its file."""
+    texts = blocks(DOCS / f"{SOURCES[module]}.md", "python")
+    return next(text for text in texts if text.startswith(f"# {module}.py\n"))
 
 
 def with_blocks(language):
@@ -66,6 +81,7 @@ def modules():
     yield
     for name in (
         "my_allocator",
+        "my_strategy",
         "row_blocks",
         *(n for n in sys.modules if n.startswith("snippets_")),
     ):
@@ -186,6 +202,25 @@ def test_a_parameterization_from_the_docs_is_complete(tmp_path, tiny_llama, monk
     assert len(set(ranks.values())) > 1
 
 
+def test_a_strategy_from_the_docs_runs_from_a_file_named_in_yaml(
+    tmp_path, tiny_llama, monkeypatch, modules
+):
+    code = named_block("my_strategy")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    (tmp_path / "my_strategy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_strategy", None)
+    base = (ROOT / "configs" / "lora_llama.yaml").read_text()
+    (own,) = (text for text in blocks(DOCS / "strategies.md", "yaml") if "my_strategy" in text)
+    short = base.replace("max_steps: 200", "max_steps: 4")
+    folder = fit(tmp_path, tiny_llama, short, own.replace("every: 20", "every: 2"))
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in rounds] == [0, 2]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sum(each["trained"] for each in rounds) == summary["trainable"]
+
+
 # ---- configurations
 
 
@@ -196,11 +231,8 @@ def test_yaml_blocks_parse(page, tmp_path, monkeypatch, capsys, modules):
     monkeypatch.syspath_prepend(tmp_path)
     for number, text in enumerate(blocks(page, "yaml")):
         config = yaml.safe_load(text)
-        for module in re.findall(r"class_path: (my_allocator|row_blocks)\.", text):
-            source = {"my_allocator": "add_an_allocator", "row_blocks": "add_a_parameterization"}[
-                module
-            ]
-            (tmp_path / f"{module}.py").write_text(blocks(DOCS / f"{source}.md", "python")[0])
+        for module in re.findall(r"class_path: (my_allocator|my_strategy|row_blocks)\.", text):
+            (tmp_path / f"{module}.py").write_text(named_block(module))
             sys.modules.pop(module, None)
         file = tmp_path / f"{number}.yaml"
         file.write_text(text)
@@ -222,7 +254,7 @@ def test_yaml_of_the_method_pages_is_what_the_class_takes(methods):
         for text in blocks(page, "yaml"):
             (entry,) = yaml.safe_load(text).values()
             entry = entry[0] if isinstance(entry, list) else entry
-            known = {**PARAMETERIZATIONS, **adaptrank.ALLOCATORS}[entry["class_path"]]
+            known = {**PARAMETERIZATIONS, **adaptrank.ALLOCATORS, **STRATEGIES}[entry["class_path"]]
             defaults = {
                 n: p.default
                 for n, p in inspect.signature(known).parameters.items()
@@ -361,7 +393,8 @@ def test_links_lead_somewhere(methods):
 
 
 def test_every_registered_class_has_a_page(methods):
-    shipped = [*PARAMETERIZATIONS.items(), *adaptrank.ALLOCATORS.items()]
+    shipped = [*PARAMETERIZATIONS.items(), *adaptrank.ALLOCATORS.items(), *STRATEGIES.items()]
+    shipped += extension().optimizers().items()
     names = {name for name, cls in shipped if cls.__module__.startswith("adaptrank.")}
     assert {page.stem for page in methods} == names | {"index"}
     for page in methods:

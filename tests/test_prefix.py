@@ -124,6 +124,14 @@ def test_it_is_what_a_cache_filled_by_hand_gives(make):
 
 
 @MAKES
+def test_a_prefix_of_zeros_is_not_the_frozen_model(make):
+    """It takes a share of every softmax."""
+    model = prefixed(make)
+    body(model).P.data.zero_()
+    assert (model(IDS).logits - make()(IDS).logits).abs().max() > 1e-3
+
+
+@MAKES
 def test_a_left_padded_row_is_what_it_is_alone(make):
     model = prefixed(make)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

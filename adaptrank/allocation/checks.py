@@ -85,6 +85,20 @@ def check_schedule(participant: "Participant", phases: Phases) -> None:
         )
 
 
+def check_rest(participant: "Participant", step: int) -> None:
+    """Check that no event is due while the axes do not train, which is up to a step.
+
+    Raises:
+        UserError: if the warm-up is shorter.
+    """
+    warmup = participant.phases.warmup
+    if participant.moves and warmup < step:
+        raise UserError(
+            f"{participant.label} warms up for {warmup} steps, and its axes do not train before "
+            f"step {step + 1}; give it warmup={step} or more."
+        )
+
+
 def check_axes(participant: "Participant", run: Run) -> None:
     """Check that the model has axes, and that each of them fits the allocator.
 

@@ -48,6 +48,8 @@ class Engine:
         """Description of the run whose checkpoint was loaded; None in one of an earlier version."""
         self.state = TrackedTensors()
         self.progress = Progress(budget=(participant.budget, participant.unit))
+        self.rests_until = 0
+        """Optimizer step up to which it neither scores nor moves anything."""
         self.held: Callable[[int], bool] | None = None
         """Whether an event at a step is left out, by the rounds of a training strategy. The last
         event of the run is never left out."""
@@ -92,6 +94,7 @@ class Engine:
         if isinstance(optimizers, torch.optim.Optimizer):
             optimizers = [optimizers]
         resumed, self.restored = self.restored, False
+        self.rests_until = 0
         if not resumed:
             self.progress = Progress()
         run = self._attach_model(model, list(optimizers), batches, loss)
@@ -132,7 +135,9 @@ class Engine:
             RuntimeError: after too many steps in a row with gradients that are not finite.
         """
         nothing_left = self.participant.moves and not self.run.moves_left
-        if nothing_left:
+        if nothing_left or self.progress.steps_done < self.rests_until:
+            for leaf in self.state.leaves():
+                leaf.grad = None
             return
         with torch.no_grad():
             finite = self._finite_gradients(scale)
@@ -158,6 +163,9 @@ class Engine:
         if not self._has_seen_state:
             self._check_optimizers()  # now they have state to judge by
             self._has_seen_state = True
+        if progress.steps_done <= self.rests_until:
+            self._before_pass()
+            return None
         with torch.no_grad():
             participant.finish_step(self.state, run.axes)
         event = self._due_events(before)
@@ -234,6 +242,17 @@ class Engine:
         self.progress = Progress(phases=phases)
         self._run = Run(participant.label, nn.Module(), {}, [], self.progress, participant.unit)
         checks.check_schedule(participant, phases)
+
+    def rest_until(self, step: int) -> None:
+        """Neither score nor move anything up to an optimizer step.
+
+        A training strategy calls it where the axes do not train at first.
+
+        Raises:
+            UserError: if an event would be due by then.
+        """
+        checks.check_rest(self.participant, step)
+        self.rests_until = step
 
     def forget_scores(self) -> None:
         """Start the state anew, because the tensors that it describes were replaced.

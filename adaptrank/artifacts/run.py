@@ -25,7 +25,7 @@ from adaptrank.artifacts.best_checkpoint import (
     restart_ranking,
 )
 from adaptrank.artifacts.summary import base_of, render, summarize
-from adaptrank.axes import rank_axes
+from adaptrank.axes import live_axes
 from adaptrank.parameterizations import adapted_part, wrapped_layers
 
 log = logging.getLogger("adaptrank")
@@ -37,6 +37,7 @@ __all__ = [
     "discard_unbegun",
     "new_run_folder",
     "render",
+    "round_events",
     "summarize",
     "write_json",
 ]
@@ -107,9 +108,10 @@ class JsonlLogger(Logger):
 
 
 class RunFiles(Callback):
-    """A callback that writes the ranks and the adapter of a run.
+    """A callback that writes the ranks, the rounds and the adapter of a run.
 
-    `ranks.jsonl` gets a line for each event. `ranks.json` and the adapter are written when training
+    `ranks.jsonl` gets a line for each event of an allocator, and `rounds.jsonl` one for each round
+    of a training strategy. `ranks.json` and the adapter are written when training
     ends or is interrupted. For a model without wrappers they are not written.
 
     Args:
@@ -126,7 +128,7 @@ class RunFiles(Callback):
         """Which weights the adapter holds: "weights", "step", "of", and the metric of the best."""
         self.started = 0.0
         self.seconds = 0.0
-        self._written = 0
+        self._written = self._rounds_written = 0
         self._moving = False
         self._inherited: Inherited = {}
 
@@ -138,11 +140,12 @@ class RunFiles(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
         self._moving = moves_left(trainer)
-        axes = rank_axes(adapted_part(pl_module))
+        axes = live_axes(adapted_part(pl_module))
         titles = _titles_of_allocators(trainer)
         if axes and titles and not trainer.global_step and trainer.is_global_zero:
             sizes = {key: len(axis) for key, axis in axes.items()}
             self._append([_start_event(sizes, titles)])
+        self._write_rounds(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,14 +156,21 @@ class RunFiles(Callback):
         if len(events) > self._written and trainer.is_global_zero:
             self._append(events[self._written :])
         self._written = len(events)
+        self._write_rounds(trainer)
         if self._moving and not moves_left(trainer):
             self._moving = False
             self._inherited = {}
             restart_ranking(trainer)
 
-    def _append(self, events: Sequence[Any]) -> None:
+    def _write_rounds(self, trainer: Trainer) -> None:
+        rounds = round_events(trainer)
+        if len(rounds) > self._rounds_written and trainer.is_global_zero:
+            self._append(rounds[self._rounds_written :], "rounds.jsonl")
+        self._rounds_written = len(rounds)
+
+    def _append(self, events: Sequence[Any], file: str = "ranks.jsonl") -> None:
         lines = "".join(json.dumps(event) + "\n" for event in events)
-        append_text(self.folder / "ranks.jsonl", lines)
+        append_text(self.folder / file, lines)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = time.perf_counter() - self.started
@@ -230,9 +240,17 @@ class RunFiles(Callback):
         if not wrapped_layers(model):
             return
         save_adapter(model, self.folder / "adapter", base_of(pl_module), run=self.saved)
-        ranks = {key: len(axis) for key, axis in rank_axes(model).items()}
+        ranks = {key: len(axis) for key, axis in live_axes(model).items()}
         if ranks and trainer.is_global_zero:
             write_json(self.folder / "ranks.json", ranks)
+
+
+def round_events(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return what happened at the start of each round of a training strategy so far."""
+    events: list[dict[str, Any]] = []
+    for callback in _callbacks(trainer):
+        events += getattr(callback, "round_events", ())
+    return events
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
-from adaptrank.axes import rank_axes
+from adaptrank.axes import live_axes
 from adaptrank.injection import parameter_table
 from adaptrank.layers import count_numbers
-from adaptrank.parameterizations import adapted_part
+from adaptrank.parameterizations import adapted_part, wrappers
 
 
 def base_of(module: LightningModule) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def summarize(
     steps: int,
     seconds: float,
     saved: Mapping[str, Any] | None = None,
+    rounds: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the figures of a run, as `summary.json` holds them.
 
@@ -48,24 +50,44 @@ def summarize(
         steps: number of optimizer steps.
         seconds: duration of training.
         saved: which weights the adapter holds, see `RunFiles.saved`. The last ones by default.
+        rounds: what happened at the start of each round, if a training strategy made rounds.
     """
     model = adapted_part(module)
     layers = [
         {"kind": kind, "count": count, "method": methods, "trainable": trainable}
         for kind, count, methods, trainable in parameter_table(model)
     ]
-    return {
+    figures = {
         "base": base_of(module),
         "layers": layers,
         "trainable": sum(row["trainable"] for row in layers),
         "parameters": sum(count_numbers(parameter) for parameter in model.parameters()),
-        "ranks": sum(len(axis) for axis in rank_axes(model).values()),
+        "ranks": sum(len(axis) for axis in live_axes(model).values()),
         "before": dict(before),
         "after": dict(after),
         "steps": steps,
         "seconds": seconds,
         "saved": dict(saved or {"weights": "last", "step": steps, "of": steps}),
         "peak_memory_bytes": peak_memory(),
+    }
+    if rounds:
+        figures["rounds"] = _rounds(rounds, model)
+    return figures
+
+
+def _rounds(events: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Any]:
+    """Return the strategy, the steps and trained numbers of its rounds, and the stored numbers.
+
+    The numbers that train in a round are fewer than those that the adapter stores at the end.
+    """
+    stored: dict[int, Tensor] = {}
+    for wrapper in wrappers(model):
+        stored |= {id(tensor): tensor for tensor in wrapper.own_tensors().values()}
+    return {
+        "strategy": events[-1]["strategy"],
+        "starts": [event["step"] for event in events],
+        "trained": [event["trained"] for event in events],
+        "stored": sum(tensor.numel() for tensor in stored.values()),
     }
 
 
@@ -80,13 +102,16 @@ def render(summary: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
     Args:
         summary: see `summarize`.
-        names: metrics to show. `ranks/*`, which an allocator logs at its events, are left out.
+        names: metrics to show. `ranks/*` and `round`, which allocators and strategies log, are
+            left out.
     """
     layers = _layer_rows(summary["layers"])
     metrics = _metric_rows(summary, names)
     width = max(len(row[0]) for row in [*layers, *metrics])
     lines = _aligned(layers, "<><>", [width, 6, 24, 12])
     lines.append(_total_line(summary))
+    if "rounds" in summary:
+        lines.append(_rounds_line(summary["rounds"]))
     if len(metrics) > 1:
         lines += ["", *_aligned(metrics, "<>>", [width, 10, 10])]
     minutes, seconds = divmod(round(summary["seconds"]), 60)
@@ -120,7 +145,8 @@ def _metric_rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[
     """Return a head, and a row for each metric that was computed after training."""
     rows = [["", "before", "after"]]
     for name in names:
-        if name in summary["after"] and not name.startswith("ranks/"):
+        told_elsewhere = name == "round" or name.startswith("ranks/")
+        if name in summary["after"] and not told_elsewhere:
             values = (summary["before"].get(name), summary["after"][name])
             rows.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
     return rows
@@ -131,6 +157,18 @@ def _total_line(summary: Mapping[str, Any]) -> str:
     share = f" ({trainable / parameters:.2%})" if parameters else ""
     ranks = f", {summary['ranks']} ranks" if summary["ranks"] else ""
     return f"  trainable {trainable:,} of {parameters:,} parameters{share}{ranks}"
+
+
+def _rounds_line(rounds: Mapping[str, Any]) -> str:
+    trained = sorted(rounds["trained"])
+    numbers = f"{trained[0]:,}"
+    if trained[-1] != trained[0]:
+        numbers += f" to {trained[-1]:,}"
+    count = len(trained)
+    return (
+        f"  {rounds['strategy']}: {count} round{'s' if count > 1 else ''}, {numbers} numbers train "
+        f"in a round, {rounds['stored']:,} are stored"
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]], sides: str, least: Sequence[int]) -> list[str]:

@@ -43,6 +43,15 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
     return axes
 
 
+def live_axes(model: nn.Module) -> dict[str, RankAxis]:
+    """Return the rank axes that have parameters.
+
+    The others are those of sums of earlier rounds, which a training strategy stores as buffers.
+    """
+    axes = rank_axes(model)
+    return {key: axis for key, axis in axes.items() if axis.has_parameters()}
+
+
 def _keyed_members(
     layers: Mapping[str, Parameterization],
 ) -> list[tuple[str, Parameterization, str]]:

@@ -151,5 +151,9 @@ def compare_optimizers(
 
 
 def same_groups(here: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Return whether the state of one optimizer fits the other: equal classes and groups."""
-    return equal(here["class"], stored["class"]) and len(here["groups"]) == len(stored["groups"])
+    """Return whether the state of one optimizer fits the other: equal classes and groups.
+
+    Groups with own learning rates have names. Others are told by their number.
+    """
+    names_here, names_stored = ([g.get("name") for g in each["groups"]] for each in (here, stored))
+    return equal(here["class"], stored["class"]) and names_here == names_stored

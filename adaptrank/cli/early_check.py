@@ -19,6 +19,7 @@ from adaptrank.cli.signatures import (
     MODEL,
     OPTIMIZER,
     PARAMETERIZATION,
+    STRATEGY,
     TRAINER,
     Kind,
     Signature,
@@ -32,6 +33,7 @@ CLASS_KEYS: Mapping[str, Kind] = {
     "data": DATA,
     "allocator": ALLOCATOR,
     "initial_ranks": ALLOCATOR,
+    "training_strategy": STRATEGY,
 }
 """Keys at the top of a configuration that hold a class."""
 
@@ -264,11 +266,11 @@ def _refuse_unknown_class(source: Source, key: Key, path: str, kind: Kind) -> No
         hint = " For none, write null."
     if kind is CALLBACK:
         known = [each for each in known if each != "Callback"]
-        # Allocators are callbacks as well, and so are classes of other packages.
-        if not hint or signature(ALLOCATOR, name) is not None:
+        # Allocators and strategies are callbacks as well, and so are classes of other packages.
+        if not hint or any(signature(each, name) is not None for each in (ALLOCATOR, STRATEGY)):
             return
     # Another package may have registered a model or data under a name that is like none here.
-    if hint or kind in (ALLOCATOR, PARAMETERIZATION):
+    if hint or kind in (ALLOCATOR, PARAMETERIZATION, STRATEGY):
         text = f"KEY: there is no {kind.name} {name!r}.{hint} Known: {some(known, 12)}."
         source.refuse(ParsingError(text), key)
 

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from adaptrank._errors import UserError
-from adaptrank.artifacts.run import RunFiles, discard_unbegun, render, summarize, write_json
-from adaptrank.axes import rank_axes
+from adaptrank.artifacts.run import (
+    RunFiles,
+    discard_unbegun,
+    render,
+    round_events,
+    summarize,
+    write_json,
+)
+from adaptrank.axes import live_axes
 from adaptrank.cli import errors
 from adaptrank.cli.chance import no_better_than_chance
 from adaptrank.cli.checkpoint_path import explain_restoring
@@ -37,7 +44,8 @@ def finish(cli: "AdaptrankCLI") -> None:
     files = next(c for c in trainer.callbacks if isinstance(c, RunFiles))  # type: ignore[attr-defined]
     after = cli.evaluate() if cli.evaluates else _logged(numbers(trainer.callback_metrics), files)
     steps, saved = trainer.global_step, files.saved
-    summary = summarize(cli.model, cli.before, after, steps, files.seconds, saved)
+    rounds = round_events(trainer)
+    summary = summarize(cli.model, cli.before, after, steps, files.seconds, saved, rounds)
     warning = no_better_than_chance(cli.model, cli.before, after)
     summary["warnings"] = [warning] if warning else []
     if not trainer.is_global_zero:
@@ -60,7 +68,7 @@ def _logged(metrics: dict[str, float], files: RunFiles) -> dict[str, float]:
 
 
 def _write_card(folder: Path, module: "LightningModule", summary: dict[str, Any]) -> None:
-    axes = rank_axes(adapted_part(module))
+    axes = live_axes(adapted_part(module))
     ranks = {key: len(axis) for key, axis in axes.items()}
     file = folder / "config.yaml"
     config = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -17,6 +17,7 @@ from adaptrank.artifacts import planning
 from adaptrank.artifacts.simulation import SimulatedStep, simulate_step
 from adaptrank.axes import rank_axes
 from adaptrank.cli.preparation import MOST_ROWS, Planned
+from adaptrank.cli.round_facts import round_facts
 from adaptrank.data import TaskData
 from adaptrank.injection import by_layer
 from adaptrank.modules import AdaptedModule
@@ -57,7 +58,9 @@ def forecast(cli: Planned, tokens: int | None = None) -> dict[str, Any]:
     def look(trainer: Trainer, module: AdaptedModule) -> None:
         steps = _steps(cli, trainer)
         data.update(_model_facts(module, cli.unloaded.saved))
+        data["learning_rates"] = _rate_facts(trainer)
         data.update(_budget_facts(cli, module, steps, data))
+        data.update(round_facts(trainer, module.model, steps))
         data.update(_memory_facts(cli, trainer, module, tokens))
         data["steps"] = steps
         data["bytes"]["peak"] = _peak(cli, data)
@@ -114,6 +117,19 @@ def _model_facts(module: AdaptedModule, saved: int) -> dict[str, Any]:
     }
 
 
+def _rate_facts(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Return the learning rate and the parameters of each named group. Empty without own rates."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return {
+        group["name"]: {
+            "lr": float(group.get("initial_lr", group["lr"])),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+        }
+        for group in groups
+        if "name" in group
+    }
+
+
 def _budget_facts(
     cli: Planned, module: AdaptedModule, steps: int | None, data: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -161,8 +177,13 @@ def _memory_facts(
         name = "with_checkpointing" if recomputes else "without_checkpointing"
         try:
             step = _simulate(trainer, module, batch, recomputes)
-        except UserError:
-            raise
+        except UserError as error:
+            # Some methods refuse gradient checkpointing, which this run does not ask for.
+            if not recomputes or module.gradient_checkpointing is not None:
+                raise
+            facts["not_simulated"] = str(error)
+            activations[name] = None
+            continue
         except Exception as error:
             facts["not_simulated"] = _reason(error)
             activations[name] = None

@@ -43,6 +43,9 @@ TRAINER = {
 ALLOCATION_BASES = ("Participant", "Allocator", "Policy", "RankInitializer")
 """Bases of allocators and of rank initializers."""
 
+ALLOCATOR_SECTION = "allocator: moves ranks while training; optional"
+STRATEGY_SECTION = "training_strategy: divides training into rounds; optional"
+
 WIDTH = 112
 COLUMN = 36
 
@@ -55,14 +58,15 @@ def usage(verb: str) -> str:
     sections = {
         "model: a class and its arguments": _model_rows(),
         "an entry of model.adapters": _adapter_rows(),
-        "allocator: moves ranks while training; optional": _allocator_rows(),
+        ALLOCATOR_SECTION: _allocator_rows(),
+        STRATEGY_SECTION: _strategy_rows(),
         "data: a class and its arguments": _data_rows(),
         "trainer: Lightning's Trainer": [(f"trainer.{name}", TRAINER[name]) for name in TRAINER],
         "the run": _run_rows(verb),
         "more": _more_rows(verb),
     }
     if verb != "fit":
-        del sections["allocator: moves ranks while training; optional"]
+        del sections[ALLOCATOR_SECTION], sections[STRATEGY_SECTION]
     lines = [head, "", INTRO[verb], OVERRIDE]
     for title, rows in sections.items():
         lines += ["", title, *_table(rows)]
@@ -92,6 +96,11 @@ def _allocator_rows() -> list[Row]:
     names = ", ".join(sorted(node.name for node in _concrete("allocation", *ALLOCATION_BASES)))
     rows = [("allocators here", names)]
     return rows + _argument_rows("allocation", "Allocator", "allocator.")
+
+
+def _strategy_rows() -> list[Row]:
+    nodes = _concrete("strategies", "TrainingStrategy")
+    return [(node.name, _summary(node)) for node in sorted(nodes, key=lambda node: node.name)]
 
 
 def _data_rows() -> list[Row]:
@@ -133,7 +142,7 @@ def _more_rows(verb: str) -> list[Row]:
         (f"{verb} --help_all", "every key, by LightningCLI"),
         (f"{verb} --model.help CausalLM", one_class),
         (f"{verb} --config FILE --print_config", "the whole configuration with its defaults"),
-        ("methods", "formulas, sources, costs, and which pairs of methods and allocators work"),
+        ("methods", "formulas, sources, costs, and which methods, allocators and strategies fit"),
     ]
 
 
@@ -200,9 +209,15 @@ def _concrete(room: str, *roots: str) -> list[ast.ClassDef]:
     for name, node in nodes.items():
         public = not name.startswith("_") and name not in roots
         is_method = name not in derived_from or _has_source(node)
-        if public and is_method and _ancestors(room, name) & set(roots):
+        if public and is_method and not _is_unlisted(node) and _ancestors(room, name) & set(roots):
             concrete.append(node)
     return concrete
+
+
+def _is_unlisted(node: ast.ClassDef) -> bool:
+    """Tell whether a class is none to choose, by `listed=False` or `registered=False`."""
+    words = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    return "False" in (words.get("listed"), words.get("registered"))
 
 
 def _has_source(node: ast.ClassDef) -> bool:

@@ -25,6 +25,7 @@ from adaptrank.data import TaskData
 from adaptrank.injection import by_layer
 from adaptrank.layers import LINEAR
 from adaptrank.modules import AdaptedModule, check_devices
+from adaptrank.strategies import TrainingStrategy
 from adaptrank.training.distributed import check_launcher, keep_apart
 
 MOST_ROWS = 1024
@@ -42,8 +43,7 @@ class Planned(AdaptrankCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer as `fit` does, without the files of a run."""
         configured = self._configured_callbacks()
-        chosen = (self.configured("allocator"), self.configured("initial_ranks"))
-        callbacks = participants(*chosen, configured)
+        callbacks = participants(*self._chosen(), configured)
         self.metric_names.adopt(self.model, configured)
         which_weights(self._get(self.config, "save"), configured)
         if not any(isinstance(callback, Checkpoint) for callback in configured):
@@ -101,7 +101,7 @@ class Planned(AdaptrankCLI):
             return
         check_devices(module.loading, self.trainer, fits=True)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, Participant) for callback in callbacks):
+        if any(isinstance(callback, Participant | TrainingStrategy) for callback in callbacks):
             keep_apart(self.trainer)
 
 

@@ -46,10 +46,11 @@ ALLOCATOR = Kind(
 PARAMETERIZATION = Kind(
     "Parameterization", "adaptrank", "parameterizations", ("Parameterization",), given=1
 )
+STRATEGY = Kind("training strategy", "adaptrank", "strategies", ("TrainingStrategy",))
 OPTIMIZER = Kind("Optimizer", "torch", "optim", ("Optimizer",), given=1)
 CALLBACK = Kind("Callback", "lightning", "pytorch/callbacks", ("Callback",))
 TRAINER = Kind("Trainer", "lightning", "pytorch/trainer", ("Trainer",))
-KINDS = (MODEL, DATA, ALLOCATOR, PARAMETERIZATION, OPTIMIZER, CALLBACK)
+KINDS = (MODEL, DATA, ALLOCATOR, PARAMETERIZATION, STRATEGY, OPTIMIZER, CALLBACK)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def class_names(kind: Kind) -> list[str]:
     names = []
     for name in heads:
         is_base = name in derived_from and not _has_source(kind, name)
-        if not (name.startswith("_") or name in kind.roots or is_base) and _is_of(kind, name):
+        hidden = name.startswith("_") or name in kind.roots or is_base
+        if not hidden and _is_of(kind, name) and not _is_unlisted(kind, name):
             names.append(name)
     return sorted(names)
 
@@ -184,6 +186,14 @@ def _node(kind: Kind, name: str) -> ast.ClassDef | None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     classes = (part for part in tree.body if isinstance(part, ast.ClassDef))
     return next((part for part in classes if part.name == name), None)
+
+
+def _is_unlisted(kind: Kind, name: str) -> bool:
+    """Tell whether a class is none to choose, by `listed=False` or `registered=False`."""
+    node = _node(kind, name) if kind.package == "adaptrank" else None
+    keywords = node.keywords if node is not None else []
+    words = {keyword.arg: ast.unparse(keyword.value) for keyword in keywords}
+    return "False" in (words.get("listed"), words.get("registered"))
 
 
 def _has_source(kind: Kind, name: str) -> bool:

@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Their classes are known by name once they are imported.
 import adaptrank.data
-import adaptrank.modules  # noqa: F401
+import adaptrank.modules
+import adaptrank.strategies  # noqa: F401
 from adaptrank._files import write_text
 from adaptrank.allocation import Participant
 from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
@@ -44,7 +45,9 @@ from adaptrank.cli.participants import checkpoints, participants, which_weights
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.cli.scored import Scored, scored
+from adaptrank.cli.unusual_rates import unusual_rates
 from adaptrank.modules import AdaptedModule, check_devices
+from adaptrank.strategies import TrainingStrategy
 from adaptrank.training.distributed import check_launcher
 from adaptrank.training.finite import FiniteWeights
 from adaptrank.training.peers import PeerWatch
@@ -63,7 +66,7 @@ TRAINER_DEFAULTS = {
 
 
 class AdaptrankCLI(LightningCLI):
-    """LightningCLI with the keys `allocator` and `initial_ranks`, and a run folder.
+    """LightningCLI with the keys of allocators and training strategies, and a run folder.
 
     Args:
         verb: fit, validate, test or predict.
@@ -108,6 +111,10 @@ class AdaptrankCLI(LightningCLI):
         chooses = "Chooses the ranks to start from, beside an allocator that moves them."
         parser.add_subclass_arguments(Participant, "allocator", required=False, help=moves)
         parser.add_subclass_arguments(Participant, "initial_ranks", required=False, help=chooses)
+        divides = "Divides training into rounds. See `python -m adaptrank methods`."
+        parser.add_subclass_arguments(
+            TrainingStrategy, "training_strategy", required=False, help=divides
+        )
         runs = "Folder that holds the run folders."
         parser.add_argument("--runs", type=str, default="runs", help=runs)
         accept = "Whether to go on from a ckpt_path that belongs to a run with other settings."
@@ -169,8 +176,7 @@ class AdaptrankCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the callbacks and the loggers of a run."""
         configured = self._configured_callbacks()
-        chosen = (self.configured("allocator"), self.configured("initial_ranks"))
-        callbacks = participants(*chosen, configured)
+        callbacks = participants(*self._chosen(), configured)
         if self.verb == "fit":
             self.metric_names.adopt(self.model, configured)
             weights = which_weights(self._get(self.config, "save"), configured)
@@ -200,6 +206,12 @@ class AdaptrankCLI(LightningCLI):
         ensure_checkpoint_files(trainer)
         return trainer
 
+    def _chosen(self) -> tuple[Any, Any, Any]:
+        """Return the allocator, the rank initializer and the strategy of the typed keys."""
+        keys = ("allocator", "initial_ranks", "training_strategy")
+        allocator, initial, strategy = (self.configured(key) for key in keys)
+        return allocator, initial, strategy
+
     def _configured_callbacks(self) -> list[Callback]:
         configured = self.configured("trainer.callbacks") or []
         return configured if isinstance(configured, list) else [configured]
@@ -213,6 +225,9 @@ class AdaptrankCLI(LightningCLI):
         return new_run_folder(runs)
 
     def _begin(self) -> None:
+        if not self.began and isinstance(self.model, AdaptedModule):
+            for sentence in unusual_rates(self.model.model, self.trainer.optimizers):
+                log.warning("%s", sentence)
         self.began = True
 
     # ---- the verbs
@@ -238,19 +253,22 @@ class AdaptrankCLI(LightningCLI):
             finish(self)
 
     def _check_schedules(self) -> None:
-        for allocator in self._callbacks():
-            if not isinstance(allocator, Participant) or self.trainer.max_steps <= 0:
+        for callback in self._callbacks():
+            is_checked = isinstance(callback, Participant | TrainingStrategy)
+            if not is_checked or self.trainer.max_steps <= 0:
                 continue
             try:
-                allocator.engine.check_steps(self.trainer.max_steps)
+                callback.engine.check_steps(self.trainer.max_steps)
             except ValueError as error:
                 steps = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
                 if not steps:
                     raise
+                is_strategy = isinstance(callback, TrainingStrategy)
+                kind, key = ("strategy", "training_strategy") if is_strategy else ("allocator",) * 2
                 raise errors.ConfigError(
                     f"trainer.fast_dev_run makes {steps} step(s), in which "
-                    f"{type(allocator).__name__} would never act: leave the allocator out, or "
-                    f"add --allocator null."
+                    f"{type(callback).__name__} would never act: leave the {kind} out, or "
+                    f"add --{key} null."
                 ) from error
 
     def _missing_for_evaluation(self) -> str | None:

@@ -33,7 +33,7 @@ TYPES = {
 }
 """A type as jsonargparse prints it -> what fits, in words."""
 
-KINDS = {"Participant": "Allocator"}
+KINDS = {"Participant": "Allocator", "TrainingStrategy": "training strategy"}
 """Name of a base class -> what users call its classes."""
 
 REPETITIONS = (

@@ -7,6 +7,7 @@ from adaptrank.modules.classification_module import ClassificationModule
 from adaptrank.modules.image_classification import ImageClassification
 from adaptrank.modules.label_module import LabelModule
 from adaptrank.modules.multiple_choice import MultipleChoice
+from adaptrank.modules.optim import build_optimizer, parameter_groups
 from adaptrank.modules.seq2seq import Seq2Seq
 from adaptrank.modules.sequence_classification import SequenceClassification
 from adaptrank.modules.settings import Adapter
@@ -23,5 +24,7 @@ __all__ = [
     "Seq2Seq",
     "SequenceClassification",
     "TokenClassification",
+    "build_optimizer",
     "check_devices",
+    "parameter_groups",
 ]

@@ -47,7 +47,8 @@ from adaptrank.modules.gradient_checkpointing import (
     read_checkpointing,
 )
 from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
-from adaptrank.modules.optim import apply_lora_plus, fuse, parameter_groups
+from adaptrank.modules.learning_rates import check_rates
+from adaptrank.modules.optim import build_optimizer
 from adaptrank.modules.option_checks import check_optimizer_options, check_options
 from adaptrank.modules.settings import Adapter, read_compile_options
 from adaptrank.modules.trainable_parts import make_trainable
@@ -104,6 +105,9 @@ class AdaptedModule(LightningModule):
         revision: branch, tag or commit of a backbone on the Hub.
         added_tokens: tokens to add to the tokenizer. Their rows of the embedding and of the head
             train, and with `resize_tokens: true` all rows.
+        learning_rates: own learning rates of parts of what trains, in place of that of the
+            optimizer: {HyperAdapt: 0.01, LoRA: 0.001}. A key is a method, one of its tensors
+            (LoRA.B), a kind of tensor (scales), an adapter, or a module that trains whole.
     """
 
     accept_changes: bool = False
@@ -135,6 +139,7 @@ class AdaptedModule(LightningModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
         added_tokens: list[str] | None = None,
+        learning_rates: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]
@@ -158,6 +163,7 @@ class AdaptedModule(LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         check_options(schedule, warmup, lora_plus_ratio, seed)
+        self.learning_rates = check_rates(learning_rates)
         self.compile_options = read_compile_options(compile)
         check_quantized(self.loading, self.frozen_dtype, self.compile_options is not None)
         check_optimizer_options(optimizer)
@@ -298,9 +304,9 @@ class AdaptedModule(LightningModule):
         """Return the optimizer over parameter groups, and a schedule over all steps of the run."""
         from transformers import get_scheduler
 
-        optimizer = self.optimizer(parameter_groups(self.model, self.lora_plus_ratio))
-        fuse(optimizer)
-        apply_lora_plus(optimizer, self.lora_plus_ratio)
+        optimizer = build_optimizer(
+            self.model, self.optimizer, self.lora_plus_ratio, self.learning_rates
+        )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = steps(self.warmup, total)
         if warmup >= total > 0:
@@ -334,6 +340,8 @@ class AdaptedModule(LightningModule):
             described["quantize"] = self.loading.quantization.describe()
         if self.loading.attention is not None:
             described["attn_implementation"] = self.loading.attention
+        if self.learning_rates:
+            described["learning_rates"] = self.learning_rates
         return described
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -17,6 +17,8 @@ from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.merged_updates import MergedUpdates
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.starting import built_again, start_scale
+from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import TriedRates
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
@@ -60,6 +62,8 @@ __all__ = [
     "MergedUpdates",
     "ModuleWrapper",
     "Parameterization",
+    "TensorKind",
+    "TriedRates",
     "adapted_part",
     "adapter_parameters",
     "built_again",

@@ -13,6 +13,7 @@ from adaptrank._options import COUNT
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class AttentionScale(ModuleWrapper):
@@ -44,6 +45,7 @@ class AttentionScale(ModuleWrapper):
     source = "arXiv:2304.01917"
     ranges: ClassVar = {"tokens": COUNT}
     no_decay = ("da",)
+    kinds = {"da": TensorKind.SCALES}
 
     def __init__(
         self,

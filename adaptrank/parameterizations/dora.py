@@ -14,6 +14,8 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.lora import AXES_OF_EMBEDDING
+from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import TriedRates
 
 
 class DoRA(Parameterization):
@@ -45,6 +47,8 @@ class DoRA(Parameterization):
     input_factor = {"rank": "A"}
     # Weight decay on the magnitude would shrink the layer itself.
     no_decay = ("m",)
+    kinds = {"m": TensorKind.MAGNITUDES}
+    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
     exact_gradient = {"detach_norm": False}
     squares: Tensor | None
     """||W_j||^2 of the rows, (m,), or None before it is computed."""

@@ -7,6 +7,7 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class LNTune(ModuleWrapper):
@@ -35,6 +36,7 @@ class LNTune(ModuleWrapper):
     source = "arXiv:2304.01917"
     accepts = (nn.LayerNorm, nn.RMSNorm)
     no_decay = ("dg", "db")
+    kinds = {"dg": TensorKind.SCALES, "db": TensorKind.OFFSETS}
 
     def __init__(self, base: nn.Module, *, gain: bool = True, shift: bool = True) -> None:
         super().__init__(base)

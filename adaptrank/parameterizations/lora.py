@@ -12,6 +12,7 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import TriedRates
 
 AXES_OF_EMBEDDING: dict[str, Mapping[str, int | tuple[int, ...]]] = {"rank": {"B": 1, "A": 0}}
 """Axes over an embedding, whose factor A starts at zero and so closes a unit."""
@@ -43,6 +44,7 @@ class LoRA(LowRankUpdate):
     source = "arXiv:2106.09685"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
+    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
     capabilities = DEFAULT_CAPABILITIES | {
         Capability.MATRIX_RANK,
         Capability.INPUT_DIRECTIONS,

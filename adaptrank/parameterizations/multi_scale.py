@@ -11,6 +11,7 @@ from adaptrank._options import NOT_NEGATIVE
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class MultiScale(LowRankUpdate):
@@ -51,6 +52,7 @@ class MultiScale(LowRankUpdate):
         "output": {"B2a": 0, "B2b": 1},
     }
     no_decay = ("e",)
+    kinds = {"e": TensorKind.SCALES}
 
     def __init__(
         self,

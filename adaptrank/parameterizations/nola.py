@@ -17,6 +17,7 @@ from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.nola_generators import GeneratedChunks, draw_matrix
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 DRAWS = 1 << 62
 """Numbers of fresh matrices are drawn from 0 to this, exclusive."""
@@ -71,6 +72,7 @@ class NOLA(LowRankUpdate):
     source = "arXiv:2310.02556"
     accepts = layers.MATRICES
     axes = {"alpha": {"ids_a": 0, "alpha": 0}, "beta": {"ids_b": 0, "beta": 0}}
+    kinds = {"alpha": TensorKind.COEFFICIENTS, "beta": TensorKind.COEFFICIENTS}
     capabilities = frozenset({Capability.GROW, Capability.ORDERED})
     seed: Tensor
     ids_a: Tensor

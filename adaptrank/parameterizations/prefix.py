@@ -13,6 +13,7 @@ from adaptrank._errors import UserError, UserTypeError
 from adaptrank._options import NOT_NEGATIVE, POSITIVE
 from adaptrank.parameterizations.base import Parameterization
 from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class Prefix(ModuleWrapper):
@@ -54,6 +55,11 @@ class Prefix(ModuleWrapper):
     starts_at_base = False
     recomputable = False
     no_decay = ("P", "E")
+    kinds = {
+        "P": TensorKind.PREFIXES,
+        "E": TensorKind.PREFIXES,
+        "encoder": TensorKind.PREFIXES,
+    }
 
     def __init__(
         self, base: nn.Module, *, tokens: int = 8, encoder: int = 0, std: float = 0.02

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class ResidualOffset(Parameterization):
@@ -24,6 +25,7 @@ class ResidualOffset(Parameterization):
     source = "arXiv:2304.01917"
     accepts = layers.LINEAR
     no_decay = ("d",)
+    kinds = {"d": TensorKind.OFFSETS}
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)

@@ -12,6 +12,7 @@ from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import TriedRates
 
 
 class SBoRA(LowRankUpdate):
@@ -42,6 +43,7 @@ class SBoRA(LowRankUpdate):
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
+    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
     capabilities = frozenset(
         {
             Capability.GROW,

@@ -10,6 +10,8 @@ from adaptrank._options import NOT_NEGATIVE, POSITIVE
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import TriedRates
 
 
 class SVD(LowRankUpdate):
@@ -40,6 +42,8 @@ class SVD(LowRankUpdate):
     capabilities = DEFAULT_CAPABILITIES | {Capability.MATRIX_RANK, Capability.INPUT_DIRECTIONS}
     input_factor = {"rank": "Q"}
     no_decay = ("l",)
+    kinds = {"l": TensorKind.SCALES}
+    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from adaptrank.ops import low_rank
 from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.module import ModuleWrapper
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -62,6 +63,7 @@ class TensorTrainAdapter(ModuleWrapper):
     ranges: ClassVar = {"modes": COUNT}
     mergeable = False
     no_decay = ("down", "up")
+    kinds = {"down": TensorKind.OFFSETS, "up": TensorKind.OFFSETS}
 
     def __init__(
         self,

@@ -1,13 +1,28 @@
 """Declarations of a method about itself, as class attributes that the whole library reads."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
 from adaptrank import layers
 from adaptrank._options import DECAY, POSITIVE, Range
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES
+from adaptrank.parameterizations.tensor_kinds import TensorKind
+
+
+class TriedRates(NamedTuple):
+    """Learning rates of Adam or AdamW that a study of a method tried.
+
+    Args:
+        low: smallest rate.
+        high: largest rate.
+        page: page of the documentation with the study.
+    """
+
+    low: float
+    high: float
+    page: str
 
 
 class Traits:
@@ -59,6 +74,19 @@ class Traits:
     """Tensors that `adapt` ties across the layers of one kind and shape."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates and magnitudes."""
+    kinds: ClassVar[Mapping[str, str]] = {}
+    """Tensor, or module of the wrapper's own -> its kind, a member of `TensorKind` or its word.
+    All others are "factors". A learning rate can be given to a kind."""
+
+    @classmethod
+    def kind_of(cls, name: str) -> str:
+        """Return the kind of a trained tensor, by its name in the wrapper."""
+        first, *_ = name.split(".")
+        return str(cls.kinds.get(first, TensorKind.FACTORS))
+
+    tried_rates: ClassVar[TriedRates | None] = None
+    """Learning rates that a study of this library tried with the method, or None without a study.
+    `fit` warns about a rate more than ten times outside of them."""
 
     # What allocators and rank initializers ask.
 

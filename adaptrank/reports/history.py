@@ -1,7 +1,7 @@
 """The history of a run: what an allocator did, read from the files of the run's folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from adaptrank.reports.records import (
     read_lines,
     read_table,
 )
+from adaptrank.reports.round_table import Round, events_of_rounds, read_rounds
 
 Event = dict[str, Any]
 """One line of ranks.jsonl."""
@@ -36,12 +37,14 @@ class History:
         sizes: (step, sizes) at the start, after the last event, and after a few events between
             that are evenly spread. `SNAPSHOTS` in all at most.
         summary: figures of the run, empty if the run did not end.
+        rounds: lines of rounds.jsonl, empty without a training strategy.
     """
 
     name: str
     events: list[Event]
     sizes: list[tuple[int, Sizes]]
     summary: dict[str, Any]
+    rounds: list[Round] = field(default_factory=list)
 
     @property
     def allocators(self) -> list[str]:
@@ -64,7 +67,7 @@ def read_history(folder: Path) -> History:
     """Read the history of a run from its folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no allocator ran in it.
+        FileNotFoundError: if there is no such folder, or nothing moved or started anew in it.
         UserError: if a file is damaged, naming the line and the key. The last line of ranks.jsonl
             may be cut off, as a killed run leaves it. Such a line is left out.
     """
@@ -72,12 +75,12 @@ def read_history(folder: Path) -> History:
         raise FileNotFoundError(
             f"{folder} is no folder. Name the folder of a run, such as runs/NAME/0."
         )
-    file = folder / "ranks.jsonl"
-    if not file.is_file():
+    file, rounds = folder / "ranks.jsonl", read_rounds(folder)
+    if not file.is_file() and not any(record["ranks"] for record in rounds):
         raise FileNotFoundError(
             f"{folder} holds no ranks.jsonl: no allocator moved a rank in this run."
         )
-    events = _read_events(file)
+    events = _read_events(file) if file.is_file() else events_of_rounds(rounds)
     sizes = _sizes_after_events(events, _read_ranks(folder / "ranks.json"))
     if not sizes:
         raise UserError(
@@ -87,7 +90,7 @@ def read_history(folder: Path) -> History:
     name = "/".join(folder.resolve().parts[-2:])
     summary = read_table(folder / "summary.json")
     check_fields(str(folder / "summary.json"), summary, SUMMARY)
-    return History(name, events, sizes, summary)
+    return History(name, events, sizes, summary, rounds)
 
 
 def history_of_events(

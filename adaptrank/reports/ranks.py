@@ -9,6 +9,7 @@ from adaptrank.reports.figures import draw_run
 from adaptrank.reports.history import Event, History
 from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import Picture, render
+from adaptrank.reports.round_table import round_rows
 from adaptrank.reports.run_words import DESCRIPTIONS, captions, headline
 
 MOST_ROWS = 500
@@ -52,6 +53,7 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
         headline=headline(history),
         pictures=[Picture(DESCRIPTIONS[name], png, shown[name]) for name, png in pictures.items()],
         replay=replay,
+        rounds=round_rows(history.rounds[-MOST_ROWS:]),
         events=[_event_row(event) for event in events[-MOST_ROWS:]],
         events_left_out=max(0, len(events) - MOST_ROWS),
         kinds=_kind_rows(axes) if len(axes) > MOST_ROWS else [],

@@ -104,6 +104,7 @@ SUMMARY: Fields = {
     "seconds": NUMBER,
     "before": METRICS,
     "after": METRICS,
+    "rounds": (lambda value: isinstance(value, dict), "a mapping"),
 }
 """Optional keys of summary.json."""
 

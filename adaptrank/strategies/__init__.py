@@ -2,6 +2,7 @@
 
 from adaptrank.strategies import methods
 from adaptrank.strategies.engine import StrategyRun
+from adaptrank.strategies.fitting import beside_allocator, on_method
 from adaptrank.strategies.ledger import (
     change_of,
     insert_ledgers,
@@ -31,11 +32,13 @@ __all__ = [
     "Rounds",
     "StrategyRun",
     "TrainingStrategy",
+    "beside_allocator",
     "change_of",
     "insert_ledgers",
     "ledger_of",
     "live_wrappers",
     "merge_into_ledger",
+    "on_method",
     "restart",
     "strategy_of",
     "trained_tensors",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adaptrank._errors import UserError
-from adaptrank.axes import forget_state, rank_axes
+from adaptrank.axes import forget_state, live_axes
 from adaptrank.parameterizations import Parameterization, adapted_part, wrapped_layers
 from adaptrank.strategies.rate import scale_rate
 from adaptrank.strategies.rounds import Rounds
@@ -60,9 +60,20 @@ class StrategyRun:
             allocator.engine.forget_scores()
 
     def ranks(self) -> dict[str, int]:
-        """Return the units of each axis that trains."""
-        axes = rank_axes(self.model)
-        return {key: len(axis) for key, axis in axes.items() if axis.trainable()}
+        """Return the units of each axis, without those of what earlier rounds merged."""
+        return {key: len(axis) for key, axis in live_axes(self.model).items()}
+
+    def optimized(self) -> list[Tensor]:
+        """Return all parameters of the optimizers, which train in some round."""
+        tensors: list[Tensor] = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                tensors += group["params"]
+        return tensors
+
+    def trained(self) -> int:
+        """Return how many numbers train at present."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 class RoundEngine:
@@ -126,30 +137,7 @@ class RoundEngine:
             UserError: if the run makes no sense, or if its checkpoint is of another run.
         """
         strategy = self.strategy
-        if total_steps in (-1, float("inf")):
-            raise UserError(
-                f"{strategy.label} divides a run into rounds, and this run has no end; give "
-                f"trainer.max_steps or trainer.max_epochs."
-            )
-        for allocator in allocators:
-            if reason := strategy.refuses_allocator(allocator):
-                raise UserError(f"{strategy.label} and {allocator.label}: {reason}.")
-        part = adapted_part(model)
-        rounds = strategy.rounds(int(total_steps))
-        if len(rounds) < 2:
-            raise UserError(
-                f"{strategy.label} would have one round in this run of {int(total_steps)} optimizer "
-                f"steps, so that it does nothing; train longer, or ask for shorter rounds."
-            )
-        self._run = run = StrategyRun(
-            part,
-            wrapped_layers(part),
-            list(optimizers),
-            rounds,
-            list(allocators),
-            strategy.seed,
-            steps_done,
-        )
+        self._run = run = self._make_run(model, optimizers, total_steps, allocators, steps_done)
         stored, self._stored = self._stored, None
         if stored is None:
             if steps_done:
@@ -160,7 +148,7 @@ class RoundEngine:
             self.events = []
             self._enter(0)
         else:
-            self._check_stored(stored, rounds)
+            self._check_stored(stored, run.rounds)
             self.events = list(stored["events"])
             run.steps_done, run.number = int(stored["steps_done"]), int(stored["round"])
             strategy.arrange(run.number)
@@ -170,6 +158,48 @@ class RoundEngine:
         for optimizer in run.optimizers:
             run.handles += scale_rate(optimizer, lambda group: strategy.rate(run.steps_done, group))
         self.running = True
+
+    def check_steps(self, total_steps: float) -> None:
+        """Check the rounds of a run of `total_steps` optimizer steps before there is a model.
+
+        Raises:
+            UserError: if they make no sense.
+        """
+        if not self.strategy.rounds_of_data:
+            self._rounds(total_steps)
+
+    def check_allocators(self, allocators: Iterable["Participant"]) -> None:
+        """Check that allocators can take part in a run with the strategy.
+
+        Raises:
+            UserError: if one cannot.
+        """
+        for allocator in allocators:
+            if reason := self.strategy.refuses_allocator(allocator):
+                raise UserError(f"{self.strategy.label} and {allocator.label}: {reason}.")
+
+    def foresee(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        total_steps: float,
+        allocators: Sequence["Participant"] = (),
+    ) -> list[dict[str, int]]:
+        """Return number, start, end and trained numbers of each round, from the shapes of a model.
+
+        The model is prepared, and may be on the meta device. Its tensors stay as they are.
+
+        Raises:
+            UserError: for whatever a run would refuse at its start, as far as shapes tell.
+        """
+        self._run = run = self._make_run(model, optimizers, total_steps, allocators, 0)
+        foreseen = []
+        for number in range(len(run.rounds)):
+            start, end = run.rounds.start(number), run.rounds.end(number)
+            trained = self.strategy.trained_numbers(number)
+            foreseen.append({"round": number, "start": start, "end": end, "trained": trained})
+        self.finish()
+        return foreseen
 
     def step(self, step: int | None = None) -> dict[str, Any] | None:
         """Finish an optimizer step, and return the event if a round has begun.
@@ -182,14 +212,64 @@ class RoundEngine:
         return self._cross_borders()
 
     def finish(self) -> None:
-        """Give the optimizers their own learning rates back."""
+        """Give the optimizers their own learning rates back, and let all of their tensors train.
+
+        So the next run finds the model as this one did.
+        """
         if self._run is not None:
             for handle in self._run.handles:
                 handle.remove()
             self._run.handles.clear()
             for allocator in self._run.allocators:
                 allocator.engine.held = None
+            for tensor in self._run.optimized():
+                tensor.requires_grad_(True)
         self.running = False
+
+    def _make_run(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        total_steps: float,
+        allocators: Sequence["Participant"],
+        steps_done: int,
+    ) -> StrategyRun:
+        """Return a run whose rounds and allocators make sense.
+
+        Raises:
+            UserError: if they do not.
+        """
+        self.check_allocators(allocators)
+        part = adapted_part(model)
+        return StrategyRun(
+            part,
+            wrapped_layers(part),
+            list(optimizers),
+            self._rounds(total_steps),
+            list(allocators),
+            self.strategy.seed,
+            steps_done,
+        )
+
+    def _rounds(self, total_steps: float) -> Rounds:
+        """Return the rounds of a run.
+
+        Raises:
+            UserError: if the run has no end, or one round in all.
+        """
+        label = self.strategy.label
+        if total_steps in (-1, float("inf")):
+            raise UserError(
+                f"{label} divides a run into rounds, and this run has no end; give "
+                f"trainer.max_steps or trainer.max_epochs."
+            )
+        rounds = self.strategy.rounds(int(total_steps))
+        if len(rounds) < 2:
+            raise UserError(
+                f"{label} would have one round in this run of {int(total_steps)} optimizer steps, "
+                f"and so do nothing; train longer, or ask for shorter rounds."
+            )
+        return rounds
 
     # ---- borders
 
@@ -214,6 +294,7 @@ class RoundEngine:
             "rounds": len(run.rounds),
             "strategy": self.strategy.label,
             "ranks": run.ranks(),
+            "trained": run.trained(),
             **self.strategy.describe_border(number),
         }
         self.events.append(event)

@@ -13,8 +13,8 @@ from adaptrank.parameterizations import Parameterization, built_again
 def restart(path: str, wrapper: Parameterization, seed: int, round_number: int) -> list[Tensor]:
     """Set the tensors of a wrapper to what its constructor draws, and return those that train.
 
-    Every axis keeps its present size. The draw depends on (seed, path, place in the nest, round) alone, so it is the
-    same on all processes and after a resume.
+    Every axis keeps its present size. The draw depends on (seed, path, place in the nest, round)
+    alone, so it is the same on all processes and after a resume.
 
     Args:
         path: path of the layer, for the seed.

@@ -86,6 +86,8 @@ class StrategyShell(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the model before a checkpoint is loaded, and check what else is in the run."""
+        if stage == "fit":
+            self._check_trainer(trainer, pl_module)
         # Lightning builds the model after this hook, and loads a checkpoint right after that.
         pl_module.configure_model()
         pl_module.register_load_state_dict_pre_hook(fit_before_load)  # type: ignore[no-untyped-call]
@@ -95,7 +97,6 @@ class StrategyShell(Callback):
             return
         # A checkpoint that this run resumes from is loaded after setup.
         self.engine.running, self._resumed_at = False, 0
-        self._check_trainer(trainer, pl_module)
         ensure_peer_watch(trainer)
         ensure_gradients(trainer)
         ensure_recorder(trainer)
@@ -105,6 +106,7 @@ class StrategyShell(Callback):
     def _check_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what a rewritten adapter cannot follow."""
         label = type(self).__name__
+        self.engine.check_allocators(_participants(trainer))
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, StrategyShell) and callback is not self:
@@ -181,6 +183,25 @@ class StrategyShell(Callback):
     ) -> None:
         """Finish the run."""
         self.finish()
+
+    # ---- transformers
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to be a callback of transformers' Trainer, which calls this first.
+
+        Raises:
+            UserError: always.
+        """
+        label = type(self).__name__
+        raise UserError(
+            f"{label} does not work in transformers' Trainer, which has its own checkpoints and "
+            f"clipping; train with Lightning, Trainer(callbacks=[{label}()]), or call start(), "
+            f"step() and finish() in a loop of your own."
+        )
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a Trainer that it was added to later."""
+        self.on_init_end()
 
     # ---- checkpoints
 

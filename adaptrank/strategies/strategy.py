@@ -42,6 +42,10 @@ class TrainingStrategy(StrategyShell):
     """Numeric argument -> the values that make sense."""
     preserves_function: bool = True
     """Whether a border leaves the function of the model as it is, in evaluation mode."""
+    rounds_of_data: ClassVar[bool] = False
+    """Whether the data say how long a round is, so that rounds are known only with the data."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Names of the methods that have to be in the model beside the method that it works on."""
     accept_changes: bool = False
     """Whether it goes on from a checkpoint of a run with other arguments or other rounds."""
     init_args: dict[str, Any]
@@ -126,6 +130,11 @@ class TrainingStrategy(StrategyShell):
     def describe_border(self, number: int) -> dict[str, Any]:
         """Return further entries of the event at the start of a round."""
         return {}
+
+    def trained_numbers(self, number: int) -> int:
+        """Return how many numbers train in a round, from the shapes of a model alone."""
+        self.arrange(number)
+        return self.run.trained()
 
     # ---- what a method uses
 

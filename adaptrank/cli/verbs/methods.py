@@ -1,4 +1,4 @@
-"""`methods`: list parameterizations and allocators, and which pairs work."""
+"""`methods`: list parameterizations, allocators, strategies and optimizers, and what fits what."""
 
 import argparse
 import inspect
@@ -6,12 +6,14 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = (
-    "Parameterizations and allocators: formula, source, rank axes, cost, and which pairs work."
-)
+DESCRIPTION = """\
+Parameterizations, allocators, training strategies and optimizers: formula, source, rank axes, cost,
+and which of them fit each other."""
 
 TABLE = Path(__file__).parents[1] / "methods_table.json"
 """What `methods --recompute --json` prints. A test holds it against the code."""
@@ -32,6 +34,13 @@ Allocators move ranks, on anything that has a rank axis (--pairs shows which). A
 is a variant, which decides otherwise than the published method. rule=published decides as
 published, and so does share=reference of GoRA.
 """
+STRATEGIES_HEAD = """
+Training strategies divide a run into rounds (key `training_strategy`). A function that stays is one
+that no border between rounds changes, in evaluation mode.
+"""
+OPTIMIZERS_HEAD = """
+Optimizers for adapters, beside all of PyTorch's (key `model.optimizer`).
+"""
 FOOT = """
 Arguments: python -m adaptrank fit --allocator.help ElaLoRA
 In YAML a class is named by `class_path: ElaLoRA`."""
@@ -39,7 +48,7 @@ In YAML a class is named by `class_path: ElaLoRA`."""
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    pairs = "which allocator works on which parameterization"
+    pairs = "which allocator and which training strategy works on which parameterization"
     parser.add_argument("--pairs", action="store_true", help=pairs)
     parser.add_argument("--json", action="store_true", help="as JSON")
     anew = "measure anew, instead of reading the table that the package brings"
@@ -57,11 +66,25 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(data, indent=2))
     elif options.pairs:
         print(_pairs_table(data["pairs"]))
+        print()
+        of_strategies = {
+            "Training strategies on a method": data["strategy_methods"],
+            "Training strategies beside an allocator": data["strategy_allocators"],
+        }
+        print(_tables_with_reasons(of_strategies))
+        if data["optimizer_methods"]:
+            print()
+            print(_tables_with_reasons({"Optimizers on a method": data["optimizer_methods"]}))
     else:
         print(PARAMETERIZATIONS_HEAD)
         print(_parameterizations_table(data["parameterizations"]))
         print(ALLOCATORS_HEAD)
         print(_allocators_table(data["allocators"]))
+        print(STRATEGIES_HEAD)
+        print(_strategies_table(data["strategies"]))
+        if data["optimizers"]:
+            print(OPTIMIZERS_HEAD)
+            print(_optimizers_table(data["optimizers"]))
         print(FOOT)
 
 
@@ -72,10 +95,11 @@ def read_table() -> dict[str, Any]:
 
 
 def compute() -> dict[str, Any]:
-    """Return all parameterizations, allocators and pairs that are known, as JSON-able data."""
+    """Return all classes that are known, and which of them fit each other, as JSON-able data."""
     from adaptrank.allocation import ALLOCATORS
     from adaptrank.allocation.compatibility import nests
     from adaptrank.parameterizations import PARAMETERIZATIONS
+    from adaptrank.strategies import STRATEGIES, beside_allocator, on_method
 
     methods = [describe_parameterization(cls) for cls in PARAMETERIZATIONS.values()]
     allocators = [describe_allocator(cls) for cls in ALLOCATORS.values()]
@@ -85,7 +109,20 @@ def compute() -> dict[str, Any]:
     pairs: dict[str, dict[str, str]] = {}
     for name, cls in ALLOCATORS.items():
         pairs[name] = {" + ".join(nest): cls.pair(*nest) for nest in rows}
-    return {"parameterizations": methods, "allocators": allocators, "pairs": pairs}
+    on_methods: dict[str, dict[str, str]] = {}
+    beside: dict[str, dict[str, str]] = {}
+    for name, strategy in STRATEGIES.items():
+        on_methods[name] = {" + ".join(nest): on_method(strategy, *nest) for nest in rows}
+        beside[name] = {key: beside_allocator(strategy, cls) for key, cls in ALLOCATORS.items()}
+    return {
+        "parameterizations": methods,
+        "allocators": allocators,
+        "pairs": pairs,
+        "strategies": [describe_strategy(cls) for cls in STRATEGIES.values()],
+        "strategy_methods": on_methods,
+        "strategy_allocators": beside,
+        **_optimizer_tables(rows),
+    }
 
 
 def describe_parameterization(cls: type[Any]) -> dict[str, Any]:
@@ -160,6 +197,18 @@ def describe_allocator(cls: type[Any]) -> dict[str, Any]:
     }
 
 
+def describe_strategy(cls: type[Any]) -> dict[str, Any]:
+    """Return what a training strategy does, as JSON-able data."""
+    return {
+        "name": cls.__name__,
+        "does": _first_sentence(cls),
+        "source": cls.source,
+        "preserves_function": cls.preserves_function,
+        "arguments": _arguments(cls),
+        "module": cls.__module__,
+    }
+
+
 def _score(cls: type[Any], arguments: Mapping[str, Any]) -> str:
     """Return the importance of an allocator, "its own", or "-" for a rank initializer."""
     from adaptrank.allocation import Policy
@@ -167,6 +216,27 @@ def _score(cls: type[Any], arguments: Mapping[str, Any]) -> str:
     if issubclass(cls, Policy) and cls.scores_by_name():
         return str(arguments.get("importance", cls.importance))
     return "its own" if cls.moves else "-"
+
+
+def _optimizer_tables(rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return the optimizers of this library, and on which nests they work, as JSON-able data."""
+    if find_spec("adaptrank.optimizers") is None:
+        return {"optimizers": [], "optimizer_methods": {}}
+    room = import_module("adaptrank.optimizers")
+    described = [
+        {
+            "name": cls.__name__,
+            "does": _first_sentence(cls),
+            "source": cls.source,
+            "arguments": _arguments(cls, skip=1),
+            "module": cls.__module__,
+        }
+        for cls in room.OPTIMIZERS.values()
+    ]
+    pairs: dict[str, dict[str, str]] = {}
+    for name, cls in room.OPTIMIZERS.items():
+        pairs[name] = {" + ".join(nest): room.optimizer_pair(cls, *nest) for nest in rows}
+    return {"optimizers": described, "optimizer_methods": pairs}
 
 
 def _arguments(cls: type[Any], skip: int = 0) -> dict[str, Any]:
@@ -231,6 +301,19 @@ def _allocators_table(allocators: list[dict[str, Any]]) -> str:
     return _columns(rows, [allocator["does"] for allocator in allocators])
 
 
+def _strategies_table(strategies: list[dict[str, Any]]) -> str:
+    rows = [("", "function at a border", "source")]
+    for strategy in strategies:
+        stays = "stays" if strategy["preserves_function"] else "changes"
+        rows.append((strategy["name"], stays, strategy["source"] or "-"))
+    return _columns(rows, [strategy["does"] for strategy in strategies])
+
+
+def _optimizers_table(optimizers: list[dict[str, Any]]) -> str:
+    rows = [("", "source"), *((each["name"], each["source"] or "-") for each in optimizers)]
+    return _columns(rows, [each["does"] for each in optimizers])
+
+
 def _columns(rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
     """Return aligned columns under a head, and below each other row its note, indented."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -251,23 +334,11 @@ def _in_two_lines(name: str) -> tuple[str, str]:
     return name.removesuffix(last), last
 
 
-def _pairs_table(pairs: dict[str, dict[str, str]]) -> str:
+def _pairs_table(pairs: Mapping[str, Mapping[str, str]]) -> str:
     """Return the table of pairs: a row for each nest of methods, a column for each allocator."""
-    nests = list(next(iter(pairs.values())))
-    width = max(map(len, nests))
     cells = {cell for works in pairs.values() for cell in works.values()}
-    options = sorted(cells - {"", "works"})
-    letters = {option: chr(ord("a") + position) for position, option in enumerate(options)}
-    marks = {"": "-", "works": "yes", **letters}
-    headers = {allocator: _in_two_lines(allocator) for allocator in pairs}
-    widths = {allocator: max(map(len, header)) for allocator, header in headers.items()}
-    lines = []
-    for line in range(2):
-        row = [f"{headers[allocator][line]:{widths[allocator]}}" for allocator in pairs]
-        lines.append(f"  {'':{width}} {' '.join(row)}".rstrip())
-    for nest in nests:
-        row = [f"{marks[works[nest]]:{widths[allocator]}}" for allocator, works in pairs.items()]
-        lines.append(f"  {nest:{width}} {' '.join(row)}".rstrip())
+    letters = _letters(cells - {"", "works"})
+    lines = _grid(pairs, {"": "-", "works": "yes", **letters})
     lines.append(
         "\n  -  has no rank axis, or one that cannot do what the allocator needs; "
         "a run says which when it starts"
@@ -275,3 +346,50 @@ def _pairs_table(pairs: dict[str, dict[str, str]]) -> str:
     for option, letter in letters.items():
         lines.append(f"  {letter}  with {option} only: it cannot do what that option asks for")
     return "\n".join(lines)
+
+
+def _tables_with_reasons(tables: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    """Return tables with a letter for each reason, and the reasons below them.
+
+    Args:
+        tables: title -> column -> row -> "works", or the reason why not.
+    """
+    reasons: set[str] = set()
+    for columns in tables.values():
+        for works in columns.values():
+            reasons |= set(works.values()) - {"works"}
+    letters = _letters(reasons)
+    lines = []
+    for title, columns in tables.items():
+        lines += [f"  {title}", *_grid(columns, {"works": "yes", **letters}), ""]
+    for reason, letter in letters.items():
+        lines += textwrap.wrap(
+            reason, 104, initial_indent=f"  {letter}  ", subsequent_indent="     "
+        )
+    return "\n".join(lines)
+
+
+def _letters(texts: set[str]) -> dict[str, str]:
+    """Return a letter for each text, which a table has in its place."""
+    return {text: chr(ord("a") + position) for position, text in enumerate(sorted(texts))}
+
+
+def _grid(columns: Mapping[str, Mapping[str, str]], marks: Mapping[str, str]) -> list[str]:
+    """Return the lines of a table whose columns have their names in two lines.
+
+    Args:
+        columns: name of a column -> row -> cell.
+        marks: cell -> what is printed.
+    """
+    rows = list(next(iter(columns.values())))
+    width = max(map(len, rows))
+    headers = {name: _in_two_lines(name) for name in columns}
+    widths = {name: max(3, *map(len, header)) for name, header in headers.items()}
+    lines = []
+    for line in range(2):
+        cells = [f"{headers[name][line]:{widths[name]}}" for name in columns]
+        lines.append(f"  {'':{width}} {' '.join(cells)}".rstrip())
+    for row in rows:
+        cells = [f"{marks[works[row]]:{widths[name]}}" for name, works in columns.items()]
+        lines.append(f"  {row:{width}} {' '.join(cells)}".rstrip())
+    return lines

@@ -9,9 +9,10 @@ from adaptrank.cli.errors import ConfigError
 
 DESCRIPTION = """\
 Say what a configuration would train, take and leave, without loading a weight: parameters of each
-kind of layer, the budget over the events, memory of weights, gradients, optimizer and activations,
-the least time that training takes, and whether `fit` would refuse it. Each figure says how it was
-obtained. It takes --config FILE and all other keys of `fit`."""
+kind of layer, the budget over the events, the rounds of a training strategy, memory of weights,
+gradients, optimizer and activations, the least time that training takes, and whether `fit` would
+refuse it. Each figure says how it was obtained. It takes --config FILE and all other keys of
+`fit`."""
 
 TAKES_KEYS = True
 
@@ -66,8 +67,13 @@ def _print(data: Mapping[str, Any], every_layer: bool) -> None:
         print(f"  {name:{width}} {count:14,}")
     parameters = data["trainable"] + data["frozen_parameters"]
     print(f"  {'trainable':{width}} {data['trainable']:14,} of {parameters:,} parameters")
+    for name, group in data["learning_rates"].items():
+        label = f"at rate {group['lr']:g}"
+        print(f"  {label:{width}} {group['parameters']:14,}  {name}")
     if data["allocator"]:
         _print_budget(data)
+    if data["training_strategy"]:
+        _print_rounds(data)
     _print_memory(data, width)
     _print_time(data, width)
     if "measured" in data:
@@ -90,6 +96,18 @@ def _print_budget(data: Mapping[str, Any]) -> None:
     if at_end is not None:
         share = at_end / max(data["trainable"], 1)
         print(f"  at the end about {at_end:,} numbers train, {share:.0%} of the start")
+
+
+def _print_rounds(data: Mapping[str, Any]) -> None:
+    """Print the rounds of a training strategy, or some of them, evenly spread."""
+    rounds = data["rounds"]
+    print(f"\n{data['training_strategy']}, {len(rounds)} rounds")
+    every = max(1, -(-len(rounds) // ROWS))
+    for each in [*rounds[:-1:every], rounds[-1]]:
+        span = f"steps {each['start'] + 1} to {each['end']}"
+        print(f"  round {each['round'] + 1:4}  {span:24} {each['trained']:,} numbers train")
+    if every > 1:
+        print(f"  (every {every}th round is listed)")
 
 
 def _print_memory(data: Mapping[str, Any], width: int) -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from adaptrank._errors import UserError
 from adaptrank._options import COUNT
-from adaptrank.axes import generator, rank_axes
+from adaptrank.axes import cost_model, generator, rank_axes
 from adaptrank.strategies.merge_and_restart import MergeAndRestart
 from adaptrank.strategies.rounds import Rounds
 
@@ -44,6 +44,17 @@ class ChainOfLoRA(MergeAndRestart):
         if self.ranks is not None:
             self._resize(self.run.model, self.ranks[number], number)
         super().enter(number)
+
+    def trained_numbers(self, number: int) -> int:
+        trained = super().trained_numbers(number)
+        if self.ranks is None:
+            return trained
+        sizes, in_link = {}, {}
+        for key, axis in rank_axes(self.run.model).items():
+            sizes[key] = len(axis)
+            in_link[key] = self.ranks[number] if axis.trainable() else len(axis)
+        cost = cost_model(self.run.model)
+        return trained + cost.total(in_link) - cost.total(sizes)
 
     def _resize(self, model: nn.Module, rank: int, number: int) -> None:
         """Give every axis that trains the rank of a link, before its wrapper starts anew."""
