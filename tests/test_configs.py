@@ -28,6 +28,10 @@ def short(config, backbones):
     config["data"].setdefault("init_args", {}).update(
         batch_size=4, train_size=8 * STEPS, val_size=4
     )
+    if "tasks" in config["data"]["init_args"]:
+        # Two tasks, with a border in the middle, and examples of both to measure.
+        config["data"]["init_args"].update(val_size=20, tasks=2, epochs_per_task=1)
+        config["data"]["init_args"].update(train_size=4 * STEPS)
     config["trainer"] = {
         **config["trainer"],
         "max_epochs": None,

@@ -147,13 +147,15 @@ def _check_values(
 
 
 def _check_shape(stored: StoredTensors, entry: StoredTensor, value: Tensor) -> None:
-    """Refuse a value of an adapter that has another size beside the dimensions of units."""
+    """Refuse a value of an adapter that has another size beside those of units and stacks."""
     present = entry.tensor
     free: set[int] = set()
+    for stack in entry.wrapper.stacks.values():
+        free.update(dim for name, dim in stack.items() if name == entry.name)
     for axis in entry.wrapper.axes:
         free.update(dim for name, dim in entry.wrapper.axis_tensors(axis) if name == entry.name)
     if value.dim() != present.dim() and free:
-        # The sizes of an axis are compared when ranks are fitted, which names the axis.
+        # Sizes of axes and stacks are compared when ranks are fitted, which names them.
         return
     fixed = [dim for dim in range(present.dim()) if dim not in free]
     same = value.dim() == present.dim()

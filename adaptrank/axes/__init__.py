@@ -9,6 +9,7 @@ from adaptrank.axes.optimizer_state import shift_copies
 from adaptrank.axes.quantized_tensors import dequantized
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
+from adaptrank.axes.stacks import resize_stack
 from adaptrank.axes.state_roles import (
     STATE_ROLES,
     Optimizers,
@@ -45,6 +46,7 @@ __all__ = [
     "prune_moments",
     "rank_axes",
     "rank_cost",
+    "resize_stack",
     "shift_copies",
     "states_of",
 ]

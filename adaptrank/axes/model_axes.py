@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adaptrank._errors import UserError
 from adaptrank.axes.axis import RankAxis
 from adaptrank.axes.slot import Member
+from adaptrank.axes.stacks import resize_stack, stored_stacks
 from adaptrank.parameterizations import Parameterization, wrapped_layers, wrappers
 
 CLOSED = "closed_units"
@@ -73,7 +74,7 @@ def natural(key: str) -> list[tuple[int, str]]:
 
 
 def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Resize every axis to the shapes in a state dict of the model, so that it then loads strictly.
+    """Resize axes and stacks to the shapes in a state dict of the model, so that it loads strictly.
 
     Raises:
         ValueError: if the tensors of one axis are stored with different sizes, or with a size that
@@ -101,9 +102,12 @@ def fit_ranks(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 f"{largest or 'any number'} here; the file is damaged, or of another model."
             )
         resized.append((axis, size))
+    stacks = list(stored_stacks(model, state_dict))
     # All sizes are checked before the first tensor changes.
     for axis, size in resized:
         axis.resize_to(size)
+    for wrapper, stack, size in stacks:
+        resize_stack(wrapper, stack, size)
     for wrapper in wrappers(model):
         wrapper.renew()
 

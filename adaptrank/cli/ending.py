@@ -22,6 +22,7 @@ from adaptrank.cli.chance import no_better_than_chance
 from adaptrank.cli.checkpoint_path import explain_restoring
 from adaptrank.cli.monitors import missing_metric, without_other_names
 from adaptrank.cli.output import metric_names, next_commands, numbers, resume_command, say
+from adaptrank.modules import task_matrix
 from adaptrank.parameterizations import adapted_part
 from adaptrank.reports.card import write_card
 from adaptrank.training.peers import lost_peer
@@ -43,6 +44,8 @@ def finish(cli: "AdaptrankCLI") -> None:
     assert folder is not None
     files = next(c for c in trainer.callbacks if isinstance(c, RunFiles))  # type: ignore[attr-defined]
     after = cli.evaluate() if cli.evaluates else _logged(numbers(trainer.callback_metrics), files)
+    if (matrix := task_matrix(trainer)) is not None:
+        after |= matrix.figures
     steps, saved = trainer.global_step, files.saved
     rounds = round_events(trainer)
     summary = summarize(cli.model, cli.before, after, steps, files.seconds, saved, rounds)

@@ -23,7 +23,7 @@ SHORT = {"acc": "accuracy", "ppl": "perplexity"}
 TRAINING_METRICS = ("train_loss", "train_aux_loss", "penalty")
 """Metrics of training steps of the library's modules."""
 
-OTHER_METRICS = ("ranks/", "spectral/", "lr-")
+OTHER_METRICS = ("ranks/", "spectral/", "tasks/", "lr-")
 """Beginnings of the names of metrics that callbacks log."""
 
 HIGHER = frozenset(

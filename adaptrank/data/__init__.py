@@ -17,6 +17,7 @@ from adaptrank.data.generated_sentences import GeneratedSentences
 from adaptrank.data.handwritten_digits import HandwrittenDigits
 from adaptrank.data.image_data import ImageData
 from adaptrank.data.image_task import ImageTask
+from adaptrank.data.incremental_data import IncrementalData
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.labelled_data import LabelledData
 from adaptrank.data.loader import ResumableLoader
@@ -46,6 +47,7 @@ __all__ = [
     "HandwrittenDigits",
     "ImageData",
     "ImageTask",
+    "IncrementalData",
     "LabelTask",
     "LabelledData",
     "MultipleChoiceData",

@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any, overload
 
 from adaptrank._errors import UserError
+from adaptrank.data.class_tasks import Tasks
 from adaptrank.data.collate import Batch, image_batch
 from adaptrank.data.images import decode, raw_bytes
-from adaptrank.data.labelled_data import LabelledData
+from adaptrank.data.incremental_data import IncrementalData
 from adaptrank.data.lazy import Computed
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.task import Row, Split
 
 
-class ImageTask(LabelledData):
+class ImageTask(IncrementalData):
     """Images to classify, decoded when they are read.
 
     Rows have `image`, anything that `adaptrank.data.images.decode` takes, `where`, the place of
@@ -26,6 +27,7 @@ class ImageTask(LabelledData):
         batch_size, eval_batch_size, num_workers, seed, limit_train, limit_val: as in `TaskData`.
         horizontal_flip: probability that a training image is mirrored, by the seed, the epoch and
             the image.
+        tasks, task_seed, epochs_per_task, steps_per_task: as in `IncrementalData`.
     """
 
     def __init__(
@@ -37,6 +39,10 @@ class ImageTask(LabelledData):
         limit_train: int | None = None,
         limit_val: int | None = None,
         horizontal_flip: float = 0.0,
+        tasks: Tasks | None = None,
+        task_seed: int | None = None,
+        epochs_per_task: int = 1,
+        steps_per_task: int | None = None,
     ) -> None:
         if isinstance(horizontal_flip, bool) or not 0 <= horizontal_flip <= 1:
             raise UserError(
@@ -49,6 +55,10 @@ class ImageTask(LabelledData):
             seed=seed,
             limit_train=limit_train,
             limit_val=limit_val,
+            tasks=tasks,
+            task_seed=task_seed,
+            epochs_per_task=epochs_per_task,
+            steps_per_task=steps_per_task,
         )
         self.horizontal_flip = horizontal_flip
         self.image_processor: Any = None

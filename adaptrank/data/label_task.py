@@ -6,13 +6,13 @@ from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.data.collate import Batch, class_batch
-from adaptrank.data.labelled_data import LabelledData
+from adaptrank.data.incremental_data import IncrementalData
 from adaptrank.data.segments import as_int32, portions
 from adaptrank.data.shortening import Shortener
 from adaptrank.data.task import Row, Split
 
 
-class LabelTask(LabelledData):
+class LabelTask(IncrementalData):
     """Texts to classify.
 
     Rows have `text`, perhaps `text_pair`, and `label`, the index of the class. Either every row of

@@ -166,7 +166,7 @@ class TaskData(LightningDataModule, ABC):
             rows = self.rows(split)
             if rows is None:
                 return self.examples("val")
-            rows = self._limit(rows, split)
+            rows = self.limit(rows, split)
             if not rows:
                 raise UserError(
                     f"{type(self).__name__} has no {split} rows. Give it a source that has some."
@@ -203,7 +203,7 @@ class TaskData(LightningDataModule, ABC):
         task._examples = {}
         return LazyExamples(rows, partial(task.encode, split=split))
 
-    def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
+    def limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Keep the first rows after a seeded shuffle, if there is a limit below their number."""
         limit = {"train": self.limit_train, "val": self.limit_val}.get(split)
         if limit is None or limit >= len(rows):
@@ -291,7 +291,7 @@ class TaskData(LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader:
         # Where Lightning overfits some batches, it asks for the same ones in every epoch.
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        loader = self._make_loader(
+        loader = self.make_loader(
             "train", self.batch_size, shuffle=shuffle, group_by_length=self.group_by_length
         )
         loader.trainer = self.trainer
@@ -303,10 +303,10 @@ class TaskData(LightningDataModule, ABC):
         return loader
 
     def val_dataloader(self) -> ResumableLoader:
-        return self._make_loader("val", self.eval_batch_size)
+        return self.make_loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> ResumableLoader:
-        return self._make_loader("test", self.eval_batch_size)
+        return self.make_loader("test", self.eval_batch_size)
 
     def predict_dataloader(self) -> "DataLoader[Row]":
         return DataLoader(
@@ -321,12 +321,11 @@ class TaskData(LightningDataModule, ABC):
         """Return what the batches of a split are made of, and the function that makes them."""
         return self.examples(split), self.collate(split)
 
-    def _make_loader(
+    def make_loader(
         self, split: Split, size: int, *, shuffle: bool = False, group_by_length: bool = False
     ) -> ResumableLoader:
         """Return a loader of this process's share of a split."""
         examples, collate = self.batched(split)
-        share = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         is_lazy = isinstance(examples, LazyExamples)
         if is_lazy and group_by_length:
             raise UserError(
@@ -334,17 +333,32 @@ class TaskData(LightningDataModule, ABC):
                 "tokenized only when they are read. Leave it out, or set `limit_train`."
             )
         lengths = [len(example["input_ids"]) for example in examples] if group_by_length else None
-        order = BatchOrder(
-            len(examples),
-            size,
+        order = self.make_order(
+            split,
+            examples,
+            batch_size=size,
             seed=self.seed,
             shuffle=shuffle,
             lengths=lengths,
-            rank=share.get("rank", 0),
-            world_size=share.get("num_replicas", 1),
             lazy=is_lazy,
+            **self.share_of_process(),
         )
         return ResumableLoader(examples, collate, order, num_workers=self.num_workers)
+
+    def make_order(self, split: Split, examples: Sequence[Row], **options: Any) -> BatchOrder:
+        """Return which examples make which batch.
+
+        Args:
+            split: the split.
+            examples: its examples, as `batched` returns them.
+            options: further arguments of `BatchOrder`.
+        """
+        return BatchOrder(len(examples), **options)
+
+    def share_of_process(self) -> dict[str, int]:
+        """Return the number of this process, `rank`, and that of all processes, `world_size`."""
+        share = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        return {"rank": share.get("rank", 0), "world_size": share.get("num_replicas", 1)}
 
     def describe_training(self) -> dict[str, Any]:
         """Return what the training batches and their order depend on, for the record of a run.

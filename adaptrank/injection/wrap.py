@@ -8,7 +8,7 @@ from torch import nn
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.injection.makers import ParameterizationCallable
-from adaptrank.injection.paths import last_name
+from adaptrank.injection.paths import block_of, last_name
 from adaptrank.parameterizations import Parameterization
 
 
@@ -95,11 +95,11 @@ def _configuration(nest: Sequence[Parameterization]) -> list[tuple[type, object]
 
 
 def tie_shared(layers: Mapping[str, Parameterization], name: str) -> None:
-    """Tie the `shared` tensors of new wrappers across the layers of one kind and shape.
+    """Tie the `shared` tensors of new wrappers across layers, as far as `shared_over` says.
 
-    A kind is the last component of the path. The position among the wrappers of this name has to
-    agree as well. Wrappers of other names do not count as positions: they were tied or not when
-    they were made, and have trained since.
+    A kind is the last component of the path, and a block is the path up to the last number before
+    it. The position among the wrappers of this name has to agree as well. Wrappers of other names
+    do not count as positions: they were tied or not when they were made, and have trained since.
 
     Args:
         layers: path -> the newly wrapped layer.
@@ -111,10 +111,19 @@ def tie_shared(layers: Mapping[str, Parameterization], name: str) -> None:
             if not wrapper.shared:
                 continue
             arguments = json.dumps(wrapper.init_args)
-            group = (last_name(path), wrapper.shape, position, type(wrapper), arguments)
+            group = (_sharers(path, wrapper), position, type(wrapper), arguments)
             owner = owners.setdefault(group, wrapper)
             for tensor in wrapper.shared:
                 setattr(wrapper, tensor, getattr(owner, tensor))
+
+
+def _sharers(path: str, wrapper: Parameterization) -> object:
+    """Return what layers have in common that share the tensors of a wrapper."""
+    if wrapper.shared_over == "all":
+        return "all"
+    if wrapper.shared_over == "block":
+        return block_of(path)
+    return last_name(path), wrapper.shape
 
 
 def _outermost_named(layer: nn.Module, name: str) -> list[Parameterization]:

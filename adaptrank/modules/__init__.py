@@ -11,6 +11,7 @@ from adaptrank.modules.optim import build_optimizer, parameter_groups
 from adaptrank.modules.seq2seq import Seq2Seq
 from adaptrank.modules.sequence_classification import SequenceClassification
 from adaptrank.modules.settings import Adapter
+from adaptrank.modules.task_matrix import TaskMatrix, task_matrix
 from adaptrank.modules.token_classification import TokenClassification
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "MultipleChoice",
     "Seq2Seq",
     "SequenceClassification",
+    "TaskMatrix",
     "TokenClassification",
     "build_optimizer",
     "check_devices",
     "parameter_groups",
+    "task_matrix",
 ]

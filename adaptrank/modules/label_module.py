@@ -22,6 +22,8 @@ from adaptrank.modules.label_counts import LabelCounts, LabelShares, LabelSpread
 from adaptrank.modules.label_metrics import MetricEntry, MetricRequest, Scores, read_requests
 from adaptrank.modules.problems import Problem, SingleLabel
 from adaptrank.modules.standard_metrics import STANDARD_NAMES
+from adaptrank.modules.task_classes import as_tensor, only_own_task
+from adaptrank.modules.task_matrix import ensure_task_matrix
 from adaptrank.modules.unlabelled_batches import UnlabelledBatches
 
 
@@ -75,9 +77,16 @@ class LabelModule(AdaptedModule):
         self.labels_seen: LabelCounts | LabelShares | LabelSpread | None = None
         self.weights: Tensor | None
         self.register_buffer("weights", None, persistent=False)
+        self.task_of_class: Tensor | None
+        self.register_buffer("task_of_class", None, persistent=False)
         self._unlabelled = UnlabelledBatches()
 
     # ---- building
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            ensure_task_matrix(self.trainer, self.schedule)
 
     def configure_model(self) -> None:
         # Metrics and weights that do not fit are refused before the backbone is loaded.
@@ -89,6 +98,8 @@ class LabelModule(AdaptedModule):
             self.labels_seen = problem.statistics()
             self._problem = problem
         self._weigh_classes(self.problem)
+        data = getattr(self._trainer, "datamodule", None)
+        self.task_of_class = as_tensor(getattr(data, "task_of_class", None), self.device)
         super().configure_model()
 
     def make_problem(self) -> Problem:
@@ -208,8 +219,15 @@ class LabelModule(AdaptedModule):
         """
         return output, labels
 
+    def labelled_outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return outputs and labels of the targets of a batch that have a label."""
+        output, labels = self.targets(self(batch), read_labels(batch))
+        return self.problem.labelled(output, labels)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output, labels = self.targets(self(batch), read_labels(batch))
+        if self.task_of_class is not None:
+            output = only_own_task(output, labels, self.task_of_class)
         count = self.problem.count(labels, self.weights)
         loss = self.problem.loss(output, labels, count, self.weights)
         self._unlabelled.note(count)

@@ -70,8 +70,16 @@ class Traits:
     The tensor named last is the closing factor: it is zero in a fresh or closed unit. A square
     tensor has several dimensions, (0, 1): rows that read from other units, and columns that feed
     them. Its further dimensions are zero in a fresh unit, too. May be a property."""
+    stacks: Mapping[str, Mapping[str, int]] = {}
+    """Stack -> {tensor name: the dimension that grows with it}. A strategy adds to a stack between
+    rounds of training. Its slices are no units: nothing scores them, and no allocator moves them. A
+    file or a checkpoint says how many there are."""
+    stack_floors: Mapping[str, int] = {}
+    """Stack -> the least number of its slices, where that is not 0."""
     shared: tuple[str, ...] = ()
-    """Tensors that `adapt` ties across the layers of one kind and shape."""
+    """Tensors that `adapt` ties across layers."""
+    shared_over: str = "kind"
+    """Layers that share them: those of one "kind" and shape, of one "block", or "all"."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Tensors exempt from weight decay: scales, gates and magnitudes."""
     kinds: ClassVar[Mapping[str, str]] = {}

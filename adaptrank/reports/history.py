@@ -16,6 +16,7 @@ from adaptrank.reports.records import (
     read_table,
 )
 from adaptrank.reports.round_table import Round, events_of_rounds, read_rounds
+from adaptrank.reports.task_history import TaskHistory, read_tasks
 
 Event = dict[str, Any]
 """One line of ranks.jsonl."""
@@ -38,6 +39,7 @@ class History:
             that are evenly spread. `SNAPSHOTS` in all at most.
         summary: figures of the run, empty if the run did not end.
         rounds: lines of rounds.jsonl, empty without a training strategy.
+        tasks: accuracy matrix of the run, if its classes arrived in tasks.
     """
 
     name: str
@@ -45,6 +47,7 @@ class History:
     sizes: list[tuple[int, Sizes]]
     summary: dict[str, Any]
     rounds: list[Round] = field(default_factory=list)
+    tasks: TaskHistory | None = None
 
     @property
     def allocators(self) -> list[str]:
@@ -90,7 +93,7 @@ def read_history(folder: Path) -> History:
     name = "/".join(folder.resolve().parts[-2:])
     summary = read_table(folder / "summary.json")
     check_fields(str(folder / "summary.json"), summary, SUMMARY)
-    return History(name, events, sizes, summary, rounds)
+    return History(name, events, sizes, summary, rounds, read_tasks(folder))
 
 
 def history_of_events(

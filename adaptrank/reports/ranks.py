@@ -11,6 +11,7 @@ from adaptrank.reports.layer_grid import layer_grid
 from adaptrank.reports.rendering import Picture, render
 from adaptrank.reports.round_table import round_rows
 from adaptrank.reports.run_words import DESCRIPTIONS, captions, headline
+from adaptrank.reports.tasks import task_rows
 
 MOST_ROWS = 500
 """Largest number of rows of a table. A model may have 20,000 axes, and a run as many events."""
@@ -53,6 +54,7 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
         headline=headline(history),
         pictures=[Picture(DESCRIPTIONS[name], png, shown[name]) for name, png in pictures.items()],
         replay=replay,
+        **_task_rows(history),
         rounds=round_rows(history.rounds[-MOST_ROWS:]),
         events=[_event_row(event) for event in events[-MOST_ROWS:]],
         events_left_out=max(0, len(events) - MOST_ROWS),
@@ -60,6 +62,11 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
         axes=_most_changed(axes),
         axes_left_out=max(0, len(axes) - MOST_ROWS),
     )
+
+
+def _task_rows(history: History) -> Mapping[str, Any]:
+    """Return the rows of the tables of tasks, empty for a run without tasks."""
+    return {"figures": [], "tasks": []} if history.tasks is None else task_rows(history.tasks)
 
 
 def _title(history: History) -> str:

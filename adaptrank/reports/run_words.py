@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 from adaptrank.reports.history import History
 from adaptrank.reports.layer_grid import layer_grid
+from adaptrank.reports.tasks import CAPTION as TASKS_CAPTION
+from adaptrank.reports.tasks import DESCRIPTION as TASKS_DESCRIPTION
 
 DESCRIPTIONS = {
     "ranks": "Heat maps of the units of each layer and kind at the end, and of their change",
     "over_time": "Heat maps of the units at several steps",
     "budget": "Units in use, allocated and budgeted over the optimizer steps",
     "scores": "Distribution of the scores at each event",
+    "tasks": TASKS_DESCRIPTION,
 }
 """Name of a picture -> its description for people who cannot see it."""
 
@@ -50,6 +53,7 @@ def captions(history: History) -> dict[str, str]:
         "budget": budget,
         "scores": "The allocator compares the scores of one event with each other. Their level "
         "depends on the method.",
+        "tasks": TASKS_CAPTION,
     }
 
 

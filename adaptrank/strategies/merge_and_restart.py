@@ -58,16 +58,7 @@ class MergeAndRestart(TrainingStrategy, registered=False):
         return trained_tensors(live)
 
     def refuses_allocator(self, allocator: Participant) -> str:
-        """Refuse an allocator that hangs something on units, which a restart replaces."""
-        kind = type(allocator)
-        hangs = kind.install is not Participant.install
-        trains = kind.before_pass is not Participant.before_pass
-        if hangs or trains or allocator.masks_base:
-            return (
-                "its gates, masks or hooks belong to the units of one round, and the next round "
-                "replaces the units; use an allocator that only scores them, such as AdaLoRA"
-            )
-        return ""
+        return hangs_on_units(allocator)
 
     def holds_allocators(self, step: int) -> bool:
         """Leave events out in the first tenth of a round, whose units have just started at zero."""
@@ -78,3 +69,16 @@ class MergeAndRestart(TrainingStrategy, registered=False):
     def describe_border(self, number: int) -> dict[str, Any]:
         merged = {path: len(ledger_of(outermost).A) for path, outermost in self.layers.items()}
         return {"merged_ranks": merged, "stored": stored_numbers(self.layers)}
+
+
+def hangs_on_units(allocator: Participant) -> str:
+    """Return why an allocator cannot follow units that a new round replaces, or "" if it can."""
+    kind = type(allocator)
+    hangs = kind.install is not Participant.install
+    trains = kind.before_pass is not Participant.before_pass
+    if hangs or trains or allocator.masks_base:
+        return (
+            "its gates, masks or hooks belong to the units of one round, and the next round "
+            "replaces the units; use an allocator that only scores them, such as AdaLoRA"
+        )
+    return ""

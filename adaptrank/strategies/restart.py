@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from adaptrank.axes import RankAxis, generator
+from adaptrank.axes import RankAxis, generator, resize_stack
 from adaptrank.parameterizations import Parameterization, built_again
 
 
@@ -29,6 +29,9 @@ def restart(path: str, wrapper: Parameterization, seed: int, round_number: int) 
         if size != drawn:
             kept, grown = range(min(size, drawn)), max(0, size - drawn)
             RankAxis(path, [(fresh, axis)]).resize(kept, grown, random)
+    for stack, tensors in wrapper.stacks.items():
+        name, dim = next(iter(tensors.items()))
+        resize_stack(wrapper, stack, getattr(fresh, name).shape[dim])
     drawn_tensors = fresh.own_tensors()
     for name, tensor in wrapper.own_tensors().items():
         tensor.data.copy_(drawn_tensors[name])

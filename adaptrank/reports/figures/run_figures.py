@@ -20,6 +20,7 @@ from adaptrank.reports.figures.drawing import (
     save,
     write_numbers,
 )
+from adaptrank.reports.figures.task_figures import task_figure
 from adaptrank.reports.history import Event, History
 from adaptrank.reports.layer_grid import LayerGrid, layer_grid
 
@@ -40,8 +41,8 @@ def draw_run(history: History, folder: Path) -> dict[str, Path]:
     """Draw the pictures of a run into a folder.
 
     Returns:
-        Name of a picture -> file. There is no picture of the ranks over time if none moved, and no
-        picture of scores if no event recorded any.
+        Name of a picture -> file. There is no picture of the ranks over time if none moved, none of
+        scores if no event recorded any, and none of tasks without tasks.
 
     Raises:
         ModuleNotFoundError: if matplotlib is missing.
@@ -54,6 +55,8 @@ def draw_run(history: History, folder: Path) -> dict[str, Path]:
     scored = [event for event in history.events if event.get("scores")]
     if scored:
         figures["scores"] = _scores_figure(scored)
+    if history.tasks is not None:
+        figures["tasks"] = task_figure(history.tasks)
     files: dict[str, Path] = {}
     for name, figure in figures.items():
         files[name] = folder / f"{name}.png"
