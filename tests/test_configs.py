@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from adaptrank import ALLOCATORS, load_adapter
-from adaptrank.axes import live_axes
+from adaptrank.axes import rank_axes
 from adaptrank.cli import main
 from adaptrank.parameterizations import wrapped_layers
 
@@ -99,4 +99,4 @@ def test_a_configuration_trains_and_leaves_an_adapter(
     assert len(wrapped_layers(model)) == sum(
         kind["count"] for kind in summary["layers"] if kind["method"] != "trained whole"
     )
-    assert sum(len(axis) for axis in live_axes(model).values()) == summary["ranks"]
+    assert sum(len(axis) for axis in rank_axes(model).values()) == summary["ranks"]

@@ -25,7 +25,7 @@ from adaptrank.artifacts.best_checkpoint import (
     restart_ranking,
 )
 from adaptrank.artifacts.summary import base_of, render, summarize
-from adaptrank.axes import live_axes
+from adaptrank.axes import rank_axes
 from adaptrank.parameterizations import adapted_part, wrapped_layers
 
 log = logging.getLogger("adaptrank")
@@ -140,7 +140,7 @@ class RunFiles(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
         self._moving = moves_left(trainer)
-        axes = live_axes(adapted_part(pl_module))
+        axes = rank_axes(adapted_part(pl_module))
         titles = _titles_of_allocators(trainer)
         if axes and titles and not trainer.global_step and trainer.is_global_zero:
             sizes = {key: len(axis) for key, axis in axes.items()}
@@ -240,7 +240,7 @@ class RunFiles(Callback):
         if not wrapped_layers(model):
             return
         save_adapter(model, self.folder / "adapter", base_of(pl_module), run=self.saved)
-        ranks = {key: len(axis) for key, axis in live_axes(model).items()}
+        ranks = {key: len(axis) for key, axis in rank_axes(model).items()}
         if ranks and trainer.is_global_zero:
             write_json(self.folder / "ranks.json", ranks)
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from adaptrank.axes import live_axes
+from adaptrank.axes import rank_axes
 from adaptrank.injection import parameter_table
 from adaptrank.layers import count_numbers
 from adaptrank.parameterizations import adapted_part, wrappers
@@ -62,7 +62,7 @@ def summarize(
         "layers": layers,
         "trainable": sum(row["trainable"] for row in layers),
         "parameters": sum(count_numbers(parameter) for parameter in model.parameters()),
-        "ranks": sum(len(axis) for axis in live_axes(model).values()),
+        "ranks": sum(len(axis) for axis in rank_axes(model).values()),
         "before": dict(before),
         "after": dict(after),
         "steps": steps,

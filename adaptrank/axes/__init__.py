@@ -4,7 +4,7 @@ from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.forgetting import forget_state, prune_moments
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
-from adaptrank.axes.model_axes import CLOSED, fit_ranks, live_axes, natural, rank_axes
+from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import shift_copies
 from adaptrank.axes.quantized_tensors import dequantized
 from adaptrank.axes.seeding import generator
@@ -40,7 +40,6 @@ __all__ = [
     "forget_state",
     "generator",
     "holds",
-    "live_axes",
     "misfit_of_state",
     "natural",
     "prune_moments",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptrank._errors import UserError
 from adaptrank.axes.optimizer_state import close_units, replace_units, scale_copies
@@ -67,10 +67,6 @@ class RankAxis:
         dimensions that it names after the first, where a unit feeds the others.
         """
         return [slot for slot in self.slots() if slot.closes]
-
-    def has_parameters(self) -> bool:
-        """Return whether any tensor of the axis is a parameter, frozen or not."""
-        return any(isinstance(slot.tensor, nn.Parameter) for slot in self.slots())
 
     def trainable(self) -> bool:
         """Return whether an optimizer moves any tensor of the axis."""

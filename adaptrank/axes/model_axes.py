@@ -35,7 +35,7 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
         groups.setdefault(tied_to, []).append((wrapper, axis))
         key_of_tensor.update(dict.fromkeys(tensors, tied_to))
 
-    nests = [layer.nest for layer in layers.values()]
+    nests = [_training_wrappers(layer) for layer in layers.values()]
     nested_wrappers = {id(wrapper) for nest in nests if len(nest) > 1 for wrapper in nest}
     axes = {}
     for key, group in groups.items():
@@ -44,28 +44,27 @@ def rank_axes(model: nn.Module) -> dict[str, RankAxis]:
     return axes
 
 
-def live_axes(model: nn.Module) -> dict[str, RankAxis]:
-    """Return the rank axes that have parameters.
-
-    The others are those of sums of earlier rounds, which a training strategy stores as buffers.
-    """
-    axes = rank_axes(model)
-    return {key: axis for key, axis in axes.items() if axis.has_parameters()}
-
-
 def _keyed_members(
     layers: Mapping[str, Parameterization],
 ) -> list[tuple[str, Parameterization, str]]:
     """List (key, wrapper, name of the axis). The position in the nest joins the path if need be."""
     members = []
     for path, layer in layers.items():
-        nest = layer.nest
+        nest = _training_wrappers(layer)
         uses = Counter(axis for wrapper in nest for axis in wrapper.axes)
         for position, wrapper in enumerate(nest):
             for axis in wrapper.axes:
                 owner = path if uses[axis] == 1 else f"{path}.{position}"
                 members.append((f"{owner}:{axis}", wrapper, axis))
     return members
+
+
+def _training_wrappers(layer: Parameterization) -> list[Parameterization]:
+    """Return the wrappers of a layer that have parameters, innermost first.
+
+    So what earlier rounds have merged, which has none, does not count as a part of the nest.
+    """
+    return [wrapper for wrapper in layer.nest if next(wrapper.own_parameters(), None) is not None]
 
 
 def natural(key: str) -> list[tuple[int, str]]:

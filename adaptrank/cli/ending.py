@@ -16,7 +16,7 @@ from adaptrank.artifacts.run import (
     summarize,
     write_json,
 )
-from adaptrank.axes import live_axes
+from adaptrank.axes import rank_axes
 from adaptrank.cli import errors
 from adaptrank.cli.chance import no_better_than_chance
 from adaptrank.cli.checkpoint_path import explain_restoring
@@ -71,7 +71,7 @@ def _logged(metrics: dict[str, float], files: RunFiles) -> dict[str, float]:
 
 
 def _write_card(folder: Path, module: "LightningModule", summary: dict[str, Any]) -> None:
-    axes = live_axes(adapted_part(module))
+    axes = rank_axes(adapted_part(module))
     ranks = {key: len(axis) for key, axis in axes.items()}
     file = folder / "config.yaml"
     config = file.read_text(encoding="utf-8") if file.is_file() else ""

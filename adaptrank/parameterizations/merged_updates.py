@@ -1,7 +1,5 @@
 """MergedUpdates: the sum of the changes that earlier rounds of a run have merged."""
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +27,8 @@ class MergedUpdates(LowRankUpdate, listed=False):
 
     source = ""
     accepts = layers.MATRICES
-    axes = {"merged": {"A": 0, "B": 1}, "merged_dense": {"D": 0}}
+    stacks = {"merged": {"A": 0, "B": 1}, "merged_dense": {"D": 0}}
     features = {"A": (None, 1), "B": (0, None), "D": (0, 1)}
-    capabilities = frozenset()
     A: Tensor
     B: Tensor
     D: Tensor
@@ -84,6 +81,10 @@ class MergedUpdates(LowRankUpdate, listed=False):
     def fuses(self, x: Tensor) -> bool:
         return not len(self.D) and self._is_linear and ops.fits(x)
 
+    def renew(self) -> None:
+        super().renew()
+        self.idle = not len(self.A) and not len(self.D)
+
     def refresh(self) -> None:
         """Refuse a dense change that has only some of its rows, as a damaged file may give it."""
         if len(self.D) not in (0, self.shape[0]):
@@ -95,17 +96,3 @@ class MergedUpdates(LowRankUpdate, listed=False):
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(flops=2 * (len(self.A) * (m + n) + len(self.D) * n))
-
-    def max_units(self, axis: str) -> int:
-        m, n = self.shape
-        return m if axis == "merged_dense" else m * n // (m + n)
-
-    def acts_without(self, axis: str) -> bool:
-        other = "merged" if axis == "merged_dense" else "merged_dense"
-        return self.axis_size(other) > 0
-
-    def stopped_by(self, axis: str) -> Collection[str]:
-        return ()
-
-    def fresh(self, axis: str, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {} if axis == "merged_dense" else {"A": self.A.new_zeros(n, self.shape[1])}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adaptrank._errors import UserError
-from adaptrank.axes import forget_state, live_axes
+from adaptrank.axes import forget_state, rank_axes
 from adaptrank.parameterizations import Parameterization, adapted_part, wrapped_layers
 from adaptrank.strategies.rate import scale_rate
 from adaptrank.strategies.rounds import Rounds
@@ -61,7 +61,7 @@ class StrategyRun:
 
     def ranks(self) -> dict[str, int]:
         """Return the units of each axis, without those of what earlier rounds merged."""
-        return {key: len(axis) for key, axis in live_axes(self.model).items()}
+        return {key: len(axis) for key, axis in rank_axes(self.model).items()}
 
     def optimized(self) -> list[Tensor]:
         """Return all parameters of the optimizers, which train in some round."""

@@ -59,7 +59,7 @@ class ChainOfLoRA(MergeAndRestart):
     def _resize(self, model: nn.Module, rank: int, number: int) -> None:
         """Give every axis that trains the rank of a link, before its wrapper starts anew."""
         for key, axis in rank_axes(model).items():
-            if not axis.trainable() or len(axis) == rank:
+            if len(axis) == rank:
                 continue
             kept, grown = range(min(rank, len(axis))), max(0, rank - len(axis))
             axis.resize(kept, grown, generator(self.seed, key, number), self.run.optimizers)
