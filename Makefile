@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-dev
 	@test -n "$(DATA)" || { echo 'make bench needs data sets; type: make bench DATA=folder'; exit 1; }
 	$(VENV)/bin/python benchmarks/layer_cost.py
 	$(VENV)/bin/python benchmarks/allocator_cost.py
+	$(VENV)/bin/python benchmarks/optimizer_cost.py
 	$(VENV)/bin/python benchmarks/rank_memory.py
 	$(VENV)/bin/python benchmarks/zero_ranks.py
 	$(VENV)/bin/python benchmarks/growth.py

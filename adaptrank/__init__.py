@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         set_enabled,
     )
     from adaptrank.modules import Adapter, parameter_groups
+    from adaptrank.optimizers import OPTIMIZERS
     from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
     from adaptrank.reports import report
     from adaptrank.training import compile_blocks
@@ -33,6 +34,7 @@ _moved.install()
 
 _HOMES = {
     "ALLOCATORS": "allocation",
+    "OPTIMIZERS": "optimizers",
     "Adapter": "modules",
     "Allocator": "allocation",
     "PARAMETERIZATIONS": "parameterizations",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 __all__ = [
     "ALLOCATORS",
+    "OPTIMIZERS",
     "PARAMETERIZATIONS",
     "Adapter",
     "Allocator",

@@ -38,6 +38,7 @@ from adaptrank.allocation import (
 )
 from adaptrank.allocation.plans import Resize
 from adaptrank.axes import rank_axes
+from adaptrank.optimizers import LoRARITE
 from adaptrank.parameterizations import HyperAdapt, LoRA
 from adaptrank.training.distributed import shard_frozen
 from adaptrank.training.finite import FiniteWeights, NotFiniteError
@@ -77,6 +78,16 @@ class Shared(Toy):
         if isinstance(strategy, ModelParallelStrategy) and not getattr(self, "_sharded", False):
             self._sharded = True
             shard_frozen(self, list(self.maps), strategy.device_mesh["data_parallel"])
+
+
+class Rite(Shared):
+    """LoRA-RITE, whose state lies in bases that each process computes for itself."""
+
+    def __init__(self):
+        super().__init__(partial(LoRA, rank=4))
+
+    def configure_optimizers(self):
+        return LoRARITE(self, lr=1e-2)
 
 
 class Activations(AdaLoRA):
@@ -145,6 +156,7 @@ SCENARIOS = {
         {},
     ),
     "head": (partial(Shared, head=True), ALL["ElaLoRA"], {}),
+    "rite": (Rite, ALL["ElaLoRA"], {}),
     "inputs": (
         partial(Shared, LoRA),
         lambda: PRILoRA(2, 6, every=3, final=6),

@@ -160,6 +160,16 @@ BROKEN = {
         "torch.optim.AdmW",
         ["no 'AdmW'", "'torch.optim.AdamW'"],
     ),
+    "unknown optimizer of this library": (
+        ("model", "init_args", "optimizer", "class_path"),
+        "adaptrank.optimizers.LoRARite",
+        ["no 'LoRARite'", "'adaptrank.optimizers.LoRARITE'", "ScaledAdamW"],
+    ),
+    "argument of an optimizer of this library": (
+        ("model", "init_args", "optimizer"),
+        {"class_path": "LoRARITE", "init_args": {"escapes": True}},
+        ["init_args.escapes", "Did you mean 'escape'?", "LoRARITE accepts lr, betas"],
+    ),
     "unknown callback": (
         ("trainer", "callbacks"),
         [{"class_path": "EarlyStoping"}],

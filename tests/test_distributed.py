@@ -22,6 +22,7 @@ NAMES = (
     "hybrid",
     "emptied",
     "head",
+    "rite",
     "activations",
     "inputs",
     "sora",

@@ -132,6 +132,22 @@ def _why_nothing(participant: "Participant", run: Run) -> str:
     return f"{methods} has no rank axis; {suggestion}{beside}"
 
 
+def check_gates(participant: "Participant", run: Run) -> None:
+    """Check that no optimizer mixes units that the allocator multiplies by gates.
+
+    Raises:
+        ValueError: naming the allocator and the optimizer.
+    """
+    for optimizer in run.owners():
+        if participant.hangs_gates and getattr(optimizer, "mixes_units", False):
+            raise UserError(
+                f"{participant.label} multiplies single units by gates, and "
+                f"{type(optimizer).__name__} mixes the units of a pair of factors, so that a gate "
+                f"has no meaning; use torch.optim.AdamW, or an allocator without gates, such as "
+                f"AdaLoRA."
+            )
+
+
 def check_budget(participant: "Participant", run: Run) -> None:
     """Check that the final budget can be met from the sizes at the start, and that units can move.
 

@@ -100,6 +100,7 @@ class Engine:
         run = self._attach_model(model, list(optimizers), batches, loss)
         self._has_seen_state = False
         self._check_optimizers()
+        checks.check_gates(participant, run)
         phases = checks.phases_of(participant, total_steps)
         if resumed:
             resuming.check_resume(participant, run, phases, self.stored_run)

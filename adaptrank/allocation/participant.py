@@ -68,6 +68,8 @@ class Participant(LightningShell, TrainerHooks):
     """Whether the run may have no second allocator, not even a rank initializer."""
     moves: ClassVar[bool] = True
     """Whether it has events, which move ranks during training."""
+    hangs_gates: ClassVar[bool] = False
+    """Whether it multiplies single units by gates while the model trains."""
     masks_base: ClassVar[bool] = False
     """Whether it masks parts of the frozen base, which other adapter weights do not undo."""
     exact: bool = True

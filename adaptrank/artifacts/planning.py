@@ -61,17 +61,25 @@ def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
-def states_of(optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]) -> float:
+def states_of(
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer], model: nn.Module
+) -> float:
     """Return the numbers that an optimizer keeps for each trainable parameter.
 
-    They are counted after one step on a small tensor. State tensors of one number do not count.
+    They are counted after one step on a small tensor, or told by an optimizer that knows them
+    (`state_numbers`). State tensors of one number do not count.
 
     Args:
         optimizer: parameter groups -> optimizer.
+        model: the adapted model.
     """
     parameter = nn.Parameter(torch.ones(4, 4))
     parameter.grad = torch.ones(4, 4)
     probe = optimizer([{"params": [parameter]}])
+    count: Callable[[nn.Module], int] | None = getattr(probe, "state_numbers", None)
+    if count is not None:
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return count(model) / max(1, numbers)
     probe.step()
     sizes = [v.numel() for v in probe.state[parameter].values() if isinstance(v, torch.Tensor)]
     return sum(size for size in sizes if size > 1) / parameter.numel()

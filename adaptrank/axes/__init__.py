@@ -5,7 +5,7 @@ from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.forgetting import forget_state, prune_moments
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
 from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
-from adaptrank.axes.optimizer_state import shift_copies
+from adaptrank.axes.optimizer_state import Follower, UnitChange, shift_copies
 from adaptrank.axes.quantized_tensors import dequantized
 from adaptrank.axes.seeding import generator
 from adaptrank.axes.slot import Slot
@@ -25,12 +25,14 @@ __all__ = [
     "PRUNED",
     "STATE_ROLES",
     "CostModel",
+    "Follower",
     "Gate",
     "Groups",
     "Optimizers",
     "RankAxis",
     "Role",
     "Slot",
+    "UnitChange",
     "check_optimizer",
     "compact",
     "cost_model",

@@ -2,14 +2,37 @@
 
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from adaptrank.axes.block_quantized import decode, encode, number_of
 from adaptrank.axes.quantized_tensors import dequantized, requantized
-from adaptrank.axes.state_roles import Optimizers, Role, role_of, with_inner
+from adaptrank.axes.state_roles import WITHOUT_UNITS, Optimizers, Role, role_of, with_inner
+
+
+@dataclass(frozen=True)
+class UnitChange:
+    """A change of the units of a tensor, as an optimizer is told of it.
+
+    Args:
+        removed: whether a unit was removed.
+        grown: number of fresh units, which come last.
+        closed: units whose slices of the tensor are zero now.
+    """
+
+    removed: bool = False
+    grown: int = 0
+    closed: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """An optimizer that carries state of its own (`Role.OWN`) through a change of units."""
+
+    def follow(self, tensor: Tensor, change: UnitChange) -> None:
+        """Follow a change that the tensor has gone through. It may be told of any tensor."""
 
 
 def replace_units(
@@ -47,12 +70,22 @@ def replace_units(
         if state and not _follow(optimizer, state, change, like):
             del optimizer.state[tensor]
 
+    is_whole = set(keep) == set(range(tensor.shape[dim]))
     tensor.grad = None
     # Swap the data in two steps, through another dtype. This makes autograd forget the gradient
     # accumulator, which still expects the old shape.
     other_dtype = torch.float16 if tensor.dtype != torch.float16 else torch.float32
     tensor.data = torch.empty(0, dtype=other_dtype, device=tensor.device)
     tensor.data = resized.contiguous()
+    grown = 0 if fresh is None else fresh.shape[dim]
+    _tell(optimizers, tensor, UnitChange(removed=not is_whole, grown=grown))
+
+
+def _tell(optimizers: Optimizers, tensor: Tensor, change: UnitChange) -> None:
+    """Tell the optimizers that carry state of their own of a change."""
+    for optimizer in with_inner(optimizers):
+        if isinstance(optimizer, Follower):
+            optimizer.follow(tensor, change)
 
 
 @dataclass(frozen=True)
@@ -147,8 +180,9 @@ def _follow(
     for key, value in list(state.items()):
         role = role_of(optimizer, key)
         # One number for the whole tensor has no units.
-        if role is None or role is Role.COUNT or not isinstance(value, Tensor) or not value.dim():
+        if role in WITHOUT_UNITS or not isinstance(value, Tensor) or not value.dim():
             continue
+        assert role is not None
         none_kept = change.fresh is not None and not len(change.index)
         needs_one = none_kept and role not in (Role.FIRST_MOMENT, Role.WEIGHT_COPY)
         lent = _lent(optimizer, key, like) if needs_one else 0.0
@@ -192,11 +226,13 @@ def _edit(
 def close_units(tensor: Tensor, dim: int, index: Tensor, optimizers: Optimizers) -> None:
     """Set first moments and weight copies of some slices to zero, where the tensor is zero now.
 
-    Second moments stay.
+    Second moments stay. An optimizer with state of its own is told.
     """
     from_the_end = dim % tensor.dim() - tensor.dim()
     roles = (Role.FIRST_MOMENT, Role.WEIGHT_COPY)
     _edit(tensor, optimizers, roles, lambda state: state.index_fill_(from_the_end, index, 0))
+    if any(isinstance(optimizer, Follower) for optimizer in with_inner(optimizers)):
+        _tell(optimizers, tensor, UnitChange(closed=tuple(index.tolist())))
 
 
 def scale_copies(tensor: Tensor, factor: Tensor, optimizers: Optimizers) -> None:

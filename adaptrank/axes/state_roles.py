@@ -32,6 +32,9 @@ class Role(Enum):
     """Second moment summed over the last dimension but one, which the state has not."""
     COUNT = "count"
     """A number for the whole parameter, such as its steps. It stays as it is."""
+    OWN = "own"
+    """Values of any shape that the optimizer itself carries through a change. Its method
+    `follow` is told of the change (see `axes.Follower`)."""
 
 
 def _roles(role: Role, *keys: str) -> dict[str, Role]:
@@ -115,6 +118,9 @@ STATE_ROLES: dict[str, Role] = {
 }
 """Key of an optimizer's state -> role. Add the keys of an optimizer of your own here."""
 
+WITHOUT_UNITS = (None, Role.COUNT, Role.OWN)
+"""Roles of states that nothing here carries unit by unit. None is an unknown role."""
+
 SIZES_IN_STATE1 = frozenset({"rmsprop", "adagrad"})
 """Optimizers of bitsandbytes, by `optimizer_name`, whose only state is a second moment."""
 
@@ -126,7 +132,13 @@ UNSUPPORTED = ("Rprop", "ASGD", "LBFGS", "Adafactor", "SparseAdam", "Muon")
 
 
 def role_of(optimizer: torch.optim.Optimizer, key: str) -> Role | None:
-    """Return the role of a state by its key, or None if it is unknown."""
+    """Return the role of a state by its key, or None if it is unknown.
+
+    An optimizer may declare the roles of its keys in an attribute `roles`.
+    """
+    declared: Mapping[str, Role] = getattr(optimizer, "roles", {})
+    if key in declared:
+        return declared[key]
     name = getattr(optimizer, "optimizer_name", None)
     if key == "state1" and name in SIZES_IN_STATE1:
         return Role.SECOND_MOMENT
@@ -134,15 +146,20 @@ def role_of(optimizer: torch.optim.Optimizer, key: str) -> Role | None:
 
 
 def with_inner(optimizers: Optimizers) -> Iterator[torch.optim.Optimizer]:
-    """Yield optimizers, and those that they wrap, each state once."""
+    """Yield optimizers, and those that they wrap, each state once.
+
+    A wrapper that shows the state of what it wraps is left out, unless it carries that state.
+    """
     seen: set[int] = set()
     queue = list(optimizers)
     while queue:
         optimizer = queue.pop(0)
-        if _state_id(optimizer) not in seen:
+        inner = [value for value in vars(optimizer).values() if _is_optimizer(value)]
+        shows_inner = any(_state_id(value) == _state_id(optimizer) for value in inner)
+        is_mere_wrapper = shows_inner and not hasattr(optimizer, "follow")
+        if _state_id(optimizer) not in seen and not is_mere_wrapper:
             seen.add(_state_id(optimizer))
             yield optimizer
-        inner = [value for value in vars(optimizer).values() if _is_optimizer(value)]
         queue += [value for value in inner if _state_id(value) not in seen]
 
 
@@ -165,7 +182,7 @@ def states_of(tensor: Tensor, optimizers: Optimizers) -> Iterator[tuple[str, Rol
         state = optimizer.state.get(tensor, {})
         for key, value in state.items():
             role = role_of(optimizer, key)
-            if role in (None, Role.COUNT) or not isinstance(value, Tensor):
+            if role in WITHOUT_UNITS or not isinstance(value, Tensor):
                 continue
             if is_quantized(state, key) or dequantized(value) is not value:
                 raise UserTypeError(
@@ -231,8 +248,8 @@ def _misfit_of_kinds(
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
             role = role_of(optimizer, key)
-            has_units = isinstance(value, Tensor) and value.dim() and role is not Role.COUNT
-            if role is None or not has_units or is_quantized(state, key):
+            has_units = isinstance(value, Tensor) and value.dim() and role not in WITHOUT_UNITS
+            if not has_units or is_quantized(state, key):
                 continue
             if reason := misfit_of_kind(value):
                 return f"its {key!r} {reason}"
@@ -287,6 +304,8 @@ def _misfit(
 ) -> str | None:
     """Describe why one state cannot follow, or return None."""
     value, role = state[key], role_of(optimizer, key)
+    if role is Role.OWN:
+        return None
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         return f"its {key!r} is a {kind} of tensors" if _has_tensors(value) else None

@@ -18,6 +18,7 @@ from adaptrank.cli.signatures import (
     DATA,
     MODEL,
     OPTIMIZER,
+    OWN_OPTIMIZER,
     PARAMETERIZATION,
     STRATEGY,
     TRAINER,
@@ -259,6 +260,11 @@ def _refuse_unknown_class(source: Source, key: Key, path: str, kind: Kind) -> No
         if hint:
             source.refuse(ParsingError(text), key)
         return
+    if kind is OWN_OPTIMIZER:
+        hint = did_you_mean(path, [f"{module}.{each}" for each in known])
+        text = f"KEY: the module {module!r} has no {name!r}.{hint}"
+        source.refuse(ParsingError(f"{text} Known: {some(known, 12)}."), key)
+        return
     if module or kind is OPTIMIZER:
         return
     hint = did_you_mean(name, known)
@@ -302,12 +308,21 @@ def _check_argument(
     if len(names) > 1:
         return
     if name == "optimizer" and value is not None:
-        _check_class_value(source, key, value, OPTIMIZER)
+        _check_class_value(source, key, value, _kind_of_optimizer(value))
     elif name == "adapters" and isinstance(value, list):
         for position, item in enumerate(value):
             _check_adapter(source, (*key, position), item)
     else:
         _check_plain(source, key, value, found, name)
+
+
+def _kind_of_optimizer(value: Any) -> Kind:
+    """Return the kind of an optimizer: one of this library by its name or path, else PyTorch's."""
+    path = value.get("class_path") if isinstance(value, dict) else value
+    is_own = isinstance(path, str) and (
+        path.startswith("adaptrank.optimizers.") or path in class_names(OWN_OPTIMIZER)
+    )
+    return OWN_OPTIMIZER if is_own else OPTIMIZER
 
 
 def _unknown_argument(name: str, found: Signature) -> UnknownKeyError:

@@ -92,7 +92,7 @@ def _model_facts(module: AdaptedModule, saved: int) -> dict[str, Any]:
         saved: bytes by which a quantization makes the frozen weights smaller.
     """
     model = module.model
-    states = planning.states_of(module.optimizer)
+    states = planning.states_of(module.optimizer, model)
     size = planning.footprint(model, states)
     layers = by_layer(model)
     kinds: dict[str, int] = {}

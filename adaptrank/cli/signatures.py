@@ -48,9 +48,21 @@ PARAMETERIZATION = Kind(
 )
 STRATEGY = Kind("training strategy", "adaptrank", "strategies", ("TrainingStrategy",))
 OPTIMIZER = Kind("Optimizer", "torch", "optim", ("Optimizer",), given=1)
+OWN_OPTIMIZER = Kind(
+    "optimizer", "adaptrank", "optimizers", ("ModelOptimizer", "PairOptimizer"), given=1
+)
 CALLBACK = Kind("Callback", "lightning", "pytorch/callbacks", ("Callback",))
 TRAINER = Kind("Trainer", "lightning", "pytorch/trainer", ("Trainer",))
-KINDS = (MODEL, DATA, ALLOCATOR, PARAMETERIZATION, STRATEGY, OPTIMIZER, CALLBACK)
+KINDS = (
+    MODEL,
+    DATA,
+    ALLOCATOR,
+    PARAMETERIZATION,
+    STRATEGY,
+    OPTIMIZER,
+    OWN_OPTIMIZER,
+    CALLBACK,
+)
 
 
 @dataclass(frozen=True)

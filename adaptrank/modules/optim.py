@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from adaptrank._errors import UserError
-from adaptrank.axes import rank_axes
 from adaptrank.modules.learning_rates import check_rates, check_ratio, match_rates
-from adaptrank.parameterizations import adapter_parameters, wrappers
+from adaptrank.optimizers import apply_lora_plus, bind, closing_factors, exempt_from_decay
 
 OTHERS = "others"
 """Name of the groups that have the optimizer's own rate, where other groups have names."""
@@ -50,6 +49,7 @@ def build_optimizer(
     optimizer = _make(make, groups) if learning_rates else make(groups)
     fuse(optimizer)
     apply_lora_plus(optimizer, lora_plus_ratio)
+    bind(optimizer, model, lora_plus_ratio)
     return optimizer
 
 
@@ -102,7 +102,7 @@ def parameter_groups(
     """
     rates = check_rates(learning_rates)
     has_ratio = lora_plus_ratio != 1.0
-    closing = _closing_factors(model) if has_ratio else set()
+    closing = closing_factors(model) if has_ratio else set()
     if has_ratio and not closing:
         raise UserError(
             "lora_plus_ratio needs a method with a rank axis, such as LoRA. Leave it at 1.0 here."
@@ -125,11 +125,6 @@ def parameter_groups(
     return groups
 
 
-def _closing_factors(model: nn.Module) -> set[int]:
-    """Return the ids of the closing factors of all axes."""
-    return {id(slot.tensor) for axis in rank_axes(model).values() for slot in axis.closing()}
-
-
 def _grouped(
     model: nn.Module, keys: Mapping[int, str], closing: Collection[int]
 ) -> dict[GroupKind, list[nn.Parameter]]:
@@ -143,7 +138,7 @@ def _grouped(
     Raises:
         UserError: if no layer has a unit and nothing else trains.
     """
-    exempt = _ids_exempt_from_decay(model)
+    exempt = exempt_from_decay(model)
     groups: dict[GroupKind, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -169,29 +164,6 @@ def _name(kind: GroupKind, kinds: Collection[GroupKind]) -> str:
     return name
 
 
-def _ids_exempt_from_decay(model: nn.Module) -> set[int]:
-    """Return the ids of parameters without weight decay."""
-    exempt = {
-        id(getattr(wrapper, name)) for wrapper in wrappers(model) for name in wrapper.no_decay
-    }
-    in_wrappers = {id(parameter) for parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in in_wrappers and parameter.dim() <= 1:
-            exempt.add(id(parameter))
-    return exempt
-
-
-def apply_lora_plus(optimizer: torch.optim.Optimizer, ratio: float) -> None:
-    """Multiply the learning rate of closing factors by `ratio` (LoRA+, arXiv:2402.12354).
-
-    The optimizer is one over `parameter_groups`. Their key "closing" is removed. A rate that
-    `learning_rates` gives to a method or a kind is multiplied like that of the optimizer.
-    """
-    for group in optimizer.param_groups:
-        if group.pop("closing", False):
-            group["lr"] = group["lr"] * ratio
-
-
 def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer of PyTorch step all tensors in one call, where it can.
 
@@ -215,3 +187,6 @@ def _can_be_fused(group: dict[str, Any]) -> bool:
         parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
         for parameter in group["params"]
     )
+
+
+__all__ = ["apply_lora_plus", "fuse", "parameter_groups"]

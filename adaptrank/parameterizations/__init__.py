@@ -11,6 +11,7 @@ from adaptrank.parameterizations.base import (
 )
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.enclosing import enclosed, plain_name
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
@@ -58,6 +59,7 @@ __all__ = [
     "TRAINER_WRITER",
     "Capability",
     "Cost",
+    "FactorPair",
     "LowRankUpdate",
     "MergedUpdates",
     "ModuleWrapper",

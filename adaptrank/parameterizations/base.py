@@ -14,6 +14,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError, UserTypeError
 from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import check_formula, dense_weight, formula
 from adaptrank.parameterizations.indices import check_indices
 from adaptrank.parameterizations.renamed import renamed_definition
@@ -163,6 +164,14 @@ class Parameterization(Wrapper):
         """Return (U (m, k), V (k, n)) with W' = W + U V for any W, or None without such a form.
 
         Composition, spectra and exports work on the factors, without a matrix of the layer's size.
+        """
+        return None
+
+    def factor_pair(self) -> FactorPair | None:
+        """Return the two factors on whose product alone the output depends, or None.
+
+        A method states it if (B T, T^-1 A) is the same layer for every invertible T. Optimizers of
+        factor pairs, such as LoRA-RITE, ask for it.
         """
         return None
 

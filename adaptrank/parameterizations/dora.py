@@ -12,6 +12,7 @@ from adaptrank.ops import low_rank as ops
 from adaptrank.ops import magnitude, scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.lora import AXES_OF_EMBEDDING
 from adaptrank.parameterizations.tensor_kinds import TensorKind
@@ -117,6 +118,10 @@ class DoRA(Parameterization):
         (m, n), r = self.shape, len(self.A)
         once = 2 * r * (m * n + r * n + r * m + m)
         return Cost(flops=2 * r * (m + n), flops_once=once, kept=n + r + m)
+
+    def factor_pair(self) -> FactorPair:
+        # Direction and row norms depend on the product alone. The magnitude is beside it.
+        return FactorPair(B=("B", 1), A=("A", 0), scale=self.scale)
 
     def acts_without(self, axis: str) -> bool:
         return True  # the magnitude

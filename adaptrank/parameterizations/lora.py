@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.traits import TriedRates
@@ -102,6 +103,9 @@ class LoRA(LowRankUpdate):
 
     def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
         return self.gated("B"), self.gated("A"), self.scale
+
+    def factor_pair(self) -> FactorPair:
+        return FactorPair(B=("B", 1), A=("A", 0), scale=self.scale)
 
     def weight_gradient(self) -> Tensor:
         """Return gB A + B gA - gB gA, with gA and gB the gradients of A and B.

@@ -10,6 +10,7 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
 from adaptrank.parameterizations.derived import Derived
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.traits import TriedRates
@@ -139,6 +140,9 @@ class MELoRA(LowRankUpdate):
         U = self.scaled_places * self.gated("B")  # (k, m/k, R)
         V = self.places * self.A[:, None]  # (R, k, n/k)
         return U.flatten(0, 1), V.flatten(1)
+
+    def factor_pair(self) -> FactorPair:
+        return FactorPair(B=("B", 1), A=("A", 0), scale=self.scales, blocks=self.units)
 
     def fuses(self, x: Tensor) -> bool:
         """Return whether products with x are fused: many units have one product for each mini."""

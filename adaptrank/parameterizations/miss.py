@@ -13,6 +13,7 @@ from adaptrank._options import COUNT
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.derived import Derived
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -140,6 +141,11 @@ class MiSS(LowRankUpdate):
         if self.variant == "mini":
             D = D.repeat(1, self.shape[0] // D.shape[1])
         return D.T, self.tiles, self.scale
+
+    def factor_pair(self) -> FactorPair | None:
+        if self.variant != "linear":
+            return None
+        return FactorPair(B=("D", 0), A=("tiles", 0), scale=self.scale)
 
     def fuses(self, x: Tensor) -> bool:
         """Return whether products with x are fused: "bat" has no thin product."""

@@ -12,6 +12,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.capabilities import Capability
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -97,6 +98,11 @@ class PiCa(LowRankUpdate):
     def factors(self) -> tuple[Tensor, Tensor]:
         M = self.gated("M")
         return (M, self.P) if self.side == "input" else (self.P, M)
+
+    def factor_pair(self) -> FactorPair:
+        if self.side == "input":
+            return FactorPair(B=("M", 1), A=("P", 0))
+        return FactorPair(B=("P", 1), A=("M", 0))
 
     def weight_gradient(self) -> Tensor:
         """Return gM P, or P gM, with gM the gradient of M.

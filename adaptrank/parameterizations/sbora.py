@@ -10,6 +10,7 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.derived import Derived
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.traits import TriedRates
@@ -118,6 +119,11 @@ class SBoRA(LowRankUpdate):
         if self.variant == "fa":
             return self.gated("B"), self.selector, self.scale
         return self.selector.T, self.gated("A"), self.scale
+
+    def factor_pair(self) -> FactorPair:
+        if self.variant == "fa":
+            return FactorPair(B=("B", 1), A=("selector", 0), scale=self.scale)
+        return FactorPair(B=("selector", 0), A=("A", 0), scale=self.scale)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         drops = self.dropout.p and self.training

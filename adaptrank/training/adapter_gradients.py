@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
+from adaptrank.training.clipping import warn_of_clipping
 from adaptrank.training.distributed import average_adapters
 from adaptrank.training.penalties import add_penalty_gradients
 from adaptrank.training.step_mean import StepMean
@@ -33,6 +34,12 @@ class AdapterGradients(Callback):
     without an allocator takes it as `callbacks=[AdapterGradients()]`. Several of them in a trainer
     act as one.
     """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the trainer clips beside an optimizer that clips by itself."""
+        if self._acts(trainer):
+            for optimizer in trainer.optimizers:
+                warn_of_clipping(optimizer, "gradient_clip_val", trainer.gradient_clip_val)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average gradients where the strategy leaves that to us."""

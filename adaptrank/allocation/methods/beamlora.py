@@ -112,6 +112,7 @@ class BeamLoRA(Policy[BeamState]):
 
     source = "arXiv:2502.13604"
     requires = frozenset({"duplicate"})
+    hangs_gates = True
     exclusive = True
 
     def __init__(

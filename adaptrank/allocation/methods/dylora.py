@@ -83,6 +83,7 @@ class DyLoRA(Policy[PrefixState]):
     requires = frozenset({"ordered"})
     exclusive = True
     moves = False
+    hangs_gates = True
     earlier: ClassVar = {"rule": "drawn"}
 
     def __init__(

@@ -66,6 +66,7 @@ class SoRA(Policy[TrainedGates]):
 
     source = "arXiv:2311.11696"
     exact = False
+    hangs_gates = True
 
     def __init__(
         self,

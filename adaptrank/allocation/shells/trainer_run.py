@@ -17,6 +17,7 @@ from adaptrank.allocation.shells.trainer_data import TrainerBatches, loss_of
 from adaptrank.axes import misfit_of_state
 from adaptrank.checkpoints import follow_trainer_files, load_best_adapter, write_trainer_files
 from adaptrank.parameterizations import COUNTS_AS_ADAPTED, TRAINER_WRITER, wrapped_layers
+from adaptrank.training.clipping import warn_of_clipping
 from adaptrank.training.penalties import add_penalty_gradients
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class TrainerRun:
         # accelerate's wrapper holds the optimizer, and in float16 the scaler.
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._scaler = getattr(optimizer, "scaler", None)
+        warn_of_clipping(self._optimizer, "max_grad_norm", args.max_grad_norm)
         _let_gradients_pass(args, model)
         if not state.global_step:
             self._loaded = None
