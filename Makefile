@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/layer_cost.py
 	$(VENV)/bin/python benchmarks/allocator_cost.py
 	$(VENV)/bin/python benchmarks/optimizer_cost.py
+	$(VENV)/bin/python benchmarks/strategy_cost.py
 	$(VENV)/bin/python benchmarks/rank_memory.py
 	$(VENV)/bin/python benchmarks/zero_ranks.py
 	$(VENV)/bin/python benchmarks/growth.py

@@ -22,12 +22,14 @@ docs/results/allocator_cost.md.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import common
+import strategy_cost
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -186,6 +188,9 @@ def main() -> None:
         "units": sizes,
     }
     text = page(result, options)
+    strategies = common.ROOT / "benchmarks" / "results" / f"{strategy_cost.NAME}.json"
+    if strategies.is_file():
+        text = strategy_cost.put_section(text, json.loads(strategies.read_text(encoding="utf-8")))
     common.write("allocator_cost", result, text)
     print(text)
 

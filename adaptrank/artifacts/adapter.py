@@ -25,7 +25,12 @@ from adaptrank.artifacts.adapter_checks import (
     warn_of_other_base,
 )
 from adaptrank.artifacts.base_weights import trained_modules
-from adaptrank.artifacts.contents import adapter_names, adapter_tensors, describe_adapter
+from adaptrank.artifacts.contents import (
+    adapter_names,
+    adapter_tensors,
+    describe_adapter,
+    describe_nest,
+)
 from adaptrank.artifacts.conventions import record_conventions
 from adaptrank.artifacts.file_names import CONFIG, WEIGHTS
 from adaptrank.artifacts.header import digest_of, parse
@@ -48,9 +53,11 @@ from adaptrank.injection import (
 )
 from adaptrank.parameterizations import (
     PARAMETERIZATIONS,
+    MergedUpdates,
     Parameterization,
     enclosed,
     named_layers,
+    put_ledger_under,
     wrapped_layers,
 )
 
@@ -226,6 +233,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         with unchanged_on_error(root) as rollback:
             split_at(root, description.get("split", {}))
             layers = named_layers(root)
+            _add_ledgers(layers, description)
             check_layers(layers, description, file)
             check_allocations(layers, description, file)
             check_rows(root, description, file)
@@ -274,6 +282,23 @@ def _rename(description: Mapping[str, Any], name: str, file: Path) -> None:
     for entry in description["adapters"]:
         for wrapper in entry["nest"]:
             wrapper["name"] = name
+
+
+def _add_ledgers(layers: Mapping[str, nn.Module], description: Mapping[str, Any]) -> None:
+    """Put an empty ledger under each nest that the file has with one, and the model without.
+
+    So a run may start from the adapter that a training strategy left.
+    """
+    for entry in description["adapters"]:
+        first, *others = entry["nest"]
+        if first["class"] != MergedUpdates.__name__:
+            continue
+        for path in entry["layers"]:
+            layer = layers.get(path)
+            if isinstance(layer, Parameterization):
+                present = json.loads(json.dumps(describe_nest(layer.nest)))
+                if present == others:
+                    put_ledger_under(layer)
 
 
 def _wrap_as_described(model: nn.Module, entry: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """MergedUpdates: the sum of the changes that earlier rounds of a run have merged."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.ops import low_rank as ops
-from adaptrank.parameterizations.base import Cost
+from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 
@@ -96,3 +98,16 @@ class MergedUpdates(LowRankUpdate, listed=False):
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(flops=2 * (len(self.A) * (m + n) + len(self.D) * n))
+
+
+def put_ledger_under(outermost: Parameterization) -> None:
+    """Put an empty `MergedUpdates` between a layer and its wrappers, unless there is one."""
+    innermost_wrapper = outermost.nest[0]
+    if isinstance(innermost_wrapper, MergedUpdates):
+        return
+    ledger = MergedUpdates(cast(nn.Module, innermost_wrapper.base))
+    ledger.name = innermost_wrapper.name
+    ledger.train_own(innermost_wrapper.training)
+    innermost_wrapper.base = ledger
+    for wrapper in outermost.nest[1:]:
+        wrapper.nest_depth += 1

@@ -38,6 +38,7 @@ class StrategyRun:
         seed: seed of the strategy.
         steps_done: optimizer steps so far.
         number: number of the present round.
+        events_seen: events of the allocators so far.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class StrategyRun:
     seed: int
     steps_done: int = 0
     number: int = 0
+    events_seen: int = 0
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
@@ -155,6 +157,7 @@ class RoundEngine:
             self._cross_borders()
         for allocator in run.allocators:
             allocator.engine.held = strategy.holds_allocators
+        run.events_seen = _count_events(run.allocators)
         for optimizer in run.optimizers:
             run.handles += scale_rate(optimizer, lambda group: strategy.rate(run.steps_done, group))
         self.running = True
@@ -209,6 +212,7 @@ class RoundEngine:
         """
         run = self.run
         run.steps_done = run.steps_done + 1 if step is None else step
+        self._follow_allocators()
         return self._cross_borders()
 
     def finish(self) -> None:
@@ -272,6 +276,15 @@ class RoundEngine:
         return rounds
 
     # ---- borders
+
+    def _follow_allocators(self) -> None:
+        """Let the strategy act after an event of an allocator."""
+        run = self.run
+        count = _count_events(run.allocators)
+        if count != run.events_seen:
+            run.events_seen = count
+            with torch.no_grad():
+                self.strategy.follow(run.number)
 
     def _cross_borders(self) -> dict[str, Any] | None:
         """Close the rounds that have ended, and enter those that follow, one by one."""
@@ -354,3 +367,7 @@ class RoundEngine:
                 f"these settings, or set accept_changes: true in the model."
             )
         log.warning("%s goes on with other settings: %s.", self.strategy.label, listed)
+
+
+def _count_events(allocators: Iterable["Participant"]) -> int:
+    return sum(len(allocator.events) for allocator in allocators)

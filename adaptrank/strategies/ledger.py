@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.parameterizations import MergedUpdates, Parameterization, wrapped_layers
+from adaptrank.parameterizations import (
+    MergedUpdates,
+    Parameterization,
+    put_ledger_under,
+    wrapped_layers,
+)
 
 
 def insert_ledgers(model: nn.Module) -> None:
@@ -23,15 +28,7 @@ def insert_ledgers(model: nn.Module) -> None:
     for path, outermost in layers.items():
         check_restartable(path, live_wrappers(outermost))
     for outermost in layers.values():
-        innermost_wrapper = outermost.nest[0]
-        if isinstance(innermost_wrapper, MergedUpdates):
-            continue
-        ledger = MergedUpdates(cast(nn.Module, innermost_wrapper.base))
-        ledger.name = innermost_wrapper.name
-        ledger.train_own(innermost_wrapper.training)
-        innermost_wrapper.base = ledger
-        for wrapper in outermost.nest[1:]:
-            wrapper.nest_depth += 1
+        put_ledger_under(outermost)
 
 
 def ledger_of(outermost: Parameterization) -> MergedUpdates:

@@ -108,6 +108,9 @@ class TrainingStrategy(StrategyShell):
     def leave(self, number: int) -> None:
         """Close a round that has ended, such as by merging what it trained."""
 
+    def follow(self, number: int) -> None:
+        """Act in the midst of a round, after an event in which an allocator has moved units."""
+
     def rate(self, steps_done: int, group: Mapping[str, Any]) -> float:
         """Return the factor of the learning rate in the next step. It is a pure function.
 

@@ -1,0 +1,195 @@
+"""Cost of a training strategy: time of a step, time of a border, memory, against plain LoRA.
+
+    python benchmarks/strategy_cost.py [--rounds 6] [--every 4] [--layers 8] [--threads 2]
+
+The model is a Llama of SmolLM2-135M's shapes without a head: random weights, bf16, all linear
+layers adapted. A batch has 4 x 128 tokens. The optimizer is AdamW, with clipping at 1. Every
+variant makes one step in turn, so that a slow moment of the machine affects all of them. A round
+has `every` steps. The first round warms up.
+
+- step: a step without a border, over a step of plain LoRA at the same turn. It is shown for the
+  second round, and for the last one, in which the ledger of merged updates is larger.
+- border: `strategy.step` where a round ends, over a step of plain LoRA at the same turn.
+- memory: numbers that train, each of which takes 16 bytes with Adam in float32 (value, gradient,
+  two moments). Bytes that the forward pass keeps for the backward pass. Bytes of the ledger.
+
+The script writes benchmarks/results/strategy_cost.json, and the section "Training strategies" of
+docs/results/allocator_cost.md.
+"""
+
+import argparse
+import time
+from functools import partial
+from typing import Any
+
+import common
+import growth
+import torch
+from torch import Tensor, nn
+
+from adaptrank import adapt
+from adaptrank.parameterizations import LoRA, MergedUpdates, wrappers
+from adaptrank.strategies import STRATEGIES, TrainingStrategy
+
+HEADING = "## Training strategies"
+NAME = "strategy_cost"
+VARIANTS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "LoRA, rank 8": (8, "", {}),
+    "ReLoRA, rank 8": (8, "ReLoRA", {"restart_warmup": 1}),
+    "Chain of LoRA, rank 8": (8, "ChainOfLoRA", {}),
+    "RAC-LoRA, rank 16": (16, "RACLoRA", {}),
+    "XGBLoRA, rank 8, a third of the blocks": (8, "XGBLoRA", {}),
+    "XGBLoRA, rank 1, a third of the blocks": (1, "XGBLoRA", {}),
+}
+"""Name -> rank of LoRA, class of the strategy, and its arguments."""
+PLAIN = next(iter(VARIANTS))
+
+
+class Variant:
+    """A model that makes steps.
+
+    Args:
+        name: a key of `VARIANTS`.
+        layers: blocks of the model.
+        every: steps of a round.
+        rounds: rounds that are measured.
+    """
+
+    def __init__(self, name: str, layers: int, every: int, rounds: int) -> None:
+        rank, label, arguments = VARIANTS[name]
+        self.model: nn.Module = adapt(growth.llama(layers), "all-linear", partial(LoRA, rank=rank))
+        self.strategy: TrainingStrategy | None = None
+        total = every * (rounds + 1)
+        if label:
+            cls = STRATEGIES[label]
+            length = {"links": rounds + 1} if label == "ChainOfLoRA" else {"every": every}
+            self.strategy = cls(**length, **arguments)
+            self.strategy.engine.prepare(self.model)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
+        if self.strategy is not None:
+            self.strategy.start(self.model, self.optimizer, total)
+        self.border: list[float] = []
+        """Seconds of each border."""
+
+    def step(self, x: Tensor) -> float:
+        """Make a step, and return its seconds without those of a border."""
+        start = time.perf_counter()
+        self.model(inputs_embeds=x).last_hidden_state.square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        if self.strategy is None:
+            return end - start
+        event = self.strategy.step()
+        after = time.perf_counter()
+        if event is None:
+            return after - start
+        self.border.append(after - end)
+        return end - start
+
+    def memory(self, x: Tensor) -> dict[str, int]:
+        """Return numbers that train, bytes kept for the backward pass, and bytes of the ledger."""
+        trained = sum(p.numel() for p in self.trained if p.requires_grad)
+        ledger = 0
+        for wrapper in wrappers(self.model):
+            if isinstance(wrapper, MergedUpdates):
+                ledger += sum(tensor.nbytes for tensor in wrapper.own_tensors().values())
+        return {"trained": trained, "kept": growth.kept(self.model, x), "ledger": ledger}
+
+
+def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
+    """Return the figures of every variant."""
+    variants = {name: Variant(name, layers, every, rounds) for name in VARIANTS}
+    x = growth.inputs(variants[PLAIN].model, 4, 128)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(every * (rounds + 1)):
+        for name, variant in variants.items():
+            x.grad = None
+            seconds[name].append(variant.step(x))
+        print(f"step {turn}: {', '.join(f'{seconds[n][-1]:.2f}' for n in variants)}", flush=True)
+    plain = seconds[PLAIN]
+    figures = {}
+    for name, variant in variants.items():
+        ratios = [a / b for a, b in zip(seconds[name], plain, strict=True)]
+        # The borders are after the last step of each round but the last one.
+        at_border = [plain[(number + 1) * every - 1] for number in range(rounds)]
+        borders = [a / b for a, b in zip(variant.border, at_border, strict=False)]
+        figures[name] = {
+            "first": common.quartiles(ratios[every : 2 * every]),
+            "last": common.quartiles(ratios[-every:]),
+            "border": common.quartiles(borders[1:]) if borders else None,
+            **variant.memory(x),
+        }
+    return {
+        "machine": common.machine(),
+        "rounds": rounds,
+        "every": every,
+        "layers": layers,
+        "step_seconds": common.quartiles(plain[every:]),
+        "figures": figures,
+    }
+
+
+def section(result: dict[str, Any]) -> str:
+    """Return the section of the page."""
+    rows = []
+    for name, row in result["figures"].items():
+        border = row["border"]
+        rows.append(
+            [
+                name,
+                common.spread(row["first"]),
+                common.spread(row["last"]),
+                "" if border is None else common.spread(border),
+                f"{row['trained']:,}",
+                f"{row['kept'] / 2**20:.1f}",
+                f"{row['ledger'] / 2**20:.2f}",
+            ]
+        )
+    seconds = result["step_seconds"]
+    intro = common.paragraph(
+        f"The model is a Llama of SmolLM2-135M's shapes with {result['layers']} blocks and without",
+        "a head (random weights, bfloat16), with LoRA on all linear layers. A batch has 4 x 128",
+        f"tokens, and a round {result['every']} steps. A step of plain LoRA takes",
+        f"{seconds['median']:.3f} s (quartiles {seconds['low']:.3f} to {seconds['high']:.3f}).",
+        "Steps and borders are over such a step at the same turn, with quartiles in brackets. The",
+        f"ledger is that of {result['rounds']} merged rounds. This section is written by",
+        f"`python benchmarks/strategy_cost.py --rounds {result['rounds']}`.",
+    )
+    header = [
+        "strategy",
+        "step, second round",
+        "step, last round",
+        "border",
+        "numbers that train",
+        "MiB kept for the backward pass",
+        "MiB of ledger",
+    ]
+    parts = [HEADING, intro, common.on(result["machine"]), common.table(header, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def put_section(page: str, result: dict[str, Any]) -> str:
+    """Return a page that ends with the section, in the place of an earlier one."""
+    return f"{page.partition(HEADING)[0].rstrip()}\n\n{section(result)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = measure(options.rounds, options.every, options.layers)
+    common.write(NAME, result)
+    file = common.ROOT / "docs" / "results" / "allocator_cost.md"
+    file.write_text(put_section(file.read_text(encoding="utf-8"), result), encoding="utf-8")
+    print(section(result))
+
+
+if __name__ == "__main__":
+    main()
