@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 import adaptrank.modules
 from adaptrank import ALLOCATORS, PARAMETERIZATIONS
 from adaptrank._errors import UserError
+from adaptrank.allocation import CONTROLS
 from adaptrank.cli.dispatch import main, prepare
 from adaptrank.cli.early_check import RUN_KEYS, VERB_KEYS, check_early
 from adaptrank.cli.errors import ConfigError
@@ -52,7 +53,7 @@ def shipped(registry):
 def test_the_sources_tell_the_arguments_of_every_class():
     for kind, registry, skip in (
         (PARAMETERIZATION, PARAMETERIZATIONS, 1),
-        (ALLOCATOR, ALLOCATORS, 0),
+        (ALLOCATOR, {**ALLOCATORS, **CONTROLS}, 0),
     ):
         classes = shipped(registry)
         assert set(class_names(kind)) == set(classes)

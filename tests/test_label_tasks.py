@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from adaptrank import Adapter, load_adapter, save_adapter
 from adaptrank.data import ClassificationData
-from adaptrank.data.stratify import rarest, stratified_sample
+from adaptrank.data.stratify import rarest, some_of_each, stratified_sample
 from adaptrank.modules import SequenceClassification
 from adaptrank.modules.class_weights import resolve_weights
 from adaptrank.modules.label_metrics import Scores, read_requests
@@ -432,6 +432,45 @@ def test_a_stratified_sample_has_the_share_of_each_group():
     assert stratified_sample(["a", "b"], 1, 0) == [], "no group is drawn whole"
     assert stratified_sample(["a", "a", "b"], 2, 0) in ([0], [1])
     assert rarest([["x", "y"], ["x"], ["x"], []]) == ["y", "x", "x", None]
+
+
+def test_some_rows_of_each_class_are_trained_on(tiny_bert, tmp_path, caplog):
+    file = texts(tmp_path, ["a"] * 30 + ["b"] * 9 + ["c"] * 2)
+
+    tokenizer = made(tiny_bert).tokenizer
+
+    def labels(split, **options):
+        data = ClassificationData(file, validation=file, examples_per_class=4, **options)
+        data.tokenizer = tokenizer
+        data.setup("fit")
+        names = [data.class_names[example["label"]] for example in data.examples(split)]
+        return [names.count(name) for name in "abc"], data.examples("train")
+
+    counts, first = labels("train")
+    assert counts == [4, 4, 2]
+    assert "1 classes have fewer training rows, and keep all: c (2)." in caplog.text
+    assert labels("val")[0] == [30, 9, 2]
+    same, other = labels("train")[1], labels("train", seed=1)[1]
+    ids = [[example["input_ids"].tolist() for example in rows] for rows in (first, same, other)]
+    assert ids[0] == ids[1] != ids[2]
+    # The rows of a class do not depend on the others.
+    assert some_of_each(["a"] * 9, 3, 0) == some_of_each(["a"] * 9 + ["b"] * 5, 3, 0)[:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"examples_per_class": 0}, "examples_per_class=0 leaves no example"),
+        ({"examples_per_class": 2.5}, "examples_per_class=2.5 is no whole number"),
+        ({"examples_per_class": 2, "limit_train": 3}, "both limit the training rows"),
+        ({"examples_per_class": 2, "regression": True}, "a row of this data has not exactly one"),
+        ({"examples_per_class": 2, "multi_label": True}, "a row of this data has not exactly one"),
+    ],
+)
+def test_rows_of_each_class_that_make_no_sense_are_refused(options, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence) as said:
+        ClassificationData("a.jsonl", **options)
+    assert "\n" not in str(said.value)
 
 
 def test_validation_is_stratified_and_a_class_with_one_row_stays_in_training(tmp_path, caplog):

@@ -225,7 +225,7 @@ def test_a_study_of_hostile_names(tmp_path):
     text = markdown(record, rows(record))
     assert "\x1b" not in text
     assert "<script" not in text
-    assert {len(cells) for cells in cells_of(text)} == {14}
+    assert {len(cells) for cells in cells_of(text)} == {17}
 
 
 def test_escapes():

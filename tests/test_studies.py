@@ -418,6 +418,46 @@ def test_the_paired_test_is_scipys(tmp_path):
     assert math.isclose(found[2]["p"], want)
 
 
+def test_differences_have_the_interval_of_students_t(tmp_path):
+    """It is that of SciPy's confidence interval of the paired test."""
+    from scipy.stats import ttest_rel
+
+    record = made(tmp_path, seeds=[0, 1, 2])
+    others = [r for r in record["results"] if r["method"] == "B"]
+    for result, noise in zip(others, (0.01, -0.02, 0.05), strict=True):
+        result["metrics"]["accuracy"] += noise
+    table = rows(record)
+    one, other = table[2]["values"], table[0]["values"]
+    test = ttest_rel([one[s] for s in (0, 1, 2)], [other[s] for s in (0, 1, 2)])
+    wanted = test.confidence_interval(0.95)
+    assert math.isclose(table[2]["interval"][0], wanted.low)
+    assert math.isclose(table[2]["interval"][1], wanted.high)
+    spread = statistics.stdev([one[s] - other[s] for s in (0, 1, 2)])
+    assert math.isclose(table[2]["difference_deviation"], spread)
+    text = markdown(record, table)
+    assert f"{table[2]['difference']:+.4f} ± {spread:.4f} | {wanted.low:+.4f} to " in text
+    single = rows({**record, "results": [r for r in record["results"] if not r["seed"]]})
+    assert single[2]["interval"] is single[2]["difference_deviation"] is None
+
+
+def test_parameters_at_the_peak_and_spectra_are_columns(tmp_path):
+    record = made(tmp_path)
+    record["spectra"] = True
+    for result in record["results"]:
+        result["num_trainable_params_peak"] = 2 * result["num_trainable_params"]
+        layer = {"rank": 2, "effective_rank": 1.5, "stable_rank": 1.2, "relative": None}
+        result["spectra"] = {"a.b": layer, "a.c": {**layer, "rank": 4, "relative": 0.25}}
+    text = markdown(record, rows(record))
+    assert "| 90 | 180 | 3 | 4 |" in text
+    assert text.count("| 3 | 1.5 | 0.25 |") == 3
+    write_study(record, tmp_path / "report")
+    table = (tmp_path / "report" / "layers.csv").read_text().splitlines()
+    measures = "rank,effective_rank,stable_rank,relative"
+    assert table[0] == f"method,allocator,budget,grid,seed,layer,{measures}"
+    assert table[1] == "A,none,100,{},0,a.b,2,1.5,1.2,"
+    assert len(table) == 1 + 2 * len(record["results"])
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1),
     st.sampled_from(["max", "min"]),
@@ -447,7 +487,7 @@ def test_the_report(tmp_path):
         "Small &amp; quick.",
         "selected by `loss` on a slice of train",
         "Reported on `accuracy`",
-        "| A | - | 100 | 90 | 4 | 0.01 | a slice of train | validation | 0.7600 ± 0.0707",
+        "| A | - | 100 | 90 | 90 | 3 | 4 | 0.01 | a slice of train | validation | 0.7600 ± 0.0707",
     ):
         assert words in text
     assert "2 failed" in text
@@ -513,6 +553,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):
                     },
                 },
                 "allocators": {"none": {}},
+                "spectra": True,
                 "budgets": [300],
                 "lrs": [0.001, 0.01],
                 "selection": {"overlay": {"data": {"init_args": {"seed": 99}}}, "metric": "loss"},
@@ -535,7 +576,10 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):
     assert result["units_final"] == 4
     assert result["file_size"] > 1000
     assert (here / "runs/studies/study/report/index.html").is_file()
-    assert [verb for verb, *_ in fit_here] == ["fit"] * 3
+    assert [verb for verb, *_ in fit_here] == [*["fit"] * 3, "inspect"]
+    assert {layer["rank"] for layer in result["spectra"].values()} <= {0, 1, 2}
+    assert len(result["spectra"]) == 2
+    assert (here / "runs/studies/study/report/layers.csv").is_file()
     code, out, _ = cli("compare", "study.yaml", "--methods", "LoRA")
     assert "1 runs, 1 of them finished" in out
     code, _, err = cli("compare", "study.yaml", "--methods", "LoRa")
@@ -647,6 +691,81 @@ def test_a_pattern_that_a_run_found_is_replayed_by_another_after_it(tmp_path):
         if method == "replay"
     ]
     assert patterns == [str(Path("run of 0") / "ranks.json"), str(Path("run of 1") / "ranks.json")]
+
+
+def test_a_replay_is_selected_by_trials_that_replay_the_best_trial(tmp_path):
+    """Trials follow a trial of the other row, and runs a run: with the seed of their own."""
+    methods = {
+        "replay": {"allocator": {"run": "$run:found", "seed": "$seed"}},
+        "found": {},
+        "other": {"model": {"init_args": {"rank_pattern": "$ranks:found"}}},
+    }
+    asked = read_study(study(tmp_path, methods=methods, budgets=None, baseline="found"))
+    engine = Replaying()
+    record = run_study(asked, tmp_path / "out", lambda config: 1, engine, lambda line: None)
+    assert [(method, trial) for method, trial, _ in engine.ran] == [
+        *[("found", True)] * 2,
+        *[("other", True)] * 2,
+        *[("replay", True)] * 2,
+        *[("found", False)] * 2,
+        *[("other", False)] * 2,
+        *[("replay", False)] * 2,
+    ]
+    followed = [config["allocator"] for method, _, config in engine.ran if method == "replay"]
+    best = "found, 0.01, 0, True"
+    assert followed == [
+        {"run": best, "seed": 0},
+        {"run": best, "seed": 0},
+        {"run": "found, 0.01, 0, False", "seed": 0},
+        {"run": "found, 0.01, 1, False", "seed": 1},
+    ]
+    patterns = [
+        config["model"]["init_args"]["rank_pattern"]
+        for method, _, config in engine.ran
+        if method == "other"
+    ]
+    assert patterns[0] == str(Path(best) / "ranks.json")
+    assert {r["status"] for r in record["trials"]} == {"success"}
+    again = Replaying()
+    run_study(asked, tmp_path / "out", lambda config: 1, again, lambda line: None)
+    assert not again.ran
+
+
+class Replaying(Counted):
+    """The loss of a trial is best at a rate of 0.01."""
+
+    def __call__(self, function, points, out):
+        for point, result in zip(points, super().__call__(function, points, out), strict=True):
+            self.ran[-1] = (point.method, point.trial, point.config)
+            result["run"] = f"{point.method}, {point.lr:g}, {point.seed}, {point.trial}"
+            file = out / "points" / point.key / "result.json"
+            file.write_text(json.dumps(result))
+            yield result
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("$ranks:fuond", r"'fuond' is none of the methods. Did you mean 'found'"),
+        ("$run:found:EVA", r"'EVA' is none of the allocators. Write \$run:found:NAME"),
+        ("$ranks:chained", r"chain refers to \$ranks:chained, which refers to another row itself"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_refused(tmp_path, reference, sentence):
+    methods = {"chain": {"x": reference}, "found": {}, "chained": {"x": ["$run:found"]}}
+    said = {"methods": methods, "budgets": None, "lrs": None, "selection": None}
+    with pytest.raises(UserError, match=sentence) as refused:
+        read_study(study(tmp_path, **said, baseline="found"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_choice_of_methods_takes_those_that_they_refer_to(tmp_path, cli):  # noqa: F811
+    methods = {"replay": {"x": "$ranks:found"}, "found": {}}
+    said = {"methods": methods, "budgets": None, "lrs": None, "selection": None}
+    file = study(tmp_path, **said, baseline="found")
+    code, _, err = cli("compare", str(file), "--plan", "--methods", "replay")
+    assert code == 2
+    assert "--methods: replay refers to $ranks:found, and 'found' is none of the methods." in err
 
 
 class Ordered(Counted):

@@ -9,7 +9,7 @@ from adaptrank.allocation import compatibility
 from adaptrank.allocation.budget import floor_of
 from adaptrank.allocation.context import Run
 from adaptrank.allocation.plans import Close, Plan
-from adaptrank.allocation.schedules import Phases, steps
+from adaptrank.allocation.schedules import Phases
 from adaptrank.axes import CostModel
 from adaptrank.parameterizations import wrapped_layers, wrappers
 
@@ -58,9 +58,7 @@ def phases_of(participant: "Participant", total_steps: float) -> Phases:
         raise UserError(
             f"{participant.label} needs to know where training ends; set max_steps or max_epochs."
         )
-    total = int(total_steps)
-    warmup, final = steps(participant.warmup, total), steps(participant.final, total)
-    return Phases(total, warmup, final, participant.every)
+    return participant.phases_of(int(total_steps))
 
 
 def check_schedule(participant: "Participant", phases: Phases) -> None:

@@ -14,7 +14,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import Progress, TrackedTensors, Where
-from adaptrank.axes import CostModel, RankAxis, cost_model, holds, rank_cost
+from adaptrank.axes import CostModel, RankAxis, cost_model, holds, rank_axes, rank_cost
 
 Axes = Mapping[str, RankAxis]
 """Axis key -> rank axis, in natural order."""
@@ -170,6 +170,11 @@ class Run:
         closed = self.progress.closed
         return {key: len(axis) - len(closed.get(key, ())) for key, axis in self.axes.items()}
 
+    def open_parameters(self) -> int:
+        """Return the parameters of the adapters, without those of closed units."""
+        sizes = {**_all_sizes(self.model), **self.open_sizes()}
+        return cost_model(self.model).total(sizes)
+
     def cost(self) -> CostModel:
         """Return what sizes cost, in the unit of the budget."""
         return rank_cost(self.axes) if self.unit == "ranks" else cost_model(self.model)
@@ -185,6 +190,8 @@ class Run:
         event["total"] = self.cost().total(open_sizes)
         event["active"] = sum(open_sizes.values())
         event["allocated"] = sum(self.sizes().values())
+        event["parameters"] = self.open_parameters()
+        event["allocated_parameters"] = cost_model(self.model).total(_all_sizes(self.model))
         self.progress.events.append(event)
         return event
 
@@ -238,6 +245,11 @@ class ScoreContext:
     def reduce(self, tensor: Tensor) -> Tensor:
         """Return the mean over all processes."""
         return self.run.reduce(tensor)
+
+
+def _all_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the units of every axis of a model, of those as well that do not train."""
+    return {key: len(axis) for key, axis in rank_axes(model).items()}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from adaptrank.allocation.bad_gradients import BadSteps, all_finite, unchanged_u
 from adaptrank.allocation.beginning import begin
 from adaptrank.allocation.context import Loss, Run
 from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
+from adaptrank.allocation.growth import parameter_growth
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
 from adaptrank.axes import CLOSED, check_optimizer
@@ -195,8 +196,12 @@ class Engine:
         return event
 
     def finish(self) -> None:
-        """Remove the hooks of the participant, and say what an early end leaves undone."""
+        """Remove the hooks of the participant, and say what an early end leaves undone.
+
+        A warning says so if a budget in ranks let the number of parameters grow.
+        """
         self.say_shortfall()
+        self._say_growth()
         if self._run is not None:
             for handle in self._run.handles:
                 handle.remove()
@@ -210,6 +215,12 @@ class Engine:
             if first() and not self._told and (text := checks.shortfall(self.participant)):
                 log.warning(text)
             self._told = True
+
+    def _say_growth(self) -> None:
+        """Log one line if the run carried out its last event, and parameters grew."""
+        is_over = self.running and self._run is not None and not self._run.moves_left
+        if is_over and first() and (text := parameter_growth(self.participant)):
+            log.warning(text)
 
     def foresee(self, model: nn.Module, total_steps: float) -> list[tuple[int, int | None]]:
         """Return (step, budget) of every event of a run, from the shapes of a model alone.
@@ -359,10 +370,12 @@ class Engine:
         proposal = Proposal({}) if idle else self._propose(scores, budget)
         checks.check_plan(policy, run, proposal.plan, run.cost(), budget)
         event["scores"] = summarize_scores(values)
-        units_before = sum(run.open_sizes().values())
+        units_before, parameters_before = sum(run.open_sizes().values()), run.open_parameters()
         event.update(policy.carry_out(self.state, proposal.plan, step, self.apply))
-        units_after = sum(run.open_sizes().values())
+        units_after, parameters_after = sum(run.open_sizes().values()), run.open_parameters()
         event["reason"] = describe(event, budget, units_before, units_after)
+        if parameters_before != parameters_after:
+            event["reason"] += f", {parameters_before:,} -> {parameters_after:,} parameters"
         if proposal.remark:
             event["reason"] += f"; {proposal.remark}"
         return run.record(event)

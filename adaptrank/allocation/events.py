@@ -24,6 +24,8 @@ class Event(TypedDict, total=False):
     total: int  # cost of the open units, in the unit of the budget
     active: int  # open units
     allocated: int  # units in memory
+    parameters: int  # trainable parameters of the adapters, without those of closed units
+    allocated_parameters: int  # the same with those of closed units
     sizes: dict[str, int]  # axes that changed, after the event
     pruned: dict[str, list[int]]
     grown: dict[str, int]

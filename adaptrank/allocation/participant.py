@@ -13,7 +13,7 @@ from adaptrank.allocation.budget import Floor
 from adaptrank.allocation.context import Axes, Run
 from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
-from adaptrank.allocation.schedules import Phases, check_length
+from adaptrank.allocation.schedules import Phases, check_length, steps
 from adaptrank.allocation.shells.lightning import LightningShell
 from adaptrank.allocation.shells.trainer_hooks import TrainerHooks
 from adaptrank.allocation.state import TrackedTensors
@@ -23,6 +23,9 @@ from adaptrank.registry import Registry
 
 ALLOCATORS: Registry["Participant"] = Registry("allocator")
 """Class name -> class, of allocators and rank initializers."""
+
+CONTROLS: Registry["Participant"] = Registry("control")
+"""Class name -> class, of what allocators are compared with."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,17 @@ class Participant(LightningShell, TrainerHooks):
     init_args: dict[str, Any]
     """Arguments of the constructor as plain values, with defaults, for checkpoints."""
 
-    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
-        """Add the class to `ALLOCATORS`, unless it is a contract: `registered=False`."""
+    def __init_subclass__(
+        cls, registered: bool = True, control: bool = False, **kwargs: Any
+    ) -> None:
+        """Add the class to `ALLOCATORS`, or to `CONTROLS` with `control=True`.
+
+        A contract, with `registered=False`, is in neither.
+        """
         super().__init_subclass__(**kwargs)
         if registered:
-            ALLOCATORS.add(cls)
+            registry = CONTROLS if control else ALLOCATORS
+            registry.add(cls)
 
     # Constructors do not hand all of their arguments up. Python passes them to __new__.
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -209,6 +218,10 @@ class Participant(LightningShell, TrainerHooks):
         return False
 
     # ---- optional hooks
+
+    def phases_of(self, total: int) -> Phases:
+        """Return the phases of a run of `total` optimizer steps."""
+        return Phases(total, steps(self.warmup, total), steps(self.final, total), self.every)
 
     def find_axes(self, model: nn.Module) -> Axes:
         """Return what is allocated: the rank axes of the model."""

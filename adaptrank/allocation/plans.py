@@ -4,7 +4,7 @@ Everything here is pure and deterministic. No tensor of a model is touched.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -124,6 +124,7 @@ def exchange(
     floor: Floor = 1,
     caps: Caps | None = None,
     reference: bool = False,
+    held: Mapping[str, Collection[int]] | None = None,
 ) -> Plan:
     """Prune the weakest units, and grow the axes whose weakest units still matter.
 
@@ -150,10 +151,11 @@ def exchange(
         floor: least number of units of an axis.
         caps: axis -> largest number of units, None for no cap.
         reference: use the single pool of the released code.
+        held: axis -> units that are in no pool.
     """
     caps = caps or {}
     sizes = {axis: len(values) for axis, values in scores.items()}
-    losing, winning = _pools(scores, pool, floor, caps, reference)
+    losing, winning = _pools(scores, pool, floor, caps, reference, held or {})
     to_prune, to_grow = _pick_swaps(losing, winning, swaps, renew=reference)
     winners = list(dict.fromkeys(axis for axis, _ in to_grow)) if to_prune else []
 
@@ -172,14 +174,20 @@ def exchange(
 
 
 def _pools(
-    scores: Scores, pool: int, floor: Floor, caps: Caps, reference: bool
+    scores: Scores,
+    pool: int,
+    floor: Floor,
+    caps: Caps,
+    reference: bool,
+    held: Mapping[str, Collection[int]],
 ) -> tuple[list[_Offer], list[_Offer]]:
     """Return the units that axes may lose, lowest first, and those that may win, highest first."""
     losing: list[_Offer] = []
     winning: list[_Offer] = []
     for place, axis in enumerate(sorted(scores, key=natural)):
         size = len(scores[axis])
-        lowest = ranked(scores[axis])[::-1][:pool]
+        lowest_first = ranked(scores[axis])[::-1]
+        lowest = [unit for unit in lowest_first if unit not in held.get(axis, ())][:pool]
         may_lose = lowest[: max(0, min(pool, size - floor_of(floor, axis)))]
         may_win = may_lose if reference else lowest
         losing += [_Offer(float(scores[axis][unit]), place, axis, unit) for unit in may_lose]

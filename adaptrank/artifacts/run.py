@@ -25,7 +25,7 @@ from adaptrank.artifacts.best_checkpoint import (
     restart_ranking,
 )
 from adaptrank.artifacts.summary import base_of, render, summarize
-from adaptrank.axes import rank_axes
+from adaptrank.axes import cost_model, rank_axes
 from adaptrank.parameterizations import adapted_part, wrapped_layers
 
 log = logging.getLogger("adaptrank")
@@ -144,7 +144,8 @@ class RunFiles(Callback):
         titles = _titles_of_allocators(trainer)
         if axes and titles and not trainer.global_step and trainer.is_global_zero:
             sizes = {key: len(axis) for key, axis in axes.items()}
-            self._append([_start_event(sizes, titles)])
+            parameters = cost_model(adapted_part(pl_module)).total(sizes)
+            self._append([_start_event(sizes, parameters, titles)])
         self._write_rounds(trainer)
 
     def on_train_batch_end(
@@ -267,7 +268,9 @@ def _titles_of_allocators(trainer: Trainer) -> list[str]:
     ]
 
 
-def _start_event(sizes: Mapping[str, int], titles: Sequence[str]) -> dict[str, Any]:
+def _start_event(
+    sizes: Mapping[str, int], parameters: int, titles: Sequence[str]
+) -> dict[str, Any]:
     """Return the first line of `ranks.jsonl`, in the form of an allocator's event."""
     total = sum(sizes.values())
     return {
@@ -277,6 +280,8 @@ def _start_event(sizes: Mapping[str, int], titles: Sequence[str]) -> dict[str, A
         "sizes": sizes,
         "active": total,
         "allocated": total,
+        "parameters": parameters,
+        "allocated_parameters": parameters,
         "pruned": {},
         "grown": {},
         "closed": {},

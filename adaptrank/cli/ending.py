@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from adaptrank._errors import UserError
+from adaptrank.allocation import Participant, parameter_growth
 from adaptrank.artifacts.run import (
     RunFiles,
     discard_unbegun,
@@ -50,7 +51,9 @@ def finish(cli: "AdaptrankCLI") -> None:
     rounds = round_events(trainer)
     summary = summarize(cli.model, cli.before, after, steps, files.seconds, saved, rounds)
     warning = no_better_than_chance(cli.model, cli.before, after)
-    summary["warnings"] = [warning] if warning else []
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    grown = [parameter_growth(each) for each in callbacks if isinstance(each, Participant)]
+    summary["warnings"] = [text for text in (warning, *grown) if text]
     if not trainer.is_global_zero:
         return
     write_json(folder / "summary.json", summary)

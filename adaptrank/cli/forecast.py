@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from adaptrank._errors import UserError
-from adaptrank.allocation import Participant
+from adaptrank.allocation import Participant, possible_growth
 from adaptrank.artifacts import planning
 from adaptrank.artifacts.simulation import SimulatedStep, simulate_step
 from adaptrank.axes import rank_axes
@@ -151,6 +151,7 @@ def _budget_facts(
         return facts
     curve = allocator.foresee(module.model, steps)
     facts["budget"] = [[at, budget] for at, budget in curve]
+    facts["growth"] = possible_growth(allocator)
     last = curve[-1][1] if curve else None
     if last is not None:
         whole = data["trainable"] - sum(data["layers"].values())

@@ -7,7 +7,7 @@ from adaptrank._errors import UserError
 from adaptrank.data.columns import read_fields
 from adaptrank.data.label_form import LabelForm
 from adaptrank.data.label_task import LabelTask
-from adaptrank.data.labelled_data import REGRESSION
+from adaptrank.data.labelled_data import REGRESSION, SINGLE_LABEL
 from adaptrank.data.mixing import SourceMix, share_of
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
@@ -46,7 +46,7 @@ class ClassificationData(LabelTask):
         stratify: hold back the same share of each class for validation.
         text, text_pair, label: fields for every source that does not set its own.
         null_is_empty: as in `CausalLMData`. A label is never null.
-        kwargs: those of `TaskData`.
+        kwargs: those of `TaskData`, and `examples_per_class`, as in `LabelledData`.
 
     Raises:
         FileNotFoundError: in `setup`, if there is no such file, folder or data set.
@@ -87,6 +87,7 @@ class ClassificationData(LabelTask):
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings, group
         )
+        self.check_examples_per_class(self.problem == SINGLE_LABEL)
 
     @property
     def regression(self) -> bool:

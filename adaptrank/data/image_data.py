@@ -10,6 +10,7 @@ from adaptrank.data.columns import read_fields
 from adaptrank.data.image_sources import find_image, load_images
 from adaptrank.data.image_task import ImageTask
 from adaptrank.data.label_form import LabelForm
+from adaptrank.data.labelled_data import SINGLE_LABEL
 from adaptrank.data.mixing import SourceMix, share_of
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
@@ -88,6 +89,7 @@ class ImageData(ImageTask):
             self.form.groups if is_stratified else None,
             load_images,
         )
+        self.check_examples_per_class(self.problem == SINGLE_LABEL)
 
     @property
     def problem(self) -> str:

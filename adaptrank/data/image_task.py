@@ -25,6 +25,7 @@ class ImageTask(IncrementalData):
 
     Args:
         batch_size, eval_batch_size, num_workers, seed, limit_train, limit_val: as in `TaskData`.
+        examples_per_class: as in `LabelledData`.
         horizontal_flip: probability that a training image is mirrored, by the seed, the epoch and
             the image.
         tasks, task_seed, epochs_per_task, steps_per_task: as in `IncrementalData`.
@@ -43,12 +44,14 @@ class ImageTask(IncrementalData):
         task_seed: int | None = None,
         epochs_per_task: int = 1,
         steps_per_task: int | None = None,
+        examples_per_class: int | None = None,
     ) -> None:
         if isinstance(horizontal_flip, bool) or not 0 <= horizontal_flip <= 1:
             raise UserError(
                 f"horizontal_flip={horizontal_flip} is no probability. Use a number from 0 to 1."
             )
         super().__init__(
+            examples_per_class=examples_per_class,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,

@@ -1,14 +1,19 @@
 """What all data with labels share: names of classes, their numbering, and how often each occurs."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptrank._errors import UserError
+from adaptrank._errors import UserError, some
 from adaptrank.data.class_names import merge_classes
-from adaptrank.data.task import Row, TaskData
+from adaptrank.data.stratify import some_of_each
+from adaptrank.data.task import Row, Split, TaskData, check_size
+
+log = logging.getLogger(__name__)
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label", "multi_label", "regression"
 """Kinds of labels: one class for each target, several classes, numbers."""
@@ -19,12 +24,31 @@ class LabelledData(TaskData):
 
     A model that was trained before has a numbering of its own, by the names of its classes. Labels
     are then mapped by name to that numbering.
+
+    Args:
+        examples_per_class: number of training rows of each class to keep, drawn by the seed, for
+            few-shot learning. A class with fewer rows keeps all, and a warning names it. It is
+            used without `limit_train`, and where a row has one class.
+        kwargs: those of `TaskData`.
+
+    Raises:
+        UserError: if `examples_per_class` is no positive number, or does not fit the labels.
     """
 
     model_classes: list[str] | None = None
     """Names of the classes in the model's numbering, known after `setup`."""
     _merged: tuple[list[str] | None, list[str] | None] | None = None
     """Names of the model and of the data that were brought together last."""
+
+    def __init__(self, examples_per_class: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_size("examples_per_class", examples_per_class, 1, "leaves no example")
+        if examples_per_class is not None and self.limit_train is not None:
+            raise UserError(
+                f"examples_per_class={examples_per_class} and limit_train={self.limit_train} both "
+                "limit the training rows. Remove one of the two."
+            )
+        self.examples_per_class = examples_per_class
 
     @property
     def problem(self) -> str:
@@ -56,6 +80,35 @@ class LabelledData(TaskData):
             # Labels of examples from an earlier setup have another numbering.
             self._examples.clear()
         self.model_classes, self._merged = agreed, (trained, names)
+
+    def check_examples_per_class(self, has_one_class: bool) -> None:
+        """Refuse `examples_per_class` where a row has not exactly one class."""
+        if self.examples_per_class is not None and not has_one_class:
+            raise UserError(
+                f"examples_per_class={self.examples_per_class} draws rows of each class, and a row "
+                f"of this data has not exactly one. Use `limit_train`."
+            )
+
+    def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
+        """Keep some rows of each class, where this was asked for."""
+        if split != "train" or self.examples_per_class is None:
+            return super()._limit(rows, split)
+        labels = [row["label"] for row in rows]
+        chosen = some_of_each(labels, self.examples_per_class, split, self.seed)
+        few = {k: n for k, n in Counter(labels).items() if n < self.examples_per_class}
+        if few:
+            names = self.class_names
+            listed = []
+            for label, count in few.items():
+                name = label if names is None else names[label]
+                listed.append(f"{name} ({count})")
+            log.warning(
+                "examples_per_class=%d: %d classes have fewer training rows, and keep all: %s.",
+                self.examples_per_class,
+                len(few),
+                some(listed),
+            )
+        return [rows[index] for index in chosen]
 
     def conventions(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

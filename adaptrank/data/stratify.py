@@ -38,6 +38,27 @@ def stratified_sample(groups: Sequence[Hashable], count: int, *key: object) -> l
     return sorted(drawn)
 
 
+def some_of_each(groups: Sequence[Hashable], count: int, *key: object) -> list[int]:
+    """Draw `count` rows of each group, or all rows of a group that has fewer.
+
+    Args:
+        groups: (N,) group of each row.
+        count: number of rows of a group.
+        key: key of the random generator. The rows of a group do not depend on other groups.
+
+    Returns:
+        The indices, sorted.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    drawn: list[int] = []
+    for group, indices in members.items():
+        random = seeded_random("each", group, *key)
+        drawn += random.sample(indices, min(count, len(indices)))
+    return sorted(drawn)
+
+
 def rarest(label_sets: Sequence[Sequence[Hashable]]) -> list[Hashable]:
     """Return the group of each row with several labels: the one of its labels that is rarest.
 

@@ -36,6 +36,7 @@ class TokenTask(LabelledData):
 
     def __init__(self, *, label_all_pieces: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.check_examples_per_class(False)
         self.label_all_pieces = label_all_pieces
 
     def conventions(self) -> dict[str, Any]:

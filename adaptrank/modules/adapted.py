@@ -50,7 +50,7 @@ from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
 from adaptrank.modules.learning_rates import check_rates
 from adaptrank.modules.optim import build_optimizer
 from adaptrank.modules.option_checks import check_optimizer_options, check_options
-from adaptrank.modules.settings import Adapter, read_compile_options
+from adaptrank.modules.settings import Adapter, read_compile_options, read_rank_pattern
 from adaptrank.modules.trainable_parts import make_trainable
 from adaptrank.modules.trained_state import (
     check_same_keys,
@@ -76,8 +76,8 @@ class AdaptedModule(LightningModule):
         adapters: list of adapters to make. It may be empty only where `adapter` is given.
         adapter: folder of a saved adapter to start warm from, or its name on the Hub, `user/name`
             or `user/name@revision`.
-        rank_pattern: sizes to start from, {axis, path or pattern: units}, or a `ranks.json` of
-            another run.
+        rank_pattern: sizes to start from, {axis, path or pattern: units}, or the folder or the
+            `ranks.json` of another run.
         train_modules: further modules to train whole, by path or last component.
         dtype: dtype of the frozen weights, bf16, fp16, fp32 or fp64, or "auto", which is bf16
             where the processor is fast at it, else float32. Adapters train in float32.
@@ -256,6 +256,9 @@ class AdaptedModule(LightningModule):
         if self.backbone is not None:
             agree(self)
             return
+        if self.rank_pattern:
+            # Refused before minutes of loading.
+            read_rank_pattern(self.rank_pattern)
         backbone = self.load_backbone()
         add_tokens(self, backbone)
         backbone.config.use_cache = False

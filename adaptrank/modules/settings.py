@@ -36,7 +36,7 @@ class Adapter:
 
 
 def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    """Return a rank pattern as it is, or read it from a `ranks.json` file.
+    """Return a rank pattern as it is, or read it from a `ranks.json` file, or a run's folder.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -45,9 +45,12 @@ def read_rank_pattern(pattern: Mapping[str, Any] | str) -> Mapping[str, Any]:
     if not isinstance(pattern, str):
         return pattern
     file = Path(pattern)
+    if file.is_dir():
+        file = file / "ranks.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"There is no file rank_pattern={pattern!r}. Give a mapping, or a run's ranks.json."
+            f"There is no file rank_pattern={str(file)!r}. Give a mapping, a run's folder, or its "
+            "ranks.json."
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

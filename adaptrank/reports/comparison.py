@@ -23,17 +23,34 @@ COLUMNS = (
     "allocator",
     "budget",
     "trainable",
+    "trainable peak",
+    "units",
     "units peak",
     "lr",
     "selected on",
     "reported on",
     "metric",
     "against baseline",
+    "95 % interval",
     "p",
     "time",
     "memory",
     "file",
 )
+
+COLUMNS_BEFORE_METRIC = COLUMNS.index("metric") - 3
+"""Columns between those that name a row, which are three, and the metric."""
+
+UNCOMPARED: Row = {
+    "difference": None,
+    "difference_deviation": None,
+    "interval": None,
+    "p": None,
+}
+"""Fields of a row that is compared with nothing."""
+
+SPECTRA = {"rank": "rank of D", "effective_rank": "effective rank", "relative": "|D| / |W|"}
+"""Measure of a layer's change -> column that has its mean over layers and seeds."""
 
 GIB, MEGABYTE = 2**30, 1e6
 
@@ -41,9 +58,10 @@ GIB, MEGABYTE = 2**30, 1e6
 def rows(record: Mapping[str, Any]) -> list[Row]:
     """Return one row for each method, allocator, budget and point of the grid.
 
-    A row has means and standard deviations over seeds, and a paired t-test against the baseline.
-    The test pairs runs of one seed at one budget. Its p is None for fewer than two pairs, or where
-    all differences are equal.
+    A row has means and standard deviations over seeds. Its differences from the baseline pair runs
+    of one seed at one budget: their mean, standard deviation and 95 % interval, and a paired
+    t-test. Deviation and interval are None for fewer than two pairs. So is p, and where all
+    differences are equal.
 
     Args:
         record: results of a study, as `run_study` returns them.
@@ -61,7 +79,8 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
 
 def column_names(record: Mapping[str, Any]) -> list[str]:
     """Return the heads of the columns, with the metric by its own name."""
-    return [record["metric"] if name == "metric" else name for name in COLUMNS]
+    names = [record["metric"] if name == "metric" else name for name in COLUMNS]
+    return [*names, *SPECTRA.values()] if record.get("spectra") else names
 
 
 def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
@@ -70,20 +89,27 @@ def cells(row: Row, record: Mapping[str, Any]) -> list[str]:
     method = ", ".join([row["method"], *grid_texts(row["grid"])])
     place = [method, allocator, _whole(row["budget"])]
     if "metric" not in row:
-        return [*place, *["-"] * 5, f"{row['failed']} failed", *["-"] * 5]
+        dashes = len(column_names(record)) - len(place) - COLUMNS_BEFORE_METRIC - 1
+        failed = f"{row['failed']} failed"
+        return [*place, *["-"] * COLUMNS_BEFORE_METRIC, failed, *["-"] * dashes]
+    spectra = [_text(row[name], ".3g") for name in SPECTRA] if record.get("spectra") else []
     return [
         *place,
         _whole(row["num_trainable_params"]),
+        _whole(row["num_trainable_params_peak"]),
+        _whole(row["units_final"] or None),
         _whole(row["units_peak"] or None),
         _text(row["lr"], "g"),
         record["selected_on"] or "-",
         record["reported_on"],
         _metric_text(row),
-        _text(row["difference"], "+.4f"),
+        _difference_text(row),
+        _interval_text(row),
         _text(row["p"], ".3f"),
         f"{row['train_time']:.0f} s",
         f"{row['accelerator_memory_max'] / GIB:.2f} GiB",
         f"{row['file_size'] / MEGABYTE:.2f} MB",
+        *spectra,
     ]
 
 
@@ -156,6 +182,10 @@ def _summarized(results: Sequence[Row], metric: str) -> Row:
     row["deviation"] = statistics.stdev(values) if len(successful) > 1 else None
     for name in MEANS:
         row[name] = statistics.mean(result[name] for result in successful)
+    peaks = [r.get("num_trainable_params_peak", r["num_trainable_params"]) for r in successful]
+    row["num_trainable_params_peak"] = statistics.mean(peaks)
+    for name in SPECTRA:
+        row[name] = _mean_of_layers(name, successful)
     row["parameters_at_start"] = successful[0]["adapter_params_at_start"]
     row["ranks"] = successful[0]["ranks"]
     return row
@@ -177,9 +207,9 @@ def _baseline_row(table: Sequence[Row], method: str | None, row: Row) -> Row | N
 
 
 def _compared(row: Row, baseline: Row | None) -> Row:
-    """Return the mean difference from the baseline over seeds, and p of the paired t-test."""
+    """Return mean, deviation and 95 % interval of paired differences, and p of the t-test."""
     if baseline is None or baseline is row:
-        return {"difference": None, "p": None}
+        return dict(UNCOMPARED)
     pairs = [
         (value, baseline["values"][seed])
         for seed, value in row["values"].items()
@@ -187,13 +217,42 @@ def _compared(row: Row, baseline: Row | None) -> Row:
     ]
     differences = [value - reference for value, reference in pairs]
     if not differences:
-        return {"difference": None, "p": None}
-    p = None
-    if len(pairs) > 1 and len(set(differences)) > 1:
-        from scipy.stats import ttest_rel
+        return dict(UNCOMPARED)
+    mean = statistics.mean(differences)
+    compared = {**UNCOMPARED, "difference": mean}
+    if len(pairs) > 1:
+        from scipy.stats import t, ttest_rel
 
-        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return {"difference": statistics.mean(differences), "p": p}
+        deviation = statistics.stdev(differences)
+        half = float(t.ppf(0.975, len(pairs) - 1)) * deviation / math.sqrt(len(pairs))
+        compared |= {"difference_deviation": deviation, "interval": [mean - half, mean + half]}
+        if len(set(differences)) > 1:
+            compared["p"] = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return compared
+
+
+def _mean_of_layers(name: str, results: Sequence[Row]) -> float | None:
+    """Return the mean of a measure of the changes over all layers of some runs."""
+    values: list[float] = []
+    for result in results:
+        layers = result.get("spectra") or {}
+        values += [layer[name] for layer in layers.values() if layer[name] is not None]
+    return statistics.mean(values) if values else None
+
+
+def _difference_text(row: Row) -> str:
+    """Return the mean of the paired differences, and their standard deviation."""
+    text = _text(row["difference"], "+.4f")
+    if row["difference_deviation"] is None:
+        return text
+    return f"{text} ± {row['difference_deviation']:.4f}"
+
+
+def _interval_text(row: Row) -> str:
+    if row["interval"] is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{low:+.4f} to {high:+.4f}"
 
 
 def _metric_text(row: Row) -> str:

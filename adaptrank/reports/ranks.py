@@ -57,6 +57,7 @@ def page(history: History, pictures: Mapping[str, bytes], replay: str) -> str:
         **_task_rows(history),
         rounds=round_rows(history.rounds[-MOST_ROWS:]),
         events=[_event_row(event) for event in events[-MOST_ROWS:]],
+        has_parameters=any("parameters" in event for event in events),
         events_left_out=max(0, len(events) - MOST_ROWS),
         kinds=_kind_rows(axes) if len(axes) > MOST_ROWS else [],
         axes=_most_changed(axes),
@@ -110,6 +111,9 @@ def _facts(history: History) -> list[tuple[str, str]]:
     facts = _facts_of_summary(history.summary) if history.summary else []
     units_at_start, units_at_end = sum(history.start.values()), sum(history.end.values())
     facts.append(("units", f"{units_at_start:,} to {units_at_end:,} on {len(history.end)} axes"))
+    parameters = [event["parameters"] for event in history.events if "parameters" in event]
+    if history.events and "parameters" in history.events[0]:
+        facts.append(("parameters of the adapters", f"{parameters[0]:,} to {parameters[-1]:,}"))
     facts.append(("events", str(sum(event["step"] != 0 for event in history.events))))
     return facts
 
@@ -136,6 +140,7 @@ def _event_row(event: Event) -> dict[str, Any]:
         "closed": _unit_count(event.get("closed")),
         "grown": _unit_count(event.get("grown")),
         "total": event.get("total", ""),
+        "parameters": event.get("parameters", ""),
         "reason": str(event.get("reason", event.get("skipped", "")))[:LONGEST_TEXT],
     }
 

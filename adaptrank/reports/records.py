@@ -84,6 +84,8 @@ EVENT: Fields = {
     "total": COUNT,
     "active": COUNT,
     "allocated": COUNT,
+    "parameters": COUNT,
+    "allocated_parameters": COUNT,
     "sizes": COUNTS,
     "pruned": UNITS,
     "closed": UNITS,
@@ -134,10 +136,19 @@ RESULT: Fields = {
 
 IS_TABLE = (lambda value: isinstance(value, dict), "a mapping")
 
+CHANGE: Fields = {
+    "rank": NUMBER,
+    "effective_rank": NUMBER,
+    "relative": (optional(is_number), "a number or null"),
+}
+"""Measures of the change of a layer, in a study with spectra."""
+
 OPTIONAL_RESULT: Fields = {
     "grid": IS_TABLE,
     "against": (optional(is_text), "a text or null"),
     "of": (list_of(is_text), "a list of texts"),
+    "num_trainable_params_peak": NUMBER,
+    "spectra": (table_of(record_of(CHANGE)), "measures by layer"),
     "similarity": (record_of({"rms_cos": (optional(is_number), "")}), "a mapping with rms_cos"),
 }
 """Keys of the result of a study with a grid or with sums."""
@@ -146,6 +157,7 @@ SEARCH: Fields = {"trials": COUNT, "low": NUMBER, "high": NUMBER}
 
 OPTIONAL_STUDY: Fields = {
     "grid": (table_of(list_of(lambda value: True)), "lists of values by key"),
+    "spectra": (lambda value: isinstance(value, bool), "true or false"),
     "search": (optional(record_of(SEARCH)), "a mapping with trials, low and high, or null"),
 }
 """Keys of results.json that a study without a grid or a search may not have."""

@@ -1,5 +1,7 @@
 """The report of a study: a table, pictures, and one page of HTML. Needs matplotlib and SciPy."""
 
+import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,9 @@ from adaptrank.reports.figures import draw_study
 from adaptrank.reports.rendering import Picture, render
 
 Escape = Callable[[str], str]
+
+MEASURES = ("rank", "effective_rank", "stable_rank", "relative")
+"""Measures of a layer's change in the table of layers."""
 
 DESCRIPTIONS = {
     "pareto": "The metric over trainable parameters, seconds of training and peak memory, one line "
@@ -57,6 +62,8 @@ def write_study(record: Mapping[str, Any], out: Path) -> list[Path]:
             "index.html": page(record, table, contents),
             "table.json": json.dumps(table, indent=1) + "\n",
         }
+        if record.get("spectra"):
+            texts["layers.csv"] = layers_table(record)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
     names = [file.name for file in pictures.values()]
@@ -107,6 +114,19 @@ def _values(record: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def layers_table(record: Mapping[str, Any]) -> str:
+    """Return the measures of each layer's change in each run, as CSV."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["method", "allocator", "budget", "grid", "seed", "layer", *MEASURES])
+    for result in record["results"]:
+        grid = json.dumps(result.get("grid") or {})
+        run = [result["method"], result["allocator"], result["budget"], grid, result["seed"]]
+        for path, layer in (result.get("spectra") or {}).items():
+            table.writerow([*run, path, *(layer.get(name) for name in MEASURES)])
+    return text.getvalue()
+
+
 def similarities(record: Mapping[str, Any]) -> list[str]:
     """Return a sentence about the similarity of the adapters of each composition."""
     sentences = []
@@ -155,9 +175,17 @@ def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:
     else:
         sentences.append("Learning rates as configured.")
     if record["baseline"]:
-        sentences.append(f"p: paired t-test against {text(record['baseline'])} over seeds.")
+        sentences.append(
+            f"Differences from {text(record['baseline'])} are paired by seed: mean ± standard "
+            f"deviation, the 95 % interval of Student's t, and p of the paired t-test."
+        )
     sentences.append(
-        "Trainable parameters are those at the end, heads included; units are those held at the "
-        "peak."
+        "Trainable parameters and units are those at the end, heads included. At the peak they "
+        "include closed units."
     )
+    if record.get("spectra"):
+        sentences.append(
+            "Ranks and size of the change D of a weight W are means over layers and seeds. "
+            "layers.csv has each layer."
+        )
     return " ".join(sentences)

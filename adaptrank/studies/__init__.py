@@ -10,19 +10,22 @@ from adaptrank.studies.design import (
 )
 from adaptrank.studies.engines import on_ray, on_this_machine
 from adaptrank.studies.key_paths import Place, find_place, set_place, spell_place, value_at
-from adaptrank.studies.overlays import Config, merge
-from adaptrank.studies.replays import without_replays
+from adaptrank.studies.overlays import Config, map_texts, merge
+from adaptrank.studies.references import check_replays, without_replays
 from adaptrank.studies.runner import run_study
-from adaptrank.studies.study_file import Study, make_study, read_study
+from adaptrank.studies.study_file import SEED, Study, make_study, read_study
 
 __all__ = [
+    "SEED",
     "Config",
     "Place",
     "Point",
     "Setting",
     "Study",
+    "check_replays",
     "find_place",
     "make_study",
+    "map_texts",
     "merge",
     "on_ray",
     "on_this_machine",

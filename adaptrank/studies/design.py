@@ -17,7 +17,7 @@ from adaptrank._errors import UserError
 from adaptrank.studies.choices import GridPoint, grid_points, set_grid_point
 from adaptrank.studies.key_paths import Accepts, short_names
 from adaptrank.studies.overlays import Config, contains, map_texts, merge, set_at
-from adaptrank.studies.study_file import BUDGET, Study
+from adaptrank.studies.study_file import BUDGET, SEED, Study
 
 Count = Callable[[Config], int]
 """Configuration -> number of parameters that train in adapters. A refusal is a ValueError."""
@@ -70,6 +70,7 @@ class Point:
         trial: whether the run only helps to select a learning rate.
         config: whole configuration.
         grid: (key, value) of each key of the study's grid.
+        spectra: whether the spectra of the adapter are collected after the run.
     """
 
     method: str
@@ -82,6 +83,7 @@ class Point:
     trial: bool
     config: Config = field(hash=False, compare=False)
     grid: GridPoint = field(default=(), hash=False)
+    spectra: bool = False
 
     @property
     def key(self) -> str:
@@ -258,6 +260,7 @@ def _point(
         config = set_at(config, study.lr_key, lr)
     for key in study.seed_keys:
         config = set_at(config, key, seed)
+    config = map_texts(config, lambda text: seed if text == SEED else text)
     return Point(
         method=setting.method,
         allocator=setting.allocator,
@@ -267,6 +270,7 @@ def _point(
         units=setting.units,
         parameters=setting.parameters,
         trial=trial,
+        spectra=study.spectra and not trial,
         config=config,
         grid=setting.grid,
     )

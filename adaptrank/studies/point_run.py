@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
 
 LONGEST_ERROR = 300
+
+MEASURES = ("shape", "rank", "effective_rank", "stable_rank", "relative")
+"""Measures of a layer's change that a study collects, as `inspect` names them."""
 
 
 def run_point(point: Point, out: Path) -> Result:
@@ -46,6 +49,8 @@ def run_point(point: Point, out: Path) -> Result:
         result |= failure(folder, exit_code)
     else:
         result |= _facts(summaries[-1].parent)
+        if point.spectra:
+            result["spectra"] = _spectra(folder, Path(result["run"]) / "adapter")
     write_json(result_file(out, point), result)
     return result
 
@@ -118,6 +123,7 @@ def _facts(run: Path) -> Result:
     summary = _read_json(run / "summary.json")
     weights = (run / "adapter").glob("*.safetensors")
     ranks = run / "ranks.json"
+    events = _events(run)
     return {
         "status": "success",
         "run": str(run),
@@ -128,9 +134,10 @@ def _facts(run: Path) -> Result:
         },
         "before": summary["before"],
         "num_trainable_params": summary["trainable"],
+        "num_trainable_params_peak": summary["trainable"] + _closed_parameters(events),
         "num_total_params": summary["parameters"],
         "units_final": summary["ranks"],
-        "units_peak": max(_allocated_units(run), default=summary["ranks"]),
+        "units_peak": max(_allocated_units(events), default=summary["ranks"]),
         "train_time": summary["seconds"],
         "steps": summary["steps"],
         "accelerator_memory_max": summary["peak_memory_bytes"],
@@ -139,13 +146,35 @@ def _facts(run: Path) -> Result:
     }
 
 
-def _allocated_units(run: Path) -> list[int]:
-    """Return the number of allocated units at each event, empty for a run without an allocator."""
-    events = run / "ranks.jsonl"
-    if not events.is_file():
+def _spectra(folder: Path, adapter: Path) -> dict[str, Any]:
+    """Return layer -> measures of its change, empty for an adapter without matrices."""
+    out = folder / "inspected"
+    if run_verb(folder, ["inspect", str(adapter), "--no-intruders", "--out", str(out)]):
+        return {}
+    layers = _read_json(out / "inspect.json")["layers"]
+    return {path: {name: each[name] for name in MEASURES} for path, each in layers.items()}
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    """Return the events of a run, empty for a run without an allocator."""
+    file = run / "ranks.jsonl"
+    if not file.is_file():
         return []
-    lines = events.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line).get("allocated", 0) for line in lines]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _allocated_units(events: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the number of allocated units at each event."""
+    return [event.get("allocated", 0) for event in events]
+
+
+def _closed_parameters(events: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many more parameters a run had at its peak than at the end.
+
+    Runs of earlier versions do not say it, and count as if they had none.
+    """
+    allocated = [event["allocated_parameters"] for event in events if "parameters" in event]
+    return max(allocated) - int(events[-1]["parameters"]) if allocated else 0
 
 
 def _read_json(file: Path) -> Any:

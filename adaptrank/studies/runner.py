@@ -20,8 +20,9 @@ from adaptrank.studies.design import (
 from adaptrank.studies.engines import Engine, Result, RunPoint
 from adaptrank.studies.key_paths import Accepts
 from adaptrank.studies.point_run import result_file, run_point
-from adaptrank.studies.replays import replay_reference, with_ranks
-from adaptrank.studies.search import search_trials
+from adaptrank.studies.references import replay_references
+from adaptrank.studies.replays import with_replay
+from adaptrank.studies.search import RunPoints, search_trials
 from adaptrank.studies.study_file import Study
 from adaptrank.studies.sum_run import SumPoint, run_sum, sum_points
 
@@ -60,15 +61,17 @@ def run_study(
     for reason in left_out:
         say(f"left out: {reason}")
 
-    trial_results = _run_trials(study, settings, out, engine, say)
+    def run_points(points: Sequence[Point], noun: str) -> list[Result]:
+        return _run_points(points, out, engine, say, noun)
 
+    trial_results = _run_all_trials(study, settings, run_points)
     points: list[Point] = []
     for setting in settings:
         points += reported_points(study, setting, _selected_lr(study, setting, trial_results))
-    direct = [point for point in points if not replay_reference(point)]
-    results = _run_points(direct, out, engine, say, "runs")
-    replays = [with_ranks(point, results) for point in points if replay_reference(point)]
-    results += _run_points(replays, out, engine, say, "replays")
+    direct = [point for point in points if not replay_references(point.config)]
+    results = run_points(direct, "runs")
+    replays = [with_replay(point, results) for point in points if replay_references(point.config)]
+    results += run_points(replays, "replays")
     results += _run_sums(study, results, left_out, out, engine, say)
 
     record = _record(study, left_out, trial_results, results)
@@ -76,20 +79,35 @@ def run_study(
     return record
 
 
-def _run_trials(
-    study: Study, settings: Sequence[Setting], out: Path, engine: Engine, say: Say
+def _run_all_trials(
+    study: Study, settings: Sequence[Setting], run_points: RunPoints
 ) -> list[Result]:
+    """Run the trials of all settings.
+
+    A setting that replays another one replays its best trial, and not a reported run.
+    """
+    direct = [setting for setting in settings if not replay_references(setting.config)]
+    replaying = [setting for setting in settings if setting not in direct]
+    results = _run_trials(study, direct, run_points)
+    best = {_row_of(setting): _selected_lr(study, setting, results) for setting in direct}
+    sources = [result for result in results if result["lr"] == best[_row_of_result(result)]]
+
+    def run_replays(points: Sequence[Point], noun: str) -> list[Result]:
+        return run_points([with_replay(point, sources) for point in points], f"{noun} of replays")
+
+    if replaying:
+        results += _run_trials(study, replaying, run_replays)
+    return results
+
+
+def _run_trials(study: Study, settings: Sequence[Setting], run_points: RunPoints) -> list[Result]:
     """Run the trials that select learning rates, from a list or by a search."""
     if study.search:
-
-        def run_points(points: Sequence[Point], noun: str) -> list[Result]:
-            return _run_points(points, out, engine, say, noun)
-
         return search_trials(study, settings, run_points)
     trials: list[Point] = []
     for setting in settings:
         trials += trial_points(study, setting)
-    return _run_points(trials, out, engine, say, "trials")
+    return run_points(trials, "trials")
 
 
 def _run_sums(
@@ -174,7 +192,7 @@ def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]
     tried: list[tuple[float, float]] = []
     for result in trial_results:
         value = result["metrics"].get(metric, math.nan)
-        if _is_of(result, setting) and math.isfinite(value):
+        if _row_of_result(result) == _row_of(setting) and math.isfinite(value):
             tried.append((sign * value, result["lr"]))
     if not tried and study.search:
         # Without a result, the middle of the range on the logarithmic scale.
@@ -184,11 +202,17 @@ def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]
     return float(min(tried)[1])
 
 
-def _is_of(result: Result, setting: Setting) -> bool:
-    """Return whether a result belongs to a setting."""
-    same_grid = (result.get("grid") or {}) == dict(setting.grid)
-    row = (result["method"], result["allocator"], result["budget"])
-    return same_grid and row == (setting.method, setting.allocator, setting.budget)
+RowKey = tuple[str, str, int | None, str]
+"""Method, allocator, budget, and the point of the grid as a text."""
+
+
+def _row_of(setting: Setting) -> RowKey:
+    return setting.method, setting.allocator, setting.budget, repr(dict(setting.grid))
+
+
+def _row_of_result(result: Result) -> RowKey:
+    grid = result.get("grid") or {}
+    return result["method"], result["allocator"], result["budget"], repr(grid)
 
 
 def _record(
@@ -213,6 +237,7 @@ def _record(
         "search": dict(study.search) or None,
         "grid": {key: list(values) for key, values in study.grid.items()},
         "seeds": list(study.seeds),
+        "spectra": study.spectra,
         "left_out": list(left_out),
         "trials": list(trial_results),
         "results": list(results),

@@ -10,6 +10,7 @@ import yaml
 from adaptrank._errors import UserError, did_you_mean
 from adaptrank.studies.choices import check_grid, check_search, check_sums
 from adaptrank.studies.overlays import Config, contains, map_texts, merge
+from adaptrank.studies.references import check_replays
 
 KEYS = (
     "title",
@@ -23,6 +24,7 @@ KEYS = (
     "grid",
     "search",
     "sums",
+    "spectra",
     "seeds",
     "lr_key",
     "seed_keys",
@@ -41,6 +43,9 @@ BUDGET = "$budget"
 
 DATA = "$data"
 """Word that stands for the folder of the data."""
+
+SEED = "$seed"
+"""Word that stands for the seed of a run, such as that of an allocator."""
 
 LR_KEY = "model.init_args.optimizer.init_args.lr"
 SEED_KEYS = ("seed_everything", "data.init_args.seed")
@@ -63,6 +68,8 @@ class Study:
         grid: key of a configuration -> values. Each combination is a row of the report.
         search: learning rates that Optuna proposes: `trials` for every method, between `low` and
             `high`, with a `seed` (0). Empty without a search.
+        spectra: whether rank, effective rank and size of the change of each layer are collected,
+            for a table of the report.
         sums: name -> adapters that are composed: `of` methods, by `method` ("sum") with `weights`
             and further `options` of `compose`. The result is evaluated on the data of `like`.
         seeds: seeds of the reported runs.
@@ -88,6 +95,7 @@ class Study:
     grid: Mapping[str, Sequence[Any]]
     search: Mapping[str, Any]
     sums: Mapping[str, Mapping[str, Any]]
+    spectra: bool
     seeds: Sequence[int]
     lr_key: str
     seed_keys: Sequence[str]
@@ -140,6 +148,7 @@ def make_study(stated: Mapping[str, Any], file: Path, data: str | None = None) -
         grid=stated.get("grid") or {},
         search=stated.get("search") or {},
         sums=stated.get("sums") or {},
+        spectra=stated.get("spectra", False),
         seeds=stated.get("seeds") or [0],
         lr_key=stated.get("lr_key") or LR_KEY,
         seed_keys=stated.get("seed_keys") or list(SEED_KEYS),
@@ -218,6 +227,7 @@ def _check_study(study: Study, file: Path) -> None:
         "reported on, and a metric",
         file,
     )
+    _require(isinstance(study.spectra, bool), "spectra is true or false", file)
     _check_choices(study, file)
     for name, overlay in study.methods.items():
         _require(
@@ -234,6 +244,7 @@ def _check_choices(study: Study, file: Path) -> None:
     check_grid(study.grid, require)
     check_search(study.search, study.lrs, _can_select(study.selection), require)
     check_sums(study.sums, study.methods, require)
+    check_replays(study.config, study.methods, study.allocators, require)
 
 
 def _require(condition: bool, mistake: str, file: Path) -> None:

@@ -286,7 +286,7 @@ def _refuse_weight_averaging(trainer: Trainer) -> None:
 
 
 def _log(pl_module: LightningModule, event: Event) -> None:
-    names = ("budget", "total", "active", "allocated")
+    names = ("budget", "total", "active", "allocated", "parameters")
     values = {name: event.get(name) for name in names}
     pl_module.log_dict(
         {

@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> Any:
     """Return the study of the file or of a grid, with the methods and seeds of the options."""
+    from adaptrank.studies import check_replays
+
     if options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: give 1 or more.")
     changes: dict[str, Any] = {}
@@ -89,7 +91,15 @@ def _study(options: argparse.Namespace) -> Any:
                 f"--methods {name} is none of the study's.{did_you_mean(name, study.methods)} "
                 f"It has {', '.join(study.methods)}."
             )
-    return replace(study, methods={name: study.methods[name] for name in options.methods})
+    methods = {name: study.methods[name] for name in options.methods}
+    check_replays(study.config, methods, study.allocators, _require_methods)
+    return replace(study, methods=methods)
+
+
+def _require_methods(condition: bool, mistake: str) -> None:
+    """Refuse a choice of methods in which one refers to another that is left out."""
+    if not condition:
+        raise ConfigError(f"--methods: {mistake}.")
 
 
 def _study_of(options: argparse.Namespace, changes: Mapping[str, Any]) -> Any:
@@ -202,7 +212,7 @@ def counting(file: Path) -> Callable[[Mapping[str, Any]], int]:
     """
     from adaptrank._files import write_json
     from adaptrank.reports.records import COUNTS, check_fields, read_table
-    from adaptrank.studies import without_replays
+    from adaptrank.studies import SEED, map_texts, without_replays
 
     known = read_table(file)
     check_fields(str(file), {"counts": known}, {"counts": COUNTS})
@@ -212,6 +222,8 @@ def counting(file: Path) -> Callable[[Mapping[str, Any]], int]:
         plain = {key: value for key, value in config.items() if key in kept}
         # A rank pattern that a run has still to find leaves the count as it is.
         plain = without_replays(plain)
+        # No seed changes the count.
+        plain = map_texts(plain, lambda text: 0 if text == SEED else text)
         text = json.dumps(plain, sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         if key not in known:

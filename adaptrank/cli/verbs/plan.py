@@ -96,6 +96,8 @@ def _print_budget(data: Mapping[str, Any]) -> None:
     if at_end is not None:
         share = at_end / max(data["trainable"], 1)
         print(f"  at the end about {at_end:,} numbers train, {share:.0%} of the start")
+    if data.get("growth"):
+        print(f"  {data['growth']}")
 
 
 def _print_rounds(data: Mapping[str, Any]) -> None:

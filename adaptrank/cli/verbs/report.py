@@ -62,6 +62,9 @@ def _report_ranks(history: "History", folder: Path, out: Path) -> None:
     start, end = sum(history.start.values()), sum(history.end.values())
     print(f"Report: {written[-1]} and {len(written) - 1} pictures")
     print(f"  units {start:,} -> {end:,} on {len(history.end)} axes")
+    parameters = [event["parameters"] for event in history.events if "parameters" in event]
+    if history.events and "parameters" in history.events[0]:
+        print(f"  parameters of the adapters {parameters[0]:,} -> {parameters[-1]:,}")
     if change[gain] > 0:
         print(f"  most gained: {visible(gain)} {change[gain]:+d}")
     if change[loss] < 0:
