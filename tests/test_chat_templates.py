@@ -410,6 +410,88 @@ def test_calls_of_tools_are_trained_on_and_results_are_not(name):
     assert first == second, "arguments are an object or its text"
 
 
+MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
+"""A token, or a text that is read as one."""
+
+CALLS_WITHOUT_CONTENT = ("llama3_", "muse_glimmer")
+"""Beginnings of the names of templates that write a call, and not the content beside it."""
+
+
+def check_first_run(data, messages, example):
+    """Hold where the first trained text of an example begins and ends.
+
+    Nothing but a beginning of the generation prompt stands before it, and no mark is cut in two.
+    """
+    labels = example["labels"].tolist()
+    start = next(k for k, label in enumerate(labels) if label != -100)
+    end = next((k for k in range(start, len(labels)) if labels[k] == -100), len(labels))
+    ids = example["input_ids"].tolist()
+    before, run, after = map(data.tokenizer.decode, (ids[:start], ids[start:end], ids[end:]))
+    asked = data.tokenizer.apply_chat_template(
+        messages[:1], tools=TOOLS, tokenize=False, add_generation_prompt=True
+    )
+    assert asked.startswith(before)
+    for mark in MARK.finditer(before + run + after):
+        for cut in (len(before), len(before + run)):
+            assert not mark.start() < cut < mark.end(), (mark[0], run)
+    return run
+
+
+def names_of_templates():
+    """Yield all names. Training templates write calls as those that they stand for."""
+    for name in sorted(shipped_templates()):
+        is_training = name.endswith("_training")
+        yield pytest.param(name, marks=[pytest.mark.tables] if is_training else [])
+
+
+@has_trl
+@pytest.mark.parametrize("content", [None, "Let me add 23."], ids=["call", "content and call"])
+@pytest.mark.parametrize("name", names_of_templates())
+def test_a_reply_that_calls_a_tool_begins_where_the_model_begins(name, content):
+    data = data_with(text_of_template(name))
+    messages = called({"a": 23})
+    messages[1]["content"] = content
+    knows_calls = "tool_calls" in text_of_template(name) and "deepseek_r1" not in name
+    if not knows_calls or (content and name.startswith(CALLS_WITHOUT_CONTENT)):
+        with pytest.raises(UserError, match="leaves out a part of a reply"):
+            encoded(data, messages[:2], tools=TOOLS)
+        return
+    [example] = encoded(data, messages[:2], tools=TOOLS)
+    run = check_first_run(data, messages, example)
+    assert "add_up" in run
+    assert (content or "") in run
+
+
+CALLING = PLAIN.replace(
+    "{{ m.content }}",
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}MARK{{ call.function.name }} "
+    "{{ call.function.arguments }}{% endfor %}",
+)
+"""ChatML with calls of tools behind a mark."""
+
+
+@pytest.mark.parametrize(
+    ("opening", "mark", "special"),
+    [
+        ("<think>\n", "<tool_call>", ()),
+        ("<think>", "<｜tool▁calls▁begin｜>", ("<｜tool▁calls▁begin｜>",)),
+        ("[THINK]", "[TOOL_CALLS]", ()),
+        ("Thought: ", "Tool: ", ()),
+        ("◁think▷", "◁tool▷", ("◁think▷", "◁tool▷")),
+    ],
+)
+def test_a_reply_keeps_what_its_call_shares_with_an_opened_reasoning(opening, mark, special):
+    template = CALLING.replace("MARK", mark)
+    template = template.replace("assistant\n{% endif %}", f"assistant\n{opening}{{% endif %}}")
+    data = data_with(template, special=(*STARTS, *ENDS, *special))
+    messages = called({"add_up": None})
+    for content in (None, "add_up"):
+        messages[1]["content"] = content
+        [example] = encoded(data, messages[:2], tools=TOOLS)
+        run = check_first_run(data, messages, example)
+        assert run.startswith(f"{content or ''}{mark}add_up {{'add_up': None}}")
+
+
 @has_trl
 def test_calls_that_a_template_drops_are_refused():
     with pytest.raises(UserError, match="leaves out a part of a reply, 'add_up'"):

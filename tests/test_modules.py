@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptrank.allocation.methods.adalora import AdaLoRA
 from adaptrank.allocation.methods.elalora import ElaLoRA
-from adaptrank.artifacts import save_adapter
+from adaptrank.artifacts import read_adapter, save_adapter, trained_modules
 from adaptrank.axes import rank_axes
 from adaptrank.data import (
     ArithmeticProblems,
@@ -325,6 +325,23 @@ def test_a_warm_start_continues_where_the_adapter_ended(tiny_llama, tmp_path):
         assert all(torch.equal(v, mine[k]) for k, v in first.model.state_dict().items())
     with pytest.raises(ValueError, match="Nothing to train"):
         CausalLM(tiny_llama)
+
+
+def test_further_modules_train_beside_an_adapter_alone(tiny_llama, tmp_path):
+    """The file trains the output embeddings, and the run trains the norm as well."""
+    first = causal(tiny_llama, train_modules=["lm_head"])
+    first.configure_model()
+    save_adapter(first.model, tmp_path / "a")
+    warm = CausalLM(
+        tiny_llama, adapter=str(tmp_path / "a"), train_modules=["model.norm"], dtype="fp32"
+    )
+    warm.configure_model()
+    start = warm.model.model.norm.weight.detach().clone()
+    fit(warm, problems(), max_steps=1)
+    assert not torch.equal(warm.model.model.norm.weight, start)
+    assert set(trained_modules(warm.model)) == {"lm_head.weight", "model.norm.weight"}
+    save_adapter(warm.model, tmp_path / "b")
+    assert set(read_adapter(tmp_path / "b")["trained_modules"]) == {*trained_modules(warm.model)}
 
 
 def test_a_rank_pattern_file_replays_the_ranks(tiny_llama, tmp_path):

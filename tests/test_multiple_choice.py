@@ -5,9 +5,13 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_auroc
 
 from adaptrank.data import GeneratedChoices, MultipleChoiceData
 from adaptrank.modules import Adapter, MultipleChoice
+from adaptrank.modules.choices import Choices
+from adaptrank.modules.label_metrics import Scores, read_requests
 from adaptrank.parameterizations import LoRA
 from adaptrank.testing import perturb
 
@@ -75,6 +79,68 @@ def test_the_evaluation_reports_loss_accuracy_and_calibration(module, tmp_path):
     assert result["accuracy"] == sum(right) / 2
     assert 0 <= result["calibration_error"] <= 1
     assert module.chance() == {"loss": pytest.approx((math.log(3) + math.log(2)) / 2)}
+
+
+# ---- metrics
+
+
+def validated(module, data):
+    (result,) = Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    return result
+
+
+def test_metrics_are_names_and_classes_to_which_a_place_is_a_class(tiny_bert, tmp_path):
+    """Questions of a batch have fewer choices than the longest one, and no place is left out."""
+    rows = [{**ROWS[k % 2], "label": k // 2 % 2} for k in range(8)]
+    top = {"class_path": "MulticlassAccuracy", "name": "top_2"}
+    top["init_args"] = {"top_k": 2, "average": "micro"}
+    recall = {"class_path": "torchmetrics.Recall", "init_args": {"average": "none"}}
+    module = chooser(tiny_bert, metrics=["accuracy", top, recall, "BinaryAUROC"])
+    data = rows_data(tmp_path, rows, batch_size=1)
+    result = validated(module, data)
+    assert {*result} == {
+        "loss", "accuracy", "top_2", "Recall_0", "Recall_1", "Recall_2", "BinaryAUROC",
+    }  # fmt: skip
+    module.eval()
+    scores = [module(data.collate("val")([example]))[0] for example in data.examples("val")]
+    chosen = [int(row.argmax()) for row in scores]
+    is_right = torch.tensor([k == row["label"] for k, row in zip(chosen, rows, strict=True)])
+    assert result["accuracy"] == pytest.approx(float(is_right.float().mean()))
+    labels = torch.tensor([row["label"] for row in rows])
+    ranks = [int((row > row[k]).sum()) for row, k in zip(scores, labels, strict=True)]
+    assert result["top_2"] == pytest.approx(sum(rank < 2 for rank in ranks) / 8)
+    assert result["Recall_1"] == pytest.approx(float(is_right[labels == 1].float().mean()))
+    confidence = torch.stack([row.softmax(-1).max() for row in scores]).detach()
+    assert result["BinaryAUROC"] == pytest.approx(float(binary_auroc(confidence, is_right.long())))
+
+
+def test_metrics_follow_data_whose_questions_have_more_choices(tiny_bert, tmp_path):
+    module = chooser(tiny_bert, metrics=["MulticlassF1Score"])
+    short = rows_data(tmp_path, [ROWS[1], ROWS[1]])
+    validated(module, short)
+    assert module.choices.labels == 2
+    assert validated(module, rows_data(tmp_path))
+    assert module.choices.labels == 3
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (["f1"], "'f1' does not fit 3 choices. Use accuracy, calibration_error"),
+        (["acuracy"], "Did you mean 'accuracy'"),
+        (["MulticlassConfusionMatrix"], "which no log can hold"),
+        (["torchmetrics.MeanSquaredError"], "does not fit multiple_choice with 3 choices"),
+    ],
+)
+def test_a_metric_that_does_not_fit_choices_is_refused(metrics, said):
+    with pytest.raises(ValueError, match=said):
+        Scores(read_requests(metrics), Choices(3), None)
+
+
+def test_a_class_has_to_know_how_many_choices_there_are():
+    module = chooser("no backbone of this name", metrics=["MulticlassF1Score"])
+    with pytest.raises(ValueError, match="Give it a property `num_choices`"):
+        Trainer(**QUIET).validate(module, DataLoader([{}]))
 
 
 def test_predictions_have_probabilities(module, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from adaptrank.artifacts import simulation
+from adaptrank.artifacts import save_adapter, simulation
 from adaptrank.cli import main, preparation
 from adaptrank.data import CausalLMData
 from adaptrank.injection import adapt
@@ -311,6 +312,37 @@ def test_the_peak_is_that_of_the_configured_checkpointing(files, capsys):
             off["activations"]["without_checkpointing"] - activations
         )
         assert data["time"]["flops_per_step"] > off["time"]["flops_per_step"]
+
+
+# ---- adapters to start from, real steps, metrics of one's own
+
+
+def test_an_adapter_to_start_from_is_planned_from_its_file(files, tmp_path, capsys):
+    """Its ranks are those of the file, and modules may train whole beside it."""
+    file = files("lora_llama")
+    backbone = yaml.safe_load(file.read_text())["model"]["init_args"]["backbone"]
+    model = causal(backbone, partial(LoRA, rank=3))
+    model.configure_model()
+    save_adapter(model.model, tmp_path / "adapter")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    norm = model.model.model.norm.weight.numel()
+    options = ["--model.adapters", "null", "--model.adapter", str(tmp_path / "adapter")]
+    data = planned(file, capsys, *options, "--model.train_modules", "[model.norm]")
+    assert data["trainable"] == trained + norm
+    assert data["kinds"]["trained whole"] == norm
+    assert data["frozen_parameters"] == sum(p.numel() for p in model.parameters()) - trained - norm
+    assert data["bytes"]["peak"] > data["bytes"]["frozen"]
+
+
+def test_real_steps_are_measured_and_leave_nothing(files, tmp_path, capsys, monkeypatch):
+    file = files("lora_llama")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    main(["plan", "--config", str(file), "--measure", "2"])
+    out = capsys.readouterr().out
+    assert "Measured in 2 steps with the real weights" in out
+    assert "s, without the first one" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 # ---- activations

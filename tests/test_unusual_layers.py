@@ -13,7 +13,14 @@ from torch.nn.utils import parametrizations, prune
 
 from adaptrank import adapt, describe, merge
 from adaptrank.layers.support import unsupported
-from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, Prefix, wrapped_layers
+from adaptrank.parameterizations import (
+    PARAMETERIZATIONS,
+    DoRA,
+    HyperAdapt,
+    LoRA,
+    Prefix,
+    wrapped_layers,
+)
 from adaptrank.testing import perturb
 
 IDS = torch.arange(3, 20)[None]
@@ -317,3 +324,32 @@ def test_a_layer_that_inherits_the_forward_of_bitsandbytes_is_wrapped(monkeypatc
     assert unsupported(layer) is not None
     monkeypatch.setattr(Inherits.forward, "__module__", "bitsandbytes.nn.modules")
     assert unsupported(layer) is None
+
+
+# ---- inputs of a wrong shape
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERIZATIONS))
+def test_an_input_of_another_width_is_refused_as_the_plain_layer_refuses_it(name):
+    """A scale would broadcast an input of one number, and the layer would take it."""
+    cls = PARAMETERIZATIONS[name]
+    if not cls.wraps(nn.Linear(48, 24)):
+        return
+    layer = cls(nn.Linear(48, 24))
+    perturb(layer)
+    for width in (1, 47, 96):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)):
+                layer(torch.ones(3, width))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERIZATIONS))
+def test_an_image_with_another_number_of_channels_is_refused(name):
+    cls, base = PARAMETERIZATIONS[name], nn.Conv2d(8, 8, 3)
+    if not cls.wraps(base):
+        return
+    layer = cls(base)
+    perturb(layer)
+    for channels in (1, 7):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(torch.ones(2, channels, 5, 5))

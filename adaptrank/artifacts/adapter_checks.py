@@ -256,8 +256,13 @@ def _on_meta(plain: nn.Module) -> nn.Module:
 
 
 def warn_of_other_base(model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Log one line if the frozen weights are not those that the adapter was trained on."""
+    """Log one line if the frozen weights are not those that the adapter was trained on.
+
+    Weights on the meta device have no values, and are not compared.
+    """
     trained = description["trained_modules"]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     present = fingerprint(frozen_weights(model, trained))
     base = description["base"]
     if present == base["fingerprint"]:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adaptrank.artifacts.known_shapes import KnownShapes
+
 FEW = (2, 3)
 """Numbers of blocks of which a step is run, where all blocks are equal."""
 
@@ -35,7 +37,10 @@ class SimulatedStep:
 
 
 def simulate_step(
-    model: nn.Module, loss: Callable[[], Tensor], fused_attention: bool = True
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    fused_attention: bool = True,
+    shapes: KnownShapes | None = None,
 ) -> SimulatedStep:
     """Run a forward and a backward pass without values, and return what it takes.
 
@@ -47,18 +52,20 @@ def simulate_step(
         loss: computes the loss of a batch on the meta device.
         fused_attention: whether attention keeps queries, keys, values, the output and one number a
             row, as the fused kernels of PyTorch do, and no matrix of probabilities.
+        shapes: results of an earlier step. Steps that share it are quicker.
 
     Raises:
         Exception: of PyTorch, if the step reads a value, which no tensor has here.
     """
+    shapes = KnownShapes() if shapes is None else shapes
     blocks = equal_blocks(model)
     if blocks is None:
-        return _simulate(model, loss, fused_attention)
+        return _simulate(model, loss, fused_attention, shapes)
     steps = []
     # The first pass is left out: a module may find something out once.
     for count in (FEW[0], *FEW):
         with blocks.only(count):
-            steps.append(_simulate(model, loss, fused_attention))
+            steps.append(_simulate(model, loss, fused_attention, shapes))
     _, two, three = steps
     more = len(blocks.modules) - FEW[1]
     return SimulatedStep(
@@ -124,14 +131,16 @@ def _signature(block: nn.Module) -> tuple[Any, ...]:
     return kinds + parameters
 
 
-def _simulate(model: nn.Module, loss: Callable[[], Tensor], fused_attention: bool) -> SimulatedStep:
+def _simulate(
+    model: nn.Module, loss: Callable[[], Tensor], fused_attention: bool, shapes: KnownShapes
+) -> SimulatedStep:
     """Run a forward and a backward pass of a model as it is."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     attention = _FusedAttention() if fused_attention else nullcontext()
-    counter = _Counter([*model.parameters(), *model.buffers()])
+    counter = _Counter([*model.parameters(), *model.buffers()], shapes)
     try:
         with counter, attention:
             loss().backward()  # type: ignore[no-untyped-call]
@@ -147,10 +156,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         known: tensors whose storages do not count.
+        shapes: runs the operations.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], shapes: KnownShapes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes = shapes
         self.live = 0
         self.peak = 0
         self.flops = 0
@@ -161,11 +172,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
         count = flop_registry.get(operation.overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=result))
+        result, flops = self.shapes.run(operation, args, dict(kwargs or {}), count)
+        self.flops += flops
         # A view, and an operation in place, make no storage.
         if not operation.is_view:
             self._note(result)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptrank._errors import UserError
 from adaptrank.backbones.kept_layers import layers_to_keep, warn_of_plain_weights
+from adaptrank.backbones.loading_errors import first_line, loading
 from adaptrank.backbones.loading_options import LoadingOptions
 from adaptrank.backbones.lookup import Source
 from adaptrank.backbones.quantization import check_quantization, quantizer_config, steady
-from adaptrank.backbones.silence import silenced
-from adaptrank.backbones.wheels import WHEELS, nearest_listed
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +72,7 @@ def load_model(
         config = load_config(source, options, **kwargs)
         skipped = _layers_to_keep(source, auto_class, config, options, kept)
         arguments |= _quantizing(options, dtype, skipped, device)
-    with _loading(source, "model", options):
+    with loading(source, "model", options):
         # Mismatched sizes are accepted here and refused below, in one sentence.
         model, info = auto_class.from_pretrained(
             source.path,
@@ -108,7 +105,7 @@ def load_config(source: Source, options: LoadingOptions | None = None, **kwargs:
         UserError: if the model comes with code of its own, and the options do not trust it.
     """
     options = options or LoadingOptions()
-    with _loading(source, "configuration", options):
+    with loading(source, "configuration", options):
         return _read_config(source, options, **kwargs)
 
 
@@ -129,7 +126,7 @@ def model_on_meta(
 
     options = options or LoadingOptions()
     attention = {} if options.attention is None else {"attn_implementation": options.attention}
-    with _loading(source, "model", options), torch.device("meta"):
+    with loading(source, "model", options), torch.device("meta"):
         return auto_class.from_config(
             config, trust_remote_code=options.trust_remote_code, **attention
         )
@@ -237,7 +234,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     options = options or LoadingOptions()
-    with _loading(source, "tokenizer", options):
+    with loading(source, "tokenizer", options):
         # Without files, AutoTokenizer would make up a tokenizer with an empty vocabulary.
         if source.kind != "hub" and not _has_tokenizer(Path(source.path)):
             raise FileNotFoundError(
@@ -286,7 +283,7 @@ def load_image_processor(source: Source) -> Any:
 
     if find_spec("PIL") is None:
         raise UserError(NO_PILLOW)
-    with _loading(source, "image processor", LoadingOptions()):
+    with loading(source, "image processor", LoadingOptions()):
         if source.kind != "hub" and not (Path(source.path) / IMAGE_PROCESSOR_NAME).is_file():
             raise FileNotFoundError(
                 f"it holds no {IMAGE_PROCESSOR_NAME}. Save one into it, such as "
@@ -296,115 +293,4 @@ def load_image_processor(source: Source) -> Any:
             auto_class: Any = AutoImageProcessor
             return auto_class.from_pretrained(source.path, backend="pil")
         except ValueError as error:
-            raise OSError(f"it has no image processor ({_first_line(error)})") from error
-
-
-# ---- errors
-
-
-@contextmanager
-def _loading(source: Source, kind: str, options: LoadingOptions) -> Iterator[None]:
-    """Load in silence, and turn transformers' page of advice into one sentence for this source.
-
-    Args:
-        source: where the files come from.
-        kind: "model", "tokenizer" or "configuration", for the sentence.
-        options: how it is loaded.
-    """
-    try:
-        with silenced():
-            if source.kind == "hub":
-                _check_hub_answers(source.path, source.revision)
-            yield
-    except OSError as error:
-        if source.kind == "hub":
-            raise OSError(_explain_hub_failure(source, kind, error)) from error
-        raise OSError(_explain_local_failure(source, kind, error)) from error
-    except (ValueError, ImportError) as error:
-        sentence = _explain_options(source, kind, options, error)
-        if sentence is None:
-            raise
-        raise UserError(sentence) from error
-
-
-def _explain_options(
-    source: Source, kind: str, options: LoadingOptions, error: Exception
-) -> str | None:
-    """Return the sentence for an option that does not fit the model, or None for another error."""
-    if isinstance(error, UserError):
-        return None
-    text = str(error)
-    if "trust_remote_code" in text and not options.trust_remote_code:
-        return (
-            f"The {kind} of {source.name} is Python code that comes with it ({source.path}), and "
-            f"it is not run. Read it, and if you trust it, set model.trust_remote_code: true "
-            f"(in a command such as generate or merge: --trust_remote_code)."
-        )
-    if options.attention is not None and re.search("attention|attn|flash|kernel", text.lower()):
-        return (
-            f"attn_implementation={options.attention} does not go with {source.name}: "
-            f"{_first_line(error)}"
-        )
-    return None
-
-
-def _check_hub_answers(name: str, revision: str | None) -> None:
-    """Raise at once if the Hub cannot be reached.
-
-    `from_pretrained` would retry each of the files for half a minute.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
-    except HfHubHTTPError:
-        # The Hub answered. Whether it serves the model is for `from_pretrained` to find out.
-        return
-    # The class of the error depends on the HTTP client that huggingface_hub uses.
-    except Exception as error:
-        raise ConnectionError(f"the Hub cannot be reached: {_first_line(error)}") from error
-
-
-def _explain_local_failure(source: Source, kind: str, error: OSError) -> str:
-    text = f"No {kind} loads from {source.describe()}: {_first_line(error)}"
-    if source.kind == "cache" and not source.wheel:
-        return f"{text} (`hf download {source.name}` completes the copy)"
-    return text
-
-
-def _explain_hub_failure(source: Source, kind: str, error: OSError) -> str:
-    tried = (
-        f"No {kind} {source.name!r}: not a local folder, not in the local cache, in no installed "
-        f"wheel, not on {_describe_hub(error)}."
-    )
-    if wheel := WHEELS.get(source.name):
-        return f"{tried} Install it with `{wheel.install}`, or give a local folder."
-    listed = nearest_listed(source.name)
-    question = f" Did you mean {listed!r}?" if listed else ""
-    return f"{tried} Give a local folder.{question}"
-
-
-def _describe_hub(error: OSError) -> str:
-    """Say why the Hub did not serve the model."""
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
-
-    causes = list(_causes(error))
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return "the Hub, which HF_HUB_OFFLINE forbids"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return "the Hub, which has no such model or asks for a login (`hf auth login`)"
-    if isinstance(error, ConnectionError):
-        return "the Hub, which cannot be reached"
-    return f"the Hub ({_first_line(error).rstrip('.')})"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and the chain of its causes."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(f"it has no image processor ({first_line(error)})") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from adaptrank._errors import did_you_mean
 from adaptrank.cli.completion import complete, is_asked
 from adaptrank.cli.errors import fail
+from adaptrank.cli.start_up import without_garbage_collection
 from adaptrank.cli.verbosity import read_verbosity
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage(verb), end="")
     else:
         rest = prepare(verb, rest)
-        from adaptrank.cli.train import run
+        with without_garbage_collection():
+            from adaptrank.cli.train import run
 
         run(verb, rest)
 

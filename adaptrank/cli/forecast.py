@@ -14,6 +14,7 @@ from torch import Tensor
 from adaptrank._errors import UserError
 from adaptrank.allocation import Participant, possible_growth
 from adaptrank.artifacts import planning
+from adaptrank.artifacts.known_shapes import KnownShapes
 from adaptrank.artifacts.simulation import SimulatedStep, simulate_step
 from adaptrank.axes import rank_axes
 from adaptrank.cli.preparation import MOST_ROWS, Planned
@@ -174,10 +175,11 @@ def _memory_facts(
     facts["batch"]["from"] = "as asked" if given else _origin(cli.datamodule)
     activations: dict[str, int | None] = {}
     simulated: dict[bool, SimulatedStep] = {}
+    shapes = KnownShapes()
     for recomputes in (False, True):
         name = "with_checkpointing" if recomputes else "without_checkpointing"
         try:
-            step = _simulate(trainer, module, batch, recomputes)
+            step = _simulate(trainer, module, batch, recomputes, shapes)
         except UserError as error:
             # Some methods refuse gradient checkpointing, which this run does not ask for.
             if not recomputes or module.gradient_checkpointing is not None:
@@ -255,7 +257,7 @@ def _shape(batch: Any) -> tuple[int, int | None]:
 
 
 def _simulate(
-    trainer: Trainer, module: AdaptedModule, batch: Any, recomputes: bool
+    trainer: Trainer, module: AdaptedModule, batch: Any, recomputes: bool, shapes: KnownShapes
 ) -> SimulatedStep:
     """Simulate a training step on a batch, with or without gradient checkpointing."""
     backbone = module.model
@@ -278,8 +280,9 @@ def _simulate(
 
     module.train()
     device = trainer.strategy.root_device.type
+    is_fused = attention != "eager"
     with _logging_nothing(module), _chunks_of(device):
-        return simulate_step(module, loss, fused_attention=attention != "eager")
+        return simulate_step(module, loss, is_fused, shapes)
 
 
 def _set_checkpointing(backbone: Any, recomputes: bool, every: int) -> None:

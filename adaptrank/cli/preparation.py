@@ -74,18 +74,22 @@ class Planned(AdaptrankCLI):
         self._check_schedules()
         module = check_module(self.model)
         self._check_strategy(module)
-        # What a validation can log, as far as the task says.
-        self.metric_names.check(module, self._configured_callbacks(), module.metrics_shown)
         # Compiled blocks would be compiled for tensors without numbers.
         module.compile_options = None
-        stop = _Stop(look)
+
+        def check_and_look(trainer: Trainer, module: AdaptedModule) -> None:
+            configured = self._configured_callbacks()
+            self.metric_names.check(module, configured, module.metrics_logged())
+            look(trainer, module)
+
+        stop = _Stop(check_and_look)
         callbacks: list[Callback] = self.probe.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, stop)
         # A model without weights moves nowhere, before training and after it.
         self.probe.strategy.model_to_device = _noop  # type: ignore[method-assign]
         self.probe.strategy.teardown = _noop  # type: ignore[method-assign]
         try:
-            with without_weights() as unloaded, without_schedule(), few_rows(self.datamodule):
+            with without_weights() as unloaded, few_rows(self.datamodule):
                 self.unloaded = unloaded
                 self.probe.fit(module, datamodule=self.datamodule)
         except _Ready:
@@ -247,31 +251,6 @@ def _saved_bytes(
             weight: torch.Tensor = module.weight
             saved += weight.numel() * (weight.element_size() - quantization.bytes_per_weight)
     return round(saved)
-
-
-@contextmanager
-def without_schedule() -> Iterator[None]:
-    """Within the block, let optimizers have a constant learning rate.
-
-    The import of transformers' schedules brings PEFT and bitsandbytes along where they are
-    installed, which takes seconds. The warm-up is checked all the same.
-    """
-    import transformers
-
-    def constant(
-        name: str, optimizer: torch.optim.Optimizer, warmup: int, total: int
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-
-    names = vars(transformers)
-    before = names.get("get_scheduler")
-    names["get_scheduler"] = constant
-    try:
-        yield
-    finally:
-        del names["get_scheduler"]
-        if before is not None:
-            names["get_scheduler"] = before
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The task of choosing the right one of several texts."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,12 @@ class ChoiceTask(TaskData):
         kwargs: those of `TaskData`. `max_length` is that of a pair. The longer text of a pair is
             cut first.
     """
+
+    @property
+    def num_choices(self) -> int | None:
+        """Most choices of a question, known after `setup`."""
+        examples = itertools.chain.from_iterable(self.encoded.values())
+        return max((len(example["lengths"]) for example in examples), default=None)
 
     def conventions(self) -> dict[str, Any]:
         padding = getattr(self.tokenizer, "pad_token", None)

@@ -25,6 +25,9 @@ THINKING = re.compile(r"</?think>")
 EMPTY_THINKING = re.compile(r"(?:\s|</?think>)*")
 """Marks of a reasoning that is empty."""
 
+PIECE = r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|."
+"""A mark, a word, or a single character. A text may begin like another one within them."""
+
 OUT = "Give another template with `chat_template`."
 """The way out where a template cannot say which tokens to train on."""
 
@@ -225,8 +228,9 @@ def _start_behind_another_opening(
 ) -> tuple[int, str]:
     """Return where a reply starts whose turn does not open with the generation prompt.
 
-    Some templates open the reasoning in the generation prompt only. The reply then begins where the
-    two openings part, and the marks of an empty reasoning belong to it.
+    Some templates open the reasoning in the generation prompt only. The reply then begins behind
+    the last token, mark or word of the generation prompt that its turn has as a whole. The marks of
+    an empty reasoning belong to it.
 
     Returns:
         The start, and the generation prompt.
@@ -236,9 +240,12 @@ def _start_behind_another_opening(
     """
     asked = template.render(closed.asked())
     header = _common_length(asked, opening)
-    shared = _common_length(text, opening)
-    written = str(closed.messages[-1]["content"]).strip()
-    position = text.rfind(written, header) if written else shared
+    shared = _shared_pieces(template.tokenizer, text, opening, header)
+    message = closed.messages[-1]
+    written = _written(message)
+    # A call of a tool stands behind the content, and may repeat it.
+    find = text.find if message.get("tool_calls") else text.rfind
+    position = find(written, header) if written else shared
     start = min(shared, position) if position >= 0 else shared
     between = text[start:position] if position >= 0 else ""
     if start <= header or not EMPTY_THINKING.fullmatch(between):
@@ -247,6 +254,33 @@ def _start_behind_another_opening(
             f"opens, so its tokens cannot be told apart. {OUT}"
         )
     return start, opening[header:]
+
+
+def _written(message: Message) -> str:
+    """Return the content of a turn as templates write it. It is "" beside calls of tools alone."""
+    content = message["content"]
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _shared_pieces(
+    tokenizer: "PreTrainedTokenizerBase", text: str, opening: str, header: int
+) -> int:
+    """Return where the last piece of an opening ends with which a text begins.
+
+    Args:
+        tokenizer: its added tokens are pieces, and so are marks, words and single characters.
+        text: the text.
+        opening: the opening.
+        header: length of the beginning that is one piece.
+    """
+    if not text.startswith(opening[:header]):
+        return 0
+    shared = header
+    for piece in _pieces(tokenizer).finditer(opening, header):
+        if not text.startswith(piece[0], shared):
+            break
+        shared = piece.end()
+    return shared
 
 
 def _common_length(first: str, second: str) -> int:
@@ -277,8 +311,7 @@ def _end_of_reply(
         start: where the reply begins.
         message: the turn.
     """
-    content = message["content"]
-    written = content.strip() if isinstance(content, str) else ""
+    written = _written(message)
     position = text.find(written, start)
     if position >= 0:
         start = position + len(written)
@@ -323,3 +356,9 @@ def _closing_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
     token = "|".join(map(re.escape, longest_first))
     return re.compile(rf"({token})(?:\s|{token})*\Z")
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Return a pattern of the pieces of a text that begin and end together."""
+    longest_first = sorted(added_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, longest_first), PIECE]), re.DOTALL)

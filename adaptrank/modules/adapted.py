@@ -48,6 +48,7 @@ from adaptrank.modules.gradient_checkpointing import (
 )
 from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
 from adaptrank.modules.learning_rates import check_rates
+from adaptrank.modules.learning_schedule import learning_schedule
 from adaptrank.modules.optim import build_optimizer
 from adaptrank.modules.option_checks import check_optimizer_options, check_options
 from adaptrank.modules.settings import Adapter, read_compile_options, read_rank_pattern
@@ -293,6 +294,10 @@ class AdaptedModule(LightningModule):
         """Return what this module adds to the conventions of the data."""
         return {}
 
+    def metrics_logged(self) -> Sequence[str]:
+        """Return the names of the metrics of an evaluation, known after `configure_model`."""
+        return self.metrics_shown
+
     def chance(self) -> dict[str, float]:
         """Return the metrics of a model that guesses, after an evaluation. Empty if unknown.
 
@@ -305,8 +310,6 @@ class AdaptedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups, and a schedule over all steps of the run."""
-        from transformers import get_scheduler
-
         optimizer = build_optimizer(
             self.model, self.optimizer, self.lora_plus_ratio, self.learning_rates
         )
@@ -317,17 +320,13 @@ class AdaptedModule(LightningModule):
                 f"A warm-up of {warmup} steps never ends in a run of {total}. Shorten `warmup`, or "
                 "train longer."
             )
-        scheduler = get_scheduler(self.schedule_name(), optimizer, warmup, total)
+        scheduler = learning_schedule(self.schedule, optimizer, warmup, total)
         depends_on_total = self.schedule != "constant" or isinstance(self.warmup, float)
         self._steps_of_schedule = total if depends_on_total else None
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def schedule_name(self) -> str:
-        """Return the name that the schedule has in transformers."""
-        return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
     def describe_training(self) -> dict[str, Any]:
         """Return what the steps of training depend on, for the record of a run."""

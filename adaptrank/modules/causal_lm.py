@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torchmetrics import MeanMetric
 
 from adaptrank._options import COUNT, check_number
 from adaptrank.artifacts import stop_ids_of
 from adaptrank.backbones import before_end
 from adaptrank.modules import padding_free
-from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.batch_keys import (
     BOUNDARY_KEYS,
     at_least_float32,
@@ -34,6 +32,7 @@ from adaptrank.modules.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.model_losses import has_own_terms, own_terms_only
 from adaptrank.modules.packed_rows import attention_inputs, check_packing
 from adaptrank.modules.target_selection import Targets, find_targets, selected
+from adaptrank.modules.token_loss import TokenLossModule
 from adaptrank.ops.cross_entropy import linear_cross_entropy
 from adaptrank.ops.low_rank import plain
 from adaptrank.training.moving import to_device
@@ -46,7 +45,7 @@ CHOICE_KEYS = ("group", "characters", "target")
 """Keys of the choices of a validation batch beside inputs and labels."""
 
 
-class CausalLM(AdaptedModule):
+class CausalLM(TokenLossModule):
     """A causal language model, trained on the tokens whose label is not -100.
 
     The evaluation reports `loss` per completion token, weighted by tokens, and its exponent
@@ -84,7 +83,6 @@ class CausalLM(AdaptedModule):
             log.info("padding_free is off: compiled blocks read padded batches.")
         self.max_new_tokens = max_new_tokens
         self.generate_answers = generate
-        self.mean_loss = MeanMetric()
         self.exact_match = ExactMatch()
         self.choice = MultipleChoice()
         self.choice_norm = MultipleChoice(normalize=True)
@@ -216,15 +214,11 @@ class CausalLM(AdaptedModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses, _, own_terms = self._token_losses(batch)
-        supervised = len(losses)
-        loss: Tensor = losses.mean() if supervised else losses.sum()
-        if not supervised:
-            self.warn_unsupervised("batch")
-        count = torch.full((), supervised, device=losses.device)
+        loss, count = self.mean_of(losses)
         means = {"train_loss": loss}
         if own_terms is not None:
             # Nothing trains on a batch without a label.
-            own_terms = own_terms if supervised else 0 * own_terms
+            own_terms = own_terms if len(losses) else 0 * own_terms
             means["train_aux_loss"] = own_terms
             loss = loss + own_terms
         self.step_mean.note(count, means)
@@ -233,8 +227,7 @@ class CausalLM(AdaptedModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         size = len(read_labels(batch))
         losses, _, _ = self._token_losses(batch, EVALUATION_KEYS)
-        self.mean_loss.update(losses)
-        self.log("loss", self.mean_loss, prog_bar=True, batch_size=size)
+        self.log_losses(losses, size)
         if self.generate_answers and "answers" in batch:
             texts = self.complete(batch["prompt_ids"], batch["prompt_mask"])
             self.exact_match.update(texts, batch["answers"])
@@ -252,16 +245,6 @@ class CausalLM(AdaptedModule):
                 log_probabilities, choices["characters"], choices["group"], choices["target"]
             )
             self.log(name, metric, batch_size=batch_size)
-
-    def on_validation_epoch_end(self) -> None:
-        if self.mean_loss.update_called:
-            self.log("perplexity", self.mean_loss.compute().exp())
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         completions = self.complete(batch["prompt_ids"], batch["prompt_mask"])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adaptrank._errors import UserError, did_you_mean
-from adaptrank.modules.problems import MultiLabel, Problem, Regression
+from adaptrank.modules.choices import Choices
+from adaptrank.modules.problems import Decision, MultiLabel, Regression
 from adaptrank.modules.standard_metrics import STANDARD_NAMES, Reads
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class MetricRequest:
     cls: type[Metric] | None = None
     init_args: Mapping[str, Any] = field(default_factory=dict)
     instance: Metric | None = None
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the metric has a name of its own."""
+        return self.cls is None and self.instance is None
 
 
 def read_requests(entries: Sequence[MetricEntry] | None) -> list[MetricRequest] | None:
@@ -136,7 +142,7 @@ def _metrics_in(place: str) -> list[str]:
 # ---- building
 
 
-def build_metric(request: MetricRequest, problem: Problem) -> tuple[Metric, Reads]:
+def build_metric(request: MetricRequest, problem: Decision) -> tuple[Metric, Reads]:
     """Return a metric, and what it is given.
 
     Arguments that a class wants and that were left out are filled in: `num_classes`, `num_labels`,
@@ -151,7 +157,7 @@ def build_metric(request: MetricRequest, problem: Problem) -> tuple[Metric, Read
         standard = problem.standard.get(request.name)
         if standard is None:
             raise UserError(
-                f"metric {request.name!r} does not fit {problem.labels} label(s). Use "
+                f"metric {request.name!r} does not fit {problem.targets}. Use "
                 f"{', '.join(problem.standard)}."
             )
         return standard.make(problem.labels), standard.reads
@@ -167,7 +173,7 @@ def build_metric(request: MetricRequest, problem: Problem) -> tuple[Metric, Read
 
 
 def complete_arguments(
-    cls: type[Metric], given: Mapping[str, Any], problem: Problem
+    cls: type[Metric], given: Mapping[str, Any], problem: Decision
 ) -> dict[str, Any]:
     """Return the arguments of a metric with those that follow from the labels."""
     wanted = _signature(cls).parameters
@@ -187,18 +193,20 @@ def complete_arguments(
     return arguments
 
 
-def _task(arguments: Mapping[str, Any], problem: Problem) -> str:
+def _task(arguments: Mapping[str, Any], problem: Decision) -> str:
     """Return the `task` of a class that stands for three classes.
 
     Two classes are binary, as for the name f1, unless an argument speaks of several classes.
     """
     if isinstance(problem, MultiLabel):
         return "multilabel"
+    if isinstance(problem, Choices):
+        return "multiclass"
     of_several = {"num_classes", "average", "top_k"} & arguments.keys()
     return "binary" if problem.labels == 2 and not of_several else "multiclass"
 
 
-def _build_nested(value: Any, problem: Problem) -> Any:
+def _build_nested(value: Any, problem: Decision) -> Any:
     """Return an argument, or the metric that it describes, such as that of a wrapper."""
     if isinstance(value, Mapping) and "class_path" in value:
         return build_metric(_read_request(value), problem)[0]
@@ -213,15 +221,18 @@ def _signature(cls: type[Metric]) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def reads_of(metric: Metric, problem: Problem) -> Reads:
+def reads_of(metric: Metric, problem: Decision) -> Reads:
     """Return what a metric is given, by the family of torchmetrics that its class belongs to."""
     inner = getattr(metric, "metric", None) or getattr(metric, "_base_metric", None)
     if isinstance(inner, Metric):
         return reads_of(inner, problem)
     families = [cls.__name__ for cls in type(metric).__mro__]
-    if any(name.startswith("Binary") for name in families):
-        return "pairs" if isinstance(problem, MultiLabel) else "positive"
-    return "probabilities"
+    if not any(name.startswith("Binary") for name in families):
+        return "probabilities"
+    # No choice is the positive one. Whether the answer is right has two outcomes.
+    if isinstance(problem, Choices):
+        return "outcomes"
+    return "pairs" if isinstance(problem, MultiLabel) else "positive"
 
 
 # ---- the metrics of a run
@@ -240,7 +251,7 @@ class Scores(nn.Module):
     """
 
     def __init__(
-        self, requests: Sequence[MetricRequest], problem: Problem, names: Sequence[str] | None
+        self, requests: Sequence[MetricRequest], problem: Decision, names: Sequence[str] | None
     ) -> None:
         super().__init__()
         self.problem = problem
@@ -253,7 +264,7 @@ class Scores(nn.Module):
             metric, reads = build_metric(request, problem)
             self.metrics.append(metric)
             self.reads.append(reads)
-            is_known = request.cls is None and request.instance is None
+            is_known = request.is_standard
             of_several_numbers = isinstance(problem, Regression) and problem.labels > 1
             parts: dict[str, Metric] = {}
             if of_several_numbers or not is_known:
@@ -263,21 +274,27 @@ class Scores(nn.Module):
 
     def update(self, output: Tensor, labels: Tensor) -> None:
         """Take outputs of the head and labels of targets that have one."""
-        given = {reads: self._given(reads, output) for reads in set(self.reads)}
+        given = {reads: self._given(reads, output, labels) for reads in set(self.reads)}
         for metric, reads in zip(self.metrics, self.reads, strict=True):
             assert isinstance(metric, Metric)
-            metric.update(given[reads], labels.flatten() if reads == "pairs" else labels)
+            metric.update(*given[reads])
         for part in self.parts:
             assert isinstance(part, MetricPart)
             part.update()
 
-    def _given(self, reads: Reads, output: Tensor) -> Tensor:
+    def _given(self, reads: Reads, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two arguments of a metric's `update`."""
         if reads == "decisions":
-            return self.problem.decide(output)
+            return self.problem.decide(output), labels
         probabilities = self.problem.probabilities(output)
         if reads == "positive":
-            return probabilities[:, 1]
-        return probabilities.flatten() if reads == "pairs" else probabilities
+            return probabilities[:, 1], labels
+        if reads == "outcomes":
+            confidence, chosen = probabilities.max(-1)
+            return confidence, (chosen == labels).long()
+        if reads == "pairs":
+            return probabilities.flatten(), labels.flatten()
+        return probabilities, labels
 
     def _parts(
         self, name: str, metric: Metric, reads: Reads, names: Sequence[str] | None
@@ -309,18 +326,18 @@ class Scores(nn.Module):
             UserError: if the metric cannot take such outputs and labels.
         """
         output, labels = self.problem.example()
-        given = self._given(reads, output)
+        given = self._given(reads, output, labels)
         tried = metric.clone()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                tried.update(given, labels.flatten() if reads == "pairs" else labels)
+                tried.update(*given)
                 return tried.compute()
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"The metric {name} does not fit {self.problem.key} with {self.problem.labels} "
-                f"label(s): {reason}"
+                f"The metric {name} does not fit {self.problem.key} with {self.problem.targets}: "
+                f"{reason}"
             ) from error
 
 

@@ -173,6 +173,10 @@ class LabelModule(AdaptedModule):
         weighted = {} if self.class_weights is None else {"class_weights": self.class_weights}
         return {**super().describe_training(), **weighted}
 
+    def metrics_logged(self) -> Sequence[str]:
+        assert self.scores is not None
+        return ("loss", *self.scores.logged)
+
     def chance(self) -> dict[str, float]:
         if self.labels_seen is None or self._problem is None:
             return {}

@@ -1,13 +1,12 @@
 """Fine-tune an encoder with a fresh head to choose the right one of several texts."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics import MeanMetric
 
 from adaptrank._errors import UserError
 from adaptrank.modules.adapted import AdaptedModule
@@ -19,6 +18,8 @@ from adaptrank.modules.batch_keys import (
     read_inputs,
     read_labels,
 )
+from adaptrank.modules.choices import Choices
+from adaptrank.modules.label_metrics import MetricEntry, MetricRequest, Scores, read_requests
 from adaptrank.modules.label_module import fresh_heads
 from adaptrank.modules.problems import DIGITS
 from adaptrank.modules.text_inputs import leave_out_unread_types, pad_as_tokenizer
@@ -36,25 +37,59 @@ class MultipleChoice(AdaptedModule):
     choices: a missing one is not computed, and has the probability 0. The head is new and trains
     with the adapters.
 
-    The evaluation reports `loss`, `accuracy`, and `calibration_error`: the mean difference between
-    the probability of the chosen answers and the share of them that is right, over 15 bins.
+    The evaluation reports the loss and the `metrics`. `calibration_error` is the mean difference
+    between the probability of the chosen answers and the share of them that is right, over 15 bins.
 
     Args:
+        metrics: metrics beside the loss: names, or classes of torchmetrics by `class_path` with
+            `init_args`, by default accuracy and calibration_error. To a class, each place in the
+            list of choices is a class.
         kwargs: as in `AdaptedModule`.
     """
 
     auto_class = "AutoModelForMultipleChoice"
-    metrics_shown: ClassVar = ("loss", "accuracy", "calibration_error")
+    metrics_shown: ClassVar = ("loss", *Choices.standard)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: list[MetricEntry] | None = None, **kwargs: Any) -> None:
+        requests = read_requests(metrics)
         super().__init__(*args, **kwargs)
+        default = [MetricRequest(name) for name in Choices.default_metrics]
+        self.metric_requests = default if requests is None else requests
         self.mean_loss = MeanMetric()
-        self.accuracy = MeanMetric()
-        self.calibration = BinaryCalibrationError(n_bins=15)
+        self.choices = Choices(0)
+        self.scores: Scores | None = None
         self.guessing = MeanMetric()
         self._unlabelled = UnlabelledBatches()
 
     # ---- building
+
+    def configure_model(self) -> None:
+        # Metrics that do not fit are refused before the backbone is loaded.
+        self._make_scores()
+        super().configure_model()
+
+    def _make_scores(self) -> None:
+        """Make the metrics, once, and again for data whose questions have more choices.
+
+        Raises:
+            UserError: if a metric does not fit, or needs the number of choices, which the data
+                module does not say.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        most = int(getattr(data, "num_choices", None) or 0)
+        if self.scores is not None and most <= self.choices.labels:
+            return
+        if not most and not all(request.is_standard for request in self.metric_requests):
+            if self._trainer is None or self._trainer.predicting:
+                # Nothing is evaluated.
+                return
+            raise UserError(
+                "How many choices has a question at most? A metric by its class has to know, and "
+                "the data module does not say. Give it a property `num_choices`, or use the names "
+                f"{', '.join(Choices.standard)}."
+            )
+        self.choices = Choices(most)
+        self.scores = Scores(self.metric_requests, self.choices, None)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -70,6 +105,10 @@ class MultipleChoice(AdaptedModule):
 
     def heads(self, backbone: nn.Module) -> list[str]:
         return fresh_heads(backbone)
+
+    def metrics_logged(self) -> Sequence[str]:
+        assert self.scores is not None
+        return ("loss", *self.scores.logged)
 
     def chance(self) -> dict[str, float]:
         """Return the loss of guessing, the mean of log(choices)."""
@@ -108,20 +147,10 @@ class MultipleChoice(AdaptedModule):
             .view(rows, most)
         )
 
-    def _loss(self, scores: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-        """Return the mean loss over the labelled rows, which is zero if there is none."""
-        if labels.dim() != 1 or len(labels) != len(scores):
-            raise UserError(
-                f"MultipleChoice needs the index of the right choice for each of {len(scores)} "
-                f"rows, and got labels of shape {tuple(labels.shape)}."
-            )
-        loss = F.cross_entropy(scores, labels, ignore_index=IGNORED)
-        return torch.where(count > 0, loss, 0 * scores.max())
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         labels = read_labels(batch)
         count = count_supervised(labels)
-        loss = self._loss(self(batch), labels, count)
+        loss = self.choices.loss(self(batch), labels, count)
         self._unlabelled.note(count)
         self.step_mean.note(count, {"train_loss": loss})
         return loss
@@ -131,26 +160,19 @@ class MultipleChoice(AdaptedModule):
             self.warn_unsupervised("batch")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert self.scores is not None
         scores, labels = self(batch), read_labels(batch)
         count = count_supervised(labels)
-        self.mean_loss.update(self._loss(scores, labels, count), weight=count)
+        self.mean_loss.update(self.choices.loss(scores, labels, count), weight=count)
         has_label = labels != IGNORED
         scores, labels = scores[has_label], labels[has_label]
         choices = torch.isfinite(scores).sum(-1)
         if len(labels):
-            confidence, chosen = scores.softmax(-1).max(-1)
-            is_right = (chosen == labels).long()
-            self.accuracy.update(is_right)
-            self.calibration.update(confidence, is_right)
+            self.scores.update(scores, labels)
             self.guessing.update(choices.log())
-        named: dict[str, Metric] = {
-            "loss": self.mean_loss,
-            "accuracy": self.accuracy,
-            "calibration_error": self.calibration,
-        }
-        for name, metric in named.items():
-            bar = name == "accuracy"
-            self.log(name, metric, prog_bar=bar, batch_size=len(has_label))
+        self.log("loss", self.mean_loss, batch_size=len(has_label))
+        for name, metric in self.scores.logged.items():
+            self.log(name, metric, prog_bar=True, batch_size=len(has_label))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

@@ -20,23 +20,44 @@ ROWS_FOR_CLASS, MOST_ROWS = 4, 256
 """Rows on which a metric is tried, for each class and at most."""
 
 
-class Problem(ABC):
-    """Kind of labels that a head predicts.
+class Decision(ABC):
+    """How the output of a head becomes the probabilities and decisions that metrics read.
 
     The letter N counts the targets of a batch: its rows, or the tokens of all rows.
 
     Args:
-        labels: number of outputs of the head, L.
+        labels: number of outputs for each target, L.
     """
 
     key: ClassVar[str]
-    """Value of the key `problem`."""
+    """Name of the kind of labels."""
     default_metrics: ClassVar[Sequence[str]]
     standard: ClassVar[Mapping[str, Standard]]
     """Names of the metrics that fit."""
 
     def __init__(self, labels: int) -> None:
         self.labels = labels
+
+    @property
+    def targets(self) -> str:
+        """Description of the targets, for errors."""
+        return f"{self.labels} label(s)"
+
+    @abstractmethod
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return the probability of each class, (N, L), or the values of a regression."""
+
+    @abstractmethod
+    def decide(self, output: Tensor) -> Tensor:
+        """Return what the model predicts, in the form of the labels."""
+
+    @abstractmethod
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Return drawn outputs and labels of some targets, on which a metric is tried."""
+
+
+class Problem(Decision):
+    """Kind of labels that a head predicts. Its `key` is the value of the key `problem`."""
 
     def shape_output(self, logits: Tensor) -> Tensor:
         """Return the output of a head (N, L) in the shape of the labels' losses."""
@@ -66,20 +87,8 @@ class Problem(ABC):
         return output, labels
 
     @abstractmethod
-    def probabilities(self, output: Tensor) -> Tensor:
-        """Return the probability of each class, (N, L), or the values of a regression."""
-
-    @abstractmethod
-    def decide(self, output: Tensor) -> Tensor:
-        """Return what the model predicts, in the form of the labels."""
-
-    @abstractmethod
     def statistics(self) -> LabelCounts | LabelShares | LabelSpread:
         """Return a metric of the labels, which gives the figures of a model that guesses."""
-
-    @abstractmethod
-    def example(self) -> tuple[Tensor, Tensor]:
-        """Return drawn outputs and labels of some targets, on which a metric is tried."""
 
     @abstractmethod
     def describe(self, output: Tensor, names: Sequence[str] | None) -> list[Any]:
@@ -125,7 +134,7 @@ class SingleLabel(Problem):
         return LabelCounts(self.labels)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        output = _drawn(self.labels)
+        output = drawn_outputs(self.labels)
         return output, torch.arange(len(output)) % self.labels
 
     def describe(self, output: Tensor, names: Sequence[str] | None) -> list[Any]:
@@ -193,7 +202,7 @@ class MultiLabel(Problem):
         return LabelShares(self.labels)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        output = _drawn(self.labels)
+        output = drawn_outputs(self.labels)
         places = torch.arange(len(output))[:, None] + torch.arange(self.labels)
         return output, places % 2
 
@@ -238,7 +247,7 @@ class Regression(Problem):
         return LabelSpread(self.labels)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        output = self.shape_output(_drawn(self.labels))
+        output = self.shape_output(drawn_outputs(self.labels))
         return output, output.flip(0)
 
     def describe(self, output: Tensor, names: Sequence[str] | None) -> list[Any]:
@@ -248,7 +257,7 @@ class Regression(Problem):
         return [dict(zip(names, row, strict=True)) for row in values]
 
 
-def _drawn(labels: int) -> Tensor:
+def drawn_outputs(labels: int) -> Tensor:
     """Return the same random outputs at each call, (N, labels), without PyTorch's generator."""
     generator = torch.Generator().manual_seed(0)
     rows = min(ROWS_FOR_CLASS * labels, MOST_ROWS)

@@ -2,20 +2,18 @@
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from adaptrank._errors import UserError
 from adaptrank._options import COUNT, check_number
 from adaptrank.artifacts import GENERATION_KEYS, stop_ids_of
 from adaptrank.backbones import before_end, load_config
-from adaptrank.modules.adapted import AdaptedModule
 from adaptrank.modules.batch_keys import (
     IGNORED,
     at_least_float32,
@@ -26,6 +24,7 @@ from adaptrank.modules.batch_keys import (
 from adaptrank.modules.generation_settings import read_generation
 from adaptrank.modules.text_inputs import check_has_task
 from adaptrank.modules.text_metrics import read_text_metrics
+from adaptrank.modules.token_loss import TokenLossModule
 from adaptrank.training.moving import to_device
 
 log = logging.getLogger("adaptrank")
@@ -37,7 +36,7 @@ OVERFLOWING = ("t5", "mt5", "umt5", "longt5")
 """Model types whose activations leave the range of float16."""
 
 
-class Seq2Seq(AdaptedModule):
+class Seq2Seq(TokenLossModule):
     """An encoder-decoder model, trained on the tokens of the target.
 
     The decoder reads the target one token later, after the model's start token, as
@@ -74,7 +73,6 @@ class Seq2Seq(AdaptedModule):
         self.max_new_tokens = max_new_tokens
         self.generate_texts = generate
         self.generation = generation_settings
-        self.mean_loss = MeanMetric()
         self.scores = scores
 
     # ---- building
@@ -121,6 +119,10 @@ class Seq2Seq(AdaptedModule):
         }
         return {"generation": recorded} if recorded else {}
 
+    def metrics_logged(self) -> Sequence[str]:
+        of_texts = [name for name, _ in self.scores.items()] if self.generate_texts else []
+        return ("loss", "perplexity", *of_texts)
+
     def chance(self) -> dict[str, float]:
         tokens = self.model.get_output_embeddings().weight.shape[0]
         return {"loss": math.log(tokens), "vocabulary": float(tokens)}
@@ -160,19 +162,13 @@ class Seq2Seq(AdaptedModule):
     # ---- steps
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self(batch)
-        supervised = len(losses)
-        loss: Tensor = losses.mean() if supervised else losses.sum()
-        if not supervised:
-            self.warn_unsupervised("batch")
-        count = torch.full((), supervised, device=losses.device)
+        loss, count = self.mean_of(self(batch))
         self.step_mean.note(count, {"train_loss": loss})
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         size = len(read_labels(batch))
-        self.mean_loss.update(self(batch, TEXT_KEYS))
-        self.log("loss", self.mean_loss, prog_bar=True, batch_size=size)
+        self.log_losses(self(batch, TEXT_KEYS), size)
         if not self.generate_texts:
             return
         texts = self.complete(batch["input_ids"], batch.get("attention_mask"))
@@ -188,16 +184,6 @@ class Seq2Seq(AdaptedModule):
         ids = torch.where(labels == IGNORED, self.tokenizer.pad_token_id, labels)
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts
-
-    def on_validation_epoch_end(self) -> None:
-        if self.mean_loss.update_called:
-            self.log("perplexity", self.mean_loss.compute().exp())
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         texts = self.complete(batch["input_ids"], batch.get("attention_mask"))

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torchmetrics import Metric
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import (
     BinaryCalibrationError,
     BinaryF1Score,
@@ -26,13 +27,15 @@ from torchmetrics.regression import (
     SpearmanCorrCoef,
 )
 
-Reads = Literal["decisions", "probabilities", "positive", "pairs"]
-"""What a metric is given beside the labels.
+Reads = Literal["decisions", "probabilities", "positive", "pairs", "outcomes"]
+"""What a metric is given, beside the labels unless it says otherwise.
 
 - decisions: predicted classes, (N,), or for several labels 0 and 1, (N, L).
 - probabilities: (N, L), or the values of a regression.
 - positive: (N,) probability of class 1.
-- pairs: (N L,) probability of each class of each row.
+- pairs: (N L,) probability of each class of each row, and the labels in the same order.
+- outcomes: (N,) probability of the decision, and 1 where it is right, else 0, in place of the
+  labels.
 """
 
 
@@ -47,6 +50,13 @@ class Standard:
 
     make: Callable[[int], Metric]
     reads: Reads = "decisions"
+
+
+class ShareRight(MeanMetric):
+    """Share of decisions that are right."""
+
+    def update(self, confidence: Tensor, is_right: Tensor) -> None:
+        super().update(is_right)
 
 
 def _f1(labels: int) -> Metric:
@@ -83,6 +93,12 @@ FOR_LABELS: Mapping[str, Standard] = {
 }
 """Name -> metric of several classes for each row."""
 
+FOR_CHOICES: Mapping[str, Standard] = {
+    "accuracy": Standard(lambda labels: ShareRight(), "outcomes"),
+    "calibration_error": Standard(lambda labels: BinaryCalibrationError(), "outcomes"),
+}
+"""Name -> metric of one choice for each question, whose number of choices may differ."""
+
 FOR_NUMBERS: Mapping[str, Standard] = {
     "pearson": Standard(_correlation(PearsonCorrCoef)),
     "spearman": Standard(_correlation(SpearmanCorrCoef)),
@@ -92,5 +108,5 @@ FOR_NUMBERS: Mapping[str, Standard] = {
 }
 """Name -> metric of a regression."""
 
-STANDARD_NAMES = tuple(dict.fromkeys([*FOR_CLASSES, *FOR_LABELS, *FOR_NUMBERS]))
+STANDARD_NAMES = tuple(dict.fromkeys([*FOR_CLASSES, *FOR_LABELS, *FOR_CHOICES, *FOR_NUMBERS]))
 """Names of all of these metrics."""

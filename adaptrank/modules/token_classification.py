@@ -1,7 +1,7 @@
 """Fine-tune an encoder with a fresh head to tag the words of sentences."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -64,6 +64,9 @@ class TokenClassification(LabelModule):
             self.entities = EntityScores(names)
             for name in ENTITY_METRICS:
                 self.entity_parts[f"entity_{name}"] = MetricPart(self.entities, name)
+
+    def metrics_logged(self) -> Sequence[str]:
+        return (*super().metrics_logged(), *self.entity_parts)
 
     # ---- steps
 

@@ -10,6 +10,7 @@ from adaptrank.injection import adapt, apply_rank_pattern, find_modules, row_mod
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.learning_rates import match_rates
 from adaptrank.modules.settings import read_rank_pattern
+from adaptrank.parameterizations import plain_parameters
 
 if TYPE_CHECKING:
     from adaptrank.modules.adapted import AdaptedModule
@@ -51,6 +52,7 @@ def _inject_adapters(
     module: "AdaptedModule", backbone: nn.Module, trained_whole: list[str]
 ) -> None:
     """Wrap layers with new adapters, load the saved one, and set the ranks to start from."""
+    parts = [backbone.get_submodule(path) for path in trained_whole]
     for entry in module.adapters:
         adapt(
             backbone,
@@ -64,6 +66,10 @@ def _inject_adapters(
         )
     if module.adapter is not None:
         load_adapter(backbone, module.adapter)
+        # The file names the modules that train whole with it, and this run may train others.
+        for part in parts:
+            for parameter in plain_parameters(part):
+                parameter.requires_grad_(True)
     for path in row_modules(backbone):
         backbone.get_submodule(path).requires_grad_(True)
     if module.rank_pattern:

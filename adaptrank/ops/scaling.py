@@ -22,6 +22,7 @@ from adaptrank.ops.second_derivatives import differentiable_gradients
 
 def scale_input(x: Tensor, d: Tensor) -> Tensor:
     """Return x (1 + d), for x (..., n) and d (n,)."""
+    _check_width(x, d)
     return _ScaleInput.apply(x, d)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -43,7 +44,21 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, da: Tensor, dc: Tensor) ->
         da: (m,), deviations of the row scales.
         dc: (n,), deviations of the column scales.
     """
+    _check_width(x, dc)
     return _Linear.apply(x, W, bias, da, dc)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _check_width(x: Tensor, d: Tensor) -> None:
+    """Refuse an input (..., 1) of a layer with n inputs, which a product would broadcast.
+
+    Raises:
+        ValueError: naming the shape, and what the layer reads.
+    """
+    if x.shape[-1] != d.shape[0]:
+        raise ValueError(
+            f"The layer reads {d.shape[0]} numbers at each position, channels last, and the input "
+            f"has the shape {tuple(x.shape)}."
+        )
 
 
 class _ScaleInput(torch.autograd.Function):

@@ -17,8 +17,9 @@ from adaptrank.parameterizations.deep_nests import FEW_WRAPPERS, dense_deep
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import check_formula, dense_weight, formula
 from adaptrank.parameterizations.indices import check_indices
+from adaptrank.parameterizations.nest_factors import nest_factors
 from adaptrank.parameterizations.renamed import renamed_definition
-from adaptrank.parameterizations.starting import rms_of, start_scale
+from adaptrank.parameterizations.starting import draw_fresh
 from adaptrank.parameterizations.wrapper import Wrapper
 from adaptrank.registry import Registry
 
@@ -191,25 +192,7 @@ class Parameterization(Wrapper):
         The default draws from a normal distribution at the root mean square of the living units. If
         none is left, or all are zero, it is that of the tensor as the constructor draws it.
         """
-        *opening, (closing, _) = self.axis_tensors(axis)
-        slices: dict[str, Tensor] = {}
-        for name, dim in opening:
-            # A further dimension of a square tensor is zero, too.
-            if name == closing or name in slices:
-                continue
-            living = cast(Tensor, getattr(self, name)).detach()
-            # The root mean square is zero without units. It is zero as well where the tensor closes
-            # another axis, all of whose units are closed.
-            rms = rms_of(living) or start_scale(self, name, generator)
-            if rms == 0:
-                raise UserError(
-                    f"{type(self).__name__}.axes[{axis!r}] names {name!r} before the tensor that "
-                    f"closes the axis, but {name!r} is zero: name the zero-initialized tensor last."
-                )
-            shape = list(living.shape)
-            shape[dim] = n
-            slices[name] = rms * torch.randn(shape, generator=generator, dtype=torch.float64)
-        return slices
+        return draw_fresh(self, axis, n, generator)
 
     def max_units(self, axis: str) -> int | None:
         """Return the largest size of the axis, or None if there is no ceiling."""
@@ -349,30 +332,13 @@ class Parameterization(Wrapper):
         """
         return dense_weight(self) if self.nest_depth <= FEW_WRAPPERS else dense_deep(self.nest)
 
-    @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return (U (m, k), V (k, n)) with U V = W' - W, the change of the whole nest.
 
         The factors have the adapter's dtype. Wrappers that are off count for nothing. If all of
         them are off, k is 0. It is None if a wrapper has no factors.
         """
-        if not isinstance(self.innermost, layers.MATRICES):
-            return None
-        (m, n), dtype = self.shape, self.adapter_dtype
-        Us, Vs = [], []
-        for wrapper in self.nest:
-            if not wrapper.enabled or wrapper.idle:
-                continue
-            with wrapper.reading_gates():
-                factors = wrapper.factors()
-            if factors is None:
-                return None
-            Us.append(factors[0].detach().to(dtype))
-            Vs.append(factors[1].detach().to(dtype))
-        if not Us:
-            like: Any = {"device": layers.device(self.innermost), "dtype": dtype}
-            return torch.zeros(m, 0, **like), torch.zeros(0, n, **like)
-        return (Us[0], Vs[0]) if len(Us) == 1 else (torch.cat(Us, 1), torch.cat(Vs))
+        return nest_factors(self)
 
     def merged(self) -> dict[str, Tensor]:
         """Return parameter of the innermost layer -> its value with the changes of the nest.

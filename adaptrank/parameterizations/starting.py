@@ -1,4 +1,4 @@
-"""The scale at which a method starts a tensor, for a unit that grows where none is left."""
+"""Fresh units, and the scale at which a method starts a tensor, where no unit is left."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptrank import layers
+from adaptrank._errors import UserError
 
 if TYPE_CHECKING:
     from adaptrank.parameterizations.base import Parameterization
@@ -55,3 +56,35 @@ def built_again(wrapper: "Parameterization", generator: torch.Generator) -> "Par
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+def draw_fresh(
+    wrapper: "Parameterization", axis: str, n: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw n new slices for every tensor of an axis but the closing one.
+
+    They are normal at the root mean square of the living units. If none is left, or all are zero,
+    it is that of the tensor as the constructor draws it.
+
+    Raises:
+        UserError: if a tensor is zero at the start, and does not stand last in the axis.
+    """
+    *opening, (closing, _) = wrapper.axis_tensors(axis)
+    slices: dict[str, Tensor] = {}
+    for name, dim in opening:
+        # A further dimension of a square tensor is zero, too.
+        if name == closing or name in slices:
+            continue
+        living = cast(Tensor, getattr(wrapper, name)).detach()
+        # The root mean square is zero without units. It is zero as well where the tensor closes
+        # another axis, all of whose units are closed.
+        rms = rms_of(living) or start_scale(wrapper, name, generator)
+        if rms == 0:
+            raise UserError(
+                f"{type(wrapper).__name__}.axes[{axis!r}] names {name!r} before the tensor that "
+                f"closes the axis, but {name!r} is zero: name the zero-initialized tensor last."
+            )
+        shape = list(living.shape)
+        shape[dim] = n
+        slices[name] = rms * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return slices

@@ -23,6 +23,7 @@ from adaptrank.parameterizations.deep_nests import (
     noop_hook,
 )
 from adaptrank.parameterizations.renamed import renamed_use
+from adaptrank.parameterizations.selected_rows import check_rows, put_rows
 from adaptrank.parameterizations.traits import Traits
 from adaptrank.parameterizations.unmerged_saving import guard_save_pretrained
 
@@ -342,8 +343,8 @@ class Wrapper(Traits, nn.Module, ABC):
         if self.idle:
             return y
         if self.rows is not None:
-            self._check_rows(x)
-            return self._put_rows(x, y)
+            check_rows(self, x)
+            return put_rows(self, x, y)
         with self.reading_gates():
             return self.add_change(x, y)
 
@@ -357,41 +358,8 @@ class Wrapper(Traits, nn.Module, ABC):
     def _forward_rows(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the adapted output for some rows, and the base's output for the others."""
         x = args[0] if len(args) == 1 and not kwargs else None
-        self._check_rows(x)
-        return self._put_rows(x, self.base(x))
-
-    def _check_rows(self, x: Any) -> None:
-        """Refuse an input whose rows are not those of the batch for which rows were selected."""
-        assert self.rows is not None
-        _, batch = self.rows
-        if not isinstance(x, Tensor) or len(x) != batch:
-            given = f"{len(x)} rows" if isinstance(x, Tensor) else "more than one tensor"
-            raise UserError(
-                f"Rows were selected for a batch of {batch}, and this {type(self).__name__} reads "
-                f"{given}."
-            )
-
-    def _put_rows(self, x: Any, y: Tensor) -> Tensor:
-        """Return the base's output y with the adapted output in the selected rows."""
-        assert self.rows is not None
-        rows, _ = self.rows
-        if not len(rows):
-            return y
-        with self._other_adapters_off():
-            adapted = cast(Tensor, self.forward_gated(x[rows]))
-        return y.index_copy(0, rows, adapted.to(y.dtype))
-
-    @contextmanager
-    def _other_adapters_off(self) -> Iterator[None]:
-        """Disable nested wrappers of another adapter, and clear the row selection of all."""
-        states = [(wrapper, wrapper.enabled, wrapper.rows) for wrapper in self.nest[:-1]]
-        try:
-            for wrapper, enabled, _ in states:
-                wrapper.enabled, wrapper.rows = enabled and wrapper.name == self.name, None
-            yield
-        finally:
-            for wrapper, enabled, rows in states:
-                wrapper.enabled, wrapper.rows = enabled, rows
+        check_rows(self, x)
+        return put_rows(self, x, self.base(x))
 
     def call_it(self) -> RemovableHandle:
         """Register a hook, so that nn.TransformerEncoderLayer calls this layer.

@@ -43,12 +43,19 @@ def run(options: argparse.Namespace) -> None:
         )
     # The keys are those of `fit`, which are known before PyTorch is imported.
     from adaptrank.cli.dispatch import prepare
+    from adaptrank.cli.start_up import (
+        end_without_garbage_collection,
+        without_garbage_collection,
+    )
 
     keys = prepare("fit", options.keys)
-    from adaptrank.cli.forecast import forecast
-    from adaptrank.cli.preparation import build
+    if options.measure is None:
+        end_without_garbage_collection()
+    with without_garbage_collection():
+        from adaptrank.cli.forecast import forecast
+        from adaptrank.cli.preparation import build
 
-    data = forecast(build(keys), options.tokens)
+        data = forecast(build(keys), options.tokens)
     if options.measure is not None:
         from adaptrank.cli.measured import measure_steps
 
