@@ -467,7 +467,7 @@ def imports_of(part):
     return found - {part}
 
 
-SAME_ROLE = {"fused", "low_rank", "renamed", "seeding"}
+SAME_ROLE = {"engine", "fused", "low_rank", "renamed", "seeding"}
 """Names of files that stand in several rooms because they do the same there."""
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_allocators import Toy, fit
 from test_configs import CONFIGS, short
 from test_strategies import LORA2
@@ -151,6 +152,9 @@ def test_a_run_leaves_its_rounds_and_says_what_trains_and_what_is_stored(
     assert stored == 2 * summary["trainable"]  # the live update, and one that was merged
     assert f"ReLoRA: 2 rounds, {trained[0]:,} numbers train in a round, {stored:,} are sto" in said
     assert not any("merged" in axis for axis in json.loads((folder / "ranks.json").read_text()))
+    # The file has a ledger, and loads beside the adapters of the configuration.
+    main(["validate", "--config", str(file), "--adapter", str(folder / "adapter")])
+    assert "perplexity" in capsys.readouterr().out
     # Without an allocator the report shows the rounds.
     history = read_history(folder)
     assert history.allocators == ["ReLoRA"]
@@ -163,6 +167,16 @@ def test_a_run_leaves_its_rounds_and_says_what_trains_and_what_is_stored(
     with pytest.raises(SystemExit):
         main(["report", str(folder)])
     assert "rounds.jsonl, line 1: the key 'round' is missing" in capsys.readouterr().err
+
+
+def test_a_longer_run_crosses_the_border_at_which_the_shorter_one_ended(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(Toy(LORA2), ReLoRA(every=2, restart_warmup=0), checkpoint, steps=4)
+    resumed = ReLoRA(every=2, restart_warmup=0)
+    fit(Toy(LORA2), resumed, steps=6, ckpt_path=tmp_path / "step=4.ckpt")
+    assert [event["step"] for event in resumed.round_events] == [0, 2, 4]
+    with pytest.raises(UserError, match="every: 2 there, 3 here; rounds that are over ended at"):
+        fit(Toy(LORA2), ReLoRA(every=3, restart_warmup=0), ckpt_path=tmp_path / "step=4.ckpt")
 
 
 def test_a_second_fit_of_one_module_finds_everything_trainable():

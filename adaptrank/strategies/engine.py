@@ -355,8 +355,10 @@ class RoundEngine:
             if before.get(name) != value
         ]
         done = int(stored["steps_done"])
-        passed = [border for border in stored["borders"] if border <= done]
-        if [border for border in rounds.borders if border <= done] != passed:
+        # A run that ended where a longer one has a border crosses it when it goes on.
+        passed = [border for border in stored["borders"] if border < done]
+        moved = [border for border in rounds.borders if border < done] != passed
+        if moved or int(stored["round"]) > rounds.number(done):
             differences.append("rounds that are over ended at other steps")
         if not differences:
             return
