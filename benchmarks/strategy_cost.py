@@ -2,8 +2,8 @@
 
     python benchmarks/strategy_cost.py [--rounds 6] [--every 4] [--layers 8] [--threads 2]
 
-The model is a Llama of SmolLM2-135M's shapes without a head: random weights, bf16, all linear
-layers adapted. A batch has 4 x 128 tokens. The optimizer is AdamW, with clipping at 1. Every
+The model is a Llama of SmolLM2-135M's shapes without a head: random weights, bf16 where the CPU is
+fast at it, all linear layers adapted. A batch has 4 x 128 tokens. The optimizer is AdamW, with clipping at 1. Every
 variant makes one step in turn, so that a slow moment of the machine affects all of them. A round
 has `every` steps. The first round warms up.
 
@@ -27,12 +27,13 @@ import growth
 import torch
 from torch import Tensor, nn
 
-from adaptrank import adapt
+from adaptrank import adapt, backbones
 from adaptrank.parameterizations import LoRA, MergedUpdates, wrappers
 from adaptrank.strategies import STRATEGIES, TrainingStrategy
 
 HEADING = "## Training strategies"
 NAME = "strategy_cost"
+DTYPE = backbones.auto_dtype("auto")
 VARIANTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "LoRA, rank 8": (8, "", {}),
     "ReLoRA, rank 8": (8, "ReLoRA", {"restart_warmup": 1}),
@@ -57,7 +58,8 @@ class Variant:
 
     def __init__(self, name: str, layers: int, every: int, rounds: int) -> None:
         rank, label, arguments = VARIANTS[name]
-        self.model: nn.Module = adapt(growth.llama(layers), "all-linear", partial(LoRA, rank=rank))
+        base = growth.llama(layers, dtype=DTYPE)
+        self.model: nn.Module = adapt(base, "all-linear", partial(LoRA, rank=rank))
         self.strategy: TrainingStrategy | None = None
         total = every * (rounds + 1)
         if label:
@@ -102,7 +104,7 @@ class Variant:
 def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
     """Return the figures of every variant."""
     variants = {name: Variant(name, layers, every, rounds) for name in VARIANTS}
-    x = growth.inputs(variants[PLAIN].model, 4, 128)
+    x = growth.inputs(variants[PLAIN].model, 4, 128).detach().to(DTYPE).requires_grad_()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(every * (rounds + 1)):
         for name, variant in variants.items():
@@ -127,6 +129,7 @@ def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
         "rounds": rounds,
         "every": every,
         "layers": layers,
+        "dtype": str(DTYPE).removeprefix("torch."),
         "step_seconds": common.quartiles(plain[every:]),
         "figures": figures,
     }
@@ -151,8 +154,8 @@ def section(result: dict[str, Any]) -> str:
     seconds = result["step_seconds"]
     intro = common.paragraph(
         f"The model is a Llama of SmolLM2-135M's shapes with {result['layers']} blocks and without",
-        "a head (random weights, bfloat16), with LoRA on all linear layers. A batch has 4 x 128",
-        f"tokens, and a round {result['every']} steps. A step of plain LoRA takes",
+        f"a head (random weights, {result['dtype']}), with LoRA on all linear layers. A batch has",
+        f"4 x 128 tokens, and a round {result['every']} steps. A step of plain LoRA takes",
         f"{seconds['median']:.3f} s (quartiles {seconds['low']:.3f} to {seconds['high']:.3f}).",
         "Steps and borders are over such a step at the same turn, with quartiles in brackets. The",
         f"ledger is that of {result['rounds']} merged rounds. This section is written by",

@@ -1,9 +1,12 @@
 """Fixtures and lists that several test files share."""
 
+import functools
+import importlib.metadata
 import json
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +24,14 @@ LINEAR_METHODS = [cls for cls in METHODS if cls.wraps(torch.nn.Linear(48, 24))]
 torch.set_num_threads(
     1
 )  # several workers share two cores, and summation order must not depend on their number
+
+# Without a device, PyTorch keeps every seed for later, with the whole call stack as a text.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
+
+# Every Trainer asks all installed packages whether they have callbacks for it.
+registry.entry_points = functools.cache(importlib.metadata.entry_points)
 
 __all__ = ["LINEAR_METHODS", "METHODS", "perturb"]
 

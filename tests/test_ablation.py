@@ -99,7 +99,7 @@ def test_cached_prefixes_change_nothing(make):
 
 
 def test_blocks_before_the_unit_are_not_computed():
-    layers = 6
+    layers = 4
     run, calls = llama(layers=layers), []
     for block in run.model.model.layers:
         block.mlp.register_forward_hook(lambda *_: calls.append(1))

@@ -17,6 +17,7 @@ from adaptrank.cli import main
 from adaptrank.data import GeneratedQuestions, HandwrittenDigits, ImageData
 from adaptrank.data.class_tasks import deal_classes
 from adaptrank.modules import ImageClassification, SequenceClassification, task_matrix
+from adaptrank.modules.task_classes import only_own_task, only_seen
 from adaptrank.modules.task_metrics import figures
 from adaptrank.parameterizations import DecoupledLoRA, LoRA, wrappers
 from adaptrank.reports.task_history import read_tasks
@@ -400,3 +401,16 @@ def test_a_damaged_matrix_is_one_sentence(run, change, tmp_path):
     (tmp_path / "tasks.json").write_text(json.dumps({**tasks, **change}))
     with pytest.raises(UserError, match="The file is damaged"):
         read_tasks(tmp_path)
+
+
+def test_outputs_are_masked_by_the_task_of_each_row():
+    task_of_class = torch.tensor([0, 0, 1, 1, -1])
+    output, labels = torch.randn(3, 5), torch.tensor([1, 2, -100])
+    masked = only_own_task(output, labels, task_of_class)
+    kept = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+    assert torch.equal(masked.isfinite(), kept)
+    assert torch.equal(masked[kept], output[kept])
+    # Predictions also know a class that is in no task of these data.
+    assert only_seen(output, task_of_class, 1).isfinite()[0].tolist() == [1, 1, 0, 0, 1]
+    # `plan` computes without values.
+    assert only_own_task(output.to("meta"), labels.to("meta"), task_of_class).is_meta

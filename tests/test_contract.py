@@ -44,16 +44,18 @@ def nest(inner, outer, base):
 
 
 def whole_or_part(inner, outer):
-    """Yield whether to test the whole contract of a nest: in `make test` that of common nests."""
-    is_common = inner is outer or not {inner.__name__, outer.__name__}.isdisjoint(COMMON)
-    yield pytest.param(inner, outer, is_common, id=f"{inner.__name__}-{outer.__name__}")
+    """Yield whether to test the whole contract of a nest.
+
+    `make test` does so for nests with LoRA, nests around HyperAdapt, and a method in itself.
+    """
+    names = (inner.__name__, outer.__name__)
+    is_common = inner is outer or "LoRA" in names or inner.__name__ == "HyperAdapt"
+    name = "-".join(names)
+    yield pytest.param(inner, outer, is_common, id=name)
     if not is_common:
-        names = f"{inner.__name__}-{outer.__name__}-whole"
-        yield pytest.param(inner, outer, True, id=names, marks=pytest.mark.tables)
+        yield pytest.param(inner, outer, True, id=f"{name}-whole", marks=pytest.mark.tables)
 
 
-COMMON = ("LoRA", "HyperAdapt")
-"""Methods whose nests with all methods go through the whole contract in `make test`."""
 NESTS = [case for pair in PAIRS for case in whole_or_part(*pair)]
 
 

@@ -4,6 +4,7 @@ It is a pure function, exact across a resume, shared without overlap, and draws 
 """
 
 import itertools
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -256,24 +257,51 @@ SITUATIONS = {
 }
 
 
+def checkpoints(folder, every):
+    """Return checkpoints of three epochs in the order of their steps.
+
+    Args:
+        folder: folder of the checkpoints.
+        every: whether to return all of them, or the first, those around the end of an epoch, one in
+            the middle, and the last.
+    """
+    saved = sorted(folder.glob("*.ckpt"), key=lambda file: int(re.findall(r"\d+", file.stem)[-1]))
+    assert len(saved) >= 3
+    third = len(saved) // 3
+    some = {0, third - 1, third, len(saved) // 2, len(saved) - 1}
+    return saved if every else [saved[position] for position in sorted(some)]
+
+
+def batches_before(checkpoint):
+    """Return how many batches a checkpoint counts as done."""
+    loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
+    return loops["epoch_loop.batch_progress"]["total"]["ready"]
+
+
+def some_or_every(*cases):
+    """Try every checkpoint of each case in `make tables`, and a few of them in `make test`."""
+    for case in cases:
+        values, marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+        name = "-".join(getattr(value, "__name__", value) for value in values)
+        yield pytest.param(*values, False, id=name, marks=marks)
+        yield pytest.param(*values, True, id=f"{name}-every", marks=pytest.mark.tables)
+
+
 @pytest.mark.filterwarnings(
     "ignore::UserWarning"
 )  # Lightning's advice about workers and checkpoint folders
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(situation, tmp_path):
+@pytest.mark.parametrize(
+    ("situation", "every"), some_or_every(*((situation,) for situation in SITUATIONS))
+)
+def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(situation, every, tmp_path):
     options, when = SITUATIONS[situation]
     whole, trainer = fit(tmp_path, callbacks=[keep_all(tmp_path / "all", **when)], **options)
     epochs = 3
     batches = trainer.num_training_batches
     assert len(whole.seen) == len(set(whole.seen)) == epochs * batches
-    saved = sorted((tmp_path / "all").glob("*.ckpt"))
-    assert len(saved) >= 3
-    for ckpt in saved:
-        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"][
-            "epoch_loop.batch_progress"
-        ]["total"]["ready"]
+    for ckpt in checkpoints(tmp_path / "all", every):
         resumed, _ = fit(tmp_path, ckpt=ckpt, **options)
-        assert resumed.seen == whole.seen[done:], ckpt.name
+        assert resumed.seen == whole.seen[batches_before(ckpt) :], ckpt.name
         for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -299,8 +327,8 @@ MORE = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("situation", "module"),
-    [
+    ("situation", "module", "every"),
+    some_or_every(
         *((situation, Recorder) for situation in DATA),
         *((situation, Scheduled) for situation in list(DATA)[::4]),
         *(
@@ -308,20 +336,15 @@ MORE = {
             for number, situation in enumerate(DATA)
             if number % 4
         ),
-    ],
+    ),
 )
-def test_a_data_module_resumes_whenever_its_loader_is_built(situation, module, tmp_path):
+def test_a_data_module_resumes_whenever_its_loader_is_built(situation, module, every, tmp_path):
     options, when = {**SITUATIONS, **MORE}[situation]
     keep = keep_all(tmp_path / "all", **when)
     whole, _ = fit(tmp_path, module(), data=Tensors(**DATA[situation]), callbacks=[keep], **options)
-    saved = sorted((tmp_path / "all").glob("*.ckpt"))
-    assert len(saved) >= 3
-    for ckpt in saved:
-        done = torch.load(ckpt, weights_only=True)["loops"]["fit_loop"][
-            "epoch_loop.batch_progress"
-        ]["total"]["ready"]
+    for ckpt in checkpoints(tmp_path / "all", every):
         resumed, _ = fit(tmp_path, module(), data=Tensors(**DATA[situation]), ckpt=ckpt, **options)
-        assert resumed.seen == whole.seen[done:], ckpt.name
+        assert resumed.seen == whole.seen[batches_before(ckpt) :], ckpt.name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -356,11 +379,12 @@ class SaveBefore(Callback):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_checkpoint_from_before_a_batch_repeats_that_batch(tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.tables)])
+def test_a_checkpoint_from_before_a_batch_repeats_that_batch(every, tmp_path):
     whole, _ = fit(
         tmp_path, Scheduled(), data=Tensors(), callbacks=[SaveBefore(tmp_path)], max_epochs=3
     )
-    for ckpt in sorted(tmp_path.glob("*.ckpt")):
+    for ckpt in checkpoints(tmp_path, every):
         resumed, _ = fit(tmp_path, Scheduled(), data=Tensors(), ckpt=ckpt, max_epochs=3)
         assert resumed.seen == whole.seen[int(ckpt.stem) :], ckpt.name
 

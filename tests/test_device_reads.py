@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import default_cases, ids, loss_of, method_cases, nest_cases
 
 from adaptrank.axes import rank_axes
+from adaptrank.optimizers import LoRARITE, ScaledGD
+from adaptrank.parameterizations import LoRA, MELoRA
 
 METHOD_CASES = default_cases()
 CASES = [*method_cases(), *nest_cases()]
@@ -116,3 +118,15 @@ def test_a_read_raises(reading):
     x = torch.ones(3, device="meta")
     with pytest.raises(RuntimeError), NoReads():
         READINGS[reading](x)
+
+
+@pytest.mark.parametrize("method", [LoRA, MELoRA])
+@pytest.mark.parametrize("optimizer", [LoRARITE, ScaledGD])
+def test_the_step_of_an_optimizer_of_pairs_stays_on_the_device(optimizer, method):
+    layer = method(torch.nn.Linear(48, 24)).to("meta")
+    stepped = optimizer(layer, weight_decay=0.1)
+    for parameter in (layer.A, layer.B):
+        parameter.grad = torch.empty_like(parameter)
+    with NoReads():
+        stepped.step()
+        stepped.step()

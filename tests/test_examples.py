@@ -1,6 +1,7 @@
 """The examples run, stay short, and use public names only."""
 
 import ast
+import json
 import logging
 import re
 import runpy
@@ -58,20 +59,49 @@ def test_the_readme_names_every_example():
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_text_and_pictures(path, tmp_path):
-    """Its cells are executed in a kernel of their own, and the file itself holds no outputs."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    notebook = nbformat.read(path, as_version=4)
-    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs for cell in codes)
-    nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
-    ).execute()
-    texts = ["".join(str(output) for output in cell.outputs) for cell in codes]
+def cells(path):
+    """Read the code cells of a notebook, which hold no outputs in the file."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in codes)
+    return ["".join(cell["source"]) for cell in codes]
+
+
+def check_texts_and_pictures(texts):
     assert "trainable 4,096 of 24,224" in texts[1]
     assert "Epoch" in texts[2]
     assert "units 56 -> 56 on 14 axes" in texts[3]
     assert "data:image/png;base64" in texts[3]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_cells_of_a_notebook_print_text_and_pictures(path, tmp_path, monkeypatch, capsys):
+    """Its cells run one after the other, and the value of a last line is shown as Jupyter does."""
+    monkeypatch.chdir(tmp_path)
+    names, texts = {"__name__": path.stem}, []
+    for code in cells(path):
+        *statements, last = ast.parse(code).body
+        is_shown = isinstance(last, ast.Expr)
+        body = ast.Module(statements if is_shown else [*statements, last], type_ignores=[])
+        exec(compile(body, path.name, "exec"), names)
+        value = eval(ast.unparse(last), names) if is_shown else None
+        printed = capsys.readouterr()
+        shown = value._repr_html_() if hasattr(value, "_repr_html_") else repr(value)
+        texts.append(printed.out + printed.err + shown)
+    check_texts_and_pictures(texts)
+
+
+@pytest.mark.tables
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_text_and_pictures(path, tmp_path):
+    """Its cells are executed in a kernel of their own."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    check_texts_and_pictures(["".join(map(str, cell.outputs)) for cell in codes])

@@ -395,7 +395,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora", "lokr"])
-def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, kind):
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.tables)])
+def test_strange_folders_of_each_kind_are_read_or_refused(tmp_path, kind, count):
     import random
     import shutil
 
@@ -408,7 +409,8 @@ def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, ki
     }[kind]
     theirs(config).save_pretrained(tmp_path / "good")
     draw, refused = random.Random(kind), 0
-    for number in range(100):
+    base = llama()
+    for number in range(count):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "good", folder)
         file, said = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -437,8 +439,8 @@ def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, ki
             settings = json.loads(said.read_text())
             settings[draw.choice(sorted(settings))] = draw.choice(HOSTILE)
             said.write_text(json.dumps(settings))
-        model = llama()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model = copy.deepcopy(base)
+        before = base.state_dict()
         error = None
         try:
             import_peft(model, folder)
@@ -454,4 +456,4 @@ def test_a_hundred_strange_folders_of_each_kind_are_read_or_refused(tmp_path, ki
             assert "\n" not in str(error).strip(), (number, how, str(error))
             assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
             assert not wrapped_layers(model)
-    assert refused > 20
+    assert refused > count / 5

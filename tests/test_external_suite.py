@@ -356,7 +356,7 @@ def looks_like(model, name, biases=False):
 PAIRS = [(method, name) for method in METHODS for name in MODELS if wrapped_by(method, name)]
 
 
-COMMON = ("LoRA", "DoRA", "SVD", "HyperAdapt")
+COMMON = ("LoRA", "HyperAdapt")
 """Methods that `make test` tries on every model. The others meet two models there."""
 
 

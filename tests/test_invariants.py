@@ -281,7 +281,7 @@ def run(problem, order, check=True):
 
 
 @given(problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_whatever_is_allocated(problem):
     run(problem, list(problem.layers))
 

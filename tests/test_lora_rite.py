@@ -239,9 +239,11 @@ def test_from_zero_the_first_step_moves_B_by_equal_singular_values():
 # ---- degenerate cases
 
 
-@pytest.mark.parametrize("case", ["deficient", "zero gradient", "no gradient", "frozen", "full"])
+@pytest.mark.parametrize(
+    "case", ["deficient", "zero gradient", "no gradient", "frozen", "full", "more than full"]
+)
 def test_degenerate_pairs_stay_finite(case):
-    model = Two(rank=8) if case == "full" else Two()
+    model = Two(rank={"full": 8, "more than full": 14}.get(case, 4))
     layer = model.first
     optimizer = RITE(model)
     if case == "deficient":
@@ -345,7 +347,7 @@ def only_axis(model):
 
 
 def test_the_state_has_as_many_numbers_as_the_forecast_says():
-    for model in (Two(), Two(DoRA), Two(PiCa), Two(MELoRA, rank=1, minis=4)):
+    for model in (Two(), Two(DoRA), Two(rank=14), Two(MELoRA, rank=1, minis=4)):
         optimizer = RITE(model)
         model.loss(0).backward()
         optimizer.step()

@@ -495,7 +495,7 @@ def whole_state(trainer, module):
 STOPS = {"warm-up": 2, "between": 6, "event": 7, "final": 10}
 LENGTHS = {
     "accumulate-1": (1, 28, {"max_steps": STEPS}),
-    "accumulate-4": (4, 28, {"max_steps": STEPS}),
+    "accumulate-2": (2, 28, {"max_steps": STEPS}),
     "epochs": (1, 16, {"max_epochs": 3}),
 }
 

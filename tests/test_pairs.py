@@ -19,7 +19,7 @@ from adaptrank.parameterizations import PARAMETERIZATIONS, wrappers
 
 TABLE = table(ALLOCATORS)
 CELLS = [(allocator, nest) for allocator, works in TABLE.items() for nest in works]
-SHORT = (2, 9, {"every": 2, "warmup": 3, "final": 2}, [5, 7])  # blocks, steps, phases, events
+SHORT = (2, 7, {"every": 2, "warmup": 2, "final": 1}, [4, 6])  # blocks, steps, phases, events
 LONG = (3, 48, {"every": 6, "warmup": 6, "final": 12}, [12, 18, 24, 30, 36])
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from adaptrank.artifacts import save_adapter, simulation
+from adaptrank.artifacts.known_shapes import KnownShapes
 from adaptrank.cli import main, preparation
 from adaptrank.data import CausalLMData
 from adaptrank.injection import adapt
@@ -335,7 +336,7 @@ def test_an_adapter_to_start_from_is_planned_from_its_file(files, tmp_path, caps
 
 
 def test_real_steps_are_measured_and_leave_nothing(files, tmp_path, capsys, monkeypatch):
-    file = files("lora_llama")
+    file = files("elalora_llama")
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     main(["plan", "--config", str(file), "--measure", "2"])
@@ -343,6 +344,17 @@ def test_real_steps_are_measured_and_leave_nothing(files, tmp_path, capsys, monk
     assert "Measured in 2 steps with the real weights" in out
     assert "s, without the first one" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_monitored_metric_may_be_a_class_of_torchmetrics(files, capsys):
+    """What a task logs is known once its metrics are made."""
+    file = files("smoke")
+    config = yaml.safe_load(file.read_text())
+    config["model"]["init_args"]["metrics"] = [{"class_path": "MulticlassF1Score", "name": "F"}]
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "F", "mode": "max"}}
+    config["trainer"]["callbacks"] = [checkpoint]
+    file.write_text(yaml.safe_dump(config))
+    assert planned(file, capsys)["trainable"]
 
 
 # ---- activations
@@ -401,6 +413,27 @@ def test_equal_blocks_are_extended_exactly(recomputes, monkeypatch):
     assert simulation.equal_blocks(other) is None
     monkeypatch.setattr(simulation, "equal_blocks", lambda model: None)
     assert simulation.simulate_step(model, loss) == short
+
+
+def test_known_shapes_are_those_that_pytorch_finds():
+    """A view shares the memory of its argument, and equal arguments have equal types."""
+    shapes = KnownShapes()
+    x = torch.ones(4, 6, device="meta")
+    add, view = torch.ops.aten.add.Tensor, torch.ops.aten._unsafe_view.default
+    for _ in range(3):
+        for other in (1, 1.0, True, x.to(torch.float64), x.mT.contiguous().mT):
+            result, _ = shapes.run(add, (x.int(), other), {}, None)
+            expected = x.int() + other
+            assert result.dtype == expected.dtype
+            assert result.stride() == expected.stride()
+        result, _ = shapes.run(view, (x, [24]), {}, None)
+        assert result.untyped_storage()._cdata == x.untyped_storage()._cdata
+        filled, _ = shapes.run(torch.ops.aten.fill_.Scalar, (x, 2.0), {}, None)
+        assert filled is x
+        halves, _ = shapes.run(torch.ops.aten.split_with_sizes_copy.default, (x, [1, 3]), {}, None)
+        assert [half.shape[0] for half in halves] == [1, 3]
+        real, _ = shapes.run(add, (torch.ones(2), torch.full((2,), 3.0)), {}, None)
+        assert real.tolist() == [4, 4]
 
 
 def test_activations_are_those_of_a_real_step():

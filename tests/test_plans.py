@@ -169,7 +169,7 @@ def test_infinite_scores():
 # ---- exchange
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     problem(ranks=True, least=0),
     st.integers(0, 8),
@@ -199,7 +199,7 @@ def test_an_exchange_in_ranks_keeps_the_total(case, swaps, pool, floor, referenc
         assert caps[axis] is None or sizes[axis] <= caps[axis]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(problem(), st.integers(0, 8), st.integers(1, 4), st.integers(0, 10), st.booleans())
 def test_an_exchange_in_parameters_stays_within_one_unit(case, swaps, pool, slack, reference):
     scores, cost = case

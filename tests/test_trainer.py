@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
 )
 
 from adaptrank import adapt, load_adapter, rank_axes
@@ -40,6 +41,7 @@ from adaptrank.allocation import (
     SubLoRA,
 )
 from adaptrank.allocation.shells.transformers import AllocatorCallback
+from adaptrank.modules.learning_schedule import learning_schedule
 from adaptrank.parameterizations import SVD, HyperAdapt, LoRA
 from adaptrank.training.penalties import add_penalty_gradients
 
@@ -654,3 +656,26 @@ def test_a_model_that_is_no_transformers_model_is_saved_whole_and_resumes(tmp_pa
     resumed = start()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_equal(trained(resumed), trained(whole))
+
+
+# ---- the learning rate
+
+
+@pytest.mark.parametrize(("name", "theirs"), [
+    ("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup"),
+])  # fmt: skip
+@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 7), (7, 7)])
+def test_schedules_are_those_of_transformers_to_the_last_bit(name, theirs, warmup, total):
+    """A checkpoint of one is a checkpoint of the other."""
+    rates, states = [], []
+    for make in (partial(learning_schedule, name), partial(get_scheduler, theirs)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.3)
+        schedule = make(optimizer, warmup, total)
+        rates.append([])
+        for _ in range(total + 2):
+            rates[-1] += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step()
+        states.append(schedule.state_dict())
+    assert rates[0] == rates[1]
+    assert states[0] == states[1]

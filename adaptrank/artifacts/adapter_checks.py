@@ -260,9 +260,9 @@ def warn_of_other_base(model: nn.Module, description: Mapping[str, Any]) -> None
 
     Weights on the meta device have no values, and are not compared.
     """
-    trained = description["trained_modules"]
     if any(parameter.is_meta for parameter in model.parameters()):
         return
+    trained = description["trained_modules"]
     present = fingerprint(frozen_weights(model, trained))
     base = description["base"]
     if present == base["fingerprint"]:

@@ -10,7 +10,7 @@ from adaptrank.data.class_names import show
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.task import check_size
 
-Tasks = int | list[list[str]]
+Tasks = int | list[list[str | int]]
 """Number of tasks, or the names of the classes of each task."""
 
 
@@ -100,7 +100,7 @@ def _borders(classes: int, tasks: int) -> list[int]:
     return [task * size + min(task, larger) for task in range(tasks + 1)]
 
 
-def _named_classes(names: Sequence[str], tasks: Sequence[Sequence[str]]) -> list[list[int]]:
+def _named_classes(names: Sequence[str], tasks: Sequence[Sequence[str | int]]) -> list[list[int]]:
     """Return the indices of classes that are named task by task."""
     known = list(names)
     dealt = []

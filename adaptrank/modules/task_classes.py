@@ -22,6 +22,8 @@ def only_own_task(output: Tensor, labels: Tensor, task_of_class: Tensor) -> Tens
         labels: (N,) classes. A row with -100 counts as one of class 0.
         task_of_class: (classes,) task of each class.
     """
+    # A plan computes with tensors without values, and the buffer of the module has some.
+    task_of_class = task_of_class.to(output.device)
     task = task_of_class.index_select(0, labels.clamp(min=0).flatten())
     return output.masked_fill(task_of_class != task[:, None], OTHER)
 

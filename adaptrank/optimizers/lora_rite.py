@@ -219,7 +219,8 @@ class LoRARITE(PairOptimizer):
 def _numbers_beside(factor: Factor) -> int:
     """Return the numbers of a factor's state above two for each of its elements."""
     (k, d, r), (_, e, _) = (f.blocks(f.tensor).shape for f in (factor, factor.dual))
-    own = k * d * r + k * e * r + k * r * r + k + 2  # M, basis, V, rho, t and skipped
+    w = min(e, r)
+    own = k * (d * w + e * w + w * w) + k + 2  # M, basis, V, rho, t and skipped
     return own - 2 * factor.tensor.numel()
 
 

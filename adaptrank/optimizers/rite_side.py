@@ -1,7 +1,7 @@
 """One side of LoRA-RITE's step: a factor of several pairs of equal shapes, stacked.
 
-g counts pairs, k their blocks, d rows of the factor, e rows of its dual, r units now and r_old
-units at the last step.
+g counts pairs, k their blocks, d rows of the factor, e rows of its dual, and r units. The basis has
+w = min(e, r) directions now and w_old at the last step.
 """
 
 import math
@@ -20,7 +20,7 @@ FORMAT = 1
 KEYS = ("M", "V", "basis", "rho", "t", "skipped", "master", "changed")
 """Keys of a parameter's state.
 
-M (k, d, r) is the momentum and V (k, r, r) the second moment in the basis U (k, e, r) of the dual.
+M (k, d, w) is the momentum and V (k, w, w) the second moment in the basis U (k, e, w) of the dual.
 rho (k,) is the escaped mass, t the number of steps and skipped that of skipped steps. master is a
 copy of a parameter with less than 32 bits. changed is there only if units were removed (1) or grown
 (2) since the last step, or grown before it (4), or several of these.
@@ -78,10 +78,12 @@ class Side:
         if "M" in state:
             return state
         own = factor.blocks(factor.tensor)  # (k, d, r)
-        k, _, r = own.shape
-        state["M"] = torch.zeros_like(own, dtype=self.dtype, memory_format=torch.contiguous_format)
-        state["V"] = own.new_zeros(k, r, r, dtype=self.dtype)
-        state["basis"] = own.new_zeros(k, self.dual.shape[-2], r, dtype=self.dtype)
+        k, d, r = own.shape
+        e = self.dual.shape[-2]
+        w = min(e, r)
+        state["M"] = own.new_zeros(k, d, w, dtype=self.dtype)
+        state["V"] = own.new_zeros(k, w, w, dtype=self.dtype)
+        state["basis"] = own.new_zeros(k, e, w, dtype=self.dtype)
         state["rho"] = own.new_zeros(k, dtype=self.dtype)
         state["t"] = own.new_zeros((), dtype=self.dtype)
         state["skipped"] = own.new_zeros((), dtype=self.dtype)
@@ -95,7 +97,7 @@ class Side:
     # ---- gradients in the basis of the dual
 
     def factorize(self) -> None:
-        """Set dual = U R with orthonormal U (g, k, e, r) and R (g, k, r, r)."""
+        """Set dual = U R with orthonormal U (g, k, e, w) and R (g, k, w, r)."""
         U, R = torch.linalg.qr(self.dual)
         # A decomposition of values that are not finite would raise. Such pairs are skipped.
         self.finite = torch.isfinite(R).all((-1, -2), keepdim=True)
@@ -107,14 +109,14 @@ class Side:
         """Set K = R^+ / s, and leave directions out of U that the dual does not have.
 
         E = R R^+ projects to its directions. A dual with units that are zero, or with padding, has
-        fewer than r, and QR fills U up with directions that mean nothing.
+        fewer than w, and QR fills U up with directions that mean nothing.
         """
         self.E = self.R @ K
         self.U = self.U @ self.E.to(self.dtype)
         self.K = K.to(self.dtype) / self._scale()
 
     def unmagnify(self) -> None:
-        """Set h = g K (g, k, d, r) and S = h^T h / d (g, k, r, r)."""
+        """Set h = g K (g, k, d, w) and S = h^T h / d (g, k, w, w)."""
         gradients = [factor.blocks(_gradient(factor)) for factor in self.factors]
         h = stack(gradients, self.dtype) @ self.K
         self.S = (h.mT @ h).to(self.core) / h.shape[-2]
@@ -144,7 +146,7 @@ class Side:
     # ---- transport and moments
 
     def transport(self) -> None:
-        """Set P = U^T U_old (g, k, r, r_old), V~ = P V P^T, and the decays of the step."""
+        """Set P = U^T U_old (g, k, w, w_old), V~ = P V P^T, and the decays of the step."""
         self.P = (self.U.mT @ self._stored("basis")).to(self.core)
         self.V = _symmetric(self.P @ self.V_old @ self.P.mT)
         self.t = self._stored("t") + 1
@@ -173,18 +175,18 @@ class Side:
         self.V = _symmetric(self.b2 * self.V_transported + (1 - self.b2) * S)
 
     def _filled(self) -> Tensor:
-        """Return V~ + (tr V / r_old) N N^T, with N the directions that the old basis has not."""
+        """Return V~ + (tr V / w_old) N N^T, with N the directions that the old basis has not."""
         eye = torch.eye(self.E.shape[-1], device=self.E.device, dtype=self.core)
         lam, Q = torch.linalg.eigh(_symmetric(self.P @ self.P.mT + eye - self.E))
         # Eigenvalues are 0 in fresh directions, and near 1 in those that were there.
         fresh = torch.where(lam < 0.5, Q.new_ones(()), 0)
         fill = (Q * fresh[..., None, :]) @ Q.mT
-        r_old = self._stored("basis").square().sum((-1, -2)).to(self.core).clamp_min(1)
-        mean = self.V_old.diagonal(dim1=-2, dim2=-1).sum(-1) / r_old
+        w_old = self._stored("basis").square().sum((-1, -2)).to(self.core).clamp_min(1)
+        mean = self.V_old.diagonal(dim1=-2, dim2=-1).sum(-1) / w_old
         return self.V + mean[..., None, None] * fill
 
     def inverse_root(self, lam: Tensor) -> Tensor:
-        """Return 1 / (sqrt(lam + rho) + eps) of eigenvalues (g, k, r)."""
+        """Return 1 / (sqrt(lam + rho) + eps) of eigenvalues (g, k, w)."""
         return 1 / ((lam.clamp_min(0) + self.rho[..., None]).sqrt() + self.group["eps"])
 
     # ---- the move
@@ -193,7 +195,7 @@ class Side:
         """Set M = b1 M~ + (1 - b1) c h Y, move the factors, and store the state.
 
         Args:
-            Y: preconditioner (g, k, r, r).
+            Y: preconditioner (g, k, w, w).
         """
         u = torch.where(self.ok, self.h, 0) @ Y.to(self.dtype)
         u = u if self.c is None else u * self.c.to(self.dtype)

@@ -17,10 +17,10 @@ def core_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def pseudo_inverses(stacks: Sequence[Tensor], eps: Sequence[float]) -> list[Tensor]:
-    """Return the pseudo-inverse of each matrix, zero for a zero matrix.
+    """Return the pseudo-inverse (..., r, w) of each matrix, zero for a zero matrix.
 
     Args:
-        stacks: matrices (..., r, r).
+        stacks: matrices (..., w, r).
         eps: for each stack, the smallest singular value that counts, over r times the largest.
     """
     inverses = []
@@ -30,7 +30,7 @@ def pseudo_inverses(stacks: Sequence[Tensor], eps: Sequence[float]) -> list[Tens
         least = R.shape[-1] * precision * S[..., :1]
         inverse = torch.where(least < S, S.clamp_min(torch.finfo(S.dtype).tiny).reciprocal(), 0)
         K = (Vh.mT * inverse[..., None, :]) @ U.mT
-        inverses.append(_cut(K, R))
+        inverses.append(_cut(K, R.mT))
     return inverses
 
 
@@ -60,12 +60,13 @@ def _together(
     by_device: dict[torch.device, list[int]] = {}
     for number, matrices in enumerate(stacks):
         by_device.setdefault(matrices.device, []).append(number)
-    width = max((matrices.shape[-1] for matrices in stacks), default=0)
+    width = max((max(matrices.shape[-2:]) for matrices in stacks), default=0)
     parts: dict[int, tuple[Tensor, ...]] = {}
     for numbers in by_device.values():
         flat = [_padded(stacks[number], width) for number in numbers]
         whole = decompose(torch.cat(flat))
-        split = [tensor.split([len(part) for part in flat]) for tensor in whole]
+        sizes = [len(part) for part in flat]
+        split = [torch.split(tensor, sizes) for tensor in whole]
         for place, number in enumerate(numbers):
             leading = stacks[number].shape[:-2]
             found = (tensor[place] for tensor in split)
@@ -74,6 +75,7 @@ def _together(
 
 
 def _padded(matrices: Tensor, width: int) -> Tensor:
-    """Return matrices (..., r, r) as (N, width, width)."""
-    r = matrices.shape[-1]
-    return F.pad(matrices.reshape(-1, r, r), (0, width - r, 0, width - r))
+    """Return matrices (..., w, r) as (N, width, width)."""
+    rows, columns = matrices.shape[-2:]
+    flat = matrices.reshape(-1, rows, columns)
+    return F.pad(flat, (0, width - columns, 0, width - rows))
