@@ -3,9 +3,9 @@
     python benchmarks/strategy_cost.py [--rounds 6] [--every 4] [--layers 8] [--threads 2]
 
 The model is a Llama of SmolLM2-135M's shapes without a head: random weights, bf16 where the CPU is
-fast at it, all linear layers adapted. A batch has 4 x 128 tokens. The optimizer is AdamW, with clipping at 1. Every
-variant makes one step in turn, so that a slow moment of the machine affects all of them. A round
-has `every` steps. The first round warms up.
+fast at it, all linear layers adapted. A batch has 4 x 128 tokens. The optimizer is AdamW, with
+clipping at 1. Every variant makes one step in turn, so that a slow moment of the machine affects
+all of them. A round has `every` steps. The first round warms up.
 
 - step: a step without a border, over a step of plain LoRA at the same turn. It is shown for the
   second round, and for the last one, in which the ledger of merged updates is larger.

@@ -45,11 +45,11 @@ def _seed() -> None:
 def _registries():
     """Allocators and strategies that a test defines leave the registry with it."""
     registries = (ALLOCATORS, STRATEGIES)
-    before = [dict(registry._classes) for registry in registries]
+    before = [dict(known._classes) for known in registries]
     yield
-    for registry, classes in zip(registries, before, strict=True):
-        registry._classes.clear()
-        registry._classes.update(classes)
+    for known, classes in zip(registries, before, strict=True):
+        known._classes.clear()
+        known._classes.update(classes)
 
 
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.__name__)

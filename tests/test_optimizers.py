@@ -43,7 +43,7 @@ from adaptrank.training.adapter_gradients import AdapterGradients
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAIRED = [LoRARITE, ScaledGD, ScaledAdamW]
-WITH_A_PAIR = {"DoRA", "LoRA", "MELoRA", "MiSS", "SBoRA"}
+WITH_A_PAIR = {"DecoupledLoRA", "DoRA", "LoRA", "MELoRA", "MiSS", "SBoRA"}
 PLUS = {"LoRA", "DoRA", "SVD", "MELoRA"}
 
 

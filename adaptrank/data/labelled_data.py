@@ -89,10 +89,10 @@ class LabelledData(TaskData):
                 f"of this data has not exactly one. Use `limit_train`."
             )
 
-    def _limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
+    def limit(self, rows: Sequence[Row], split: Split) -> Sequence[Row]:
         """Keep some rows of each class, where this was asked for."""
         if split != "train" or self.examples_per_class is None:
-            return super()._limit(rows, split)
+            return super().limit(rows, split)
         labels = [row["label"] for row in rows]
         chosen = some_of_each(labels, self.examples_per_class, split, self.seed)
         few = {k: n for k, n in Counter(labels).items() if n < self.examples_per_class}

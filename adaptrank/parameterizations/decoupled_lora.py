@@ -10,8 +10,10 @@ from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank._options import POSITIVE
 from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capability
+from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 SHARED_OVER = {"shared": "all", "layer": "block", "module": "kind"}
 """Granularity of the magnitudes -> the layers that share them."""
@@ -59,6 +61,7 @@ class DecoupledLoRA(LowRankUpdate):
     input_factor = {"rank": "A"}
     features = {"A": (None, 1), "B": (0, None), "A_past": (None, 1), "B_past": (0, None)}
     no_decay = ("magnitudes",)
+    kinds = {"magnitudes": TensorKind.MAGNITUDES}
     A_past: Tensor
     B_past: Tensor
     mix: Tensor
@@ -118,6 +121,10 @@ class DecoupledLoRA(LowRankUpdate):
         strengths = (self.magnitudes[:, None] * self.mix).sum(0)
         U = torch.cat([self.B_past * strengths, self.scale * U], 1)
         return U, torch.cat([self.A_past, V]), 1.0
+
+    def factor_pair(self) -> FactorPair:
+        # The magnitude of the present task multiplies the product, and is no part of the pair.
+        return FactorPair(B=("B", 1), A=("A", 0), scale=self.scale)
 
     def acts_without(self, axis: str) -> bool:
         return len(self.A_past) > 0

@@ -182,7 +182,9 @@ def _summarized(results: Sequence[Row], metric: str) -> Row:
     row["deviation"] = statistics.stdev(values) if len(successful) > 1 else None
     for name in MEANS:
         row[name] = statistics.mean(result[name] for result in successful)
-    peaks = [r.get("num_trainable_params_peak", r["num_trainable_params"]) for r in successful]
+    peaks: list[float] = [
+        r.get("num_trainable_params_peak", r["num_trainable_params"]) for r in successful
+    ]
     row["num_trainable_params_peak"] = statistics.mean(peaks)
     for name in SPECTRA:
         row[name] = _mean_of_layers(name, successful)
@@ -221,7 +223,8 @@ def _compared(row: Row, baseline: Row | None) -> Row:
     mean = statistics.mean(differences)
     compared = {**UNCOMPARED, "difference": mean}
     if len(pairs) > 1:
-        from scipy.stats import t, ttest_rel
+        # SciPy makes its distributions when it is imported.
+        from scipy.stats import t, ttest_rel  # type: ignore[attr-defined]
 
         deviation = statistics.stdev(differences)
         half = float(t.ppf(0.975, len(pairs) - 1)) * deviation / math.sqrt(len(pairs))
