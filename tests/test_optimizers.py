@@ -98,6 +98,8 @@ def test_a_stated_pair_leaves_the_output_when_it_is_split_in_another_way(name):
     pair = layer.factor_pair()
     if pair is None:
         return
+    if name == "DecoupledLoRA":
+        layer.magnitudes.data.fill_(1)  # it multiplies the product, beside the pair
     tensors = {each: getattr(layer, each) for each, _ in (pair.B, pair.A)}
     for tensor in tensors.values():
         if isinstance(tensor, nn.Parameter):

@@ -27,10 +27,11 @@ def optimizer_pair(optimizer: type[ModelOptimizer], *methods: str) -> str:
 
 def _misfit(optimizer: type[ModelOptimizer], method: str) -> str:
     wrapper = on_example(PARAMETERIZATIONS[method])
-    reason = optimizer.misfit(wrapper)
-    if reason or not optimizer.mixes_units or not wrapper.shared:
+    reason, pair = optimizer.misfit(wrapper), wrapper.factor_pair()
+    if reason or not optimizer.mixes_units or pair is None:
         return reason
-    return f"ties {', '.join(wrapper.shared)} across layers by default; share=False works"
+    tied = [name for name, _ in (pair.B, pair.A) if name in wrapper.shared]
+    return f"ties {', '.join(tied)} across layers by default; share=False works" if tied else ""
 
 
 def summary(optimizer: type[ModelOptimizer]) -> str:
