@@ -87,6 +87,7 @@ def test_labels_that_are_no_classes_have_no_tasks(tmp_path):
     data = ClassificationData(str(path), str(path), regression=True, tasks=2)
     with pytest.raises(UserError, match="the labels are regression"):
         data.task_steps()
+    assert ClassificationData(str(path), tasks=2).task_of_class is None, "not known yet"
 
 
 # ---- the order of training

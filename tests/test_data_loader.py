@@ -280,11 +280,13 @@ def batches_before(checkpoint):
 
 def some_or_every(*cases):
     """Try every checkpoint of each case in `make tables`, and a few of them in `make test`."""
+    params = []
     for case in cases:
         values, marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
         name = "-".join(getattr(value, "__name__", value) for value in values)
-        yield pytest.param(*values, False, id=name, marks=marks)
-        yield pytest.param(*values, True, id=f"{name}-every", marks=pytest.mark.tables)
+        params.append(pytest.param(*values, False, id=name, marks=marks))
+        params.append(pytest.param(*values, True, id=f"{name}-every", marks=pytest.mark.tables))
+    return params
 
 
 @pytest.mark.filterwarnings(

@@ -162,6 +162,8 @@ def test_what_is_exempt_from_decay_stays_so():
         ({"LoRA": -1}, "learning_rates: LoRA=-1 makes no sense. Give a number from 0"),
         ({"LoRA": math.nan}, "learning_rates: LoRA=nan makes no sense"),
         ({"LoRA": [1]}, r"learning_rates: LoRA=\[1\] makes no sense"),
+        ({"LoRA": {}}, "learning_rates: LoRA={} makes no sense"),
+        ({"LoRA": None}, "learning_rates: LoRA=None makes no sense"),
         ({"LoRA": True}, "learning_rates: LoRA=True makes no sense"),
         ({"LoRA": {"B": {"C": 1}}}, "learning_rates: LoRA.B={'C': 1} makes no sense"),
         ({"LoRA.B": 1, "LoRA": {"B": 1}}, "learning_rates gives LoRA.B two rates. Keep one."),

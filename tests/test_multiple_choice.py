@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from adaptrank.data import GeneratedChoices, MultipleChoiceData
 from adaptrank.modules import Adapter, MultipleChoice
-from adaptrank.modules.choices import Choices
+from adaptrank.modules.choice_scores import Choices
 from adaptrank.modules.label_metrics import Scores, read_requests
 from adaptrank.parameterizations import LoRA
 from adaptrank.testing import perturb

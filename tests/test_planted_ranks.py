@@ -222,14 +222,15 @@ def test_each_of_the_others_is_nearer_than_the_uniform_pattern(row, arguments):
     assert distance(partial(make, **arguments), rank=rank, ranks=ranks, pace=6)[0] < 10
 
 
+@pytest.mark.tables
 def test_on_plain_lora_too():
     assert distance(ROWS["AdaLoRA, magnitude"][0], "LoRA", pace=6)[0] <= 4
 
 
 def test_in_the_released_single_pool_an_axis_that_fell_to_one_unit_stays_there():
     """The control: what falls to one unit is never seen again."""
-    allocator = ela("sensitivity_uncertainty", pace=6, rule="published")
-    distance(lambda seed, pace: allocator, rank=3, pace=6)
+    allocator = ela("sensitivity_uncertainty", pace=12, rule="published")
+    distance(lambda seed, pace: allocator, rank=3, pace=12)
     fallen: set[str] = set()
     for event in allocator.events:
         assert not fallen & set(event["grown"])

@@ -419,23 +419,22 @@ def test_the_paired_test_is_scipys(tmp_path):
 
 
 def test_differences_have_the_interval_of_students_t(tmp_path):
-    """It is that of SciPy's confidence interval of the paired test."""
-    from scipy.stats import ttest_rel
-
+    """It is the mean ± t s / sqrt(n), with the quantile t of n - 1 degrees of freedom."""
     record = made(tmp_path, seeds=[0, 1, 2])
     others = [r for r in record["results"] if r["method"] == "B"]
     for result, noise in zip(others, (0.01, -0.02, 0.05), strict=True):
         result["metrics"]["accuracy"] += noise
     table = rows(record)
     one, other = table[2]["values"], table[0]["values"]
-    test = ttest_rel([one[s] for s in (0, 1, 2)], [other[s] for s in (0, 1, 2)])
-    wanted = test.confidence_interval(0.95)
-    assert math.isclose(table[2]["interval"][0], wanted.low)
-    assert math.isclose(table[2]["interval"][1], wanted.high)
-    spread = statistics.stdev([one[s] - other[s] for s in (0, 1, 2)])
+    differences = [one[s] - other[s] for s in (0, 1, 2)]
+    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    half = 4.302652729911275 * spread / math.sqrt(3)  # the quantile 0.975 for 2 degrees of freedom
+    low, high = table[2]["interval"]
+    assert math.isclose(low, mean - half, rel_tol=1e-9)
+    assert math.isclose(high, mean + half, rel_tol=1e-9)
     assert math.isclose(table[2]["difference_deviation"], spread)
     text = markdown(record, table)
-    assert f"{table[2]['difference']:+.4f} ± {spread:.4f} | {wanted.low:+.4f} to " in text
+    assert f"{mean:+.4f} ± {spread:.4f} | {low:+.4f} to {high:+.4f} |" in text
     single = rows({**record, "results": [r for r in record["results"] if not r["seed"]]})
     assert single[2]["interval"] is single[2]["difference_deviation"] is None
 
@@ -729,6 +728,63 @@ def test_a_replay_is_selected_by_trials_that_replay_the_best_trial(tmp_path):
     again = Replaying()
     run_study(asked, tmp_path / "out", lambda config: 1, again, lambda line: None)
     assert not again.ran
+
+
+@pytest.mark.tables
+def test_controls_follow_a_real_run(here, cli, tiny_llama, fit_here):  # noqa: F811
+    """Through `fit`: random moves, the found pattern, the same ranks elsewhere, equal ranks."""
+    write(here, tiny_llama, "base.yaml", allocator=None)
+    said = {
+        "config": "base.yaml",
+        "overlay": {
+            "model": {"init_args": {"generate": False}},
+            "data": {"init_args": {"train_size": 8, "val_size": 4}},
+        },
+        "methods": {
+            "found": {
+                "allocator": {
+                    "class_path": "ElaLoRA",
+                    "init_args": {"swaps": 4, "every": 2, "warmup": 2, "final": 2, "floor": 0},
+                }
+            },
+            "random": {
+                "allocator": {
+                    "class_path": "RandomMoves",
+                    "init_args": {"run": "$run:found", "seed": "$seed"},
+                }
+            },
+            "replayed": {"model": {"init_args": {"rank_pattern": "$ranks:found"}}},
+            "shuffled": {
+                "initial_ranks": {
+                    "class_path": "ShuffledRanks",
+                    "init_args": {"run": "$run:found", "seed": "$seed"},
+                }
+            },
+            "uniform": {
+                "initial_ranks": {
+                    "class_path": "UniformRanks",
+                    "init_args": {"run": "$run:found", "unit": "parameters"},
+                }
+            },
+        },
+        "metric": "loss",
+        "mode": "min",
+        "seeds": [1],
+    }
+    (here / "study.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    code, out, err = cli("compare", "study.yaml")
+    assert code == 0, out + err
+    record = json.loads((here / "runs/studies/study/results.json").read_text())
+    results = {result["method"]: result for result in record["results"]}
+    found = results["found"]
+    assert results["random"]["units_final"] == found["units_final"]
+    assert results["replayed"]["ranks"] == found["ranks"] != results["random"]["ranks"]
+    assert sorted(results["shuffled"]["ranks"].values()) == sorted(found["ranks"].values())
+    trained = {name: result["num_trainable_params"] for name, result in results.items()}
+    assert trained["replayed"] == trained["shuffled"] == trained["found"] >= trained["uniform"]
+    assert (
+        max(results["uniform"]["ranks"].values()) - min(results["uniform"]["ranks"].values()) <= 1
+    )
 
 
 class Replaying(Counted):

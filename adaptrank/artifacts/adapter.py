@@ -56,8 +56,8 @@ from adaptrank.parameterizations import (
     MergedUpdates,
     Parameterization,
     enclosed,
+    insert_ledger,
     named_layers,
-    put_ledger_under,
     wrapped_layers,
 )
 
@@ -298,7 +298,7 @@ def _add_ledgers(layers: Mapping[str, nn.Module], description: Mapping[str, Any]
             if isinstance(layer, Parameterization):
                 present = json.loads(json.dumps(describe_nest(layer.nest)))
                 if present == others:
-                    put_ledger_under(layer)
+                    insert_ledger(layer)
 
 
 def _wrap_as_described(model: nn.Module, entry: Mapping[str, Any]) -> None:

@@ -53,11 +53,11 @@ def summarize(
         rounds: what happened at the start of each round, if a training strategy made rounds.
     """
     model = adapted_part(module)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {"kind": kind, "count": count, "method": methods, "trainable": trainable}
         for kind, count, methods, trainable in parameter_table(model)
     ]
-    figures = {
+    figures: dict[str, Any] = {
         "base": base_of(module),
         "layers": layers,
         "trainable": sum(row["trainable"] for row in layers),

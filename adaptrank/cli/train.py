@@ -253,9 +253,13 @@ class AdaptrankCLI(LightningCLI):
             finish(self)
 
     def _check_schedules(self) -> None:
+        check_trainer = getattr(self.datamodule, "check_trainer", None)
+        if check_trainer is not None:
+            check_trainer(self.trainer)
+        if self.trainer.max_steps <= 0:
+            return
         for callback in self._callbacks():
-            is_checked = isinstance(callback, Participant | TrainingStrategy)
-            if not is_checked or self.trainer.max_steps <= 0:
+            if not isinstance(callback, Participant | TrainingStrategy):
                 continue
             try:
                 callback.engine.check_steps(self.trainer.max_steps)

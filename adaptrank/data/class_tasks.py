@@ -88,8 +88,8 @@ def deal_classes(names: Sequence[str], tasks: Tasks, seed: int | None) -> list[l
     if small is not None:
         raise UserError(
             f"Task {small} of {len(dealt)} has {len(dealt[small - 1])} class(es) of the "
-            f"{len(names)} {show(names)}. A task chooses among its own classes, so it needs two or "
-            "more. Ask for fewer tasks."
+            f"{len(names)} {show(list(names))}. A task chooses among its own classes, so it needs "
+            "two or more. Ask for fewer tasks."
         )
     return dealt
 
@@ -109,7 +109,7 @@ def _named_classes(names: Sequence[str], tasks: Sequence[Sequence[str | int]]) -
             if name not in known:
                 raise UserError(
                     f"Task {number} of `tasks` names {name!r}, which is none of the classes "
-                    f"{show(names)}.{did_you_mean(name, known)}"
+                    f"{show(list(names))}.{did_you_mean(name, known)}"
                 )
         dealt.append([known.index(str(name)) for name in named])
     taken = {index for indices in dealt for index in indices}

@@ -61,9 +61,9 @@ class IncrementalData(LabelledData):
     @property
     def task_classes(self) -> list[list[str]] | None:
         """Names of the classes of each task, known after `setup`. None without tasks."""
-        if self.tasks is None:
+        names = self.class_names
+        if self.tasks is None or names is None:
             return None
-        names = self.class_names or []
         return [[names[index] for index in indices] for indices in self._dealt()]
 
     @property
@@ -158,17 +158,22 @@ class IncrementalData(LabelledData):
     # ---- what tasks change
 
     def setup(self, stage: str | None = None) -> None:
-        if self.tasks is not None:
-            self._check_epochs()
+        if stage == "fit":
+            self.check_trainer(self.trainer)
         super().setup(stage)
-        if self.tasks is not None:
+        # A prediction may know the classes from the trained model alone.
+        if self.tasks is not None and stage != "predict":
             self._dealt()
 
-    def _check_epochs(self) -> None:
-        """Refuse a trainer that goes through the tasks more than once."""
-        epochs = getattr(self.trainer, "max_epochs", None)
-        steps = getattr(self.trainer, "max_steps", -1)
-        if epochs is None or epochs == 1 or (epochs == -1 and steps != -1):
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuse a trainer that goes through the tasks more than once.
+
+        Raises:
+            UserError: naming what to set.
+        """
+        epochs = getattr(trainer, "max_epochs", None)
+        is_bounded = epochs == -1 and getattr(trainer, "max_steps", -1) != -1
+        if self.tasks is None or epochs is None or epochs == 1 or is_bounded:
             return
         raise UserError(
             f"One epoch of the trainer is the whole sequence of tasks, and trainer.max_epochs is "

@@ -355,7 +355,7 @@ class TaskData(LightningDataModule, ABC):
         """
         return BatchOrder(len(examples), **options)
 
-    def share_of_process(self) -> dict[str, int]:
+    def share_of_process(self) -> dict[str, Any]:
         """Return the number of this process, `rank`, and that of all processes, `world_size`."""
         share = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         return {"rank": share.get("rank", 0), "world_size": share.get("num_replicas", 1)}

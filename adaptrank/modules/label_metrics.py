@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adaptrank._errors import UserError, did_you_mean
-from adaptrank.modules.choices import Choices
+from adaptrank.modules.choice_scores import Choices
 from adaptrank.modules.problems import Decision, MultiLabel, Regression
 from adaptrank.modules.standard_metrics import STANDARD_NAMES, Reads
 

@@ -69,7 +69,7 @@ def _flat(learning_rates: Mapping[Any, Any], method: str = "") -> Iterator[tuple
                 f"learning_rates: {key!r} is no name. Name a method, one of its tensors, a kind of "
                 f"tensor, an adapter or a module, such as LoRA or LoRA.B."
             )
-        if isinstance(rate, Mapping) and not method:
+        if isinstance(rate, Mapping) and rate and not method:
             yield from _flat(rate, f"{key}.")
         else:
             yield f"{method}{key}", rate

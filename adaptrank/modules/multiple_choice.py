@@ -18,7 +18,7 @@ from adaptrank.modules.batch_keys import (
     read_inputs,
     read_labels,
 )
-from adaptrank.modules.choices import Choices
+from adaptrank.modules.choice_scores import Choices
 from adaptrank.modules.label_metrics import MetricEntry, MetricRequest, Scores, read_requests
 from adaptrank.modules.label_module import fresh_heads
 from adaptrank.modules.problems import DIGITS

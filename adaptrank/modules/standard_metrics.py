@@ -53,9 +53,9 @@ class Standard:
 
 
 class ShareRight(MeanMetric):
-    """Share of decisions that are right."""
+    """Share of decisions that are right. It is updated as metrics of classes are."""
 
-    def update(self, confidence: Tensor, is_right: Tensor) -> None:
+    def update(self, confidence: Tensor, is_right: Tensor) -> None:  # type: ignore[override]
         super().update(is_right)
 
 

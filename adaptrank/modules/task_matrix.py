@@ -89,7 +89,7 @@ class TaskMatrix(Callback):
     ) -> None:
         """Measure a row if the batch completed the last step of a task."""
         done = bisect_right(self.ends, trainer.global_step)
-        if done <= len(self.rows) or not trainer.limit_val_batches:  # type: ignore[attr-defined]
+        if done <= len(self.rows) or not trainer.limit_val_batches:
             return
         # A checkpoint from a run without this callback has no earlier rows.
         while len(self.rows) < done - 1:
@@ -107,7 +107,7 @@ class TaskMatrix(Callback):
         """Return how many examples of a task are right, and how many there are."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.task_dataloader(task)
-        limit: int | float = trainer.limit_val_batches  # type: ignore[attr-defined]
+        limit: int | float = trainer.limit_val_batches
         batches = limit if isinstance(limit, int) else max(1, int(limit * len(loader)))
         counts = torch.zeros(2, dtype=torch.long, device=module.device)
         for batch in itertools.islice(loader, batches):

@@ -65,8 +65,8 @@ def _together(
     for numbers in by_device.values():
         flat = [_padded(stacks[number], width) for number in numbers]
         whole = decompose(torch.cat(flat))
-        sizes = [len(part) for part in flat]
-        split = [torch.split(tensor, sizes) for tensor in whole]
+        lengths = [len(part) for part in flat]
+        split = [torch.split(tensor, lengths) for tensor in whole]
         for place, number in enumerate(numbers):
             leading = stacks[number].shape[:-2]
             found = (tensor[place] for tensor in split)

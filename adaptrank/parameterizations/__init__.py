@@ -15,7 +15,7 @@ from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.indices import check_indices, is_index
 from adaptrank.parameterizations.low_rank import LowRankUpdate
-from adaptrank.parameterizations.merged_updates import MergedUpdates, put_ledger_under
+from adaptrank.parameterizations.merged_updates import MergedUpdates, insert_ledger
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.starting import built_again, start_scale
 from adaptrank.parameterizations.tensor_kinds import TensorKind
@@ -72,6 +72,7 @@ __all__ = [
     "check_indices",
     "enclosed",
     "formula",
+    "insert_ledger",
     "is_index",
     "is_refused_by_from_pretrained",
     "named_layers",
@@ -80,7 +81,6 @@ __all__ = [
     "plain_name",
     "plain_parameters",
     "pretrained_part",
-    "put_ledger_under",
     "refused_by_from_pretrained",
     "replace_layer",
     "replace_layers",

@@ -56,7 +56,7 @@ class DecoupledLoRA(LowRankUpdate):
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
     stacks = {"tasks": {"magnitudes": 0, "mix": 0}, "past": {"A_past": 0, "B_past": 1, "mix": 1}}
-    stack_floors: ClassVar = {"tasks": 1}
+    stack_floors = {"tasks": 1}
     capabilities = DEFAULT_CAPABILITIES | {Capability.MATRIX_RANK, Capability.INPUT_DIRECTIONS}
     input_factor = {"rank": "A"}
     features = {"A": (None, 1), "B": (0, None), "A_past": (None, 1), "B_past": (0, None)}
@@ -211,8 +211,8 @@ class DecoupledLoRA(LowRankUpdate):
         them.
         """
         first_task = (self.mix != 0).int().argmax(0)
-        tasks = first_task.unique()
-        return first_task[:, None] == tasks
+        members: Tensor = first_task[:, None] == torch.arange(len(self.mix), device=self.mix.device)
+        return members[:, members.any(0)]
 
 
 def inner_products(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """MergedUpdates: the sum of the changes that earlier rounds of a run have merged."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -100,12 +98,12 @@ class MergedUpdates(LowRankUpdate, listed=False):
         return Cost(flops=2 * (len(self.A) * (m + n) + len(self.D) * n))
 
 
-def put_ledger_under(outermost: Parameterization) -> None:
+def insert_ledger(outermost: Parameterization) -> None:
     """Put an empty `MergedUpdates` between a layer and its wrappers, unless there is one."""
     innermost_wrapper = outermost.nest[0]
     if isinstance(innermost_wrapper, MergedUpdates):
         return
-    ledger = MergedUpdates(cast(nn.Module, innermost_wrapper.base))
+    ledger = MergedUpdates(innermost_wrapper.base)
     ledger.name = innermost_wrapper.name
     ledger.train_own(innermost_wrapper.training)
     innermost_wrapper.base = ledger

@@ -182,10 +182,7 @@ def _summarized(results: Sequence[Row], metric: str) -> Row:
     row["deviation"] = statistics.stdev(values) if len(successful) > 1 else None
     for name in MEANS:
         row[name] = statistics.mean(result[name] for result in successful)
-    peaks: list[float] = [
-        r.get("num_trainable_params_peak", r["num_trainable_params"]) for r in successful
-    ]
-    row["num_trainable_params_peak"] = statistics.mean(peaks)
+    row["num_trainable_params_peak"] = statistics.mean(map(_trainable_at_peak, successful))
     for name in SPECTRA:
         row[name] = _mean_of_layers(name, successful)
     row["parameters_at_start"] = successful[0]["adapter_params_at_start"]
@@ -223,15 +220,20 @@ def _compared(row: Row, baseline: Row | None) -> Row:
     mean = statistics.mean(differences)
     compared = {**UNCOMPARED, "difference": mean}
     if len(pairs) > 1:
-        # SciPy makes its distributions when it is imported.
-        from scipy.stats import t, ttest_rel  # type: ignore[attr-defined]
+        compared |= {"difference_deviation": statistics.stdev(differences), "interval": [mean] * 2}
+    if len(pairs) > 1 and len(set(differences)) > 1:
+        from scipy.stats import ttest_rel
 
-        deviation = statistics.stdev(differences)
-        half = float(t.ppf(0.975, len(pairs) - 1)) * deviation / math.sqrt(len(pairs))
-        compared |= {"difference_deviation": deviation, "interval": [mean - half, mean + half]}
-        if len(set(differences)) > 1:
-            compared["p"] = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+        test: Any = ttest_rel(*zip(*pairs, strict=True))
+        compared |= {"interval": list(map(float, test.confidence_interval(0.95)))}
+        compared["p"] = float(test.pvalue)
     return compared
+
+
+def _trainable_at_peak(result: Row) -> float:
+    """Return the parameters that trained at the peak. Results of earlier versions lack them."""
+    peak = result.get("num_trainable_params_peak")
+    return float(result["num_trainable_params"] if peak is None else peak)
 
 
 def _mean_of_layers(name: str, results: Sequence[Row]) -> float | None:

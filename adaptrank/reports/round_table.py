@@ -45,7 +45,7 @@ def events_of_rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for record in rounds:
         units = sum(record["ranks"].values())
-        event = {
+        event: dict[str, Any] = {
             "step": record["step"],
             "reason": f"round {record['round'] + 1} of {record['rounds']} begins",
             "sizes": record["ranks"],

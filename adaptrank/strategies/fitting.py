@@ -64,10 +64,11 @@ def _example(methods: Iterable[str], beside: Iterable[str]) -> nn.Module:
     first, *others = methods
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Module()
-        model.layer = PARAMETERIZATIONS[first](PARAMETERIZATIONS[first].example())
+        layer = PARAMETERIZATIONS[first](PARAMETERIZATIONS[first].example())
         for name in others:
-            model.layer = PARAMETERIZATIONS[name](model.layer)
+            layer = PARAMETERIZATIONS[name](layer)
+        model = nn.Module()
+        model.layer = layer
         for number, name in enumerate(beside):
             method = PARAMETERIZATIONS[name]
             model.add_module(f"beside_{number}", method(method.example()))

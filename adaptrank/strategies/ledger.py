@@ -10,7 +10,7 @@ from adaptrank._errors import UserError
 from adaptrank.parameterizations import (
     MergedUpdates,
     Parameterization,
-    put_ledger_under,
+    insert_ledger,
     wrapped_layers,
 )
 
@@ -28,7 +28,7 @@ def insert_ledgers(model: nn.Module) -> None:
     for path, outermost in layers.items():
         check_restartable(path, live_wrappers(outermost))
     for outermost in layers.values():
-        put_ledger_under(outermost)
+        insert_ledger(outermost)
 
 
 def ledger_of(outermost: Parameterization) -> MergedUpdates:

@@ -105,7 +105,7 @@ class PTPEFT(TrainingStrategy):
             self._check_groups()
         optimized = set(map(id, self.run.optimized()))
         for wrapper in wrappers(self.run.model):
-            stages = (1,)
+            stages: tuple[int, ...] = (1,)
             if isinstance(wrapper, Prefix):
                 stages = (0,) if self.freeze_prefix else (0, 1)
             for _, tensor in wrapper.own_parameters():

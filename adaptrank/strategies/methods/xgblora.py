@@ -11,7 +11,7 @@ from adaptrank._options import COUNT, NOT_NEGATIVE, Range
 from adaptrank.allocation import Participant
 from adaptrank.axes import RankAxis, generator, rank_axes
 from adaptrank.parameterizations import Parameterization, built_again, wrapped_layers
-from adaptrank.strategies.blocks import group_by_block
+from adaptrank.strategies.block_groups import group_by_block
 from adaptrank.strategies.first_round import merge_present_changes
 from adaptrank.strategies.ledger import live_wrappers, merge_into_ledger
 from adaptrank.strategies.merge_and_restart import MergeAndRestart
