@@ -133,7 +133,7 @@ def page(found: dict[str, Any], options: argparse.Namespace) -> str:
             "processor with one thread, because other processes were running. The tables have",
             "medians, and quartiles in brackets. This page is written by",
             "`python benchmarks/optimizer_cost.py",
-            f"--rounds {options.rounds} --passes {options.passes}`.",
+            f"--rounds {options.rounds} --passes {options.passes} --layers {options.layers}`.",
         ),
         common.on(found["machine"]),
         common.bullets(

@@ -18,6 +18,7 @@ docs/results/allocator_cost.md.
 """
 
 import argparse
+import os
 import time
 from functools import partial
 from typing import Any
@@ -126,6 +127,7 @@ def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
         }
     return {
         "machine": common.machine(),
+        "load": round(os.getloadavg()[0], 1),
         "rounds": rounds,
         "every": every,
         "layers": layers,
@@ -152,15 +154,25 @@ def section(result: dict[str, Any]) -> str:
             ]
         )
     seconds = result["step_seconds"]
+    command = (
+        f"`python benchmarks/strategy_cost.py --rounds {result['rounds']} "
+        f"--every {result['every']} --layers {result['layers']} "
+        f"--threads {result['machine']['threads']}`"
+    )
     intro = common.paragraph(
-        f"The model is a Llama of SmolLM2-135M's shapes with {result['layers']} blocks and without",
-        f"a head (random weights, {result['dtype']}), with LoRA on all linear layers. A batch has",
-        f"4 x 128 tokens, and a round {result['every']} steps. A step of plain LoRA takes",
+        f"The model is a Llama of SmolLM2-135M's shapes with {result['layers']} blocks and",
+        f"without a head (random weights, {result['dtype']}), with LoRA on all linear layers. A batch",
+        f"has 4 x 128 tokens, and a round {result['every']} steps. A step of plain LoRA takes",
         f"{seconds['median']:.3f} s (quartiles {seconds['low']:.3f} to {seconds['high']:.3f}).",
         "Steps and borders are over such a step at the same turn, with quartiles in brackets. The",
         f"ledger is that of {result['rounds']} merged rounds. This section is written by",
-        f"`python benchmarks/strategy_cost.py --rounds {result['rounds']}`.",
+        f"{command}.",
     )
+    if result["load"] > result["machine"]["cores"] + 1:
+        intro += "\n\n" + common.paragraph(
+            f"The machine did other work meanwhile, with a load of {result['load']}. So the",
+            "seconds mean little, and ratios are rough. Counts and bytes are exact.",
+        )
     header = [
         "strategy",
         "step, second round",

@@ -383,7 +383,7 @@ def test_resume_is_exact_to_the_bit(accumulate, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     want = everything(whole, fit(whole, strategy, checkpoint, accumulate_grad_batches=accumulate))
     assert [event["step"] for event in strategy.round_events] == [0, 8, 16]
-    for step in (3, 7, 8, 9, 20) if accumulate == 1 else (8, 12):
+    for step in (3, 7, 8, 9) if accumulate == 1 else (8,):
         model, resumed = parts()
         path = tmp_path / f"step={step}.ckpt"
         have = everything(

@@ -135,7 +135,8 @@ class PairOptimizer(ModelOptimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        moving, paired = [], set()
+        moving: list[tuple[Factor, ...]] = []
+        paired: set[int] = set()
         for left in self.pairs():
             factors = [f for f in (left, left.dual) if id(f.tensor) in groups]
             paired.update(id(factor.tensor) for factor in factors)
@@ -188,5 +189,5 @@ def replaced_gradients(gradients: Collection[tuple[Tensor, Tensor]]) -> Iterator
             parameter.grad = gradient
         yield
     finally:
-        for parameter, gradient in originals:
-            parameter.grad = gradient
+        for parameter, original in originals:
+            parameter.grad = original

@@ -49,7 +49,8 @@ def _stacked(factors: Sequence[Factor], damping: float) -> Tensor:
     # `inv` would wait for the device, to see whether it succeeded.
     inverse, _ = torch.linalg.inv_ex(damped)
     gradients = [factor.blocks(_gradient(factor)) for factor in factors]
-    return stack(gradients, dtype) @ inverse.to(dtype)
+    conditioned: Tensor = stack(gradients, dtype) @ inverse.to(dtype)
+    return conditioned
 
 
 def _gradient(factor: Factor) -> Tensor:

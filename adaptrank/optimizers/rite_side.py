@@ -183,11 +183,13 @@ class Side:
         fill = (Q * fresh[..., None, :]) @ Q.mT
         w_old = self._stored("basis").square().sum((-1, -2)).to(self.core).clamp_min(1)
         mean = self.V_old.diagonal(dim1=-2, dim2=-1).sum(-1) / w_old
-        return self.V + mean[..., None, None] * fill
+        filled: Tensor = self.V + mean[..., None, None] * fill
+        return filled
 
     def inverse_root(self, lam: Tensor) -> Tensor:
         """Return 1 / (sqrt(lam + rho) + eps) of eigenvalues (g, k, w)."""
-        return 1 / ((lam.clamp_min(0) + self.rho[..., None]).sqrt() + self.group["eps"])
+        root: Tensor = (lam.clamp_min(0) + self.rho[..., None]).sqrt()
+        return (root + float(self.group["eps"])).reciprocal()
 
     # ---- the move
 
