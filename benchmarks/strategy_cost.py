@@ -154,19 +154,17 @@ def section(result: dict[str, Any]) -> str:
             ]
         )
     seconds = result["step_seconds"]
-    command = (
-        f"`python benchmarks/strategy_cost.py --rounds {result['rounds']} "
-        f"--every {result['every']} --layers {result['layers']} "
-        f"--threads {result['machine']['threads']}`"
-    )
+    rounds, every, layers = result["rounds"], result["every"], result["layers"]
+    threads = result["machine"]["threads"]
+    sizes = f"--rounds {rounds} --every {every} --layers {layers} --threads {threads}"
     intro = common.paragraph(
-        f"The model is a Llama of SmolLM2-135M's shapes with {result['layers']} blocks and",
-        f"without a head (random weights, {result['dtype']}), with LoRA on all linear layers. A batch",
-        f"has 4 x 128 tokens, and a round {result['every']} steps. A step of plain LoRA takes",
+        f"The model is a Llama of SmolLM2-135M's shapes with {layers} blocks and without a head",
+        f"(random weights, {result['dtype']}), with LoRA on all linear layers. A batch has 4 x 128",
+        f"tokens, and a round {every} steps. A step of plain LoRA takes",
         f"{seconds['median']:.3f} s (quartiles {seconds['low']:.3f} to {seconds['high']:.3f}).",
         "Steps and borders are over such a step at the same turn, with quartiles in brackets. The",
-        f"ledger is that of {result['rounds']} merged rounds. This section is written by",
-        f"{command}.",
+        f"ledger is that of {rounds} merged rounds. This section is written by",
+        f"`python benchmarks/strategy_cost.py {sizes}`.",
     )
     if result["load"] > result["machine"]["cores"] + 1:
         intro += "\n\n" + common.paragraph(

@@ -300,7 +300,7 @@ def test_a_vast_generated_set_takes_no_memory(vast, caplog):
     again.load_state_dict({"epoch": 0, "position": 2, "order": loader.batch_sampler.fingerprint()})
     assert torch.equal(next(iter(again))["input_ids"], first[2])
     with pytest.raises(ValueError, match="group_by_length needs the length of all 100000000"):
-        vast._make_loader("train", 4, group_by_length=True)
+        vast.make_loader("train", 4, group_by_length=True)
     pickle.dumps(vast.examples("train"))
 
 

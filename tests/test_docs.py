@@ -278,7 +278,11 @@ def test_the_configuration_page_has_every_key_of_the_parser(capsys):
 
     for config, task, data in (
         ("lora_llama", "CausalLM", ("ArithmeticProblems", "CompletionTask", "PackedTask")),
-        ("smoke", "SequenceClassification", ("GeneratedQuestions",)),
+        (
+            "smoke",
+            "SequenceClassification",
+            ("GeneratedQuestions", "IncrementalData", "LabelledData"),
+        ),
     ):
         with pytest.raises(SystemExit):
             main(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])

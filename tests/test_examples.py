@@ -1,6 +1,7 @@
 """The examples run, stay short, and use public names only."""
 
 import ast
+import html
 import json
 import logging
 import re
@@ -70,7 +71,7 @@ def cells(path):
 def check_texts_and_pictures(texts):
     assert "trainable 4,096 of 24,224" in texts[1]
     assert "Epoch" in texts[2]
-    assert "units 56 -> 56 on 14 axes" in texts[3]
+    assert "units 56 -> 56 on 14 axes" in html.unescape(texts[3])
     assert "data:image/png;base64" in texts[3]
 
 

@@ -8,6 +8,8 @@ from fidelity_page import HEADER, PAGE, Row, rows
 
 from adaptrank import ALLOCATORS, PARAMETERIZATIONS
 from adaptrank.composition import OPERATORS
+from adaptrank.optimizers import OPTIMIZERS
+from adaptrank.strategies import STRATEGIES
 
 ROWS = rows()
 
@@ -25,9 +27,11 @@ def named(*rooms):
     [
         (["Parameterizations"], shipped(PARAMETERIZATIONS)),
         (["Allocators", "Rank initializers"], shipped(ALLOCATORS)),
+        (["Training strategies"], shipped(STRATEGIES) - {"SequentialTasks"}),
+        (["Optimizers"], shipped(OPTIMIZERS)),
         (["Composition"], set(OPERATORS)),
     ],
-    ids=["parameterizations", "allocators", "operators"],
+    ids=["parameterizations", "allocators", "strategies", "optimizers", "operators"],
 )
 def test_every_method_has_a_row(rooms, methods):
     """A new method is not done before its source, or its formula, is compared."""
@@ -36,7 +40,7 @@ def test_every_method_has_a_row(rooms, methods):
 
 def test_every_table_has_the_same_columns():
     headers = re.findall(r"^(\|.*\|)\n\| *-", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(headers) == 5
+    assert len(headers) == 6
     for header in headers:
         assert [cell.strip() for cell in header.strip("|").split("|")] == HEADER
 

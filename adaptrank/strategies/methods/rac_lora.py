@@ -105,7 +105,8 @@ class RACLoRA(MergeAndRestart):
             pair.check_room(side, self.sketch)
             frame, trained = pair.frame(side), pair.trained(side)
             random = generator(self.seed, f"{place}/frame", number)
-            frame.copy_(random_frame(*frame.shape, self.sketch, random))
+            size, units = frame.shape
+            frame.copy_(random_frame(size, units, self.sketch, random))
             trained.zero_()
         self.forget(self.live_tensors())
         self.run.forget_scores()
