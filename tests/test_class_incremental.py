@@ -18,6 +18,7 @@ from adaptrank.data import GeneratedQuestions, HandwrittenDigits, ImageData
 from adaptrank.data.class_tasks import deal_classes
 from adaptrank.modules import ImageClassification, SequenceClassification, task_matrix
 from adaptrank.modules.task_classes import only_own_task, only_seen
+from adaptrank.modules.task_matrix import count_right
 from adaptrank.modules.task_metrics import figures
 from adaptrank.parameterizations import DecoupledLoRA, LoRA, wrappers
 from adaptrank.reports.task_history import read_tasks
@@ -241,6 +242,10 @@ def test_the_matrix_is_that_of_an_evaluation_by_hand(sequence, tiny_vit):
     assert task_matrix(again).rows == matrix.rows[:2]
     by_hand = [accuracy(second, other, task, 2) for task in range(2)]
     assert matrix.rows[1] == pytest.approx(by_hand)
+    # Whatever the head says of classes that are not seen yet.
+    second.model.classifier.bias.data[4:] += 100
+    right, examples = count_right(second, next(iter(other.task_dataloader(0))), 2).tolist()
+    assert (right, examples) == (8 * by_hand[0], 8)
     assert trainer.callback_metrics["tasks/average_accuracy"] == pytest.approx(
         sum(matrix.rows[2]) / 3
     )

@@ -11,6 +11,7 @@ import pytest
 
 MOST = {
     "ALoRE": 22,
+    "DecoupledLoRA": 15,
     "DoRA": 25,
     "HyperAdapt": 10,
     "Kronecker": 8,

@@ -40,13 +40,13 @@ NEVER = (math.nan, math.inf, -math.inf, True, "8", [math.nan])
 
 MAY_BE_ZERO = {
     "dropout", "orth", "depth", "encoder", "seed", "warmup", "final", "until", "swaps", "whole",
-    "beta", "sparsity", "xi", "xi_end", "l1", "floor", "r_min", "thresholds",
+    "beta", "cooldown", "sparsity", "xi", "xi_end", "l1", "floor", "r_min", "thresholds",
 }  # fmt: skip
 NOT_ZERO = {("LoRAPrune", "sparsity")}
 MAY_BE_MINUS_ONE = {"seed", ("Kronecker", "factor"), ("LoKr", "factor")}
 """Options, or options of a class, whose range includes the value."""
 
-ALLOCATOR_CLASSES = [ALLOCATORS[name] for name in ALLOCATORS]
+ALLOCATOR_CLASSES = [cls for cls in ALLOCATORS.values() if cls.__module__.startswith("adaptrank.")]
 
 
 def wrong_values(owner, option, whole):

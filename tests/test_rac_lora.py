@@ -1,6 +1,7 @@
 """RAC-LoRA: a chain of updates with one factor frozen at a random frame."""
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -276,6 +277,14 @@ def test_refusals():
     for method in (SVD, DoRA, HyperAdapt):
         with pytest.raises(UserError, match=f"{method.__name__} has no such two; use LoRA"):
             start(method, RACLoRA(every=2))
+
+    class Half(LoRA, listed=False):
+        """A method whose axis does not name one of its two factors."""
+
+        axes: ClassVar = {"rank": {"B": 1}}
+
+    with pytest.raises(UserError, match="Half has no such two"):
+        start(Half, RACLoRA(every=2))
     with pytest.raises(UserError, match="train='coin' that changes from link to link"):
         start(LoRA, RACLoRA(every=2, train="coin"), [AdaLoRA(budget=2)])
     with pytest.raises(UserError, match="RACLoRA and EVA: it sets the factors at the start"):

@@ -147,6 +147,9 @@ def test_layers_share_magnitudes_as_far_as_they_say(granularity, count, tmp_path
     train(model, SDLoRA(steps_per_task=TASKS))
     tensors = {id(wrapper.magnitudes): wrapper.magnitudes for wrapper in wrappers(model)}
     assert len(tensors) == count
+    first, same_block, other_block, _ = wrappers(model)
+    assert (first.magnitudes is same_block.magnitudes) == (granularity != "module")
+    assert (first.magnitudes is other_block.magnitudes) == (granularity == "shared")
     assert all(len(magnitudes) == len(TASKS) for magnitudes in tensors.values())
     save_adapter(model, tmp_path)
     torch.manual_seed(0)

@@ -13,8 +13,8 @@ from adaptrank.parameterizations import PARAMETERIZATIONS
 from adaptrank.strategies import STRATEGIES, beside_allocator, on_method
 
 BLOCKS, STEPS, PHASES, _ = SHORT
-ROUNDS = {"every": 4, "restart_warmup": 1, "links": 2, "stage1": 3, "steps_per_task": [4, 5]}
-"""Arguments of strategies under which a run of nine steps has a border or two."""
+ROUNDS = {"every": 4, "restart_warmup": 1, "links": 2, "stage1": 2, "steps_per_task": [4, 3]}
+"""Arguments of strategies under which a run of seven steps has a border or two."""
 
 SHIPPED = [
     name

@@ -222,7 +222,8 @@ def factor_pair(path: str, wrapper: Parameterization) -> FactorPair:
     trained = {id(parameter): name for name, parameter in wrapper.own_parameters()}
     product = wrapper.scaled_factors() if isinstance(wrapper, LowRankUpdate) else None
     names = [trained.get(id(factor)) for factor in product[:2]] if product else []
-    if len(trained) != 2 or len(wrapper.axes) != 1 or len(names) != 2 or None in names:
+    units = next(iter(wrapper.axes.values())) if len(wrapper.axes) == 1 else {}
+    if len(trained) != 2 or len(names) != 2 or set(units) != set(names):
         raise UserError(
             f"{path}: RACLoRA freezes one of the two trained factors of a product, and "
             f"{type(wrapper).__name__} has no such two; use LoRA, or another strategy such as "
