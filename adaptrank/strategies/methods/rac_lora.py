@@ -90,7 +90,7 @@ class RACLoRA(MergeAndRestart):
         pairs = []
         for path, outermost in wrapped_layers(model).items():
             for wrapper in live_wrappers(outermost):
-                pairs.append(factor_pair(path, wrapper))
+                pairs.append(trained_factors(path, wrapper))
         super().prepare(model)
         # An optimizer of both factors is needed if the side changes.
         if self.train != "coin":
@@ -150,15 +150,15 @@ class RACLoRA(MergeAndRestart):
         heads = torch.rand((), generator=generator(self.seed, "side", number)) < 0.5
         return "A" if heads else "B"
 
-    def _pairs(self) -> Iterator[tuple[str, "FactorPair"]]:
+    def _pairs(self) -> Iterator[tuple[str, "TrainedFactors"]]:
         """Yield the place of each live wrapper, and its factors."""
         for path, outermost in self.layers.items():
             for position, wrapper in enumerate(live_wrappers(outermost)):
-                yield f"{path}.{position}", factor_pair(path, wrapper)
+                yield f"{path}.{position}", trained_factors(path, wrapper)
 
 
 @dataclass(frozen=True)
-class FactorPair:
+class TrainedFactors:
     """The two trained factors of a wrapper whose change is s B A.
 
     Args:
@@ -213,7 +213,7 @@ class FactorPair:
             )
 
 
-def factor_pair(path: str, wrapper: Parameterization) -> FactorPair:
+def trained_factors(path: str, wrapper: Parameterization) -> TrainedFactors:
     """Return the factors of a wrapper.
 
     Raises:
@@ -230,7 +230,7 @@ def factor_pair(path: str, wrapper: Parameterization) -> FactorPair:
             f"ChainOfLoRA."
         )
     B, A = cast(list[str], names)
-    return FactorPair(path, wrapper, next(iter(wrapper.axes)), {"A": A, "B": B})
+    return TrainedFactors(path, wrapper, next(iter(wrapper.axes)), {"A": A, "B": B})
 
 
 def random_frame(size: int, units: int, sketch: str, random: torch.Generator) -> Tensor:
