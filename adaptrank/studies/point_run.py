@@ -1,11 +1,8 @@
 """One point of a study: a `fit` in a process of its own, whose result is kept in a folder."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ import yaml
 from adaptrank._files import write_json, write_text
 from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
+from adaptrank.studies.verb_process import run_verb
 
 LONGEST_ERROR = 300
 
@@ -91,23 +89,6 @@ def result_file(out: Path, point: Point) -> Path:
 
 def _fit_command(folder: Path) -> list[str]:
     return ["fit", "--config", str(folder / "config.yaml"), "--runs", str(folder / "runs")]
-
-
-def run_verb(folder: Path, command: Sequence[str]) -> int:
-    """Run a verb in a process of its own, log what it prints, and return its exit code.
-
-    Args:
-        folder: folder of the point, whose `log.txt` grows.
-        command: verb and options.
-    """
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        finished = subprocess.run(
-            [sys.executable, "-m", "adaptrank", *command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    return finished.returncode
 
 
 def _error_sentence(log: Path) -> str:

@@ -16,8 +16,9 @@ from adaptrank._files import write_json, write_text
 from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
 from adaptrank.studies.overlays import Config, merge
-from adaptrank.studies.point_run import base_result, failure, point_folder, result_file, run_verb
+from adaptrank.studies.point_run import base_result, failure, point_folder, result_file
 from adaptrank.studies.study_file import Study
+from adaptrank.studies.verb_process import run_verb
 
 METRICS = "metrics.csv"
 """File of Lightning's CSVLogger."""

@@ -1,0 +1,86 @@
+"""Processes that run a verb of the command line for a study.
+
+A fit of a small model takes as long to import PyTorch and transformers as to train some dozens of
+steps. So the processes are forked from a server that has imported them once.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import cast
+
+import torch
+
+PRELOADED = ["adaptrank.cli.train"]
+"""Modules that the server imports."""
+
+_starts = threading.Lock()
+"""Held where a process is started or its exit code is read.
+
+A start reads the exit codes of other processes as well, and a code can be read once.
+"""
+
+
+def run_verb(folder: Path, command: Sequence[str]) -> int:
+    """Run a verb in a process of its own, log what it prints, and return its exit code.
+
+    Args:
+        folder: folder of the point, whose `log.txt` grows.
+        command: verb and options.
+    """
+    log = folder / "log.txt"
+    return _fork(command, log) if _is_forked() else _start(command, log)
+
+
+def _is_forked() -> bool:
+    """Whether processes are forked from a server.
+
+    A process that was forked after a driver of an accelerator was loaded cannot use it.
+    """
+    is_there = "forkserver" in multiprocessing.get_all_start_methods()
+    return is_there and not torch.accelerator.is_available()
+
+
+def _start(command: Sequence[str], log: Path) -> int:
+    """Run a verb in a fresh interpreter."""
+    with log.open("a", encoding="utf-8") as file:
+        finished = subprocess.run(
+            [sys.executable, "-m", "adaptrank", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    return finished.returncode
+
+
+def _fork(command: Sequence[str], log: Path) -> int:
+    """Run a verb in a process that is forked from the server."""
+    context = cast(ForkServerContext, multiprocessing.get_context("forkserver"))
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run, args=(list(command), log.resolve(), dict(os.environ)))
+    with _starts:
+        process.start()
+    connection.wait([process.sentinel])
+    with _starts:
+        process.join()
+    return process.exitcode or 0
+
+
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    """Run a verb in this process, whose output goes to a file."""
+    from adaptrank.cli import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = ["adaptrank", *command]
+    main(command)
