@@ -9,11 +9,8 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -503,18 +500,21 @@ def fit_here(monkeypatch):
     """Runs of a study in this process, which has imported the packages: the commands they had."""
     commands = []
 
-    def run(command, *, stdout, stderr, env):
-        assert command[:3] == [sys.executable, "-m", "adaptrank"]
-        commands.append(command[3:])
-        try:
-            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-                main(command[3:])
-        except SystemExit as leaving:
-            return SimpleNamespace(returncode=leaving.code)
-        return SimpleNamespace(returncode=0)
+    def run(folder, command):
+        commands.append(command)
+        with (
+            (folder / "log.txt").open("a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            try:
+                main(command)
+            except SystemExit as leaving:
+                return leaving.code
+        return 0
 
-    processes = SimpleNamespace(run=run, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr("adaptrank.studies.point_run.subprocess", processes)
+    for module in ("point_run", "sum_run"):
+        monkeypatch.setattr(f"adaptrank.studies.{module}.run_verb", run)
     return commands
 
 

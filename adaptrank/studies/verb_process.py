@@ -35,10 +35,10 @@ def run_verb(folder: Path, command: Sequence[str]) -> int:
         command: verb and options.
     """
     log = folder / "log.txt"
-    return _fork(command, log) if _is_forked() else _start(command, log)
+    return _fork(command, log) if is_forked() else _start(command, log)
 
 
-def _is_forked() -> bool:
+def is_forked() -> bool:
     """Whether processes are forked from a server.
 
     A process that was forked after a driver of an accelerator was loaded cannot use it.
