@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/training_step.py --data $(DATA)
 	$(VENV)/bin/python benchmarks/fine_tuning_run.py --data $(DATA)
+	$(VENV)/bin/python benchmarks/study_start.py
 	$(VENV)/bin/python benchmarks/waiting.py
 	$(VENV)/bin/python benchmarks/step_profile.py
 	$(VENV)/bin/python benchmarks/targets.py

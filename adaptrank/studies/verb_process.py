@@ -11,16 +11,14 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import cast
 
 import torch
 
 PRELOADED = ["adaptrank.cli.train"]
 """Modules that the server imports."""
 
-_starts = threading.Lock()
+_reading = threading.Lock()
 """Held where a process is started or its exit code is read.
 
 A start reads the exit codes of other processes as well, and a code can be read once.
@@ -35,7 +33,7 @@ def run_verb(folder: Path, command: Sequence[str]) -> int:
         command: verb and options.
     """
     log = folder / "log.txt"
-    return _fork(command, log) if is_forked() else _start(command, log)
+    return fork(command, log) if is_forked() else start(command, log)
 
 
 def is_forked() -> bool:
@@ -47,7 +45,7 @@ def is_forked() -> bool:
     return is_there and not torch.accelerator.is_available()
 
 
-def _start(command: Sequence[str], log: Path) -> int:
+def start(command: Sequence[str], log: Path) -> int:
     """Run a verb in a fresh interpreter."""
     with log.open("a", encoding="utf-8") as file:
         finished = subprocess.run(
@@ -59,15 +57,15 @@ def _start(command: Sequence[str], log: Path) -> int:
     return finished.returncode
 
 
-def _fork(command: Sequence[str], log: Path) -> int:
+def fork(command: Sequence[str], log: Path) -> int:
     """Run a verb in a process that is forked from the server."""
-    context = cast(ForkServerContext, multiprocessing.get_context("forkserver"))
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run, args=(list(command), log.resolve(), dict(os.environ)))
-    with _starts:
+    with _reading:
         process.start()
     connection.wait([process.sentinel])
-    with _starts:
+    with _reading:
         process.join()
     return process.exitcode or 0
 
