@@ -6,14 +6,13 @@ steps. So the processes are forked from a server that has imported them once.
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
-
-import torch
 
 PRELOADED = ["adaptrank.cli.train"]
 """Modules that the server imports."""
@@ -41,6 +40,8 @@ def is_forked() -> bool:
 
     A process that was forked after a driver of an accelerator was loaded cannot use it.
     """
+    import torch
+
     is_there = "forkserver" in multiprocessing.get_all_start_methods()
     return is_there and not torch.accelerator.is_available()
 
@@ -72,8 +73,6 @@ def fork(command: Sequence[str], log: Path) -> int:
 
 def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     """Run a verb in this process, whose output goes to a file."""
-    from adaptrank.cli import main
-
     os.environ.clear()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -81,4 +80,4 @@ def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> N
         os.dup2(descriptor, stream.fileno())
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = ["adaptrank", *command]
-    main(command)
+    runpy.run_module("adaptrank", run_name="__main__")
