@@ -38,12 +38,21 @@ def run_verb(folder: Path, command: Sequence[str]) -> int:
 def is_forked() -> bool:
     """Whether processes are forked from a server.
 
-    A process that was forked after a driver of an accelerator was loaded cannot use it.
+    A forked process imports the program of this process again. The command line does nothing then,
+    but a script of a user may start its study a second time. And a process that was forked after a
+    driver of an accelerator was loaded cannot use that accelerator.
     """
+    if "forkserver" not in multiprocessing.get_all_start_methods() or not _is_command_line():
+        return False
     import torch
 
-    is_there = "forkserver" in multiprocessing.get_all_start_methods()
-    return is_there and not torch.accelerator.is_available()
+    return not torch.accelerator.is_available()
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `python -m adaptrank` or `adaptrank`, and no script of a user."""
+    is_module = sys.modules["__main__"].__package__ == "adaptrank"
+    return is_module or Path(sys.argv[0]).name == "adaptrank"
 
 
 def start(command: Sequence[str], log: Path) -> int:
