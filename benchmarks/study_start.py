@@ -1,42 +1,71 @@
-"""Measure what a forked process saves a run of a study, over one that imports everything anew.
+"""Time to run `configs/smoke.yaml` as a run of a study: forked, over started anew.
 
-Usage: python benchmarks/study_start.py [--rounds 5]
+    python benchmarks/study_start.py [--rounds 5]
 
-The run is configs/smoke.yaml, which trains for a few seconds. Both ways alternate.
+On a CPU `compare` forks its runs from a server that has imported the libraries once. The script
+writes benchmarks/results/study_start.json and docs/results/study_start.md.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import common
 
 from adaptrank.studies import verb_process
 
-CONFIG = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+
+def timed(run: Callable[[Sequence[str], Path], int], folder: str) -> Callable[[], float]:
+    """Return a function that runs one `fit` and returns its seconds."""
+    config = str(common.ROOT / "configs" / "smoke.yaml")
+    log = Path(folder) / "log.txt"
+
+    def fit() -> float:
+        start = time.perf_counter()
+        if run(["fit", "--config", config, "--runs", str(Path(folder) / "runs")], log):
+            raise SystemExit(log.read_text(encoding="utf-8"))
+        return time.perf_counter() - start
+
+    return fit
+
+
+def page(found: dict[str, Any]) -> str:
+    """Write the page of a measurement."""
+    rows = [[name, common.spread(value)] for name, value in found["measured"].items()]
+    parts = [
+        "# Starting the runs of a study",
+        common.paragraph(
+            "A run of `configs/smoke.yaml` in a process that is forked from a server, as `compare`",
+            "does on a CPU, and in a process that imports everything anew. Medians and quartiles",
+            f"of {found['rounds']} rounds. This page is written by",
+            f"`python benchmarks/study_start.py --rounds {found['rounds']}`.",
+        ),
+        common.on(found["machine"]),
+        common.table(["what", "measured"], rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Time both ways in turn, and print medians and the median of the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each way (5)")
+    """Measure both ways in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    seconds: dict[str, list[float]] = {"forked": [], "started": []}
-    ways = {"forked": verb_process.fork, "started": verb_process.start}
     with tempfile.TemporaryDirectory() as folder:
-        fit = ["fit", "--config", str(CONFIG), "--runs", str(Path(folder) / "runs")]
-        log = Path(folder) / "log.txt"
-        verb_process.fork(["--version"], log)  # starts the server
-        for _ in range(rounds):
-            for name, run in ways.items():
-                begin = time.perf_counter()
-                if run(fit, log):
-                    raise SystemExit(log.read_text(encoding="utf-8"))
-                seconds[name].append(time.perf_counter() - begin)
-    ratios = [a / b for a, b in zip(seconds["forked"], seconds["started"], strict=True)]
-    for name, values in seconds.items():
-        print(f"{name:8} {statistics.median(values):5.1f} s")
-    print(f"ratio    {statistics.median(ratios):5.2f}")
+        ways = {"forked": verb_process.fork, "anew": verb_process.start}
+        runs = {name: timed(run, folder) for name, run in ways.items()}
+        seconds = common.interleaved(runs, rounds)
+    measured = {
+        "forked, seconds": common.quartiles(seconds["forked"]),
+        "started anew, seconds": common.quartiles(seconds["anew"]),
+        "forked, over started anew": common.ratios(seconds, "forked", "anew"),
+    }
+    found = {"machine": common.machine(), "rounds": rounds, "measured": measured}
+    common.write("study_start", found, page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":
