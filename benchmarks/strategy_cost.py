@@ -11,7 +11,11 @@ all of them. A round has `every` steps. The first round warms up.
   second round, and for the last one, in which the ledger of merged updates is larger.
 - border: `strategy.step` where a round ends, over a step of plain LoRA at the same turn.
 - memory: numbers that train, each of which takes 16 bytes with Adam in float32 (value, gradient,
-  two moments). Bytes that the forward pass keeps for the backward pass. Bytes of the ledger.
+  two moments). Bytes that the forward pass keeps for the backward pass. Bytes of what earlier
+  rounds left: the ledger, or the frozen directions of SD-LoRA.
+
+SD-LoRA has a task for each round. PT-PEFT has two stages: the first and the second round train the
+prefix alone, and the others all adapters.
 
 The script writes benchmarks/results/strategy_cost.json, and the section "Training strategies" of
 docs/results/allocator_cost.md.
@@ -20,6 +24,8 @@ docs/results/allocator_cost.md.
 import argparse
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,54 +35,86 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank import adapt, backbones
-from adaptrank.parameterizations import LoRA, MergedUpdates, wrappers
+from adaptrank.parameterizations import LoRA, MergedUpdates, Prefix, wrappers
+from adaptrank.parameterizations.decoupled_lora import DecoupledLoRA
 from adaptrank.strategies import STRATEGIES, TrainingStrategy
 
 HEADING = "## Training strategies"
 NAME = "strategy_cost"
 DTYPE = backbones.auto_dtype("auto")
-VARIANTS: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "LoRA, rank 8": (8, "", {}),
-    "ReLoRA, rank 8": (8, "ReLoRA", {"restart_warmup": 1}),
-    "Chain of LoRA, rank 8": (8, "ChainOfLoRA", {}),
-    "RAC-LoRA, rank 16": (16, "RACLoRA", {}),
-    "XGBLoRA, rank 8, a third of the blocks": (8, "XGBLoRA", {}),
-    "XGBLoRA, rank 1, a third of the blocks": (1, "XGBLoRA", {}),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Args:
+        method: makes the wrapper of a linear layer.
+        strategy: class of the strategy, "" for none.
+        arguments: (steps of a round, number of rounds) -> arguments of the strategy.
+        prefix: whether the model has a prefix of 20 tokens as well.
+    """
+
+    method: Callable[[nn.Module], nn.Module]
+    strategy: str = ""
+    arguments: Callable[[int, int], dict[str, Any]] = lambda every, rounds: {"every": every}
+    prefix: bool = False
+
+
+LORA = partial(LoRA, rank=8)
+CASES: dict[str, Case] = {
+    "LoRA, rank 8": Case(LORA),
+    "ReLoRA, rank 8": Case(
+        LORA, "ReLoRA", lambda every, rounds: {"every": every, "restart_warmup": 1}
+    ),
+    "Chain of LoRA, rank 8": Case(LORA, "ChainOfLoRA", lambda every, rounds: {"links": rounds}),
+    "RAC-LoRA, rank 16": Case(partial(LoRA, rank=16), "RACLoRA"),
+    "XGBLoRA, rank 8, a third of the blocks": Case(LORA, "XGBLoRA"),
+    "XGBLoRA, rank 1, a third of the blocks": Case(partial(LoRA, rank=1), "XGBLoRA"),
+    "SD-LoRA, rank 8": Case(
+        partial(DecoupledLoRA, rank=8),
+        "SDLoRA",
+        lambda every, rounds: {"steps_per_task": [every] * rounds},
+    ),
+    "PT-PEFT, 20 tokens and rank 8": Case(
+        LORA, "PTPEFT", lambda every, rounds: {"stage1": 2 * every, "warmup": 1}, prefix=True
+    ),
 }
-"""Name -> rank of LoRA, class of the strategy, and its arguments."""
-PLAIN = next(iter(VARIANTS))
+"""Name -> case. The first one is the baseline."""
+PLAIN = next(iter(CASES))
 
 
 class Variant:
     """A model that makes steps.
 
     Args:
-        name: a key of `VARIANTS`.
+        case: row of the table.
         layers: blocks of the model.
         every: steps of a round.
-        rounds: rounds that are measured.
+        rounds: rounds that are measured, after the one that warms up.
     """
 
-    def __init__(self, name: str, layers: int, every: int, rounds: int) -> None:
-        rank, label, arguments = VARIANTS[name]
-        base = growth.llama(layers, dtype=DTYPE)
-        self.model: nn.Module = adapt(base, "all-linear", partial(LoRA, rank=rank))
+    def __init__(self, case: Case, layers: int, every: int, rounds: int) -> None:
+        self.model: nn.Module = growth.llama(layers, dtype=DTYPE)
+        adapt(self.model, "all-linear", case.method)
+        if case.prefix:
+            self.model = Prefix(self.model, tokens=20)
         self.strategy: TrainingStrategy | None = None
-        total = every * (rounds + 1)
-        if label:
-            cls = STRATEGIES[label]
-            length = {"links": rounds + 1} if label == "ChainOfLoRA" else {"every": every}
-            self.strategy = cls(**length, **arguments)
+        if case.strategy:
+            self.strategy = STRATEGIES[case.strategy](**case.arguments(every, rounds + 1))
             self.strategy.engine.prepare(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
+        groups = parameter_groups(self.model, self.trained)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
         if self.strategy is not None:
-            self.strategy.start(self.model, self.optimizer, total)
-        self.border: list[float] = []
-        """Seconds of each border."""
+            self.strategy.start(self.model, self.optimizer, every * (rounds + 1))
+        self.borders: list[tuple[int, float]] = []
+        """(turn, seconds) of each border."""
+        self.turns = 0
 
     def step(self, x: Tensor) -> float:
         """Make a step, and return its seconds without those of a border."""
+        self.turns += 1
         start = time.perf_counter()
         self.model(inputs_embeds=x).last_hidden_state.square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
@@ -89,22 +127,35 @@ class Variant:
         after = time.perf_counter()
         if event is None:
             return after - start
-        self.border.append(after - end)
+        self.borders.append((self.turns - 1, after - end))
         return end - start
 
     def memory(self, x: Tensor) -> dict[str, int]:
-        """Return numbers that train, bytes kept for the backward pass, and bytes of the ledger."""
+        """Return numbers that train, bytes kept for the backward pass, and bytes of old rounds."""
         trained = sum(p.numel() for p in self.trained if p.requires_grad)
-        ledger = 0
+        stored = 0
         for wrapper in wrappers(self.model):
             if isinstance(wrapper, MergedUpdates):
-                ledger += sum(tensor.nbytes for tensor in wrapper.own_tensors().values())
-        return {"trained": trained, "kept": growth.kept(self.model, x), "ledger": ledger}
+                stored += sum(tensor.nbytes for tensor in wrapper.own_tensors().values())
+            elif isinstance(wrapper, DecoupledLoRA):
+                stored += wrapper.A_past.nbytes + wrapper.B_past.nbytes
+        return {"trained": trained, "kept": growth.kept(self.model, x), "stored": stored}
+
+
+def parameter_groups(model: nn.Module, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the tensors of a prefix, which PT-PEFT trains at a rate of its own, and all others."""
+    prefix: set[int] = set()
+    for wrapper in wrappers(model):
+        if isinstance(wrapper, Prefix):
+            prefix.update(id(tensor) for _, tensor in wrapper.own_parameters())
+    of_prefix = [tensor for tensor in trained if id(tensor) in prefix]
+    others = [tensor for tensor in trained if id(tensor) not in prefix]
+    return [{"params": tensors} for tensors in (of_prefix, others) if tensors]
 
 
 def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
-    """Return the figures of every variant."""
-    variants = {name: Variant(name, layers, every, rounds) for name in VARIANTS}
+    """Return the figures of every case."""
+    variants = {name: Variant(case, layers, every, rounds) for name, case in CASES.items()}
     x = growth.inputs(variants[PLAIN].model, 4, 128).detach().to(DTYPE).requires_grad_()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(every * (rounds + 1)):
@@ -116,13 +167,12 @@ def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:
     figures = {}
     for name, variant in variants.items():
         ratios = [a / b for a, b in zip(seconds[name], plain, strict=True)]
-        # The borders are after the last step of each round but the last one.
-        at_border = [plain[(number + 1) * every - 1] for number in range(rounds)]
-        borders = [a / b for a, b in zip(variant.border, at_border, strict=False)]
+        borders = [duration / plain[turn] for turn, duration in variant.borders]
         figures[name] = {
             "first": common.quartiles(ratios[every : 2 * every]),
             "last": common.quartiles(ratios[-every:]),
-            "border": common.quartiles(borders[1:]) if borders else None,
+            # The first border warms up, where there is another one.
+            "border": common.quartiles(borders[1:] or borders) if borders else None,
             **variant.memory(x),
         }
     return {
@@ -150,7 +200,7 @@ def section(result: dict[str, Any]) -> str:
                 "" if border is None else common.spread(border),
                 f"{row['trained']:,}",
                 f"{row['kept'] / 2**20:.1f}",
-                f"{row['ledger'] / 2**20:.2f}",
+                f"{row['stored'] / 2**20:.2f}",
             ]
         )
     seconds = result["step_seconds"]
@@ -162,8 +212,10 @@ def section(result: dict[str, Any]) -> str:
         f"(random weights, {result['dtype']}), with LoRA on all linear layers. A batch has 4 x 128",
         f"tokens, and a round {every} steps. A step of plain LoRA takes",
         f"{seconds['median']:.3f} s (quartiles {seconds['low']:.3f} to {seconds['high']:.3f}).",
-        "Steps and borders are over such a step at the same turn, with quartiles in brackets. The",
-        f"ledger is that of {rounds} merged rounds. This section is written by",
+        "Steps and borders are over such a step at the same turn, with quartiles in brackets. Old",
+        f"rounds are the ledger of {rounds} merged rounds, or the directions of {rounds} tasks.",
+        "The second round of PT-PEFT belongs to its stage 1, and the last one to stage 2. This",
+        "section is written by",
         f"`python benchmarks/strategy_cost.py {sizes}`.",
     )
     if result["load"] > result["machine"]["cores"] + 1:
@@ -178,7 +230,7 @@ def section(result: dict[str, Any]) -> str:
         "border",
         "numbers that train",
         "MiB kept for the backward pass",
-        "MiB of ledger",
+        "MiB of old rounds",
     ]
     parts = [HEADING, intro, common.on(result["machine"]), common.table(header, rows)]
     return "\n\n".join(parts) + "\n"

@@ -292,3 +292,12 @@ def test_refusals():
     for name, value in (("train", "both"), ("sketch", "sparse")):
         with pytest.raises(UserError, match=f"{name}='{value}' is unknown"):
             RACLoRA(**{name: value})
+
+
+def test_lora_plus_is_refused_because_one_factor_trains():
+    toy = Toy(partial(LoRA, rank=2))
+    toy.lora_plus_ratio = 16.0
+    with pytest.raises(UserError, match=r"lora_plus_ratio=16\.0 .* leave it at 1\.0"):
+        fit(toy, RACLoRA(every=12))
+    toy.lora_plus_ratio = 1.0
+    fit(toy, RACLoRA(every=12))

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import LINEAR_METHODS
-from test_allocators import Toy
+from test_allocators import Toy, fit
 from torch import nn
 
 from adaptrank import testing
@@ -16,6 +16,7 @@ from adaptrank.artifacts import load_adapter, save_adapter
 from adaptrank.axes import rank_axes
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, PiCa, wrapped_layers
+from adaptrank.reports.round_table import round_rows
 from adaptrank.strategies import XGBLoRA, ledger_of
 from adaptrank.strategies.block_groups import group_by_block
 from adaptrank.strategies.methods.xgblora import draw_blocks
@@ -283,3 +284,60 @@ def test_refusals():
             XGBLoRA(**arguments)
     with pytest.raises(UserError, match="restart_warmup=20 is longer than a round"):
         XGBLoRA(every=10, restart_warmup=20)
+
+
+# ---- the loss around a merge
+
+
+class Watched(XGBLoRA, registered=False):
+    """Notes the loss of the toy's first batch around each border."""
+
+    def leave(self, number):
+        self.seen = [float(self.run.model.loss(0))]
+        super().leave(number)
+
+    def describe_border(self, number):
+        if number:
+            self.seen.append(float(self.run.model.loss(0)))
+            self.around.append(self.seen)
+        return super().describe_border(number)
+
+
+def test_the_event_of_a_shrunk_merge_has_the_loss_before_and_after_it():
+    toy, strategy = Toy(partial(LoRA, rank=2)), Watched(every=8, blocks=2, shrinkage=0.5)
+    strategy.around = []
+    fit(toy, strategy)
+    measured = [(event["loss_before"], event["loss_after"]) for event in strategy.round_events[1:]]
+    assert len(measured) == 2
+    torch.testing.assert_close(measured, [tuple(seen) for seen in strategy.around])
+    assert all(after > before for before, after in measured)
+    assert "loss_before" not in strategy.round_events[0]
+
+
+def test_measuring_the_loss_leaves_no_trace_in_the_training():
+    def trained(measured):
+        toy = Toy(partial(LoRA, rank=2, dropout=0.3))
+        strategy = XGBLoRA(every=8, blocks=2, shrinkage=0.5)
+        strategy.preserves_function = not measured
+        torch.manual_seed(1)
+        fit(toy, strategy)
+        assert ("loss_before" in strategy.round_events[-1]) is measured
+        return weights(toy), toy.training
+
+    (with_it, mode), (without, same_mode) = trained(True), trained(False)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=0)
+    assert mode is same_mode
+
+
+def test_a_merge_in_full_measures_nothing():
+    strategy = XGBLoRA(every=8, blocks=2)
+    fit(Toy(partial(LoRA, rank=2)), strategy)
+    assert all("loss_before" not in event for event in strategy.round_events)
+
+
+def test_the_report_shows_the_loss_around_a_merge():
+    rounds = [
+        {"step": 0, "round": 0, "trained": 10},
+        {"step": 8, "round": 1, "trained": 10, "loss_before": 0.5, "loss_after": 0.75},
+    ]
+    assert [row["loss"] for row in round_rows(rounds)] == ["", "0.5 to 0.75"]

@@ -1,7 +1,6 @@
 """The context of a policy: the model, the data and the progress of the run it takes part in."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import Progress, TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis, cost_model, holds, rank_axes, rank_cost
+from adaptrank.training.evaluation import evaluating
 
 Axes = Mapping[str, RankAxis]
 """Axis key -> rank axis, in natural order."""
@@ -250,17 +250,3 @@ class ScoreContext:
 def _all_sizes(model: nn.Module) -> dict[str, int]:
     """Return the units of every axis of a model, of those as well that do not train."""
     return {key: len(axis) for key, axis in rank_axes(model).items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and restore modes and random number generators afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    cuda = next((p.device for p in model.parameters() if p.is_cuda), None)
-    with torch.random.fork_rng(devices=[] if cuda is None else [cuda]):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode

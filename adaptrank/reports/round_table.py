@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptrank.reports.records import COUNT, COUNTS, TEXT, Fields, check_fields, read_lines
+from adaptrank.reports.records import COUNT, COUNTS, NUMBER, TEXT, Fields, check_fields, read_lines
 
 Round = dict[str, Any]
 """One line of rounds.jsonl."""
@@ -19,7 +19,7 @@ ROUND: Fields = {
 }
 """Keys of a line of rounds.jsonl."""
 
-ROUND_OPTIONS: Fields = {"stored": COUNT}
+ROUND_OPTIONS: Fields = {"stored": COUNT, "loss_before": NUMBER, "loss_after": NUMBER}
 """Optional keys of a line of rounds.jsonl."""
 
 
@@ -67,6 +67,14 @@ def round_rows(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             "step": record["step"] + 1,
             "trained": f"{record['trained']:,}",
             "stored": f"{record['stored']:,}" if "stored" in record else "",
+            "loss": _loss_at_border(record),
         }
         for record in rounds
     ]
+
+
+def _loss_at_border(record: Round) -> str:
+    """Return the loss before and after a border that changes the function, else ""."""
+    if "loss_before" not in record or "loss_after" not in record:
+        return ""
+    return f"{record['loss_before']:.4g} to {record['loss_after']:.4g}"

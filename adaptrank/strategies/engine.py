@@ -204,6 +204,15 @@ class RoundEngine:
         self.finish()
         return foreseen
 
+    @property
+    def changes_function(self) -> bool:
+        """Whether borders of the strategy change the function of the model."""
+        return not self.strategy.preserves_function
+
+    def ends_round(self, step: int) -> bool:
+        """Return whether a round ends with an optimizer step, counted from 1."""
+        return self.run.number < self.run.rounds.number(step)
+
     def step(self, step: int | None = None) -> dict[str, Any] | None:
         """Finish an optimizer step, and return the event if a round has begun.
 
@@ -289,7 +298,7 @@ class RoundEngine:
     def _cross_borders(self) -> dict[str, Any] | None:
         """Close the rounds that have ended, and enter those that follow, one by one."""
         run, event = self.run, None
-        while run.number < run.rounds.number(run.steps_done):
+        while self.ends_round(run.steps_done):
             with torch.no_grad():
                 self.strategy.leave(run.number)
             event = self._enter(run.number + 1)

@@ -13,12 +13,14 @@ from lightning.pytorch.strategies import (
 )
 from torch import nn
 
+from adaptrank._collectives import mean
 from adaptrank._errors import UserError
 from adaptrank.allocation import Participant, fit_before_load
 from adaptrank.checkpoints import ensure_recorder
 from adaptrank.strategies.engine import RoundEngine
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.evaluation import evaluating, training_loss
 from adaptrank.training.peers import ensure_peer_watch
 
 if TYPE_CHECKING:
@@ -129,6 +131,12 @@ class StrategyShell(Callback):
                 f"{label} counts the steps of one optimizer, and {type(pl_module).__name__} steps "
                 f"its optimizers itself; use automatic optimization."
             )
+        ratio = getattr(pl_module, "lora_plus_ratio", 1.0)
+        if self.engine.strategy.trains_one_factor and ratio != 1:
+            raise UserError(
+                f"lora_plus_ratio={ratio} is the ratio of the learning rates of two trained "
+                f"factors, and {label} trains one of them at a time; leave it at 1.0."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the adapters back to Lightning's strategy."""
@@ -170,9 +178,15 @@ class StrategyShell(Callback):
         """Finish the optimizer step, if the batch completed one."""
         if trainer.global_step == self.engine.run.steps_done:  # gradients are being accumulated
             return
-        event = self.engine.step(trainer.global_step)
-        if event is not None:
-            pl_module.log("round", float(event["round"]))
+        engine = self.engine
+        measured = engine.ends_round(trainer.global_step) and engine.changes_function
+        before = _loss(trainer, pl_module, batch) if measured else None
+        event = engine.step(trainer.global_step)
+        if event is None:
+            return
+        pl_module.log("round", float(event["round"]))
+        if before is not None:
+            event |= {"loss_before": before, "loss_after": _loss(trainer, pl_module, batch)}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""
@@ -229,6 +243,12 @@ def strategy_of(trainer: Trainer) -> "TrainingStrategy | None":
     """Return the training strategy among the callbacks of a trainer, or None."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, StrategyShell)), None)  # type: ignore[return-value]
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any) -> float:
+    """Return the loss of a training batch in evaluation mode, as a mean over all processes."""
+    with torch.no_grad(), evaluating(module):
+        return float(mean(training_loss(trainer, module, batch)))
 
 
 def _participants(trainer: Trainer) -> list[Participant]:

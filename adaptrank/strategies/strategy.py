@@ -41,7 +41,12 @@ class TrainingStrategy(StrategyShell):
     ranges: ClassVar[Mapping[str, Range]] = {}
     """Numeric argument -> the values that make sense."""
     preserves_function: bool = True
-    """Whether a border leaves the function of the model as it is, in evaluation mode."""
+    """Whether a border leaves the function of the model as it is, in evaluation mode.
+
+    If it does not, the event of the border has the loss before and after it.
+    """
+    trains_one_factor: ClassVar[bool] = False
+    """Whether one factor of each product trains at a time, so that LoRA+ makes no sense."""
     rounds_of_data: ClassVar[bool] = False
     """Whether the data say how long a round is, so that rounds are known only with the data."""
     beside: ClassVar[tuple[str, ...]] = ()

@@ -20,6 +20,7 @@ from adaptrank.axes import fit_ranks
 from adaptrank.checkpoints import ensure_recorder
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.evaluation import training_loss
 from adaptrank.training.peers import ensure_peer_watch
 from adaptrank.training.penalties import add_penalty_gradients
 
@@ -159,7 +160,7 @@ class LightningShell(Callback):
             total_steps = min(total_steps, trainer.max_steps // several)
 
         def loss(batch: Any) -> Tensor:
-            return _training_loss(trainer, pl_module, batch)
+            return training_loss(trainer, pl_module, batch)
 
         engine, participant = self.engine, self.engine.participant
         goes_on, accepts = engine.restored, participant.accept_changes
@@ -321,21 +322,3 @@ class _TrainingData:
                 except StopIteration:
                     return
             yield trainer.strategy.batch_to_device(batch)
-
-
-def _training_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
-    """Return the loss of `training_step`, without a trace in the log."""
-    logs = ("log", "log_dict")
-    for name in logs:
-        module.__dict__[name] = _log_nothing
-    try:
-        with trainer.precision_plugin.train_step_context():
-            output = module.training_step(batch, 0)
-    finally:
-        for name in logs:
-            del module.__dict__[name]
-    return cast(Tensor, output["loss"] if isinstance(output, Mapping) else output)
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a module's `log` while a loss is only evaluated."""

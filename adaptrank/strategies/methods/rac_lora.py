@@ -48,7 +48,7 @@ class RACLoRA(MergeAndRestart):
 
     An allocator may prune: a unit leaves both factors. It may grow: new columns of a frame are
     orthogonal to the present ones, and the trained factor is zero there, so that the function stays
-    the same. LoRA+ means nothing here, because one side trains.
+    the same. LoRA+ is refused, because one side trains.
 
     Source: arXiv:2410.08305. A coin for each link is the side of Bernoulli-LoRA, arXiv:2508.03820.
         The formulas above are tested. Read in reviews only, and not verified, are GLUE averages of
@@ -67,6 +67,7 @@ class RACLoRA(MergeAndRestart):
 
     source = "arXiv:2410.08305"
     ranges = {"every": COUNT}
+    trains_one_factor = True
 
     def __init__(
         self,

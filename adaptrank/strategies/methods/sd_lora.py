@@ -34,10 +34,12 @@ class SDLoRA(TaskRounds):
     function of the model stays the same at the border. Without it c_k is 1, as in the released
     code, and the function jumps.
 
-    `tau` is the variant that drops directions: one that earlier directions of its layer explain up
-    to `tau` of its length leaves its coefficients, and takes no memory. What was not explained is
-    lost. `ranks` is the variant with smaller ranks for later tasks. The released code takes 10 for
-    four tasks, 8 for four, and then 6.
+    `tau` is the variant that drops directions. Earlier directions of the layer explain a new one
+    but for a rest. If the length of the rest is at most `tau` of the whole length, only the
+    coefficients of the new direction are kept, and take no memory. The rest is lost.
+
+    `ranks` is the variant with smaller ranks for later tasks. The released code takes 10 for four
+    tasks, 8 for four, and then 6.
 
     Source: arXiv:2501.13198, and the released code. The paper's figure divides by the norm of the
         product, and the code by the product of the norms. The variant with `tau` has no released

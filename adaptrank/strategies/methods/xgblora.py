@@ -39,9 +39,10 @@ class XGBLoRA(MergeAndRestart):
     Two sizes belong to a run. The events of the rounds have both: `trained`, the numbers that the
     round trains, and `stored`, the numbers in the ledger of merged boosters, which grows.
 
-    With `shrinkage` below 1 a merge changes the function of the model: the loss of the step before
-    the border and of the step after it differ by what is dropped. The boosters of the last round
-    are not merged, and count in full.
+    With `shrinkage` below 1 a merge changes the function of the model. In a run of Lightning the
+    event of such a border has the loss of the last training batch before and after the merge, as
+    `loss_before` and `loss_after`. The boosters of the last round are not merged, and count in
+    full.
 
     The paper's objective is reported to have a penalty lambda (||A||^2 + ||B||^2), and its text to
     have none. The default here is none. `weight_decay: 2 lambda` of torch.optim.Adam or SGD adds
