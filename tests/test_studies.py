@@ -145,6 +145,11 @@ def test_overlays():
         ({"lrs": ["1e-3"]}, "lrs is a list of numbers. YAML reads 1e-3 as a text"),
         ({"baseline": "C"}, "baseline 'C' is none of the methods"),
         ({"selection": None}, "several lrs are selected by trials: selection needs an overlay"),
+        ({"selection": {"mod": "max"}}, "selection: 'mod' is none of overlay, metric, mode"),
+        ({"selection": {"mode": "up"}}, "selection: mode is 'max' or 'min', not 'up'"),
+        ({"selection": {"seeds": []}}, "selection: seeds is a list of whole numbers"),
+        ({"selection": {"seeds": [1, 1]}}, "selection: seeds has the same number twice"),
+        ({"selection": [1]}, "selection is a table with overlay, metric, mode, name, seeds"),
         ({"budgets": None}, r"A has \$budget, and the study no budgets"),
         (
             {"overlay": {"data": "$data/x"}},
@@ -314,6 +319,47 @@ def test_a_selected_rate_at_the_edge_of_those_tried_is_told(tmp_path):
     )
     inside = made(tmp_path, lrs=[0.1, 0.01, 0.001])
     assert "that was tried" not in markdown(inside, rows(inside))
+
+
+class Unsteady(Counted):
+    """Rate 0.1 is better with the first seed, and fails or is worse with the second one."""
+
+    losses = {(0.1, 0): 0.1, (0.1, 1): 0.9, (0.01, 0): 0.3, (0.01, 1): 0.3}
+    missing = ()
+
+    def __call__(self, run, points, out):
+        for result in super().__call__(run, points, out):
+            if result["trial"]:
+                tried = (result["lr"], result["seed"])
+                result["metrics"] = {"loss": self.losses[tried]}
+                if tried in self.missing:
+                    result |= {"metrics": {}, "status": "failed", "error": "broken"}
+                (out / "points" / result["key"] / "result.json").write_text(json.dumps(result))
+            yield result
+
+
+class Failing(Unsteady):
+    losses = {**Unsteady.losses, (0.1, 1): 0.1}
+    missing = ((0.1, 1),)
+
+
+@pytest.mark.parametrize("engine", [Unsteady, Failing])
+def test_several_seeds_of_the_trials_see_what_one_does_not(tmp_path, engine):
+    def chosen(name, **selection):
+        said = {"overlay": {"data": {"slice": True}}, "metric": "loss", **selection}
+        asked = read_study(study(tmp_path, methods={"A": {}}, budgets=None, selection=said))
+        record = run_study(asked, tmp_path / name, linear, engine(), lambda line: None)
+        return record, {result["lr"] for result in record["results"]}
+
+    one, lrs = chosen("one")
+    assert lrs == {0.1}
+    assert len(one["trials"]) == 2
+    several, lrs = chosen("several", seeds=[0, 1])
+    assert lrs == {0.01}
+    assert len(several["trials"]) == 4
+    text = markdown(several, rows(several))
+    assert "by 2 trials for each row (0.1, 0.01) with each of the seeds 0, 1." in text
+    assert "with each of the seeds" not in markdown(one, rows(one))
 
 
 @pytest.mark.parametrize("key", ["model.rnak.x", "model.rank.x", "nothing.at.all.0", ""])

@@ -159,6 +159,7 @@ OPTIONAL_STUDY: Fields = {
     "grid": (table_of(list_of(lambda value: True)), "lists of values by key"),
     "spectra": (lambda value: isinstance(value, bool), "true or false"),
     "search": (optional(record_of(SEARCH)), "a mapping with trials, low and high, or null"),
+    "selection_seeds": (list_of(lambda value: isinstance(value, int)), "a list of whole numbers"),
 }
 """Keys of results.json that a study without a grid or a search may not have."""
 

@@ -142,15 +142,18 @@ def similarities(record: Mapping[str, Any]) -> list[str]:
 
 
 def _trials(record: Mapping[str, Any]) -> str:
-    """Return how many learning rates each row tried, and which."""
+    """Return how many trials each row had, and of which learning rates."""
+    # Studies of earlier versions had one seed.
+    seeds = record.get("selection_seeds") or [0]
+    each = f" with each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     search = record.get("search")
     if search:
         return (
             f"{search['trials']} trials for each row, which Optuna proposed between "
-            f"{search['low']:g} and {search['high']:g} (seed {search.get('seed', 0)})"
+            f"{search['low']:g} and {search['high']:g} (seed {search.get('seed', 0)}){each}"
         )
     rates = ", ".join(f"{rate:g}" for rate in record["lrs"])
-    return f"{len(record['lrs'])} trials for each row ({rates})"
+    return f"{len(record['lrs'])} trials for each row ({rates}){each}"
 
 
 def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:

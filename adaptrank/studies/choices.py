@@ -1,4 +1,4 @@
-"""Parts of a study file that say what is varied or tried: `grid`, `search` and `sums`."""
+"""Parts of a study file that say what is varied or tried."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ Require = Callable[[bool, str], None]
 """(condition, mistake): refuses a study file unless the condition holds."""
 
 SEARCH_KEYS = ("trials", "low", "high", "seed")
+SELECTION_KEYS = ("overlay", "metric", "mode", "name", "seeds")
 SUM_KEYS = ("of", "like", "method", "weights", "options")
 
 GridPoint = tuple[tuple[str, Any], ...]
@@ -42,6 +43,21 @@ def check_grid(grid: Any, require: Require) -> None:
         require(isinstance(values, list) and bool(values), f"grid: {key} needs a list of values")
         texts = [repr(value) for value in values]
         require(len(set(texts)) == len(texts), f"grid: {key} has the same value twice")
+
+
+def check_selection(selection: Any, require: Require) -> None:
+    """Refuse a selection with an unknown key, another mode than max and min, or wrong seeds."""
+    keys = ", ".join(SELECTION_KEYS)
+    require(isinstance(selection, dict), f"selection is a table with {keys}")
+    for key in selection:
+        require(key in SELECTION_KEYS, f"selection: {key!r} is none of {keys}")
+    mode = selection.get("mode", "min")
+    require(mode in ("max", "min"), f"selection: mode is 'max' or 'min', not {mode!r}")
+    if "seeds" in selection:
+        seeds = selection["seeds"]
+        are_seeds = isinstance(seeds, list) and bool(seeds) and all(map(_is_whole, seeds))
+        require(are_seeds, "selection: seeds is a list of whole numbers")
+        require(len(set(seeds)) == len(seeds), "selection: seeds has the same number twice")
 
 
 def check_search(search: Any, lrs: Sequence[float], can_select: bool, require: Require) -> None:

@@ -235,17 +235,19 @@ def _with_units(config: Config, units: int) -> Config:
 def trial_points(study: Study, setting: Setting) -> list[Point]:
     """Return the runs that select the learning rate of a setting.
 
-    There is one for each rate, with the first seed, and none if there is nothing to select.
+    There is one for each rate and each seed of the trials, and none if there is nothing to select.
     """
-    if len(study.lrs) < 2:
-        return []
-    return [trial_point(study, setting, lr) for lr in study.lrs]
+    points: list[Point] = []
+    if len(study.lrs) > 1:
+        for lr in study.lrs:
+            points += rate_trials(study, setting, lr)
+    return points
 
 
-def trial_point(study: Study, setting: Setting, lr: float) -> Point:
-    """Return the run that tries a learning rate for a setting, with the first seed."""
+def rate_trials(study: Study, setting: Setting, lr: float) -> list[Point]:
+    """Return the runs that try a learning rate for a setting, one for each seed of the trials."""
     config = merge(setting.config, study.selection["overlay"])
-    return _point(study, setting, config, lr, study.seeds[0], trial=True)
+    return [_point(study, setting, config, lr, seed, trial=True) for seed in study.trial_seeds]
 
 
 def reported_points(study: Study, setting: Setting, lr: float | None) -> list[Point]:

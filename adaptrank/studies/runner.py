@@ -22,7 +22,7 @@ from adaptrank.studies.key_paths import Accepts
 from adaptrank.studies.point_run import result_file, run_point
 from adaptrank.studies.references import replay_references
 from adaptrank.studies.replays import with_replay
-from adaptrank.studies.search import RunPoints, search_trials
+from adaptrank.studies.search import RunPoints, mean_metric, search_trials
 from adaptrank.studies.study_file import Study
 from adaptrank.studies.sum_run import SumPoint, run_sum, sum_points
 
@@ -181,19 +181,22 @@ def _read_result(out: Path, point: Point) -> Result:
 
 
 def _selected_lr(study: Study, setting: Setting, trial_results: Sequence[Result]) -> float | None:
-    """Return the best learning rate of a setting, or the middle one if all of its trials failed.
+    """Return the best learning rate of a setting, or the middle one if trials of all rates failed.
 
-    Of two equally good rates the lower one is taken. None is the configuration's own rate.
+    A rate counts by its mean over the seeds of the trials. Of two equally good rates the lower one
+    is taken. None is the configuration's own rate.
     """
     if len(study.lrs) < 2 and not study.search:
         return study.lrs[0] if study.lrs else None
-    metric = study.selection["metric"]
-    sign = -1 if study.selection.get("mode", "min") == "max" else 1
-    tried: list[tuple[float, float]] = []
+    trials_of_rates: dict[float, list[Result]] = {}
     for result in trial_results:
-        value = result["metrics"].get(metric, math.nan)
-        if _row_of_result(result) == _row_of(setting) and math.isfinite(value):
-            tried.append((sign * value, result["lr"]))
+        if _row_of_result(result) == _row_of(setting):
+            trials_of_rates.setdefault(result["lr"], []).append(result)
+    tried: list[tuple[float, float]] = []
+    for lr, trials in trials_of_rates.items():
+        value = mean_metric(study, trials)
+        if value is not None:
+            tried.append((study.selection_sign * value, lr))
     if not tried and study.search:
         # Without a result, the middle of the range on the logarithmic scale.
         return float(f"{math.sqrt(study.search['low'] * study.search['high']):.4g}")
@@ -232,6 +235,7 @@ def _record(
         "baseline": study.baseline,
         "selected_on": (study.selection.get("name") or "a slice of train") if selects else None,
         "selected_by": study.selection.get("metric") if selects else None,
+        "selection_seeds": list(study.trial_seeds),
         "reported_on": study.reported_on,
         "lrs": list(study.lrs),
         "search": dict(study.search) or None,

@@ -1,10 +1,10 @@
-"""Learning rates that Optuna proposes, with equal trials for every setting of a study."""
+"""Trials of learning rates: the metric that selects, and rates that Optuna proposes."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from adaptrank.studies.design import Point, Setting, trial_point
+from adaptrank.studies.design import Point, Setting, rate_trials
 from adaptrank.studies.engines import Result
 from adaptrank.studies.study_file import Study
 
@@ -36,18 +36,33 @@ def search_trials(study: Study, settings: Sequence[Setting], run_points: RunPoin
     for number in range(study.search["trials"]):
         trials = [search.ask() for search in searches]
         rates = [_rounded(t.suggest_float("lr", low, high, log=True)) for t in trials]
-        points = [
-            trial_point(study, setting, rate) for setting, rate in zip(settings, rates, strict=True)
-        ]
+        points: list[Point] = []
+        for setting, rate in zip(settings, rates, strict=True):
+            points += rate_trials(study, setting, rate)
         found = run_points(points, f"trials of round {number + 1}")
-        for search, trial, result in zip(searches, trials, found, strict=True):
-            value = result["metrics"].get(study.selection["metric"], math.nan)
-            if math.isfinite(value):
-                search.tell(trial, value)
-            else:
+        seeds = len(study.trial_seeds)
+        for place, (search, trial) in enumerate(zip(searches, trials, strict=True)):
+            value = mean_metric(study, found[seeds * place : seeds * (place + 1)])
+            if value is None:
                 search.tell(trial, state=_failed())
+            else:
+                search.tell(trial, value)
         results += found
     return results
+
+
+def mean_metric(study: Study, trials: Sequence[Result]) -> float | None:
+    """Return the mean of the metric that selects, or None if a trial has no finite value.
+
+    So a rate at which one seed fails is not chosen where another rate has results of all seeds.
+
+    Args:
+        study: the study.
+        trials: trials of one setting at one learning rate, one for each seed.
+    """
+    metric = study.selection["metric"]
+    values = [result["metrics"].get(metric, math.nan) for result in trials]
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else None
 
 
 def _optuna_study(study: Study) -> Any:
@@ -60,7 +75,7 @@ def _optuna_study(study: Study) -> Any:
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction: Literal["minimize", "maximize"] = (
-        "maximize" if study.selection.get("mode", "min") == "max" else "minimize"
+        "maximize" if study.selection_sign < 0 else "minimize"
     )
     sampler = optuna.samplers.TPESampler(seed=study.search.get("seed", 0))
     return optuna.create_study(sampler=sampler, direction=direction)

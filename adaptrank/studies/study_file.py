@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from adaptrank._errors import UserError, did_you_mean
-from adaptrank.studies.choices import check_grid, check_search, check_sums
+from adaptrank.studies.choices import check_grid, check_search, check_selection, check_sums
 from adaptrank.studies.overlays import Config, contains, map_texts, merge
 from adaptrank.studies.references import check_replays
 
@@ -76,8 +76,9 @@ class Study:
         lr_key: dotted path of the learning rate.
         seed_keys: dotted paths of the seed.
         selection: how trials select a learning rate. `overlay` is laid over a configuration, and
-            names data that is not reported on. `metric` and `mode` ("min" by default) select.
-            `name` describes the data, "a slice of train" by default.
+            names data that is not reported on. `metric` and `mode` ("min" by default) select, by
+            the mean over the `seeds` of the trials, which are the first seed by default. `name`
+            describes the data, "a slice of train" by default.
         metric: reported metric.
         mode: "max" if more of the metric is better, "min" if less is.
         baseline: name of the method that others are tested against.
@@ -104,6 +105,17 @@ class Study:
     mode: str
     baseline: str | None
     reported_on: str
+
+    @property
+    def trial_seeds(self) -> Sequence[int]:
+        """Seeds of the runs that try a learning rate."""
+        seeds: Sequence[int] = self.selection.get("seeds") or self.seeds[:1]
+        return seeds
+
+    @property
+    def selection_sign(self) -> int:
+        """-1 if more of the metric of the selection is better, 1 if less is."""
+        return -1 if self.selection.get("mode", "min") == "max" else 1
 
 
 def read_study(
@@ -221,6 +233,7 @@ def _check_study(study: Study, file: Path) -> None:
         f"baseline {study.baseline!r} is none of the methods",
         file,
     )
+    check_selection(study.selection, lambda holds, mistake: _require(holds, mistake, file))
     _require(
         len(study.lrs) < 2 or _can_select(study.selection),
         "several lrs are selected by trials: selection needs an overlay, with data that is not "
