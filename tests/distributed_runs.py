@@ -40,6 +40,8 @@ from adaptrank.allocation.plans import Resize
 from adaptrank.axes import rank_axes
 from adaptrank.optimizers import LoRARITE
 from adaptrank.parameterizations import HyperAdapt, LoRA
+from adaptrank.parameterizations.decoupled_lora import DecoupledLoRA
+from adaptrank.strategies import RACLoRA, ReLoRA, SDLoRA, XGBLoRA
 from adaptrank.training.distributed import shard_frozen
 from adaptrank.training.finite import FiniteWeights, NotFiniteError
 
@@ -199,6 +201,22 @@ SCENARIOS = {
         {},
     ),
     "directions": (partial(Shared, partial(LoRA, rank=4)), lambda: EVA(rho=4, max_batches=1), {}),
+    "relora": (
+        partial(Shared, partial(LoRA, rank=2)),
+        lambda: ReLoRA(every=4, restart_warmup=2),
+        {"accumulate_grad_batches": 2},
+    ),
+    "rac_lora": (partial(Shared, partial(LoRA, rank=2)), lambda: RACLoRA(every=4), {}),
+    "xgblora": (
+        partial(Shared, partial(LoRA, rank=2)),
+        lambda: XGBLoRA(every=4, blocks=2, shrinkage=0.5),
+        {},
+    ),
+    "sd_lora": (
+        partial(Shared, partial(DecoupledLoRA, rank=2)),
+        lambda: SDLoRA(steps_per_task=[4, 4, 4]),
+        {"accumulate_grad_batches": 2},
+    ),
     "activations": (Shared, lambda: Activations(budget=6, soft=False, **PHASES), {}),
 }
 
@@ -217,12 +235,14 @@ def strategy():
     return DDPStrategy(process_group_backend="gloo")
 
 
-def left(folder, name, model, trainer, allocator):
+def left(folder, name, model, trainer, callback):
+    """Save all tensors and the events of an allocator or of a training strategy."""
     tensors = {key: value.detach().clone() for key, value in everything(model, trainer).items()}
     tensors = {
         key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()
     }
-    torch.save((tensors, allocator.events), folder / f"{name}.{WORLD}.{RANK}.pt")
+    events = getattr(callback, "round_events", None) or callback.events
+    torch.save((tensors, events), folder / f"{name}.{WORLD}.{RANK}.pt")
 
 
 def run(folder, name):

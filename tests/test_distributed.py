@@ -33,6 +33,7 @@ NAMES = (
     "variance",
     "directions",
 )
+STRATEGIES = ("relora", "rac_lora", "xgblora", "sd_lora")
 LAST = {"dylora": 12, "directions": 0}
 """The step of the last event of those that act at the end, or at the start, alone."""
 
@@ -109,7 +110,7 @@ def launcher():
 def folder(tmp_path_factory, launcher):
     """What all scenarios leave, of one process and of two."""
     folder = tmp_path_factory.mktemp("runs")
-    for _, code, output in launcher.finished(folder, [*NAMES, "tokens"], 2, 1):
+    for _, code, output in launcher.finished(folder, [*NAMES, *STRATEGIES, "tokens"], 2, 1):
         assert code == 0, output
     return folder
 
@@ -137,6 +138,25 @@ def test_two_processes_are_one_with_the_whole_batch(folder, name):
         )
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_rounds_of_two_processes_are_those_of_one(folder, name):
+    want, events = load(folder, name, 1, 0)
+    first, its_events = load(folder, name, 2, 0)
+    second, others = load(folder, name, 2, 1)
+    assert its_events == others
+    assert [event["step"] for event in its_events] == [0, 4, 8]
+    assert first.keys() == second.keys() == want.keys()
+    assert all(torch.equal(first[key], second[key]) for key in want)
+    for have, exact in zip(its_events, events, strict=True):
+        for key in ("loss_before", "loss_after"):
+            assert have.pop(key, 0) == pytest.approx(exact.pop(key, 0), rel=1e-9)
+        assert have == exact
+    for key, value in want.items():
+        torch.testing.assert_close(
+            first[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
 def test_a_step_is_the_mean_over_the_tokens_of_both_processes(folder):
     """Batches of unequal length are accumulated, and one process has a batch without a label."""
     want, losses = load(folder, "tokens", 1, 0)
@@ -148,7 +168,7 @@ def test_a_step_is_the_mean_over_the_tokens_of_both_processes(folder):
             torch.testing.assert_close(have[key], value, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *STRATEGIES])
 def test_a_resume_is_exact_under_two_processes(folder, name):
     whole, events = load(folder, name, 2, 0)
     for rank in (0, 1):
