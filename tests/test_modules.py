@@ -416,6 +416,54 @@ def test_a_norm_that_trains_inside_a_half_precision_backbone_is_float32_and_cast
     )
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "trained", [["encoder"], ["embeddings", "encoder"], ["attention"], ["layer.0"], ["pooler"]]
+)
+def test_parts_of_an_encoder_that_train_whole_take_and_give_half_precision(
+    tiny_bert, tmp_path, trained, dtype
+):
+    adapted = ["query"] if trained == ["pooler"] else ["pooler.dense"]
+
+    def outputs(dtype):
+        module = SequenceClassification(
+            tiny_bert,
+            [Adapter([HyperAdapt], targets=adapted)],
+            num_labels=3,
+            train_modules=trained,
+            dtype=dtype,
+        )
+        data = labelled(tmp_path)
+        fit(module, data, max_steps=1)
+        batch = next(iter(data.val_dataloader()))
+        with torch.no_grad():
+            return module, module.eval()(batch).float()
+
+    module, half = outputs(dtype)
+    _, full = outputs("fp32")
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    parts = [part for path, part in module.model.named_modules() if path.endswith(trained[0])]
+    for part in parts:
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("trained", [["layers.0"], ["self_attn"], ["mlp"], ["embed_tokens"]])
+def test_parts_of_a_decoder_that_train_whole_take_and_give_half_precision(tiny_llama, trained):
+    losses = []
+    for dtype in ("bf16", "fp32"):
+        module = CausalLM(
+            tiny_llama,
+            [Adapter([LoRA], targets=["lm_head"])],
+            dtype=dtype,
+            train_modules=trained,
+            max_new_tokens=3,
+        )
+        trainer = fit(module, problems(), max_steps=2)
+        (result,) = trainer.validate(module, datamodule=problems(), verbose=False)
+        losses.append(result["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_a_decoder_classifies(tiny_llama, tmp_path):
     module = SequenceClassification(tiny_llama, [Adapter([LoRA])], num_labels=3, dtype="fp32")
     fit(module, labelled(tmp_path), max_steps=2)
