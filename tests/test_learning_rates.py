@@ -30,6 +30,7 @@ from adaptrank.parameterizations import (
     SVD,
     DoRA,
     HyperAdapt,
+    Kronecker,
     LoRA,
     TensorKind,
     on_example,
@@ -418,23 +419,59 @@ def test_a_rate_far_from_those_that_were_tried_is_told(make, rates, methods):
     optimizer = build_optimizer(model, make, learning_rates=rates)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
     sentences = list(unusual_rates(model, [optimizer]))
+    named = {"HyperAdapt": HyperAdapt, "LoRA": LoRA}
     assert [sentence.split()[0] for sentence in sentences] == methods
     for sentence in sentences:
-        assert sentence.endswith(
-            "Its study tried 0.0003 to 0.01 with AdamW (docs/results/study_budgets.md)."
-        )
+        assert sentence.endswith(f"({named[sentence.split()[0]].tried_rates.page}).")
+        assert f"and chose {named[sentence.split()[0]].tried_rates.chosen:g}" in sentence
 
 
 def test_the_ranges_are_those_of_the_page():
     studied = [cls for cls in METHODS if "tried_rates" in vars(cls)]
     assert studied
     for cls in studied:
-        low, high, page = cls.tried_rates
+        low, high, chosen, page = cls.tried_rates
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert f"| {cls.__name__} |" in text
+        header, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        column = header.index("lr")
+        rates_of_rows = {
+            row[0].removeprefix("| "): row[column] for row in rows if len(row) > column
+        }
+        own_rows = [name for name in rates_of_rows if name.split()[0] == cls.__name__]
+        assert f"{chosen:g}" in [rates_of_rows[name] for name in own_rows]
         (listed,) = re.findall(r"trials for each row \(([\d., ]+)\)", text)
         rates = [float(rate) for rate in listed.split(",")]
         assert (min(rates), max(rates)) == (low, high)
+
+
+def test_studied_rates_are_those_that_the_studies_chose():
+    model = toy(HyperAdapt, LoRA, Kronecker)
+    optimizer = build_optimizer(model, partial(torch.optim.AdamW, lr=2e-4), 1.0, "studied")
+    rates = {group["name"].split("-")[0]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {
+        "HyperAdapt": HyperAdapt.tried_rates.chosen,
+        "LoRA": LoRA.tried_rates.chosen,
+        "others": 2e-4,
+    }
+    named = {"HyperAdapt": HyperAdapt.tried_rates.chosen, "LoRA": LoRA.tried_rates.chosen}
+    stated = build_optimizer(
+        toy(HyperAdapt, LoRA, Kronecker), partial(torch.optim.AdamW), 1.0, named
+    )
+    assert [group["name"] for group in stated.param_groups] == [
+        group["name"] for group in optimizer.param_groups
+    ]
+
+
+def test_studied_rates_need_a_method_with_a_study():
+    class Own(LoRA, listed=False):
+        """A method that no study tried."""
+
+    with pytest.raises(
+        UserError, match=r"learning_rates: studied .* this model has Kronecker, Own\."
+    ):
+        parameter_groups(toy(Kronecker, Own), learning_rates="studied")
+    with pytest.raises(UserError, match="learning_rates='best' makes no sense"):
+        parameter_groups(toy(LoRA), learning_rates="best")
 
 
 # ---- from the command line
@@ -488,3 +525,18 @@ def test_the_command_names_a_wrong_key(tiny_llama, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "'HypeAdapt' names nothing that trains here. Did you mean 'HyperAdapt'?" in said
     assert "Traceback" not in said
+
+
+def test_studied_rates_from_the_command_line(tiny_llama, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(configuration(tiny_llama, "studied")))
+    main(["plan", "--config", str(file), "--json"])
+    in_file = json.loads(capsys.readouterr().out)["learning_rates"]
+    chosen = {cls.__name__: cls.tried_rates.chosen for cls in (HyperAdapt, LoRA)}
+    assert {name: group["lr"] for name, group in in_file.items()} == chosen
+    file.write_text(yaml.safe_dump(configuration(tiny_llama, None)))
+    main(["plan", "--config", str(file), "--json", "--model.learning_rates", "studied"])
+    assert json.loads(capsys.readouterr().out)["learning_rates"] == in_file
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(file), "--model.learning_rates", "studed"])
+    assert "learning_rates" in capsys.readouterr().err

@@ -41,5 +41,6 @@ def unusual_rates(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator
             if not tried.low / FAR <= rate <= tried.high * FAR:
                 yield (
                     f"{method.__name__} trains at a learning rate of {rate:g}. Its study tried "
-                    f"{tried.low:g} to {tried.high:g} with AdamW ({tried.page})."
+                    f"{tried.low:g} to {tried.high:g} with AdamW, and chose {tried.chosen:g} "
+                    f"({tried.page})."
                 )

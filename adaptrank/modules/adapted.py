@@ -108,7 +108,8 @@ class AdaptedModule(LightningModule):
             train, and with `resize_tokens: true` all rows.
         learning_rates: own learning rates of parts of what trains, in place of that of the
             optimizer: {HyperAdapt: 0.01, LoRA: 0.001}. A key is a method, one of its tensors
-            (LoRA.B), a kind of tensor (scales), an adapter, or a module that trains whole.
+            (LoRA.B), a kind of tensor (scales), an adapter, or a module that trains whole. Or
+            "studied": each method has the rate of AdamW that its study chose, where it has one.
     """
 
     accept_changes: bool = False
@@ -140,7 +141,7 @@ class AdaptedModule(LightningModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
         added_tokens: list[str] | None = None,
-        learning_rates: dict[str, Any] | None = None,
+        learning_rates: dict[str, Any] | Literal["studied"] | None = None,
     ) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(fill_frozen)  # type: ignore[no-untyped-call]

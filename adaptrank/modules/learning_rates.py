@@ -10,14 +10,21 @@ A key names tensors in one of these ways. The first that fits a tensor decides i
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank._options import NOT_NEGATIVE, check_number
-from adaptrank.parameterizations import plain_name, pretrained_part, wrappers
+from adaptrank.parameterizations import (
+    Parameterization,
+    plain_name,
+    pretrained_part,
+    wrappers,
+)
 
+STUDIED: Literal["studied"] = "studied"
+"""Value of `learning_rates` that gives each method the rate which its study chose."""
 HEAD = "head"
 """Key of what trains outside of the pretrained body, such as a classifier."""
 MODULES = "modules"
@@ -40,18 +47,24 @@ class Names(NamedTuple):
     kind: str
 
 
-def check_rates(learning_rates: Any) -> dict[str, float]:
-    """Check the option `learning_rates` without the model, and return the rate of each key.
+Rates = dict[str, float] | Literal["studied"]
+"""The option `learning_rates`, checked: the rate of each key, or `STUDIED`."""
+
+
+def check_rates(learning_rates: Any) -> Rates:
+    """Check the option `learning_rates` without the model, and return it.
 
     Raises:
         UserError: naming the key, its value and what fits.
     """
     if learning_rates is None:
         return {}
+    if learning_rates == STUDIED:
+        return STUDIED
     if not isinstance(learning_rates, Mapping):
         raise UserError(
             f"learning_rates={learning_rates!r} makes no sense. Give names and their rates, such "
-            f"as {{HyperAdapt: 0.01, LoRA: 0.001}}."
+            f"as {{HyperAdapt: 0.01, LoRA: 0.001}}, or studied."
         )
     rates: dict[str, float] = {}
     for key, rate in _flat(learning_rates):
@@ -82,6 +95,37 @@ def _read_rate(key: str, rate: Any) -> float:
             rate = float(rate)
     check_number(f"learning_rates: {key}", rate, NOT_NEGATIVE)
     return float(rate)
+
+
+def rates_of_model(model: nn.Module, learning_rates: Any) -> dict[str, float]:
+    """Return the rate of each key of the option `learning_rates` for a model.
+
+    Args:
+        model: the adapted model.
+        learning_rates: the option. "studied" gives each method the rate that its study chose, and
+            the optimizer's own rate to a method without a study.
+
+    Raises:
+        UserError: if the option makes no sense, or if no method of the model has a study.
+    """
+    rates = check_rates(learning_rates)
+    if not isinstance(rates, str):
+        return rates
+    present = [type(wrapper) for wrapper in wrappers(model) if _trains(wrapper)]
+    # A class that derives from a method was not studied itself.
+    studied = {method: vars(method).get("tried_rates") for method in present}
+    chosen = {method.__name__: tried.chosen for method, tried in studied.items() if tried}
+    if not chosen:
+        names = ", ".join(dict.fromkeys(method.__name__ for method in present)) or "no method"
+        raise UserError(
+            f"learning_rates: studied needs a method with a study of its rates, and this model has "
+            f"{names}. Give rates, such as {{LoRA: 0.001}}, or leave it out."
+        )
+    return chosen
+
+
+def _trains(wrapper: Parameterization) -> bool:
+    return any(parameter.requires_grad for _, parameter in wrapper.own_parameters())
 
 
 def match_rates(model: nn.Module, learning_rates: Mapping[str, float]) -> dict[int, str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adaptrank._errors import UserError
-from adaptrank.modules.learning_rates import check_rates, check_ratio, match_rates
+from adaptrank.modules.learning_rates import check_ratio, match_rates, rates_of_model
 from adaptrank.optimizers import apply_lora_plus, bind, closing_factors, exempt_from_decay
 
 OTHERS = "others"
@@ -32,7 +32,7 @@ def build_optimizer(
     model: nn.Module,
     make: Callable[[Iterable[Any]], torch.optim.Optimizer],
     lora_plus_ratio: float = 1.0,
-    learning_rates: Mapping[str, Any] | None = None,
+    learning_rates: Mapping[str, Any] | str | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over `parameter_groups`, with fused steps where it can.
 
@@ -79,7 +79,7 @@ def _make(
 def parameter_groups(
     model: nn.Module,
     lora_plus_ratio: float = 1.0,
-    learning_rates: Mapping[str, Any] | None = None,
+    learning_rates: Mapping[str, Any] | str | None = None,
 ) -> list[dict[str, Any]]:
     """Group trainable parameters by learning rate, by weight decay and, for LoRA+, by closing.
 
@@ -95,12 +95,13 @@ def parameter_groups(
             a method ("LoRA"), an adapter by its name, or a kind of tensor ("scales"). Outside of
             wrappers it is the path or the last name of a module that trains whole, "head" or
             "modules". The first of these that names a tensor decides. The groups then have names.
+            "studied" gives each method the rate that its study chose.
 
     Raises:
         UserError: for a key that names nothing, if a LoRA+ ratio is requested and no method has a
             closing factor, or if no layer has a unit and nothing else trains.
     """
-    rates = check_rates(learning_rates)
+    rates = rates_of_model(model, learning_rates)
     has_ratio = lora_plus_ratio != 1.0
     closing = closing_factors(model) if has_ratio else set()
     if has_ratio and not closing:

@@ -49,7 +49,7 @@ class DoRA(Parameterization):
     # Weight decay on the magnitude would shrink the layer itself.
     no_decay = ("m",)
     kinds = {"m": TensorKind.MAGNITUDES}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
     exact_gradient = {"detach_norm": False}
     squares: Tensor | None
     """||W_j||^2 of the rows, (m,), or None before it is computed."""

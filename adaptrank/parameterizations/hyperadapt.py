@@ -37,7 +37,7 @@ class HyperAdapt(Parameterization):
     reads_weight = True
     no_decay = ("da", "dc")
     kinds = {"da": TensorKind.SCALES, "dc": TensorKind.SCALES}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 1e-2, "docs/results/study_budgets.md")
 
     def __init__(self, base: nn.Module, *, rows: bool = True, cols: bool = True) -> None:
         super().__init__(base)

@@ -45,7 +45,7 @@ class LoRA(LowRankUpdate):
     source = "arXiv:2106.09685"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
     capabilities = DEFAULT_CAPABILITIES | {
         Capability.MATRIX_RANK,
         Capability.INPUT_DIRECTIONS,

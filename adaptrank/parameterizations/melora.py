@@ -46,7 +46,7 @@ class MELoRA(LowRankUpdate):
     source = "arXiv:2402.17263"
     reads_blocks = True
     axes = {"rank": {"A": 0, "block": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
     capabilities = DEFAULT_CAPABILITIES | {
         Capability.MATRIX_RANK,
         Capability.INPUT_DIRECTIONS,

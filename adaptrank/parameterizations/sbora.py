@@ -44,7 +44,7 @@ class SBoRA(LowRankUpdate):
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
     capabilities = frozenset(
         {
             Capability.GROW,

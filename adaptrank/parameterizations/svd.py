@@ -43,7 +43,7 @@ class SVD(LowRankUpdate):
     input_factor = {"rank": "Q"}
     no_decay = ("l",)
     kinds = {"l": TensorKind.SCALES}
-    tried_rates = TriedRates(3e-4, 1e-2, "docs/results/study_budgets.md")
+    tried_rates = TriedRates(3e-4, 1e-2, 1e-2, "docs/results/study_budgets.md")
 
     def __init__(
         self,

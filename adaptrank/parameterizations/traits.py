@@ -12,16 +12,18 @@ from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
 class TriedRates(NamedTuple):
-    """Learning rates of Adam or AdamW that a study of a method tried.
+    """Learning rates of AdamW that a study of a method tried.
 
     Args:
         low: smallest rate.
         high: largest rate.
+        chosen: rate that its trials chose.
         page: page of the documentation with the study.
     """
 
     low: float
     high: float
+    chosen: float
     page: str
 
 
