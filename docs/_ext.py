@@ -479,6 +479,21 @@ def strategy_table() -> str:
     return table(rows, "strategy", "methods", "allocators", "function at a border")
 
 
+def studied_rates_table() -> str:
+    """Return a table of the methods whose learning rate a study chose."""
+    from adaptrank.parameterizations import PARAMETERIZATIONS
+
+    rows = []
+    for name, cls in own(PARAMETERIZATIONS).items():
+        tried = vars(cls).get("tried_rates")
+        if tried is not None:
+            page = Path(tried.page).relative_to("docs")
+            study = f"[{page.stem.removeprefix('study_').replace('_', ' ')}]({page})"
+            span = f"{tried.low:g} to {tried.high:g}"
+            rows.append((f"[{name}](methods/{name}.md)", f"{tried.chosen:g}", span, study))
+    return table(rows, "method", "rate that its trials chose", "rates tried", "study")
+
+
 def _which(cells: Mapping[str, str]) -> str:
     """Return the names that work or, if these are fewer, all but the names that do not."""
     works = [name for name, cell in cells.items() if cell == "works"]
@@ -532,6 +547,13 @@ class Strategies(SphinxDirective):
         return self.parse_text_to_nodes(strategy_table())
 
 
+class StudiedRates(SphinxDirective):
+    """Directive ```{studied-rates}```: a table of the rates that studies of methods chose."""
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(studied_rates_table())
+
+
 def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Convert a docstring from plain text with code spans to reStructuredText.
 
@@ -577,6 +599,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directive and the hooks."""
     app.add_directive("keys", Keys)
     app.add_directive("strategies", Strategies)
+    app.add_directive("studied-rates", StudiedRates)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / FOLDER))
     app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", keep_attributes, priority=900)  # after it

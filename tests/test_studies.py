@@ -618,6 +618,7 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):
     record = json.loads((here / "runs/studies/study/results.json").read_text())
     (result,) = record["results"]
     assert result["num_trainable_params"] == 256
+    assert result["dtype"] in ("float32", "bfloat16")
     assert result["units_final"] == 4
     assert result["file_size"] > 1000
     assert (here / "runs/studies/study/report/index.html").is_file()
@@ -927,3 +928,13 @@ def test_points_on_a_ray_of_two_workers(tmp_path, tiny_llama, monkeypatch):
     finally:
         ray.shutdown()
     assert [(r["seed"], r["status"]) for r in record["results"]] == [(0, "success"), (1, "success")]
+
+
+def test_a_report_says_the_dtype_of_the_frozen_weights(tmp_path):
+    record = made(tmp_path)
+    assert "Frozen weights" not in markdown(record, rows(record))
+    for result in record["results"]:
+        result["dtype"] = "bfloat16"
+    assert "Frozen weights were held in bfloat16." in markdown(record, rows(record))
+    record["results"][0]["dtype"] = "float32"
+    assert "Frozen weights were held in bfloat16 and float32." in markdown(record, rows(record))

@@ -70,6 +70,9 @@ def summarize(
         "saved": dict(saved or {"weights": "last", "step": steps, "of": steps}),
         "peak_memory_bytes": peak_memory(),
     }
+    dtype: torch.dtype | None = getattr(module, "frozen_dtype", None)
+    if dtype is not None:
+        figures["dtype"] = str(dtype).removeprefix("torch.")
     if rounds:
         figures["rounds"] = _rounds(rounds, model)
     return figures

@@ -145,6 +145,7 @@ CHANGE: Fields = {
 
 OPTIONAL_RESULT: Fields = {
     "grid": IS_TABLE,
+    "dtype": (optional(is_text), "a text or null"),
     "against": (optional(is_text), "a text or null"),
     "of": (list_of(is_text), "a list of texts"),
     "num_trainable_params_peak": NUMBER,

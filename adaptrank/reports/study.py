@@ -186,6 +186,10 @@ def _explanation(record: Mapping[str, Any], text: Escape, code: Escape) -> str:
         "Trainable parameters and units are those at the end, heads included. At the peak they "
         "include closed units."
     )
+    # `dtype: auto` depends on the machine. Runs of earlier versions do not say it.
+    dtypes = {result["dtype"] for result in record["results"] if result.get("dtype")}
+    if dtypes:
+        sentences.append(f"Frozen weights were held in {' and '.join(sorted(dtypes))}.")
     if record.get("spectra"):
         sentences.append(
             "Ranks and size of the change D of a weight W are means over layers and seeds. "

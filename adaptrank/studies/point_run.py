@@ -124,6 +124,7 @@ def _facts(run: Path) -> Result:
         "accelerator_memory_max": summary["peak_memory_bytes"],
         "file_size": sum(file.stat().st_size for file in weights),
         "ranks": _read_json(ranks) if ranks.is_file() else {},
+        "dtype": summary.get("dtype"),
     }
 
 
