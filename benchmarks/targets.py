@@ -54,6 +54,20 @@ def verdict(value: float, asked: float) -> str:
     return "met" if value <= asked else "**short**"
 
 
+def earlier(workloads: dict[str, Any]) -> str:
+    """Return a sentence about the workloads that were not measured again, or ""."""
+    old = [name for name, by_dtype in workloads.items() if "note" in by_dtype]
+    if not old:
+        return ""
+    sentence = common.paragraph(
+        f"That is the machine of stack. The rows of {', '.join(old)}, and those with the numbers 3",
+        "to 7, are from before adapters launched fewer kernels and steps stopped reading the",
+        "device (see [operations per adapted layer](operation_counts.md)). Their pages say the",
+        "machine.",
+    )
+    return f"\n\n{sentence}"
+
+
 def main() -> None:
     rows: list[list[str]] = []
 
@@ -136,7 +150,7 @@ def main() -> None:
                 "page of its own, and `python benchmarks/targets.py` writes this table. Another",
                 "page shows how cost [grows with size](growth.md).",
             ),
-            common.on(steps["stack"]["machine"]),
+            f"{common.on(steps['stack']['machine'])}{earlier(steps)}",
             common.table(["target", "measured", "at most", ""], rows),
             "## Where it falls short, and why",
             common.bullets(*short),

@@ -15,7 +15,8 @@ default of both libraries), and dropping the gradients. HF PEFT is compared wher
 - wide: four linear layers between 2048 and 4096, with 512 tokens, where nothing hides the adapter.
 
 In a round every variant makes one step. Ratios are taken within a round, and the table has medians
-and quartiles. Earlier figures of other workloads stay on the page. The script writes
+and quartiles. Earlier figures of other workloads stay on the page, with the `note` that stands in
+the JSON file. The script writes
 benchmarks/results/training_step.json and docs/results/training_step.md.
 """
 
@@ -283,7 +284,8 @@ def page(found: Mapping[str, Any]) -> str:
         said = common.paragraph(
             f"The floor takes {floors}. There were {by_dtype['rounds']} rounds.",
             common.on(by_dtype["machine"]),
-        )
+            by_dtype.get("note", ""),
+        ).rstrip()
         parts += [f"## {workload}", said, common.table(header, rows)]
     return "\n\n".join(parts) + "\n"
 

@@ -485,13 +485,12 @@ def studied_rates_table() -> str:
 
     rows = []
     for name, cls in own(PARAMETERIZATIONS).items():
-        tried = vars(cls).get("tried_rates")
-        if tried is not None:
-            page = Path(tried.page).relative_to("docs")
+        studied = vars(cls).get("studied_rate")
+        if studied is not None:
+            page = Path(studied.page).relative_to("docs")
             study = f"[{page.stem.removeprefix('study_').replace('_', ' ')}]({page})"
-            span = f"{tried.low:g} to {tried.high:g}"
-            rows.append((f"[{name}](methods/{name}.md)", f"{tried.chosen:g}", span, study))
-    return table(rows, "method", "rate that its trials chose", "rates tried", "study")
+            rows.append((f"[{name}](methods/{name}.md)", f"{studied.rate:g}", study))
+    return table(rows, "method", "rate", "study")
 
 
 def _which(cells: Mapping[str, str]) -> str:

@@ -113,8 +113,8 @@ def rates_of_model(model: nn.Module, learning_rates: Any) -> dict[str, float]:
         return rates
     present = [type(wrapper) for wrapper in wrappers(model) if _trains(wrapper)]
     # A class that derives from a method was not studied itself.
-    studied = {method: vars(method).get("tried_rates") for method in present}
-    chosen = {method.__name__: tried.chosen for method, tried in studied.items() if tried}
+    studied = {method: vars(method).get("studied_rate") for method in present}
+    chosen = {method.__name__: found.rate for method, found in studied.items() if found}
     if not chosen:
         names = ", ".join(dict.fromkeys(method.__name__ for method in present)) or "no method"
         raise UserError(

@@ -19,7 +19,7 @@ from adaptrank.parameterizations.merged_updates import MergedUpdates, insert_led
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.starting import built_again, start_scale
 from adaptrank.parameterizations.tensor_kinds import TensorKind
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 from adaptrank.parameterizations.traversal import (
     adapted_part,
     adapter_parameters,
@@ -64,8 +64,8 @@ __all__ = [
     "MergedUpdates",
     "ModuleWrapper",
     "Parameterization",
+    "StudiedRate",
     "TensorKind",
-    "TriedRates",
     "adapted_part",
     "adapter_parameters",
     "built_again",

@@ -16,7 +16,7 @@ from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.lora import AXES_OF_EMBEDDING
 from adaptrank.parameterizations.tensor_kinds import TensorKind
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class DoRA(Parameterization):
@@ -49,7 +49,7 @@ class DoRA(Parameterization):
     # Weight decay on the magnitude would shrink the layer itself.
     no_decay = ("m",)
     kinds = {"m": TensorKind.MAGNITUDES}
-    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(1e-3, "docs/results/study_hyperadapt_trec.md")
     exact_gradient = {"detach_norm": False}
     squares: Tensor | None
     """||W_j||^2 of the rows, (m,), or None before it is computed."""

@@ -9,7 +9,7 @@ from adaptrank.ops import scaling
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.tensor_kinds import TensorKind
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class HyperAdapt(Parameterization):
@@ -37,7 +37,7 @@ class HyperAdapt(Parameterization):
     reads_weight = True
     no_decay = ("da", "dc")
     kinds = {"da": TensorKind.SCALES, "dc": TensorKind.SCALES}
-    tried_rates = TriedRates(3e-4, 1e-2, 1e-2, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(1e-2, "docs/results/study_budgets.md")
 
     def __init__(self, base: nn.Module, *, rows: bool = True, cols: bool = True) -> None:
         super().__init__(base)

@@ -8,6 +8,7 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class LNTune(ModuleWrapper):
@@ -34,6 +35,7 @@ class LNTune(ModuleWrapper):
     """
 
     source = "arXiv:2304.01917"
+    studied_rate = StudiedRate(5e-3, "docs/results/study_hyperadapt_trec.md")
     accepts = (nn.LayerNorm, nn.RMSNorm)
     no_decay = ("dg", "db")
     kinds = {"dg": TensorKind.SCALES, "db": TensorKind.OFFSETS}

@@ -13,7 +13,7 @@ from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capab
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 AXES_OF_EMBEDDING: dict[str, Mapping[str, int | tuple[int, ...]]] = {"rank": {"B": 1, "A": 0}}
 """Axes over an embedding, whose factor A starts at zero and so closes a unit."""
@@ -45,7 +45,7 @@ class LoRA(LowRankUpdate):
     source = "arXiv:2106.09685"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(1e-3, "docs/results/study_hyperadapt_trec.md")
     capabilities = DEFAULT_CAPABILITIES | {
         Capability.MATRIX_RANK,
         Capability.INPUT_DIRECTIONS,

@@ -13,7 +13,7 @@ from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 FEW_UNITS = 64
 """Up to this number of units, one thin product with zeros in it is the fastest."""
@@ -46,7 +46,7 @@ class MELoRA(LowRankUpdate):
     source = "arXiv:2402.17263"
     reads_blocks = True
     axes = {"rank": {"A": 0, "block": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(3e-3, "docs/results/study_budgets.md")
     capabilities = DEFAULT_CAPABILITIES | {
         Capability.MATRIX_RANK,
         Capability.INPUT_DIRECTIONS,

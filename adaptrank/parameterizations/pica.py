@@ -15,6 +15,7 @@ from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class PiCa(LowRankUpdate):
@@ -46,6 +47,7 @@ class PiCa(LowRankUpdate):
     """
 
     source = "arXiv:2505.20211"
+    studied_rate = StudiedRate(1e-3, "docs/results/study_hyperadapt_trec.md")
     accepts = layers.MATRICES
     axes = {"rank": {"P": 0, "index": 0, "M": 1}}
     capabilities = frozenset(

@@ -13,7 +13,7 @@ from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class SBoRA(LowRankUpdate):
@@ -44,7 +44,7 @@ class SBoRA(LowRankUpdate):
 
     source = "arXiv:2407.05413"
     axes = {"rank": {"index": 0, "B": 1}}
-    tried_rates = TriedRates(3e-4, 1e-2, 3e-3, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(3e-3, "docs/results/study_budgets.md")
     capabilities = frozenset(
         {
             Capability.GROW,

@@ -11,7 +11,7 @@ from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES, Capab
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.tensor_kinds import TensorKind
-from adaptrank.parameterizations.traits import TriedRates
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class SVD(LowRankUpdate):
@@ -43,7 +43,7 @@ class SVD(LowRankUpdate):
     input_factor = {"rank": "Q"}
     no_decay = ("l",)
     kinds = {"l": TensorKind.SCALES}
-    tried_rates = TriedRates(3e-4, 1e-2, 1e-2, "docs/results/study_budgets.md")
+    studied_rate = StudiedRate(1e-2, "docs/results/study_budgets.md")
 
     def __init__(
         self,

@@ -11,19 +11,15 @@ from adaptrank.parameterizations.capabilities import DEFAULT_CAPABILITIES
 from adaptrank.parameterizations.tensor_kinds import TensorKind
 
 
-class TriedRates(NamedTuple):
-    """Learning rates of AdamW that a study of a method tried.
+class StudiedRate(NamedTuple):
+    """Learning rate of AdamW that the trials of a study chose for a method.
 
     Args:
-        low: smallest rate.
-        high: largest rate.
-        chosen: rate that its trials chose.
+        rate: the rate.
         page: page of the documentation with the study.
     """
 
-    low: float
-    high: float
-    chosen: float
+    rate: float
     page: str
 
 
@@ -94,9 +90,9 @@ class Traits:
         first, *_ = name.split(".")
         return str(cls.kinds.get(first, TensorKind.FACTORS))
 
-    tried_rates: ClassVar[TriedRates | None] = None
-    """Learning rates that a study of this library tried with the method, or None without a study.
-    `fit` warns about a rate more than ten times outside of them."""
+    studied_rate: ClassVar[StudiedRate | None] = None
+    """Learning rate that a study of this library chose for the method, or None without a study.
+    `fit` warns about a rate that is more than twenty times larger or smaller."""
 
     # What allocators and rank initializers ask.
 
