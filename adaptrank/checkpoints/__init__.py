@@ -8,6 +8,7 @@ from adaptrank.artifacts import (
     write_trainer_files,
 )
 from adaptrank.checkpoints.differences import WHAT_TO_TYPE, Difference, compare_settings, refuse
+from adaptrank.checkpoints.engine_callback import EngineCallback
 from adaptrank.checkpoints.nests import compare_nests, describe_nests
 from adaptrank.checkpoints.other_runs import STEPS_OF_SCHEDULE, WORDED_BY_THE_ENGINE
 from adaptrank.checkpoints.plain_values import constructor_arguments, constructor_defaults, plain
@@ -26,6 +27,7 @@ __all__ = [
     "WHAT_TO_TYPE",
     "WORDED_BY_THE_ENGINE",
     "Difference",
+    "EngineCallback",
     "RunRecorder",
     "check_form",
     "compare_model",

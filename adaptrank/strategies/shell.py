@@ -16,7 +16,7 @@ from torch import nn
 from adaptrank._collectives import mean
 from adaptrank._errors import UserError
 from adaptrank.allocation import Participant, fit_before_load
-from adaptrank.checkpoints import ensure_recorder
+from adaptrank.checkpoints import EngineCallback, ensure_recorder
 from adaptrank.strategies.engine import RoundEngine
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
@@ -30,19 +30,15 @@ SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Lightning's strategies under which no process has the whole weight of a layer."""
 
 
-class StrategyShell(Callback):
+class StrategyShell(EngineCallback):
     """Calls the engine from Lightning's hooks, or from four calls in a plain loop.
 
     Args:
         engine: runs the training strategy.
     """
 
+    engine: RoundEngine
     accept_changes: bool
-
-    def __init__(self, engine: RoundEngine) -> None:
-        self.engine = engine
-        self._resumed_at = 0
-        """Optimizer steps in the checkpoint that the run resumes from."""
 
     @property
     def round_events(self) -> list[dict[str, Any]]:
@@ -188,10 +184,6 @@ class StrategyShell(Callback):
         if before is not None:
             event |= {"loss_before": before, "loss_after": _loss(trainer, pl_module, batch)}
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the run."""
-        self.finish()
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -216,27 +208,6 @@ class StrategyShell(Callback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a Trainer that it was added to later."""
         self.on_init_end()
-
-    # ---- checkpoints
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Note how far the run of the checkpoint was."""
-        self._resumed_at = int(checkpoint.get("global_step", 0))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the strategy."""
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; the next start goes on from there."""
-        self.engine.load_state_dict(state_dict)
-
-    @property
-    def state_key(self) -> str:
-        """Key of the state in a checkpoint: the class, since a run has one strategy."""
-        return type(self).__qualname__
 
 
 def strategy_of(trainer: Trainer) -> "TrainingStrategy | None":

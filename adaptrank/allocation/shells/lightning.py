@@ -17,7 +17,7 @@ from adaptrank.allocation.engine import Engine
 from adaptrank.allocation.events import Event
 from adaptrank.allocation.resuming import UNCHECKED
 from adaptrank.axes import fit_ranks
-from adaptrank.checkpoints import ensure_recorder
+from adaptrank.checkpoints import EngineCallback, ensure_recorder
 from adaptrank.training.adapter_gradients import ensure_gradients
 from adaptrank.training.distributed import keep_apart, rejoin
 from adaptrank.training.evaluation import training_loss
@@ -27,19 +27,18 @@ from adaptrank.training.penalties import add_penalty_gradients
 log = logging.getLogger("adaptrank")
 
 
-class LightningShell(Callback):
+class LightningShell(EngineCallback):
     """Calls the engine from Lightning's hooks, or from four calls in a plain loop.
 
     Args:
         engine: runs the allocator.
     """
 
+    engine: Engine
     accept_changes: bool
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._resumed_at = 0
-        """Optimizer steps in the checkpoint that the run resumes from, of all optimizers."""
+        super().__init__(engine)
         self._owner: torch.optim.Optimizer | None = None
         """Optimizer that moves the axes, where the module steps several by itself."""
         self._owner_steps = 0
@@ -228,10 +227,6 @@ class LightningShell(Callback):
             self.engine.catch_up()
         self.engine.say_shortfall()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the run."""
-        self.finish()
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -240,27 +235,6 @@ class LightningShell(Callback):
             # Nothing is saved after an error, so that no budget is missed.
             self.engine.running = False
         self.finish()
-
-    # ---- checkpoints
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Note how far the run of the checkpoint was."""
-        self._resumed_at = int(checkpoint.get("global_step", 0))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the allocator."""
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; the next start goes on from there."""
-        self.engine.load_state_dict(state_dict)
-
-    @property
-    def state_key(self) -> str:
-        """Key of the state in a checkpoint: the class, since a run has one allocator of it."""
-        return type(self).__qualname__
 
 
 def shells(trainer: Trainer) -> list[LightningShell]:
