@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import LINEAR_METHODS
+from lightning.pytorch import Trainer
 from test_allocators import Toy, fit
 from torch import nn
 
@@ -14,7 +15,9 @@ from adaptrank._errors import UserError
 from adaptrank.allocation import AdaLoRA
 from adaptrank.artifacts import load_adapter, save_adapter
 from adaptrank.axes import rank_axes
+from adaptrank.data import ArithmeticProblems
 from adaptrank.injection import adapt
+from adaptrank.modules import Adapter, CausalLM
 from adaptrank.parameterizations import DoRA, HyperAdapt, LoRA, PiCa, wrapped_layers
 from adaptrank.reports.round_table import round_rows
 from adaptrank.strategies import XGBLoRA, ledger_of
@@ -341,3 +344,35 @@ def test_the_report_shows_the_loss_around_a_merge():
         {"step": 8, "round": 1, "trained": 10, "loss_before": 0.5, "loss_after": 0.75},
     ]
     assert [row["loss"] for row in round_rows(rounds)] == ["", "0.5 to 0.75"]
+
+
+def test_measuring_the_loss_leaves_no_trace_in_a_language_model(tiny_llama):
+    def trained(measured):
+        module = CausalLM(
+            tiny_llama,
+            [Adapter([partial(LoRA, rank=2)])],
+            optimizer=partial(torch.optim.AdamW, lr=0.01),
+            dtype="fp32",
+        )
+        strategy = XGBLoRA(every=2, shrinkage=0.5)
+        strategy.preserves_function = not measured
+        torch.manual_seed(1)
+        data = ArithmeticProblems(batch_size=2, train_size=32, val_size=2)
+        trainer = Trainer(
+            callbacks=[strategy],
+            max_steps=6,
+            accumulate_grad_batches=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, datamodule=data)
+        assert ("loss_before" in strategy.round_events[-1]) is measured
+        return weights(module.model), trainer.callback_metrics["train_loss"]
+
+    (with_it, loss), (without, same_loss) = trained(True), trained(False)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=0)
+    assert loss == same_loss
