@@ -29,8 +29,8 @@ from adaptrank.parameterizations import (
     SVD,
     DoRA,
     HyperAdapt,
-    Kronecker,
     LoRA,
+    MiSS,
     TensorKind,
     on_example,
 )
@@ -440,8 +440,11 @@ def test_the_rates_are_those_that_the_pages_say():
         assert f"{cls.studied_rate.rate:g}" in chosen
 
 
+SMALL_MISS = partial(MiSS, rank=2, period=2)
+
+
 def test_studied_rates_are_those_that_the_studies_chose():
-    model = toy(HyperAdapt, LoRA, Kronecker)
+    model = toy(HyperAdapt, LoRA, SMALL_MISS)
     optimizer = build_optimizer(model, partial(torch.optim.AdamW, lr=2e-4), 1.0, "studied")
     rates = {group["name"].split("-")[0]: group["lr"] for group in optimizer.param_groups}
     assert rates == {
@@ -451,7 +454,7 @@ def test_studied_rates_are_those_that_the_studies_chose():
     }
     named = {"HyperAdapt": HyperAdapt.studied_rate.rate, "LoRA": LoRA.studied_rate.rate}
     stated = build_optimizer(
-        toy(HyperAdapt, LoRA, Kronecker), partial(torch.optim.AdamW), 1.0, named
+        toy(HyperAdapt, LoRA, SMALL_MISS), partial(torch.optim.AdamW), 1.0, named
     )
     assert [group["name"] for group in stated.param_groups] == [
         group["name"] for group in optimizer.param_groups
@@ -462,10 +465,8 @@ def test_studied_rates_need_a_method_with_a_study():
     class Own(LoRA, listed=False):
         """A method that no study tried."""
 
-    with pytest.raises(
-        UserError, match=r"learning_rates: studied .* this model has Kronecker, Own\."
-    ):
-        parameter_groups(toy(Kronecker, Own), learning_rates="studied")
+    with pytest.raises(UserError, match=r"learning_rates: studied .* this model has MiSS, Own\."):
+        parameter_groups(toy(SMALL_MISS, Own), learning_rates="studied")
     with pytest.raises(UserError, match="learning_rates='best' makes no sense"):
         parameter_groups(toy(LoRA), learning_rates="best")
 
