@@ -34,7 +34,7 @@ import growth
 import torch
 from torch import Tensor, nn
 
-from adaptrank import adapt, backbones
+from adaptrank import adapt, backbones, parameter_groups
 from adaptrank.parameterizations import LoRA, MergedUpdates, Prefix, wrappers
 from adaptrank.parameterizations.decoupled_lora import DecoupledLoRA
 from adaptrank.strategies import STRATEGIES, TrainingStrategy
@@ -42,6 +42,7 @@ from adaptrank.strategies import STRATEGIES, TrainingStrategy
 HEADING = "## Training strategies"
 NAME = "strategy_cost"
 DTYPE = backbones.auto_dtype("auto")
+RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ class Variant:
             self.strategy = STRATEGIES[case.strategy](**case.arguments(every, rounds + 1))
             self.strategy.engine.prepare(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = parameter_groups(self.model, self.trained)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
+        # PT-PEFT trains the prefix at a rate of its own, and so needs a group for it.
+        own_rates = {"Prefix": RATE} if case.prefix else {}
+        groups = parameter_groups(self.model, learning_rates=own_rates)
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.0, fused=True)
         if self.strategy is not None:
             self.strategy.start(self.model, self.optimizer, every * (rounds + 1))
         self.borders: list[tuple[int, float]] = []
@@ -140,17 +143,6 @@ class Variant:
             elif isinstance(wrapper, DecoupledLoRA):
                 stored += wrapper.A_past.nbytes + wrapper.B_past.nbytes
         return {"trained": trained, "kept": growth.kept(self.model, x), "stored": stored}
-
-
-def parameter_groups(model: nn.Module, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return the tensors of a prefix, which PT-PEFT trains at a rate of its own, and all others."""
-    prefix: set[int] = set()
-    for wrapper in wrappers(model):
-        if isinstance(wrapper, Prefix):
-            prefix.update(id(tensor) for _, tensor in wrapper.own_parameters())
-    of_prefix = [tensor for tensor in trained if id(tensor) in prefix]
-    others = [tensor for tensor in trained if id(tensor) not in prefix]
-    return [{"params": tensors} for tensors in (of_prefix, others) if tensors]
 
 
 def measure(rounds: int, every: int, layers: int) -> dict[str, Any]:

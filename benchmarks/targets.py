@@ -34,8 +34,8 @@ OTHERS = [
     "keeps for the backward pass is the input of its layers, which does not depend on the rank. "
     "Much of its time is what each layer costs at any rank ([growth](growth.md)).",
     "**Saving and loading** goes through 210 layers in Python, one by one.",
-    "**Attention** in bf16 is a quarter of the floor on this processor "
-    "([profile](step_profile.md)), for all libraries. PyTorch's bf16 kernel takes longer there "
+    "**Attention** in bf16 is a quarter of the floor on the processor of the "
+    "[profile](step_profile.md), for all libraries. PyTorch's bf16 kernel takes longer there "
     "than its float32 kernel.",
     "**Not done**: one product for several projections of the same input, `torch.compile`, and a "
     "cache of tokenized data sets.",

@@ -34,7 +34,9 @@ def built(folder, **arguments):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_layers_are_quantized_and_nothing_else(kind, tiny_llama):
-    model = built(tiny_llama, quantize=kind).model
+    module = built(tiny_llama, quantize=kind)
+    assert module.frozen_form == kind
+    model = module.model
     for path, module in model.named_modules():
         inside = getattr(module, "innermost", module)
         if isinstance(inside, nn.Linear) and path != "lm_head" and not path.endswith(".base"):

@@ -70,9 +70,8 @@ def summarize(
         "saved": dict(saved or {"weights": "last", "step": steps, "of": steps}),
         "peak_memory_bytes": peak_memory(),
     }
-    dtype: torch.dtype | None = getattr(module, "frozen_dtype", None)
-    if dtype is not None:
-        figures["dtype"] = str(dtype).removeprefix("torch.")
+    if hasattr(module, "frozen_form"):
+        figures["dtype"] = module.frozen_form
     if rounds:
         figures["rounds"] = _rounds(rounds, model)
     return figures

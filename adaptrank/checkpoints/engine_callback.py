@@ -17,12 +17,16 @@ class Resumable(Protocol):
         """Take a state; the next start goes on from there."""
         ...
 
+    def finish(self) -> None:
+        """Remove hooks at the end of a run."""
+        ...
+
 
 class EngineCallback(Callback):
     """Base of the Lightning shells of allocators and of training strategies.
 
     It keeps the state of an engine in checkpoints, under the name of the class, and notes how far
-    the run of a checkpoint was. A subclass defines `finish`, which removes its hooks.
+    the run of a checkpoint was.
 
     Args:
         engine: runs the allocator or the training strategy.
@@ -36,8 +40,8 @@ class EngineCallback(Callback):
         """Optimizer steps in the checkpoint that the run resumes from, of all optimizers."""
 
     def finish(self) -> None:
-        """End the run."""
-        raise NotImplementedError
+        """Call this when training is over; it removes hooks."""
+        self.engine.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""

@@ -280,6 +280,13 @@ class AdaptedModule(LightningModule):
             shard_frozen(backbone, repeated_blocks(backbone), strategy.device_mesh["data_parallel"])
         agree(self)
 
+    @property
+    def frozen_form(self) -> str:
+        """What the frozen weights are held in: a dtype such as "bfloat16", or "nf4" and others."""
+        quantization = self.loading.quantization
+        dtype = str(self.frozen_dtype).removeprefix("torch.")
+        return dtype if quantization is None else quantization.kind
+
     def describe_base(self) -> dict[str, Any]:
         """Return the description of the base for an adapter's file."""
         described = {

@@ -3,14 +3,12 @@
 import itertools
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptrank._collectives import total
 from adaptrank._errors import UserError
@@ -19,6 +17,7 @@ from adaptrank.artifacts.run import RunFiles
 from adaptrank.modules.task_classes import only_seen
 from adaptrank.modules.task_metrics import figures
 from adaptrank.strategies import strategy_of
+from adaptrank.training.evaluation import evaluating
 
 if TYPE_CHECKING:
     from adaptrank.modules.label_module import LabelModule
@@ -171,18 +170,6 @@ def count_right(module: "LabelModule", batch: Any, tasks: int) -> Tensor:
         output = only_seen(output, module.task_of_class, tasks)
     right = (module.problem.decide(output) == labels).sum()
     return torch.stack([right, torch.full_like(right, len(labels))])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Temporarily put a module into evaluation mode. Each part gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def ensure_task_matrix(trainer: Trainer, schedule: str) -> None:

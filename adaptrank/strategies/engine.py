@@ -204,11 +204,6 @@ class RoundEngine:
         self.finish()
         return foreseen
 
-    @property
-    def changes_function(self) -> bool:
-        """Whether borders of the strategy change the function of the model."""
-        return not self.strategy.preserves_function
-
     def ends_round(self, step: int) -> bool:
         """Return whether a round ends with an optimizer step, counted from 1."""
         return self.run.number < self.run.rounds.number(step)

@@ -76,10 +76,6 @@ class StrategyShell(EngineCallback):
         """Call this after the optimizer's step; return the event if a round has begun."""
         return self.engine.step()
 
-    def finish(self) -> None:
-        """Call this when training is over; it removes hooks."""
-        self.engine.finish()
-
     # ---- Lightning
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -175,8 +171,9 @@ class StrategyShell(EngineCallback):
         if trainer.global_step == self.engine.run.steps_done:  # gradients are being accumulated
             return
         engine = self.engine
-        measured = engine.ends_round(trainer.global_step) and engine.changes_function
-        before = _loss(trainer, pl_module, batch) if measured else None
+        changes_function = not engine.strategy.preserves_function
+        measures = changes_function and engine.ends_round(trainer.global_step)
+        before = _loss(trainer, pl_module, batch) if measures else None
         event = engine.step(trainer.global_step)
         if event is None:
             return

@@ -105,10 +105,6 @@ class LightningShell(EngineCallback):
         """Call this after the optimizer's step; return the event if there was one."""
         return self.engine.step()
 
-    def finish(self) -> None:
-        """Call this when training is over; it removes hooks."""
-        self.engine.finish()
-
     # ---- Lightning
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
