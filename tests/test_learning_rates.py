@@ -536,4 +536,5 @@ def test_studied_rates_from_the_command_line(tiny_llama, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["learning_rates"] == in_file
     with pytest.raises(SystemExit):
         main(["plan", "--config", str(file), "--model.learning_rates", "studed"])
-    assert "learning_rates" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "It must be one of 'studied', or a mapping. Did you mean 'studied'?" in said

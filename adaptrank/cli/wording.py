@@ -206,11 +206,13 @@ class Wording:
     def wrong_type(self) -> ParsingError:
         """Word a value of a wrong type, or none of the choices."""
         types = re.findall(r"Expected an? (?!dot import)(.+)", "\n".join(self.reasons))
+        other_types = [kind for kind in types if "Literal[" not in kind]
+        words = list(dict.fromkeys(TYPES.get(kind, _short_name(kind)) for kind in other_types))
         if choices := _choices(types):
             hint = did_you_mean(str(self.value), choices)
-            text = f"KEY is VALUE. It must be one of {some(map(repr, choices), 20)}.{hint}"
+            others = "".join(f", or {word}" for word in words if word != "null")
+            text = f"KEY is VALUE. It must be one of {some(map(repr, choices), 20)}{others}.{hint}"
             return MisfitError(text, self.names, self.value)
-        words = list(dict.fromkeys(TYPES.get(kind, _short_name(kind)) for kind in types))
         if "a number" in words and "a whole number" in words:
             words.remove("a whole number")
         fits = " or ".join(sorted(words, key=lambda word: word == "null"))
