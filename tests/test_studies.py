@@ -180,6 +180,9 @@ def test_the_studies_of_the_folder_are_studies(file, tmp_path):
     asked = read_study(file, data=str(tmp_path))
     assert asked.limits
     assert asked.baseline in (None, *asked.methods)
+    for setting in solve_settings(asked, lambda config: 1):
+        fixed = setting.config["model"]["init_args"].get("dtype")
+        assert fixed in ("bf16", "fp32")  # two machines may take "auto" for two dtypes
 
 
 # ---- running
