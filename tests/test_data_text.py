@@ -17,7 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from adaptrank.cli import main
 from adaptrank.cli.train import AdaptrankCLI
-from adaptrank.data import CausalLMData, ClassificationData, LabelTask, Source, TaskData
+from adaptrank.data import (
+    CausalLMData,
+    ClassificationData,
+    LabelTask,
+    MultipleChoiceData,
+    Seq2SeqData,
+    Source,
+    TaskData,
+    TokenClassificationData,
+)
 from adaptrank.data.segments import cut, encode_segments
 
 CHAT = (
@@ -164,6 +173,23 @@ def test_validation_is_held_back_by_the_seed_and_never_trained_on(tmp_path):
     assert split(1) == split(1) != split(2)
     assert len(split(1)["val"]) == 5
     assert not set(split(1)["train"]) & set(split(1)["val"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (CausalLMData, {"prompt": "p", "completion": " c"}),
+        (ClassificationData, {"text": "t", "label": "a"}),
+        (MultipleChoiceData, {"question": "q", "choices": ["x", "y"], "label": "A"}),
+        (Seq2SeqData, {"source": "s", "target": "t"}),
+        (TokenClassificationData, {"tokens": ["w"], "tags": ["O"]}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("share", [0.2, "0.2"])
+def test_a_number_for_validation_is_the_share_that_is_held_back(tmp_path, kind, row, share):
+    data = kind(write(tmp_path / "a.jsonl", [row] * 20), validation=share)
+    assert (len(data.rows("train")), len(data.rows("val"))) == (16, 4)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):

@@ -56,7 +56,8 @@ class CausalLMData(CompletionTask):
         sources: what to train on: a path, or a list of `Source`, mixed by weight.
         validation: what to validate on, by default the validation split of every training source,
             or where it has none `val_fraction` of its rows. Those rows are chosen by the seed and
-            not trained on. `weight` has no meaning here.
+            not trained on. `weight` has no meaning here. A number, such as 0.1, is a
+            `val_fraction`.
         test: what `test` reads, by default the validation rows.
         predict: what `predict` reads, by default the validation rows. It needs prompts only.
         val_fraction: share of the rows, between 0 and 1.
@@ -76,7 +77,7 @@ class CausalLMData(CompletionTask):
     def __init__(
         self,
         sources: Sources,
-        validation: Sources | None = None,
+        validation: Sources | float | None = None,
         test: Sources | None = None,
         predict: Sources | None = None,
         val_fraction: float = 0.1,

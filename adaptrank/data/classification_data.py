@@ -1,6 +1,5 @@
 """Texts and their classes or scores, from files or the Hub."""
 
-from functools import partial
 from typing import Any
 
 from adaptrank._errors import UserError
@@ -8,13 +7,14 @@ from adaptrank.data.columns import read_fields
 from adaptrank.data.label_form import LabelForm
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.labelled_data import REGRESSION, SINGLE_LABEL
-from adaptrank.data.mixing import SourceMix, share_of
+from adaptrank.data.labelled_sources import LabelledSources
+from adaptrank.data.mixing import SourceMix
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
 
-class ClassificationData(LabelTask):
+class ClassificationData(LabelledSources, LabelTask):
     """Texts, or pairs of texts, and their classes or scores, from files or the Hub.
 
     ```yaml
@@ -36,7 +36,6 @@ class ClassificationData(LabelTask):
     Args:
         sources: what to train on: a path, or a list of `Source`, mixed by weight.
         validation, test, predict, val_fraction: as in `CausalLMData`. Prediction needs no label.
-            A number in `validation`, such as 0.1, is a `val_fraction`.
         classes: names of the classes in the order of their indices.
         regression: labels are numbers to predict, such as 3.8, and not classes.
         multi_label: a row has any number of classes, as a list, or as a text with `separator`.
@@ -76,7 +75,6 @@ class ClassificationData(LabelTask):
     ) -> None:
         super().__init__(**kwargs)
         self.form = LabelForm(regression, multi_label, labels, separator, classes, stratify)
-        validation, val_fraction = share_of(validation, val_fraction)
         settings = {
             "text": text,
             "text_pair": text_pair,
@@ -94,35 +92,15 @@ class ClassificationData(LabelTask):
         """Whether labels are numbers to predict."""
         return self.form.problem == REGRESSION
 
-    @property
-    def problem(self) -> str:
-        return self.form.problem
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.form.names
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, known after `setup`. It is 1 for a regression with one number."""
-        return self.form.size
-
-    def setup(self, stage: str | None = None) -> None:
-        module = getattr(self.trainer, "lightning_module", None)
-        # A trained model knows its classes. Prediction then needs no look at the training rows.
-        if stage != "predict" or getattr(module, "class_names", None) is None:
-            self._find_classes()
-        super().setup(stage)
-
     def rows(self, split: Split) -> list[Row] | None:
         is_labelled = split != "predict"
         if is_labelled:
-            self._find_classes()
+            self.find_classes()
         # Whether rows have pairs -> path of the first source where that is so.
         path_by_pairs: dict[bool, str] = {}
 
         def read(table: Table, source: Source) -> list[Row]:
-            rows = self._read(table, source, is_labelled)
+            rows = self.read_rows(table, source, is_labelled)
             for row in rows:
                 path_by_pairs.setdefault("text_pair" in row, source.path)
             if is_labelled:
@@ -132,11 +110,7 @@ class ClassificationData(LabelTask):
 
         return self._sources.rows(split, read)
 
-    def _find_classes(self) -> None:
-        """Find the names of the classes, unless they are known."""
-        self.form.find_names(self._sources, partial(self._read, is_labelled=True))
-
-    def _read(self, table: Table, source: Source, is_labelled: bool) -> list[Row]:
+    def read_rows(self, table: Table, source: Source, is_labelled: bool) -> list[Row]:
         """Return rows with text, with text_pair if the source has pairs, and with parsed labels.
 
         A pair that is null is "".

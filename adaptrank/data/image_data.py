@@ -1,7 +1,6 @@
 """Images and their classes or scores, from folders, tables, arrays or the Hub."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from adaptrank.data.image_sources import find_image, load_images
 from adaptrank.data.image_task import ImageTask
 from adaptrank.data.label_form import LabelForm
 from adaptrank.data.labelled_data import SINGLE_LABEL
-from adaptrank.data.mixing import SourceMix, share_of
+from adaptrank.data.labelled_sources import LabelledSources
+from adaptrank.data.mixing import SourceMix
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
 
-class ImageData(ImageTask):
+class ImageData(LabelledSources, ImageTask):
     """Images and their classes or scores, from folders, tables, arrays or the Hub.
 
     ```yaml
@@ -77,7 +77,6 @@ class ImageData(ImageTask):
         super().__init__(**kwargs)
         is_stratified = not regression if stratify is None else stratify
         self.form = LabelForm(regression, multi_label, labels, separator, classes, is_stratified)
-        validation, val_fraction = share_of(validation, val_fraction)
         self._sources = SourceMix(
             sources,
             validation,
@@ -91,33 +90,13 @@ class ImageData(ImageTask):
         )
         self.check_examples_per_class(self.problem == SINGLE_LABEL)
 
-    @property
-    def problem(self) -> str:
-        return self.form.problem
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.form.names
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, known after `setup`. It is 1 for a regression with one number."""
-        return self.form.size
-
-    def setup(self, stage: str | None = None) -> None:
-        module = getattr(self.trainer, "lightning_module", None)
-        # A trained model knows its classes. Prediction then needs no look at the training rows.
-        if stage != "predict" or getattr(module, "class_names", None) is None:
-            self._find_classes()
-        super().setup(stage)
-
     def rows(self, split: Split) -> list[Row] | None:
         is_labelled = split != "predict"
         if is_labelled:
-            self._find_classes()
+            self.find_classes()
 
         def read(table: Table, source: Source) -> list[Row]:
-            rows = self._read(table, source, is_labelled)
+            rows = self.read_rows(table, source, is_labelled)
             if is_labelled:
                 self.form.number(rows, table, source)
             for k, row in enumerate(rows):
@@ -127,11 +106,7 @@ class ImageData(ImageTask):
 
         return self._sources.rows(split, read)
 
-    def _find_classes(self) -> None:
-        """Find the names of the classes, unless they are known."""
-        self.form.find_names(self._sources, partial(self._read, is_labelled=True))
-
-    def _read(self, table: Table, source: Source, is_labelled: bool) -> list[Row]:
+    def read_rows(self, table: Table, source: Source, is_labelled: bool) -> list[Row]:
         """Return rows with image, and with parsed labels."""
         fields = ("image", *self.form.fields) if is_labelled else ("image",)
         if is_labelled and "label" in fields and table.column_names == ["image"]:

@@ -60,6 +60,14 @@ class LabelledData(TaskData):
         self.use_classes_of(getattr(module, "class_names", None))
         super().setup(stage)
 
+    def needs_classes(self, stage: str | None) -> bool:
+        """Return whether the classes have to be found in the training rows.
+
+        A trained model knows its classes, and prediction with it needs no training row.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        return stage != "predict" or getattr(module, "class_names", None) is None
+
     def use_classes_of(self, trained: list[str] | None) -> None:
         """Number the classes as a trained model does, or as the data do if it has no names.
 

@@ -33,7 +33,8 @@ class SourceMix:
 
     Args:
         sources: what to train on.
-        validation: what to validate on, or None for a validation split or a share of the rows.
+        validation: what to validate on, or None for a validation split or a share of the rows. A
+            number such as 0.1 is that share.
         test: what to test on, or None for the validation rows.
         predict: what to predict, or None for the validation rows.
         val_fraction: share of the training rows that validate where there is nothing else.
@@ -50,7 +51,7 @@ class SourceMix:
     def __init__(
         self,
         sources: Sources,
-        validation: Sources | None,
+        validation: Sources | float | None,
         test: Sources | None,
         predict: Sources | None,
         val_fraction: float,
@@ -59,6 +60,7 @@ class SourceMix:
         group: GroupRows | None = None,
         load: LoadSplit = load_split,
     ) -> None:
+        validation, val_fraction = _sources_or_share(validation, val_fraction)
         if not 0 < val_fraction < 1:
             raise UserError(
                 f"val_fraction={val_fraction} is not a share. Use a number between 0 and 1, such "
@@ -185,12 +187,13 @@ class SourceMix:
         return drawn
 
 
-def share_of(
-    validation: "Sources | float | None", val_fraction: float
+def _sources_or_share(
+    validation: Sources | float | None, val_fraction: float
 ) -> tuple[Sources | None, float]:
-    """Return what to validate on, and the share that validates where there is nothing.
+    """Return the validation sources, and the share of the rows that validate without any.
 
-    A number such as 0.1 in place of a source is a share.
+    A number such as 0.1 in place of sources is that share. So is its text, unless there is a file
+    of that name.
     """
     if isinstance(validation, str):
         try:

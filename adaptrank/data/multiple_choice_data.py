@@ -8,7 +8,7 @@ from typing import Any
 from adaptrank._errors import UserError
 from adaptrank.data.choice_task import ChoiceTask
 from adaptrank.data.columns import read_fields
-from adaptrank.data.mixing import SourceMix, share_of
+from adaptrank.data.mixing import SourceMix
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -78,7 +78,6 @@ class MultipleChoiceData(ChoiceTask):
             "label": label,
             "null_is_empty": null_is_empty,
         }
-        validation, val_fraction = share_of(validation, val_fraction)
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from adaptrank.data.columns import read_fields
-from adaptrank.data.mixing import SourceMix, share_of
+from adaptrank.data.mixing import SourceMix
 from adaptrank.data.prompts import gaps_of
 from adaptrank.data.seq2seq_task import Seq2SeqTask
 from adaptrank.data.sources import Source, Sources
@@ -48,7 +48,6 @@ class Seq2SeqData(Seq2SeqTask):
     ) -> None:
         super().__init__(**kwargs)
         settings = {"source": source, "target": target, "null_is_empty": null_is_empty}
-        validation, val_fraction = share_of(validation, val_fraction)
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings
         )

@@ -9,7 +9,7 @@ from adaptrank.data.collate import IGNORED
 from adaptrank.data.columns import read_fields
 from adaptrank.data.conll_files import read_conll
 from adaptrank.data.label_form import declared_in
-from adaptrank.data.mixing import SourceMix, share_of
+from adaptrank.data.mixing import SourceMix
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Part, Table, TextPart
 from adaptrank.data.task import Row, Split
@@ -69,7 +69,6 @@ class TokenClassificationData(TokenTask):
     ) -> None:
         super().__init__(**kwargs)
         self._index = ClassIndex(classes)
-        validation, val_fraction = share_of(validation, val_fraction)
         self._sources = SourceMix(
             sources,
             validation,
@@ -85,9 +84,7 @@ class TokenClassificationData(TokenTask):
         return self._index.names
 
     def setup(self, stage: str | None = None) -> None:
-        module = getattr(self.trainer, "lightning_module", None)
-        # A trained model knows its classes. Prediction then needs no look at the training rows.
-        if stage != "predict" or getattr(module, "class_names", None) is None:
+        if self.needs_classes(stage):
             self._find_classes()
         super().setup(stage)
 
