@@ -1,4 +1,4 @@
-"""How cost grows with size, and what this predicts for models that are too large to try here.
+"""Growth of the cost with size, and its prediction for models that are too large to try here.
 
     python benchmarks/growth.py [--rounds 5] [--curves layers width rank tokens adapted ...]
 

@@ -1,4 +1,4 @@
-"""How many operations an adapted layer launches: what a GPU would feel, counted without one.
+"""Number of operations that an adapted layer launches, counted without a GPU.
 
     python benchmarks/operation_counts.py
 

@@ -1,5 +1,4 @@
-"""Where a step's time goes: operations of the frozen floor and of one method, by PyTorch's
-profiler.
+"""Profile of a step: operations of the frozen floor and of one method, by PyTorch's profiler.
 
     python benchmarks/step_profile.py [--method LoRA] [--label now]
 

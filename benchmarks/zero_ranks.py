@@ -1,4 +1,4 @@
-"""What layers at rank zero cost: time, bytes kept for the backward pass, operations.
+"""Cost of layers at rank zero: time, bytes kept for the backward pass, operations.
 
     python benchmarks/zero_ranks.py [--rounds 15] [--blocks 8] [--tokens 128]
 

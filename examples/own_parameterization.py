@@ -45,7 +45,7 @@ class HiRA(Parameterization):
 
     @property
     def change(self) -> Tensor:
-        """What is added to the weight, (m, n)."""
+        """Update that is added to the weight, (m, n)."""
         # An allocator may multiply the units of B by a gate.
         return self.scale * self.base_weight * (self.gated("B") @ self.A)
 

@@ -13,7 +13,7 @@ TOKEN = "hf_good"
 
 
 class FakeHub:
-    """What the Hub knows.
+    """Contents of the Hub.
 
     Attributes:
         repositories: name -> {"private", "gated", "branches": {branch: commit},

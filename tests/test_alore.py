@@ -1,4 +1,4 @@
-"""What only ALoRE promises."""
+"""Tests of ALoRE beside the common contract."""
 
 import math
 

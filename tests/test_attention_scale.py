@@ -1,4 +1,4 @@
-"""What only AttentionScale promises."""
+"""Tests of AttentionScale beside the common contract."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""What only DoRA promises."""
+"""Tests of DoRA beside the common contract."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only HyperAdapt promises."""
+"""Tests of HyperAdapt beside the common contract."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only sums of Kronecker products promise."""
+"""Tests of sums of Kronecker products beside the common contract."""
 
 import copy
 import warnings

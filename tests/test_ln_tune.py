@@ -1,4 +1,4 @@
-"""What only LNTune promises."""
+"""Tests of LNTune beside the common contract."""
 
 import copy
 

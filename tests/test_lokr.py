@@ -1,4 +1,4 @@
-"""What only LoKr promises."""
+"""Tests of LoKr beside the common contract."""
 
 import pytest
 import torch

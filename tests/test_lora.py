@@ -1,4 +1,4 @@
-"""What only LoRA promises."""
+"""Tests of LoRA beside the common contract."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What only MELoRA promises."""
+"""Tests of MELoRA beside the common contract."""
 
 import copy
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What only MiSS promises."""
+"""Tests of MiSS beside the common contract."""
 
 import copy
 

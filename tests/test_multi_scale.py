@@ -1,4 +1,4 @@
-"""What only MultiScale promises."""
+"""Tests of MultiScale beside the common contract."""
 
 import copy
 

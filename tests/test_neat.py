@@ -1,4 +1,4 @@
-"""What only NEAT promises."""
+"""Tests of NEAT beside the common contract."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What only NOLA promises."""
+"""Tests of NOLA beside the common contract."""
 
 import copy
 import hashlib

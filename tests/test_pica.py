@@ -1,4 +1,4 @@
-"""What only PiCa promises."""
+"""Tests of PiCa beside the common contract."""
 
 import copy
 from functools import partial

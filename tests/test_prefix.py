@@ -1,4 +1,4 @@
-"""What only Prefix promises."""
+"""Tests of Prefix beside the common contract."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""What only ResidualOffset promises."""
+"""Tests of ResidualOffset beside the common contract."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""What only SBoRA promises."""
+"""Tests of SBoRA beside the common contract."""
 
 import copy
 

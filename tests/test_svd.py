@@ -1,4 +1,4 @@
-"""What only the SVD form promises."""
+"""Tests of the SVD form beside the common contract."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only tensor trains promise: TensorTrain, TensorTrainAdapter, and the train of a matrix."""
+"""Tests of TensorTrain, TensorTrainAdapter and the train of a matrix."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""How many units each layer keeps, and when that changes: allocators and rank initializers."""
+"""Allocators and rank initializers, which decide how many units each layer keeps and when."""
 
 from adaptrank.allocation import controls, initial, methods
 from adaptrank.allocation.allocator import Allocator

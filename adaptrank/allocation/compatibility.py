@@ -1,4 +1,4 @@
-"""Which allocator works on which parameterization.
+"""Table of the allocators that work on each parameterization.
 
 An allocator requires capabilities, and an axis has them. The table of pairs is made from these
 words, and a test holds every cell against a real run.

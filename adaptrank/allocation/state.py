@@ -17,7 +17,7 @@ from adaptrank.allocation.schedules import Phases
 from adaptrank.axes import RankAxis
 
 Where = int | None | Sequence[tuple[str, int]]
-"""How a tracked tensor follows rank axes.
+"""Rule by which a tracked tensor follows rank axes.
 
 An integer is the dimension that counts the units of its own axis. None follows no axis. Pairs of
 (axis key, dimension) follow several axes.
@@ -154,7 +154,7 @@ class TrackedTensors:
 
 @dataclass
 class Progress:
-    """Where a run stands, in optimizer steps and in units.
+    """Position of a run, in optimizer steps and in units.
 
     Args:
         budget: (budget, unit) of the run that the progress belongs to.

@@ -125,7 +125,7 @@ class RunFiles(Callback):
         self.folder = folder
         self.save = save
         self.saved: dict[str, Any] = {}
-        """Which weights the adapter holds: "weights", "step", "of", and the metric of the best."""
+        """Facts about the saved weights: "weights", "step", "of", and the metric of the best."""
         self.started = 0.0
         self.seconds = 0.0
         self._written = self._rounds_written = 0

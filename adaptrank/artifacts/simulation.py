@@ -25,7 +25,7 @@ FEW = (2, 3)
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What one forward and backward pass takes.
+    """Cost of one forward and backward pass.
 
     Args:
         activations: most bytes that are held at once beside weights, gradients and optimizer.

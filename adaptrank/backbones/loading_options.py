@@ -1,4 +1,4 @@
-"""How a backbone is loaded, beside its name and its dtype: the keys of a configuration."""
+"""Keys of a configuration that say how a backbone is loaded, beside its name and its dtype."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Kind = Literal["folder", "cache", "wheel", "hub"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pretrained model comes from.
+    """Origin of a pretrained model.
 
     Args:
         name: the model as the user wrote it.

@@ -32,7 +32,7 @@ OPTIONS = ("type", "double_quant", "compute_dtype")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers of a backbone are quantized while it is loaded.
+    """Settings by which the linear layers of a backbone are quantized while it is loaded.
 
     Args:
         kind: one of `KINDS`.

@@ -1,4 +1,4 @@
-"""What `validate`, `test` and `predict` score: an adapter, a checkpoint, or the untrained model."""
+"""Choice of the model that `validate`, `test` and `predict` score."""
 
 import shlex
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How much the command prints: `--quiet`, `--verbose`, or the variable ADAPTRANK_LOG."""
+"""Amount of output: `--quiet`, `--verbose`, or the variable ADAPTRANK_LOG."""
 
 import os
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from adaptrank.composition.changes import Change, rank_for
 
 @dataclass(frozen=True)
 class Compression:
-    """How a result is made low-rank.
+    """Rule by which a result is made low-rank.
 
     With none of the arguments a product stays as it is, and a matrix is refused.
 

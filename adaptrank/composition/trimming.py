@@ -25,7 +25,7 @@ CHUNK = 1 << 18
 """Number of entries that are looked at in float64 at once."""
 
 TaskMatrices = Sequence[Tensor | None]
-"""What is trimmed in one layer: a matrix for each task, None for a task that has none there."""
+"""Matrices that are trimmed in one layer, one for each task, or None for a task without one."""
 
 Pass = Callable[[], Iterable[tuple[str, TaskMatrices]]]
 """A pass over all layers: yields (path, matrices), in the same order at each call."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ChatCuts:
-    """How many conversations were longer than max_length, by what became of them.
+    """Numbers of conversations that were longer than max_length, by what became of them.
 
     Args:
         examples: number of all.

@@ -1,4 +1,4 @@
-"""How labels stand in the data: a class, several classes, numbers, in one column or in several."""
+"""Form of the labels in the data: a class, several classes, or numbers, in one or more columns."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What all data with labels share: names of classes, their numbering, and how often each occurs."""
+"""Base of all data with labels: names, numbering and frequencies of classes."""
 
 import logging
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What trains in a model: kinds of layers, their methods, and modules that train whole."""
+"""Description of what trains in a model: kinds of layers, their methods, and whole modules."""
 
 import html
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from adaptrank.layers import count_numbers
 from adaptrank.parameterizations import adapter_parameters, named_layers, wrapped_layers
 
 WHOLE = "trained whole"
-"""What stands for the method of a module that trains whole, such as a classifier."""
+"""Name in the place of a method for a module that trains whole, such as a classifier."""
 TOKEN_ROWS = "rows of added tokens"
-"""What stands for the method of an embedding of which the rows of added tokens train."""
+"""Name in the place of a method for an embedding whose rows of added tokens train."""
 
 
 class KindRow(NamedTuple):

@@ -196,7 +196,7 @@ class AdaptedModule(LightningModule):
 
     @cached_property
     def source(self) -> backbones.Source:
-        """Where the backbone comes from."""
+        """Origin of the backbone."""
         return backbones.resolve(self.backbone_name, self.revision)
 
     @cached_property
@@ -282,7 +282,7 @@ class AdaptedModule(LightningModule):
 
     @property
     def frozen_form(self) -> str:
-        """What the frozen weights are held in: a dtype such as "bfloat16", or "nf4" and others."""
+        """Form of the frozen weights: a dtype such as "bfloat16", or "nf4" and others."""
         quantization = self.loading.quantization
         dtype = str(self.frozen_dtype).removeprefix("torch.")
         return dtype if quantization is None else quantization.kind

@@ -1,4 +1,4 @@
-"""What a backbone may be loaded with under a Trainer: devices, quantization, added tokens."""
+"""Checks and settings for loading a backbone: devices, quantization, added tokens."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What modules share that predict labels of a whole input, such as a text or an image."""
+"""Base of the modules that predict labels of a whole input, such as a text or an image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

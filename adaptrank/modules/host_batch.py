@@ -107,7 +107,7 @@ class _NotingMove:
     def __init__(self, trainer: Trainer, host_batch: HostBatch) -> None:
         self.trainer, self.host_batch = trainer, host_batch
         self.earlier = vars(trainer.strategy).get("batch_to_device")
-        """What stood in the place of the strategy's method before."""
+        """The strategy's own method, which was replaced."""
         self._move: Callable[..., Any] = trainer.strategy.batch_to_device
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What all modules that predict labels share: a fresh head, its loss, metrics and predictions."""
+"""Base of all modules that predict labels: a fresh head, its loss, metrics and predictions."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar

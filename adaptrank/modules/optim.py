@@ -15,7 +15,7 @@ OTHERS = "others"
 
 
 class GroupKind(NamedTuple):
-    """What the tensors of a parameter group have in common.
+    """Properties that the tensors of a parameter group have in common.
 
     Args:
         key: key of `learning_rates` that decides the rate, or None for the optimizer's own rate.

@@ -21,7 +21,7 @@ ROWS_FOR_CLASS, MOST_ROWS = 4, 256
 
 
 class Decision(ABC):
-    """How the output of a head becomes the probabilities and decisions that metrics read.
+    """Rule that turns the output of a head into the probabilities and decisions of the metrics.
 
     The letter N counts the targets of a batch: its rows, or the tokens of all rows.
 

@@ -28,7 +28,7 @@ from torchmetrics.regression import (
 )
 
 Reads = Literal["decisions", "probabilities", "positive", "pairs", "outcomes"]
-"""What a metric is given, beside the labels unless it says otherwise.
+"""Input of a metric, beside the labels unless it says otherwise.
 
 - decisions: predicted classes, (N,), or for several labels 0 and 1, (N, L).
 - probabilities: (N, L), or the values of a regression.

@@ -1,4 +1,4 @@
-"""What classifiers of texts share: token types where the model reads them, and the padding."""
+"""Inputs of text classifiers: token types where the model reads them, and the padding."""
 
 from typing import Any
 

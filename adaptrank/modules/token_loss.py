@@ -1,4 +1,4 @@
-"""What modules share that train on tokens: their mean loss, its perplexity, and the test set."""
+"""Base of the modules that train on tokens: mean loss, its perplexity, and the test set."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What trains in a backbone: adapters, modules that train whole, and rows of added tokens."""
+"""Trainable parts of a backbone: adapters, whole modules, and rows of added tokens."""
 
 from typing import TYPE_CHECKING
 

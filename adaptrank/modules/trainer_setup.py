@@ -1,4 +1,4 @@
-"""What a task needs of the Trainer that runs it: its callbacks, and settings that fit."""
+"""Callbacks and settings that a task needs of the Trainer that runs it."""
 
 import logging
 from typing import TYPE_CHECKING

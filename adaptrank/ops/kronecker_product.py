@@ -40,7 +40,7 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
-    """It keeps x, X B2^T transposed, and A X B2^T."""
+    """Autograd function that keeps x, X B2^T transposed, and A X B2^T."""
 
     @staticmethod
     def forward(

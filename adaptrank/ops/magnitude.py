@@ -73,7 +73,10 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
-    """It keeps x, A x and the output before its scale, which is not the one a model may change."""
+    """Autograd function that keeps x, A x, and the output before its scale.
+
+    A model may change the scaled output in place. It cannot reach the one that is kept.
+    """
 
     @staticmethod
     def forward(

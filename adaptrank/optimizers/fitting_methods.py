@@ -1,4 +1,4 @@
-"""Which optimizer works on which method: the cells of a table."""
+"""Table of the optimizers that work on each method."""
 
 from adaptrank.optimizers.model_optimizer import ModelOptimizer
 from adaptrank.parameterizations import PARAMETERIZATIONS, on_example

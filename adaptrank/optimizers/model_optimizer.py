@@ -19,7 +19,7 @@ OPTIMIZERS: Registry["ModelOptimizer"] = Registry("optimizer")
 """Class name -> class, of the optimizers that know adapters."""
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | nn.Module
-"""What an optimizer is made of: a model, its trained parameters, or groups of them."""
+"""Input of an optimizer: a model, its trained parameters, or groups of them."""
 
 
 class ModelOptimizer(torch.optim.Optimizer, ABC):

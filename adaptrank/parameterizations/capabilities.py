@@ -29,7 +29,7 @@ class Capability(StrEnum):
     INPUT_FACTOR = "input_factor"
     """A trained factor multiplies the input. Derived from `input_factor`, never declared."""
     INPUT_INIT = "input_init"
-    """That factor is not the closing one and may start anywhere. Derived, never declared."""
+    """The input factor is not the closing one and may start anywhere. Derived, never declared."""
 
 
 DEFAULT_CAPABILITIES = frozenset(

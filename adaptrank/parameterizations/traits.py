@@ -97,7 +97,7 @@ class Traits:
     # What allocators and rank initializers ask.
 
     capabilities: ClassVar[frozenset[str]] = DEFAULT_CAPABILITIES
-    """What the axes allow beside pruning: members of `Capability`, or their words."""
+    """Capabilities of the axes beside pruning: members of `Capability`, or their words."""
     parts: int = 1
     """Number of parts of the layer that units are spread over. A rule that chooses a number of
     units chooses a multiple of it."""

@@ -98,7 +98,7 @@ HOW_TO_LOAD = (
     "This folder holds an adapter of adaptrank and no whole model. Load the base model by "
     "from_pretrained, and then the adapter by adaptrank.load_adapter(model, folder)."
 )
-"""What the refusals of `from_pretrained` say."""
+"""Text of the refusals of `from_pretrained`."""
 
 CONFIG_FILE = "config.json"
 

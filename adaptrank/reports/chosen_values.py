@@ -1,4 +1,4 @@
-"""What a study chose: the best point of a grid, and values at the edge of what was tried."""
+"""Values that a study chose: the best point of a grid, and values at the edge of those tried."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

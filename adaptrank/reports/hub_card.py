@@ -22,7 +22,7 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class HubFacts:
-    """What a card says about an adapter.
+    """Facts about an adapter for its card.
 
     Args:
         name: how the adapter is named in code, `user/name` or `user/name@revision`.

@@ -37,7 +37,7 @@ class HasEvents(Protocol):
 
 
 class RunReport:
-    """What an allocator did in a run.
+    """Events of an allocator in a run.
 
     The last line of a notebook's cell shows the pictures. `pictures` has their content.
 

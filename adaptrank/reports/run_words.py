@@ -1,4 +1,4 @@
-"""What a run amounts to, and what to see in its pictures, in sentences."""
+"""Sentences about the result of a run, and about its pictures."""
 
 from collections.abc import Mapping
 

@@ -89,7 +89,7 @@ class RoundEngine:
         self.strategy = strategy
         self.running = False
         self.events: list[dict[str, Any]] = []
-        """What happened at the start of each round."""
+        """Events at the start of each round."""
         self._stored: Mapping[str, Any] | None = None
         self._run: StrategyRun | None = None
 

@@ -1,4 +1,4 @@
-"""Which training strategy works on which method, and beside which allocator.
+"""Table of the training strategies that work on each method, and beside each allocator.
 
 The answers are the refusals themselves: a strategy prepares an example, or is asked about an
 allocator with default arguments.

@@ -42,7 +42,7 @@ class StrategyShell(EngineCallback):
 
     @property
     def round_events(self) -> list[dict[str, Any]]:
-        """What happened at the start of each round."""
+        """Events at the start of each round."""
         return self.engine.events
 
     # ---- plain calls

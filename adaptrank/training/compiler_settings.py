@@ -31,7 +31,7 @@ class BlockCompiler:
         self._preparations: list[Callable[[], None]] = []
         """One for each block that is being called."""
         self._changes = ExitStack()
-        """What to undo when the compiler ends."""
+        """Settings to restore when the compiler ends."""
 
     @contextmanager
     def calling(self, prepare: Callable[[], None]) -> Iterator[None]:
@@ -72,4 +72,4 @@ class BlockCompiler:
 
 
 BLOCK_COMPILER = BlockCompiler()
-"""It stands for the compiler of this process."""
+"""The compiler of this process."""

@@ -34,7 +34,7 @@ NO_WORK = (
 
 @dataclass(frozen=True)
 class Counts:
-    """What a step did on the device, as the profiler saw it.
+    """Work of a step on the device, as the profiler saw it.
 
     Args:
         launches: kernels that the host launched.

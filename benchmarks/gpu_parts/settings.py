@@ -1,4 +1,4 @@
-"""What gpu.py measures, on a GPU and in a trial on a CPU."""
+"""Settings that gpu.py measures, on a GPU and in a trial on a CPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ def with_counterparts(methods: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Choice of the measurements.
 
     Args:
         sizes: sizes by their names.

@@ -36,7 +36,7 @@ from gpu_parts.models import frozen, sharing
 from gpu_parts.settings import Settings, Size
 
 PROMPT, COMPLETION = (4.122, 0.318, 17, 228), (4.449, 0.434, 25, 343)
-"""Of the lengths' logarithm the mean and the deviation, and the shortest and longest length."""
+"""Mean and deviation of the logarithm of the lengths, and the shortest and longest length."""
 CORRELATION = 0.536
 RANK, RATE = 8, 1e-4
 WARM = 2

@@ -1,4 +1,4 @@
-"""What the folder of an earlier run tells: how many units moved at which step, and final ranks."""
+"""Facts that are read from the folder of an earlier run: moves of units, and final ranks."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ EVENTS, RANKS = "ranks.jsonl", "ranks.json"
 
 @dataclass(frozen=True)
 class Move:
-    """How many units moved at an event of a recorded run.
+    """Numbers of units that moved at an event of a recorded run.
 
     Args:
         step: optimizer step of the event.

@@ -36,7 +36,7 @@ POSTPONED = "_adaptrank_max_grad_norm"
 
 
 class TrainerRun:
-    """What the allocators of one Trainer do together.
+    """Joint run of all allocators of one Trainer.
 
     The Trainer clips gradients before it calls anyone. So its own clipping is switched off for the
     length of a step, and done here: after the penalties were added and the allocators have seen the

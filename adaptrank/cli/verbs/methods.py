@@ -16,7 +16,7 @@ Parameterizations, allocators, training strategies and optimizers: formula, sour
 and which of them fit each other."""
 
 TABLE = Path(__file__).parents[1] / "methods_table.json"
-"""What `methods --recompute --json` prints. A test holds it against the code."""
+"""Output of `methods --recompute --json`. A test compares it with the code."""
 
 REFERENCE = 768
 """Sides of the linear layer that costs are stated for."""

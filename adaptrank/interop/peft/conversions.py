@@ -1,4 +1,4 @@
-"""How each method is stated in HF PEFT's terms, and how each type of PEFT is read into our classes.
+"""Conversions of each method into HF PEFT's terms, and of each PEFT type into our classes.
 
 A method that PEFT has too is registered with `to_peft`, by its class. A type of PEFT that we can
 read is an entry of `READERS`.

@@ -112,7 +112,7 @@ def export_peft(
 
 @dataclass(frozen=True)
 class Approximation:
-    """How close a LoRA has to come to a change that is no product: a rank, or a relative error."""
+    """Accuracy of a LoRA that replaces a change that is no product: a rank, or a relative error."""
 
     rank: int | None
     error: float | None

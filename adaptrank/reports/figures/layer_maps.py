@@ -32,7 +32,7 @@ MOST_COLUMNS = 3
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colors of some maps mean. Maps of one scale can be compared by color.
+    """Color scale of some maps. Maps of one scale can be compared by color.
 
     Args:
         meaning: text beside the color bar.
