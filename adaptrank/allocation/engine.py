@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from adaptrank._collectives import first, from_first
+from adaptrank._collectives import first
 from adaptrank.allocation import checks, resuming
 from adaptrank.allocation.bad_gradients import BadSteps, all_finite, unchanged_unless
 from adaptrank.allocation.beginning import begin
 from adaptrank.allocation.context import Loss, Run
-from adaptrank.allocation.events import Event, Proposal, describe, execute, summarize_scores
+from adaptrank.allocation.event_run import run_event
+from adaptrank.allocation.events import Event, execute
 from adaptrank.allocation.growth import parameter_growth
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from adaptrank.allocation.policy import Policy
 
 log = logging.getLogger("adaptrank")
-
-UNBOUNDED = 1 << 62
-"""Budget that a plan gets where none is enforced."""
 
 
 class Engine:
@@ -345,56 +343,10 @@ class Engine:
         for optimizer in self.run.owners():
             check_optimizer(optimizer, tensors)
 
-    @torch.no_grad()
     def _event(self) -> Event:
-        """Score, plan and carry the plan out.
-
-        If a score is not a number the ranks stay. The next event makes up for it. After the last
-        event every step tries again.
-        """
-        policy, run = self._policy, self.run
         self._check_optimizers()  # some tensors may have got their state late
         self.read_bad_steps()
-        step = run.steps_done
-        budget = policy.budget_at(step)
-        event: Event = {"step": step, "budget": budget, "unit": run.unit}
-        # A score that runs the model is not asked in vain.
-        idle = run.examples_needed > 0 and not policy.acts_at(step)
-        scores = {} if idle else self._scores()
-        values = torch.cat([torch.zeros(0), *scores.values()]).double()
-        self.progress.deferred = bool(values.isnan().any())
-        if self.progress.deferred:
-            event["reason"] = "a score is not a number"
-            event["skipped"] = event["reason"]
-            return run.record(event)
-        proposal = Proposal({}) if idle else self._propose(scores, budget)
-        checks.check_plan(policy, run, proposal.plan, run.cost(), budget)
-        event["scores"] = summarize_scores(values)
-        units_before, parameters_before = sum(run.open_sizes().values()), run.open_parameters()
-        event.update(policy.carry_out(self.state, proposal.plan, step, self.apply))
-        units_after, parameters_after = sum(run.open_sizes().values()), run.open_parameters()
-        event["reason"] = describe(event, budget, units_before, units_after)
-        if parameters_before != parameters_after:
-            event["reason"] += f", {parameters_before:,} -> {parameters_after:,} parameters"
-        if proposal.remark:
-            event["reason"] += f"; {proposal.remark}"
-        return run.record(event)
-
-    def _scores(self) -> dict[str, Tensor]:
-        """Return the scores of all units, averaged over processes, on the CPU."""
-        scores = self._policy.score_units(self.state, self.run.axes)
-        return {key: self.run.reduce(values).detach().cpu() for key, values in scores.items()}
-
-    def _propose(self, scores: Mapping[str, Tensor], budget: int | None) -> Proposal:
-        """Return the plan of the first process."""
-        run = self.run
-        proposal = Proposal({})
-        if first():
-            enforced = UNBOUNDED if budget is None else budget
-            proposal = self._policy.propose(
-                self.state, scores, run.cost(), enforced, run.steps_done
-            )
-        return from_first(proposal)
+        return run_event(self._policy, self.run, self.state, self.apply)
 
     # ---- the start of a run
 
