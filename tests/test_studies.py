@@ -346,6 +346,19 @@ class Failing(Unsteady):
     missing = ((0.1, 1),)
 
 
+def test_the_report_has_the_trials_by_rate(tmp_path):
+    asked = read_study(study(tmp_path, lrs=[0.01, 0.1]))
+    asked = replace(asked, selection={**asked.selection, "seeds": [0, 1]})
+    record = run_study(asked, tmp_path / "out", linear, Failing(), lambda line: None)
+    text = markdown(record, rows(record))
+    assert "| method | 0.01 | 0.1 |\n|---|---:|---:|\n" in text
+    assert "| A, 100 | **0.300** | 0.100 (1 failed) |" in text
+    html = page(record, rows(record), {})
+    assert '<td>A, 100</td><td class="n"><b>0.300</b></td>' in html
+    many = [{**record["trials"][0], "lr": 0.001 * (k + 1)} for k in range(20)]
+    assert "| method | 0.001" not in markdown(record | {"trials": many}, rows(record))
+
+
 @pytest.mark.parametrize("engine", [Unsteady, Failing])
 def test_several_seeds_of_the_trials_see_what_one_does_not(tmp_path, engine):
     def chosen(name, **selection):

@@ -14,6 +14,7 @@ from adaptrank.reports.escaping import code_span
 from adaptrank.reports.escaping import markdown as escape
 from adaptrank.reports.figures import draw_study
 from adaptrank.reports.rendering import Picture, render
+from adaptrank.reports.trial_table import trial_table
 
 Escape = Callable[[str], str]
 
@@ -80,12 +81,19 @@ def markdown(record: Mapping[str, Any], table: Sequence[Row]) -> str:
         "table": [list(map(escape, row)) for row in values["table"]],
         "left_out": [escape(reason) for reason in values["left_out"]],
         "notes": [escape(sentence) for sentence in values["notes"]],
+        "trials": values["trials"],
         "failed": [
             {"key": escape(result["key"]), "error": escape(result["error"])}
             for result in values["failed"]
         ],
     }
-    return render("study.md.j2", **texts, explanation=_explanation(record, escape, code_span))
+    return render(
+        "study.md.j2",
+        **texts,
+        explanation=_explanation(record, escape, code_span),
+        escape=escape,
+        code=code_span,
+    )
 
 
 def page(record: Mapping[str, Any], table: Sequence[Row], pictures: Mapping[str, bytes]) -> str:
@@ -111,6 +119,7 @@ def _values(record: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
         "left_out": record["left_out"],
         "notes": [*chosen_values(record, table), *similarities(record)],
         "failed": [result for result in results if result["status"] == "failed"],
+        "trials": trial_table(record, table),
     }
 
 

@@ -1,6 +1,5 @@
 """Pictures of a study: the metric over what it costs, learning rates, and the final ranks."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from adaptrank.reports.figures.drawing import (
     save,
 )
 from adaptrank.reports.layer_grid import layer_grid
+from adaptrank.reports.trial_table import means_by_rate, setting_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def draw_study(record: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> 
     successful = [row for row in rows if "metric" in row]
     if successful:
         figures["pareto"] = _pareto_figure(record, successful)
-    curves = _rate_curves(record)
+    curves = means_by_rate(record)
     if curves:
         figures["learning_rates"] = _rates_figure(record, rows, curves)
     varied = [row for row in successful if len(set(row["ranks"].values())) > 1]
@@ -104,28 +104,13 @@ def _set_number_axis(panel: "Axes", numbers: Sequence[float]) -> None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _rate_curves(record: Mapping[str, Any]) -> dict[str, dict[float, float]]:
-    """Return the selected metric by learning rate for each setting, as means over the trials."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for trial in record["trials"]:
-        value = trial.get("metrics", {}).get(record["selected_by"])
-        if trial["status"] == "success" and trial.get("lr") and value is not None:
-            rates = found.setdefault(_setting_label(trial), {})
-            rates.setdefault(trial["lr"], []).append(value)
-    return {
-        label: {rate: statistics.mean(values) for rate, values in sorted(rates.items())}
-        for label, rates in found.items()
-        if len(rates) > 1
-    }
-
-
 def _rates_figure(
     record: Mapping[str, Any], rows: Sequence[Row], curves: Mapping[str, Mapping[float, float]]
 ) -> "Figure":
     """Draw the selected metric over the learning rate, and mark the chosen rates."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    chosen = {_setting_label(row): row["lr"] for row in rows}
+    chosen = {setting_label(row): row["lr"] for row in rows}
     figure = new_figure(7, 3.2 + 0.2 * -(-len(curves) // 3))
     panel = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
@@ -149,12 +134,6 @@ def _rates_figure(
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
     return figure
-
-
-def _setting_label(row: Mapping[str, Any]) -> str:
-    """Return method, allocator and budget of a row or of a trial."""
-    budget = "" if row["budget"] is None else f", {row['budget']:,}"
-    return f"{row_label(dict(row))}{budget}"
 
 
 def _draw_methods(panel: "Axes", rows: Sequence[Row], cost: str) -> None:
@@ -200,7 +179,7 @@ def _ranks_figure(rows: Sequence[Row]) -> "Figure":
         for axis, size in row["ranks"].items():
             cells[grid.places[axis]] = size
         high = max(float(most_units), largest(cells), 1.0)
-        title = _setting_label(row)
+        title = setting_label(row)
         image = draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, high)
     for panel in panels[len(rows) :]:
         panel.set_axis_off()
