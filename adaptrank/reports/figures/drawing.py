@@ -152,3 +152,23 @@ def _known_cells(cells: Cells) -> Iterator[tuple[int, int, float]]:
     """Yield (row, column, value) of each cell that has a value."""
     for row, column in np.argwhere(~np.isnan(cells)).tolist():
         yield row, column, float(cells[row, column])
+
+
+def add_color_bar(
+    figure: "Figure", panel: "Axes", name: str, panels: "list[Axes] | None" = None
+) -> None:
+    """Add a color bar with whole numbers, unless it has no name.
+
+    Args:
+        figure: the figure.
+        panel: its first image has the colors.
+        name: label of the bar.
+        panels: panels that the bar stands beside, by default `panel`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if name:
+        bar = figure.colorbar(panel.images[0], ax=panels or panel, aspect=30, pad=0.02)
+        bar.set_label(name, fontsize=SMALL)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        bar.ax.tick_params(labelsize=SMALL)

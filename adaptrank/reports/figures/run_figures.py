@@ -12,6 +12,7 @@ from adaptrank.reports.figures.drawing import (
     SMALL,
     UNITS_COLORS,
     Cells,
+    add_color_bar,
     draw_heat_map,
     empty_cells,
     largest,
@@ -86,13 +87,13 @@ def _rank_change_figure(history: History, grid: LayerGrid) -> "Figure":
         image = draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, most_units)
         if is_written and not _uniform(cells):
             write_numbers(panel, cells, image, "g")
-        _add_color_bar(figure, panel, "" if is_written else "units")
+        add_color_bar(figure, panel, "" if is_written else "units")
     if panels_count > len(units):
         span = largest(abs(change))
         image = draw_heat_map(panels[-1], change, grid, start, CHANGE_COLORS, -span, span)
         if is_written:
             write_numbers(panels[-1], np.where(change == 0, np.nan, change), image, "+g")
-        _add_color_bar(figure, panels[-1], "" if is_written else "change")
+        add_color_bar(figure, panels[-1], "" if is_written else "change")
     _label_layers(panels)
     return figure
 
@@ -114,7 +115,7 @@ def _ranks_over_time_figure(history: History, grid: LayerGrid) -> "Figure":
         panel.set_xticks(panel.get_xticks(), panel.get_xticklabels(), ha="center")
     for panel in panels.flatten()[len(snapshots) :]:
         panel.set_axis_off()
-    _add_color_bar(figure, panels[0, 0], "units", list(panels.flatten()))
+    add_color_bar(figure, panels[0, 0], "units", list(panels.flatten()))
     _label_layers(panels[:, 0])
     return figure
 
@@ -202,19 +203,6 @@ def _finish_curves(panel: "Axes", last_step: float) -> None:
             frameon=False, fontsize=SMALL, ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
         )
     panel.grid(alpha=0.3)
-
-
-def _add_color_bar(
-    figure: "Figure", panel: "Axes", name: str, panels: "list[Axes] | None" = None
-) -> None:
-    """Add a color bar with whole numbers, unless it has no name."""
-    from matplotlib.ticker import MaxNLocator
-
-    if name:
-        bar = figure.colorbar(panel.images[0], ax=panels or panel, aspect=30, pad=0.02)
-        bar.set_label(name, fontsize=SMALL)
-        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        bar.ax.tick_params(labelsize=SMALL)
 
 
 def _label_layers(panels: "Iterable[Axes]") -> None:

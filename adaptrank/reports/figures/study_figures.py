@@ -9,6 +9,7 @@ from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.figures.drawing import (
     SMALL,
     UNITS_COLORS,
+    add_color_bar,
     draw_heat_map,
     empty_cells,
     largest,
@@ -180,9 +181,8 @@ def _ranks_figure(rows: Sequence[Row]) -> "Figure":
             cells[grid.places[axis]] = size
         high = max(float(most_units), largest(cells), 1.0)
         title = setting_label(row)
-        image = draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, high)
+        draw_heat_map(panel, cells, grid, title, UNITS_COLORS, 0, high)
     for panel in panels[len(rows) :]:
         panel.set_axis_off()
-    bar = figure.colorbar(image, ax=list(panels[: len(rows)]), aspect=30, pad=0.02)
-    bar.set_label("units", fontsize=SMALL)
+    add_color_bar(figure, panels[0], "units", list(panels[: len(rows)]))
     return figure
