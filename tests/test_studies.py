@@ -498,7 +498,7 @@ def test_differences_have_the_interval_of_students_t(tmp_path):
     assert single[2]["interval"] is single[2]["difference_deviation"] is None
 
 
-def test_parameters_at_the_peak_and_spectra_are_columns(tmp_path):
+def test_parameters_at_the_peak_and_spectra_are_shown(tmp_path):
     record = made(tmp_path)
     record["spectra"] = True
     for result in record["results"]:
@@ -508,7 +508,11 @@ def test_parameters_at_the_peak_and_spectra_are_columns(tmp_path):
     text = markdown(record, rows(record))
     assert "| 90 | 180 | 3 | 4 |" in text
     assert text.count("| 3 | 1.5 | 0.25 |") == 3
+    assert "| method | b | c |\n|---|---:|---:|\n| A, 100 | 1.5 | 1.5 (0.25) |\n" in text
+    assert "Effective rank" not in markdown(made(tmp_path), rows(record))
     write_study(record, tmp_path / "report")
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert '<td>A, 100</td><td class="n">1.5</td><td class="n">1.5 (0.25)</td>' in html
     table = (tmp_path / "report" / "layers.csv").read_text().splitlines()
     measures = "rank,effective_rank,stable_rank,relative"
     assert table[0] == f"method,allocator,budget,grid,seed,layer,{measures}"

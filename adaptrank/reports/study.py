@@ -13,6 +13,7 @@ from adaptrank.reports.comparison import Row, cells, column_names, rows
 from adaptrank.reports.escaping import code_span
 from adaptrank.reports.escaping import markdown as escape
 from adaptrank.reports.figures import draw_study
+from adaptrank.reports.kind_table import kind_table
 from adaptrank.reports.rendering import Picture, render
 from adaptrank.reports.trial_table import trial_table
 
@@ -82,6 +83,7 @@ def markdown(record: Mapping[str, Any], table: Sequence[Row]) -> str:
         "left_out": [escape(reason) for reason in values["left_out"]],
         "notes": [escape(sentence) for sentence in values["notes"]],
         "trials": values["trials"],
+        "kinds": values["kinds"],
         "failed": [
             {"key": escape(result["key"]), "error": escape(result["error"])}
             for result in values["failed"]
@@ -120,6 +122,7 @@ def _values(record: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
         "notes": [*chosen_values(record, table), *similarities(record)],
         "failed": [result for result in results if result["status"] == "failed"],
         "trials": trial_table(record, table),
+        "kinds": kind_table(record),
     }
 
 
