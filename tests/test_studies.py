@@ -611,6 +611,10 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):
                 },
                 "methods": {
                     "LoRA": {"model": {"init_args": {"adapters": adapters("$budget")}}},
+                    "RAC-LoRA": {
+                        "model": {"init_args": {"adapters": adapters("$budget")}},
+                        "training_strategy": "RACLoRA",
+                    },
                     "broken": {
                         "model": {
                             "init_args": {"adapters": adapters(2), "backbone": "nowhere/at-all"}
@@ -628,9 +632,10 @@ def test_a_real_study_of_four_runs_through_fit(here, cli, tiny_llama, fit_here):
             }
         )
     )
-    code, out, err = cli("compare", "study.yaml", "--plan", "--methods", "LoRA")
+    code, out, err = cli("compare", "study.yaml", "--plan", "--methods", "LoRA", "RAC-LoRA")
     assert code == 0, err
-    assert "LoRA: 256 of 300 parameters, $budget = 2; 3 runs" in out
+    assert "  LoRA: 256 of 300 parameters, $budget = 2; 3 runs" in out
+    assert "RAC-LoRA: 256 of 300 parameters before the training strategy, $budget = 2;" in out
     code, out, err = cli("compare", "study.yaml", "--methods", "LoRA")
     assert code == 0, err
     assert "2 trials, 0 of them finished" in out

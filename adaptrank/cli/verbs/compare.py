@@ -198,7 +198,9 @@ def _print_plan(study: Any, count: Callable[..., int]) -> None:
         units = "" if setting.units is None else f", $budget = {setting.units}"
         facts = {"method": setting.method, "allocator": setting.allocator}
         name = row_label(facts | {"grid": dict(setting.grid)})
-        print(f"  {name}: {setting.parameters:,}{budget} parameters{units}; {runs} runs")
+        # A round may train fewer of them. `plan` lists the rounds of one configuration.
+        whose = " before the training strategy" if setting.config.get("training_strategy") else ""
+        print(f"  {name}: {setting.parameters:,}{budget} parameters{whose}{units}; {runs} runs")
     for name, entry in study.sums.items():
         print(f"  {name}: composed of {', '.join(entry['of'])}, for each seed")
     print(f"{total} runs in all")
