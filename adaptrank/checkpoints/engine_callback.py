@@ -5,6 +5,11 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from adaptrank.checkpoints.recorder import ensure_recorder
+from adaptrank.training.adapter_gradients import ensure_gradients
+from adaptrank.training.distributed import keep_apart, rejoin
+from adaptrank.training.peers import ensure_peer_watch
+
 
 class Resumable(Protocol):
     """An engine that goes on from its state in a checkpoint."""
@@ -26,7 +31,8 @@ class EngineCallback(Callback):
     """Base of the Lightning shells of allocators and of training strategies.
 
     It keeps the state of an engine in checkpoints, under the name of the class, and notes how far
-    the run of a checkpoint was.
+    the run of a checkpoint was. It starts the engine, and prepares the Trainer for adapters whose
+    tensors change. A subclass implements `start_engine`.
 
     Args:
         engine: runs the allocator or the training strategy.
@@ -38,6 +44,34 @@ class EngineCallback(Callback):
         self.engine = engine
         self._resumed_at = 0
         """Optimizer steps in the checkpoint that the run resumes from, of all optimizers."""
+
+    def prepare_fit(self, trainer: Trainer) -> None:
+        """Forget an earlier run, and add what a Trainer needs for tensors that change.
+
+        Call it from `setup`. A checkpoint that the run resumes from is loaded after that.
+        """
+        self._resumed_at = 0
+        ensure_peer_watch(trainer)
+        ensure_gradients(trainer)
+        ensure_recorder(trainer)
+        keep_apart(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the adapters back to Lightning's strategy."""
+        if stage == "fit":
+            rejoin(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run."""
+        self.start_engine(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run again if a checkpoint was restored after on_fit_start."""
+        self.start_engine(trainer, pl_module)
+
+    def start_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the engine, unless it runs."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Call this when training is over; it removes hooks."""

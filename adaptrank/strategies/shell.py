@@ -18,10 +18,7 @@ from adaptrank._errors import UserError
 from adaptrank.allocation import Participant, fit_before_load
 from adaptrank.checkpoints import EngineCallback, ensure_recorder
 from adaptrank.strategies.engine import RoundEngine
-from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import keep_apart, rejoin
 from adaptrank.training.evaluation import evaluating, training_loss
-from adaptrank.training.peers import ensure_peer_watch
 
 if TYPE_CHECKING:
     from adaptrank.strategies.strategy import TrainingStrategy
@@ -90,11 +87,8 @@ class StrategyShell(EngineCallback):
             ensure_recorder(trainer)
             return
         # A checkpoint that this run resumes from is loaded after setup.
-        self.engine.running, self._resumed_at = False, 0
-        ensure_peer_watch(trainer)
-        ensure_gradients(trainer)
-        ensure_recorder(trainer)
-        keep_apart(trainer)
+        self.engine.running = False
+        self.prepare_fit(trainer)
         _put_behind_allocators(trainer, self)
 
     def _check_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,20 +124,8 @@ class StrategyShell(EngineCallback):
                 f"factors, and {label} trains one of them at a time; leave it at 1.0."
             )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the adapters back to Lightning's strategy."""
-        if stage == "fit":
-            rejoin(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run, after its allocators."""
-        self._start(trainer, pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the run again if a checkpoint was restored after on_fit_start."""
-        self._start(trainer, pl_module)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.engine.running:
             return
         if len(trainer.optimizers) != 1:

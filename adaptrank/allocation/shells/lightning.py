@@ -18,10 +18,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.resuming import UNCHECKED
 from adaptrank.axes import fit_ranks
 from adaptrank.checkpoints import EngineCallback, ensure_recorder
-from adaptrank.training.adapter_gradients import ensure_gradients
-from adaptrank.training.distributed import keep_apart, rejoin
 from adaptrank.training.evaluation import training_loss
-from adaptrank.training.peers import ensure_peer_watch
 from adaptrank.training.penalties import add_penalty_gradients
 
 log = logging.getLogger("adaptrank")
@@ -117,37 +114,22 @@ class LightningShell(EngineCallback):
         # A checkpoint that this run resumes from is loaded after setup.
         self.engine.restored = False
         self.engine.running = False
-        self._resumed_at, self._owner = 0, None
+        self._owner = None
         for other in shells(trainer):
             if other is not self:
                 checks.check_beside(self.engine.participant, other.engine.participant)
         _refuse_weight_averaging(trainer)
-        ensure_peer_watch(trainer)
-        ensure_gradients(trainer)
-        ensure_recorder(trainer)
-        keep_apart(trainer)
+        self.prepare_fit(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the adapters back to the strategy."""
-        if stage == "fit":
-            rejoin(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the run."""
-        self._start(trainer, pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the run again if the strategy has restored a checkpoint after on_fit_start."""
-        self._start(trainer, pl_module)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run, after the allocator that chooses its ranks."""
         if self.engine.running:  # started by on_fit_start, or by the other allocator of the run
             return
         # Ranks to start from come first, whatever the order of the callbacks.
         if not self.engine.participant.chooses_ranks:
             for other in shells(trainer):
                 if other.engine.participant.chooses_ranks:
-                    other._start(trainer, pl_module)
+                    other.start_engine(trainer, pl_module)
         total_steps = trainer.estimated_stepping_batches  # it builds the loaders, too
         several = len(trainer.optimizers) if not pl_module.automatic_optimization else 1
         if trainer.max_steps != -1:
