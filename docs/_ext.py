@@ -480,16 +480,20 @@ def strategy_table() -> str:
 
 
 def studied_rates_table() -> str:
-    """Return a table of the methods whose learning rate a study chose."""
+    """Return a table of the methods whose learning rate a study chose, and of a fresh head."""
+    from adaptrank.modules.learning_rates import STUDIED_HEAD
     from adaptrank.parameterizations import PARAMETERIZATIONS
 
+    studied = {
+        f"[{name}](methods/{name}.md)": vars(cls)["studied_rate"]
+        for name, cls in own(PARAMETERIZATIONS).items()
+        if "studied_rate" in vars(cls)
+    }
     rows = []
-    for name, cls in own(PARAMETERIZATIONS).items():
-        studied = vars(cls).get("studied_rate")
-        if studied is not None:
-            page = Path(studied.page).relative_to("docs")
-            study = f"[{page.stem.removeprefix('study_').replace('_', ' ')}]({page})"
-            rows.append((f"[{name}](methods/{name}.md)", f"{studied.rate:g}", study))
+    for name, (rate, file) in [*studied.items(), ("a fresh head", STUDIED_HEAD)]:
+        page = Path(file).relative_to("docs")
+        study = f"[{page.stem.removeprefix('study_').replace('_', ' ')}]({page})"
+        rows.append((name, f"{rate:g}", study))
     return table(rows, "method", "rate", "study")
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from training_cases import NUMBERS
 
-from adaptrank import adapt, parameter_groups
+from adaptrank import adapt, parameter_groups, save_adapter
 from adaptrank._errors import UserError
 from adaptrank.allocation import ElaLoRA
 from adaptrank.axes import rank_axes
@@ -24,7 +24,7 @@ from adaptrank.cli import main
 from adaptrank.cli.unusual_rates import unusual_rates
 from adaptrank.data import ArithmeticProblems
 from adaptrank.modules import Adapter, CausalLM, SequenceClassification, build_optimizer
-from adaptrank.modules.learning_rates import check_rates, trained_names
+from adaptrank.modules.learning_rates import STUDIED_HEAD, check_rates, trained_names
 from adaptrank.parameterizations import (
     SVD,
     DoRA,
@@ -459,6 +459,54 @@ def test_studied_rates_are_those_that_the_studies_chose():
     assert [group["name"] for group in stated.param_groups] == [
         group["name"] for group in optimizer.param_groups
     ]
+
+
+def classifier(folder, make=ADAM, **arguments):
+    """Return a task with a head that it has made, and its optimizer."""
+    module = SequenceClassification(folder, dtype="fp32", num_labels=3, **arguments)
+    module.configure_model()
+    return module, build_optimizer(module.model, make, 1.0, module.rates_of(module.model))
+
+
+def rates_of_head(module, optimizer):
+    head = {id(parameter) for parameter in module.model.classifier.parameters()}
+    return {
+        group["lr"]
+        for group in optimizer.param_groups
+        if head & {id(parameter) for parameter in group["params"]}
+    }
+
+
+def test_a_fresh_head_has_its_studied_rate_and_a_trained_one_has_not(tiny_bert, tmp_path):
+    fresh = {"adapters": [Adapter([LoRA])], "learning_rates": "studied"}
+    module, optimizer = classifier(tiny_bert, **fresh)
+    assert rates_of_head(module, optimizer) == {STUDIED_HEAD.rate}
+    assert {group["lr"] for group in optimizer.param_groups} == {
+        STUDIED_HEAD.rate,
+        LoRA.studied_rate.rate,
+    }
+    save_adapter(module.model, tmp_path / "adapter", base=module.describe_base())
+    trained, optimizer = classifier(
+        tiny_bert, adapter=str(tmp_path / "adapter"), learning_rates="studied"
+    )
+    assert not trained.has_fresh_head(trained.model)
+    assert rates_of_head(trained, optimizer) == {ADAM.keywords["lr"]}
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e-3, 1), (5e-3, 0), (5.0, 1)])
+def test_a_rate_that_does_not_suit_a_fresh_head_is_told(tiny_bert, rate, said):
+    rates = {"LoRA": LoRA.studied_rate.rate}
+    make = partial(torch.optim.AdamW, lr=rate)
+    module, optimizer = classifier(
+        tiny_bert, make, adapters=[Adapter([LoRA])], learning_rates=rates
+    )
+    assert module.has_fresh_head(module.model)
+    sentences = list(unusual_rates(module.model, [optimizer], has_fresh_head=True))
+    assert len(sentences) == said
+    for sentence in sentences:
+        assert f"The head is new, and trains at a learning rate of {rate:g}." in sentence
+        assert sentence.endswith("learning_rates: {head: 0.05}.")
+    assert not list(unusual_rates(module.model, [optimizer]))
 
 
 def test_studied_rates_need_a_method_with_a_study():

@@ -226,7 +226,9 @@ class AdaptrankCLI(LightningCLI):
 
     def _begin(self) -> None:
         if not self.began and isinstance(self.model, AdaptedModule):
-            for sentence in unusual_rates(self.model.model, self.trainer.optimizers):
+            model = self.model.model
+            is_fresh = self.model.has_fresh_head(model)
+            for sentence in unusual_rates(model, self.trainer.optimizers, is_fresh):
                 log.warning("%s", sentence)
         self.began = True
 

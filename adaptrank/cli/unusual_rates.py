@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.optim import Optimizer
 
+from adaptrank.modules.learning_rates import STUDIED_HEAD, head_parameters
 from adaptrank.parameterizations import wrappers
 
 FAR = 20.0
@@ -15,8 +16,10 @@ Those that were 25 times too small ended far below the best.
 """
 
 
-def unusual_rates(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[str]:
-    """Yield a sentence for each method with such a rate.
+def unusual_rates(
+    model: nn.Module, optimizers: Iterable[Optimizer], has_fresh_head: bool = False
+) -> Iterator[str]:
+    """Yield a sentence for each method with such a rate, and for a fresh head.
 
     The studies took AdamW. Optimizers without the coefficients of Adam are left alone, and so are
     rates of 0.
@@ -24,6 +27,7 @@ def unusual_rates(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator
     Args:
         model: the adapted model.
         optimizers: optimizers of the run, with or without a schedule.
+        has_fresh_head: the head has not been trained.
     """
     rate_of: dict[int, float] = {}
     for optimizer in optimizers:
@@ -46,4 +50,13 @@ def unusual_rates(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator
                 yield (
                     f"{method.__name__} trains at a learning rate of {rate:g}. Its study chose "
                     f"{studied.rate:g} with AdamW ({studied.page})."
+                )
+    if has_fresh_head:
+        head_rates = {rate_of[name] for name in head_parameters(model) if rate_of.get(name)}
+        for rate in sorted(head_rates):
+            if not STUDIED_HEAD.rate / FAR <= rate <= STUDIED_HEAD.rate * FAR:
+                yield (
+                    f"The head is new, and trains at a learning rate of {rate:g}. Its study gave "
+                    f"it {STUDIED_HEAD.rate:g} with AdamW ({STUDIED_HEAD.page}): "
+                    f"learning_rates: {{head: {STUDIED_HEAD.rate:g}}}."
                 )

@@ -47,7 +47,7 @@ from adaptrank.modules.gradient_checkpointing import (
     read_checkpointing,
 )
 from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
-from adaptrank.modules.learning_rates import check_rates
+from adaptrank.modules.learning_rates import check_rates, rates_of_model
 from adaptrank.modules.learning_schedule import learning_schedule
 from adaptrank.modules.optim import build_optimizer
 from adaptrank.modules.option_checks import check_optimizer_options, check_options
@@ -109,7 +109,7 @@ class AdaptedModule(LightningModule):
         learning_rates: own learning rates of parts of what trains, in place of that of the
             optimizer: {HyperAdapt: 0.01, LoRA: 0.001}. A key is a method, one of its tensors
             (LoRA.B), a kind of tensor (scales), an adapter, or a module that trains whole. Or
-            "studied": each method has the rate of AdamW that its study chose, where it has one.
+            "studied": each method and a fresh head have the rate of AdamW that a study chose.
     """
 
     accept_changes: bool = False
@@ -316,10 +316,18 @@ class AdaptedModule(LightningModule):
 
     # ---- optimizing
 
+    def has_fresh_head(self, backbone: nn.Module) -> bool:
+        """Return whether the task has made a head that nobody has trained."""
+        return self.adapter is None and bool(self.heads(backbone))
+
+    def rates_of(self, backbone: nn.Module) -> dict[str, float]:
+        """Return the learning rates of parts of an adapted backbone, {key: rate}."""
+        return rates_of_model(backbone, self.learning_rates, self.has_fresh_head(backbone))
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups, and a schedule over all steps of the run."""
         optimizer = build_optimizer(
-            self.model, self.optimizer, self.lora_plus_ratio, self.learning_rates
+            self.model, self.optimizer, self.lora_plus_ratio, self.rates_of(self.model)
         )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = steps(self.warmup, total)

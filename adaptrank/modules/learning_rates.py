@@ -18,6 +18,7 @@ from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank._options import NOT_NEGATIVE, check_number
 from adaptrank.parameterizations import (
     Parameterization,
+    StudiedRate,
     plain_name,
     pretrained_part,
     wrappers,
@@ -27,6 +28,8 @@ STUDIED: Literal["studied"] = "studied"
 """Value of `learning_rates` that gives each method the rate which its study chose."""
 HEAD = "head"
 """Key of what trains outside of the pretrained body, such as a classifier."""
+STUDIED_HEAD = StudiedRate(0.05, "docs/results/study_head_rate_banking77.md")
+"""Rate of a fresh head in the study of it. It was not tuned further."""
 MODULES = "modules"
 """Key of all that trains outside of wrappers."""
 
@@ -97,13 +100,16 @@ def _read_rate(key: str, rate: Any) -> float:
     return float(rate)
 
 
-def rates_of_model(model: nn.Module, learning_rates: Any) -> dict[str, float]:
+def rates_of_model(
+    model: nn.Module, learning_rates: Any, has_fresh_head: bool = False
+) -> dict[str, float]:
     """Return the rate of each key of the option `learning_rates` for a model.
 
     Args:
         model: the adapted model.
         learning_rates: the option. "studied" gives each method the rate that its study chose, and
             the optimizer's own rate to a method without a study.
+        has_fresh_head: the head has not been trained. "studied" gives it a rate, too.
 
     Raises:
         UserError: if the option makes no sense, or if no method of the model has a study.
@@ -121,7 +127,14 @@ def rates_of_model(model: nn.Module, learning_rates: Any) -> dict[str, float]:
             f"learning_rates: studied needs a method with a study of its rates, and this model has "
             f"{names}. Give rates, such as {{LoRA: 0.001}}, or leave it out."
         )
+    if has_fresh_head and head_parameters(model):
+        chosen[HEAD] = STUDIED_HEAD.rate
     return chosen
+
+
+def head_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that train outside of the pretrained body."""
+    return {name for name, ways in trained_names(model).items() if ways.adapter == HEAD}
 
 
 def _trains(wrapper: Parameterization) -> bool:

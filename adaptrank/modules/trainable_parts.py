@@ -8,7 +8,7 @@ from adaptrank import backbones
 from adaptrank.artifacts import load_adapter, read_adapter
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules, row_modules
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
-from adaptrank.modules.learning_rates import match_rates, rates_of_model
+from adaptrank.modules.learning_rates import match_rates
 from adaptrank.modules.settings import read_rank_pattern
 from adaptrank.parameterizations import plain_parameters
 
@@ -28,7 +28,7 @@ def make_trainable(module: "AdaptedModule", backbone: nn.Module) -> None:
     """
     trained_whole = _prepare_trained_modules(module, backbone)
     _inject_adapters(module, backbone, trained_whole)
-    match_rates(backbone, rates_of_model(backbone, module.learning_rates))
+    match_rates(backbone, module.rates_of(backbone))
 
 
 def _prepare_trained_modules(module: "AdaptedModule", backbone: nn.Module) -> list[str]:
