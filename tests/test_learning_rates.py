@@ -440,6 +440,11 @@ def test_the_rates_are_those_that_the_pages_say():
         assert f"{cls.studied_rate.rate:g}" in chosen
 
 
+def test_the_rate_of_a_head_is_that_of_its_page():
+    text = (ROOT / STUDIED_HEAD.page).read_text(encoding="utf-8")
+    assert f"The head has {STUDIED_HEAD.rate:g} in all rows but one" in " ".join(text.split())
+
+
 SMALL_MISS = partial(MiSS, rank=2, period=2)
 
 
