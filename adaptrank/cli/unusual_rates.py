@@ -1,12 +1,12 @@
 """Tell learning rates that are far from those that the studies of methods chose."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
 
 from adaptrank.modules.learning_rates import STUDIED_HEAD, head_parameters
-from adaptrank.parameterizations import wrappers
+from adaptrank.parameterizations import StudiedRate, wrappers
 
 FAR = 20.0
 """A rate so many times above or below the one that a study chose is unusual.
@@ -35,6 +35,18 @@ def unusual_rates(
             if "betas" in group:
                 rate = float(group.get("initial_lr", group["lr"]))
                 rate_of.update((id(parameter), rate) for parameter in group["params"])
+    yield from _of_methods(model, rate_of)
+    if has_fresh_head:
+        yield from _of_head(model, rate_of)
+
+
+def _of_methods(model: nn.Module, rate_of: Mapping[int, float]) -> Iterator[str]:
+    """Yield a sentence for each unusual rate of a method that was studied.
+
+    Args:
+        model: the adapted model.
+        rate_of: id of a parameter -> its learning rate.
+    """
     rates: dict[type, set[float]] = {}
     for wrapper in wrappers(model):
         for _, parameter in wrapper.own_parameters():
@@ -46,17 +58,24 @@ def unusual_rates(
         if studied is None:
             continue
         for rate in sorted(values):
-            if not studied.rate / FAR <= rate <= studied.rate * FAR:
+            if _is_far(rate, studied):
                 yield (
                     f"{method.__name__} trains at a learning rate of {rate:g}. Its study chose "
                     f"{studied.rate:g} with AdamW ({studied.page})."
                 )
-    if has_fresh_head:
-        head_rates = {rate_of[name] for name in head_parameters(model) if rate_of.get(name)}
-        for rate in sorted(head_rates):
-            if not STUDIED_HEAD.rate / FAR <= rate <= STUDIED_HEAD.rate * FAR:
-                yield (
-                    f"The head is new, and trains at a learning rate of {rate:g}. Its study gave "
-                    f"it {STUDIED_HEAD.rate:g} with AdamW ({STUDIED_HEAD.page}): "
-                    f"learning_rates: {{head: {STUDIED_HEAD.rate:g}}}."
-                )
+
+
+def _of_head(model: nn.Module, rate_of: Mapping[int, float]) -> Iterator[str]:
+    """Yield a sentence for each unusual rate of a fresh head."""
+    rates = {rate_of[name] for name in head_parameters(model) if rate_of.get(name)}
+    for rate in sorted(rates):
+        if _is_far(rate, STUDIED_HEAD):
+            yield (
+                f"The head is new, and trains at a learning rate of {rate:g}. A study of 77 "
+                f"classes gave it {STUDIED_HEAD.rate:g} with AdamW ({STUDIED_HEAD.page}): "
+                f"learning_rates: {{head: {STUDIED_HEAD.rate:g}}}."
+            )
+
+
+def _is_far(rate: float, studied: StudiedRate) -> bool:
+    return not studied.rate / FAR <= rate <= studied.rate * FAR
