@@ -236,9 +236,17 @@ def _arguments(kind: Kind, name: str) -> tuple[dict[str, Argument], bool]:
         inherited, base_is_open = _arguments(kind, base)
         arguments = {**inherited, **arguments} if init is None else {**arguments, **inherited}
         is_open = is_open or base_is_open
-        if init is None and inherited:
+        # A constructor without `**kwargs` hands nothing on to the bases behind it.
+        if (init is None and inherited) or _is_closed(kind, base):
             break
     return arguments, is_open or not bases
+
+
+def _is_closed(kind: Kind, name: str) -> bool:
+    """Return whether a class has a constructor of its own without `**kwargs`."""
+    node = _node(kind, name)
+    init = None if node is None else _constructor(node)
+    return init is not None and init.args.kwarg is None
 
 
 def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:

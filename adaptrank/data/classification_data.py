@@ -14,7 +14,7 @@ from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
 
-class ClassificationData(LabelledSources, LabelTask):
+class ClassificationData(LabelTask, LabelledSources):
     """Texts, or pairs of texts, and their classes or scores, from files or the Hub.
 
     ```yaml

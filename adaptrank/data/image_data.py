@@ -17,7 +17,7 @@ from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
 
 
-class ImageData(LabelledSources, ImageTask):
+class ImageData(ImageTask, LabelledSources):
     """Images and their classes or scores, from folders, tables, arrays or the Hub.
 
     ```yaml
