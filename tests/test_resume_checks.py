@@ -31,7 +31,11 @@ ADAM = partial(torch.optim.AdamW, lr=0.01)
 SETTINGS = {"schedule": "constant", "warmup": 0, "dtype": "fp32", "generate": False}
 
 
-def module(folder, optimizer=ADAM, targets=("q_proj", "v_proj"), method=SVD, **arguments):
+# Layers of one shape, so that units which move never change the number of parameters.
+TARGETS = ("q_proj", "o_proj")
+
+
+def module(folder, optimizer=ADAM, targets=TARGETS, method=SVD, **arguments):
     nest = {key: arguments.pop(key) for key in ("alpha", "rank", "dropout") if key in arguments}
     nest = {"rank": 4, "alpha": 8, **nest}
     adapters = [Adapter([partial(method, **nest)], targets=list(targets))]
@@ -78,7 +82,7 @@ CHANGES = {
     "alpha": ({"alpha": 80}, {}, r"alpha is 80 here and 8 in the checkpoint"),
     "rank": ({"rank": 8}, {}, r"rank is 8 here and 4 in the checkpoint"),
     "dropout": ({"dropout": 0.1}, {}, r"dropout is 0.1 here and 0.0 in the checkpoint"),
-    "targets": ({"targets": ("q_proj",)}, {}, r"v_proj.* has none here and one in the checkpoint"),
+    "targets": ({"targets": ("q_proj",)}, {}, r"o_proj.* has none here and one in the checkpoint"),
     "method": ({"method": LoRA}, {}, r"the method is LoRA here and SVD in the checkpoint"),
     "swaps": ({}, {"allocators": [swapping(swaps=1)]}, r"swaps of ElaLoRA is 1 here and 2 in"),
     "beta": ({}, {"allocators": [swapping(beta=0.5)]}, r"beta of ElaLoRA is 0.5 here and 0.85"),
@@ -179,10 +183,7 @@ def test_what_does_not_change_the_run_is_no_difference(checkpoint, tiny_llama, t
             default_root_dir=tmp_path,
             log_every_n_steps=1,
         )
-    # Whether parameters grow at constant ranks is up to the run, and no difference.
-    assert not [
-        message for message in caplog.messages if "parameters of the adapters" not in message
-    ]
+    assert not caplog.messages
 
 
 def test_a_changed_learning_rate_holds_once_it_is_accepted(checkpoint, tiny_llama):
