@@ -1,6 +1,6 @@
 """The short form of an allocator, for a method of your own."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adaptrank.allocation.context import Axes
-from adaptrank.allocation.events import Event, Proposal
+from adaptrank.allocation.events import Apply, Event, Proposal
 from adaptrank.allocation.participant import Choice
 from adaptrank.allocation.plans import Plan, Scores
 from adaptrank.allocation.policy import Policy
@@ -200,7 +200,7 @@ class Allocator(Policy[TrackedTensors], registered=False):
         state: TrackedTensors,
         plan: Plan,
         step: int,
-        apply: Callable[[Plan, int], Event],
+        apply: Apply,
     ) -> Event:
         """Carry the plan out, and call `carried_out`."""
         done = apply(plan, step)

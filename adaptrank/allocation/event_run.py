@@ -1,6 +1,6 @@
 """The course of one event: score the units, plan, check the plan, carry it out, record it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 from adaptrank._collectives import first, from_first
 from adaptrank.allocation import checks
 from adaptrank.allocation.context import Run
-from adaptrank.allocation.events import Event, Proposal, describe, summarize_scores
-from adaptrank.allocation.plans import Plan
+from adaptrank.allocation.events import Apply, Event, Proposal, describe, summarize_scores
 from adaptrank.allocation.state import TrackedTensors
 
 if TYPE_CHECKING:
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 
 UNBOUNDED = 1 << 62
 """Budget that a plan gets where none is enforced."""
-
-Apply = Callable[[Plan, int], Event]
-"""Function (plan, step) -> what was done. It carries the plan out."""
 
 
 @torch.no_grad()

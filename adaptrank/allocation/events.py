@@ -1,6 +1,6 @@
 """An event: a plan carried out on tensors, optimizer state and tracked tensors, and its record."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -33,6 +33,10 @@ class Event(TypedDict, total=False):
     scores: dict[str, float]  # minimum, quartiles and maximum over all units
     skipped: str
     dimensions: list[float]  # intrinsic dimensions of the inputs of the blocks, and of the output
+
+
+Apply = Callable[[Plan, int], Event]
+"""Function (plan, step) -> what was done. It carries the plan out."""
 
 
 @dataclass(frozen=True)

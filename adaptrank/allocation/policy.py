@@ -5,11 +5,10 @@ arguments, `init_state`, `update`, `score_units`, `budget_at`, `plan`. For a met
 `Allocator` is shorter.
 """
 
-from collections.abc import Callable
 from typing import Generic, Literal, TypeVar, cast
 
 from adaptrank.allocation.context import Axes, ScoreContext
-from adaptrank.allocation.events import Event, Proposal
+from adaptrank.allocation.events import Apply, Event, Proposal
 from adaptrank.allocation.participant import Participant
 from adaptrank.allocation.plans import Plan, Scores, keep_best
 from adaptrank.allocation.schedules import cubic
@@ -94,9 +93,7 @@ class Policy(Participant, Generic[State], registered=False):
         """Return the plan, with a remark for the record of the event."""
         return Proposal(self.plan(scores, cost, budget, step))
 
-    def carry_out(
-        self, state: State, plan: Plan, step: int, apply: Callable[[Plan, int], Event]
-    ) -> Event:
+    def carry_out(self, state: State, plan: Plan, step: int, apply: Apply) -> Event:
         """Carry a plan out, and return what was done. It runs on every process.
 
         Args:

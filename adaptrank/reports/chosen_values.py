@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptrank.reports.comparison import Row, grid_texts, row_label
+from adaptrank.reports.comparison import Row, grid_texts, setting_label
 
 NEAR = 0.05
 """Share of a range of learning rates, on the logarithmic scale, that counts as its edge."""
@@ -29,10 +29,7 @@ def _edges_of_rates(record: Mapping[str, Any], table: Sequence[Row]) -> Iterator
             continue
         end = _end_of_rates(record, row["lr"])
         if end is not None:
-            where = row_label(row)
-            if row["budget"] is not None:
-                where = f"{where}, {row['budget']:,}"
-            yield f"{where}: the chosen learning rate {row['lr']:g} is {end}"
+            yield f"{setting_label(row)}: the chosen learning rate {row['lr']:g} is {end}"
 
 
 def _end_of_rates(record: Mapping[str, Any], rate: float) -> str | None:
@@ -70,11 +67,10 @@ def _best_points(record: Mapping[str, Any], table: Sequence[Row]) -> Iterator[st
 
 
 def _best_sentence(record: Mapping[str, Any], rows: Sequence[Row], best: Row) -> str:
-    row = {**best, "grid": {}}
-    budget = "" if best["budget"] is None else f", {best['budget']:,}"
+    setting = setting_label({**best, "grid": {}})
     values = ", ".join(grid_texts(best["grid"]))
     return (
-        f"{row_label(row)}{budget}: the best of {len(rows)} points by {record['metric']} is "
+        f"{setting}: the best of {len(rows)} points by {record['metric']} is "
         f"{values} ({best['metric']:.4f}). It was chosen on the data that is reported on."
     )
 

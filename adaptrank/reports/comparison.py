@@ -119,6 +119,12 @@ def row_label(row: Row) -> str:
     return ", ".join([row["method"], *allocator, *grid_texts(row.get("grid") or {})])
 
 
+def setting_label(row: Mapping[str, Any]) -> str:
+    """Return method, allocator and budget of a row or of a trial."""
+    budget = "" if row["budget"] is None else f", {row['budget']:,}"
+    return f"{row_label(dict(row))}{budget}"
+
+
 def grid_texts(grid: Mapping[str, Any]) -> list[str]:
     """Return "rank=4" for each key of a grid, by the shortest name that no other key has."""
     keys = [key.split(".") for key in grid]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adaptrank.reports.comparison import setting_label
 from adaptrank.reports.layer_grid import layer_grid
-from adaptrank.reports.trial_table import setting_label
 
 Layers = list[Mapping[str, Any]]
 """Measures of some layers."""
@@ -33,7 +33,9 @@ def kind_table(record: Mapping[str, Any]) -> KindTable | None:
         record: results of a study, see `run_study`.
     """
     results = [result for result in record["results"] if result.get("spectra")]
-    paths = dict.fromkeys(path for result in results for path in result["spectra"])
+    paths: dict[str, None] = {}
+    for result in results:
+        paths.update(dict.fromkeys(result["spectra"]))
     if not paths:
         return None
     grid = layer_grid([f"{path}:" for path in paths])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptrank.reports.comparison import Row, row_label
+from adaptrank.reports.comparison import Row, setting_label
 
 MOST_RATES = 12
 """Largest number of learning rates that a table has columns for. A search may try many more."""
@@ -87,20 +87,14 @@ def means_by_rate(record: Mapping[str, Any]) -> dict[str, dict[float, float]]:
 
     A setting with one rate is left out.
     """
-    values_by_setting: dict[str, dict[float, list[float]]] = {}
+    values_of: dict[str, dict[float, list[float]]] = {}
     for trial in record["trials"]:
         value = trial.get("metrics", {}).get(record["selected_by"])
         if trial["status"] == "success" and trial.get("lr") and value is not None:
-            by_rate = values_by_setting.setdefault(setting_label(trial), {})
+            by_rate = values_of.setdefault(setting_label(trial), {})
             by_rate.setdefault(trial["lr"], []).append(value)
-    return {
-        label: {rate: statistics.mean(values) for rate, values in sorted(by_rate.items())}
-        for label, by_rate in values_by_setting.items()
-        if len(by_rate) > 1
-    }
-
-
-def setting_label(row: Mapping[str, Any]) -> str:
-    """Return method, allocator and budget of a row or of a trial."""
-    budget = "" if row["budget"] is None else f", {row['budget']:,}"
-    return f"{row_label(dict(row))}{budget}"
+    means: dict[str, dict[float, float]] = {}
+    for label, by_rate in values_of.items():
+        if len(by_rate) > 1:
+            means[label] = {rate: statistics.mean(by_rate[rate]) for rate in sorted(by_rate)}
+    return means

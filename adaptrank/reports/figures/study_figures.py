@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrank.reports.comparison import Row, pareto, row_label
+from adaptrank.reports.comparison import Row, pareto, row_label, setting_label
 from adaptrank.reports.escaping import in_picture
 from adaptrank.reports.figures.drawing import (
     SMALL,
@@ -18,7 +18,7 @@ from adaptrank.reports.figures.drawing import (
     save,
 )
 from adaptrank.reports.layer_grid import layer_grid
-from adaptrank.reports.trial_table import means_by_rate, setting_label
+from adaptrank.reports.trial_table import means_by_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
