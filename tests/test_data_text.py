@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from adaptrank._errors import UserError
 from adaptrank.cli import main
 from adaptrank.cli.train import AdaptrankCLI
 from adaptrank.data import (
@@ -190,6 +191,10 @@ def test_validation_is_held_back_by_the_seed_and_never_trained_on(tmp_path):
 def test_a_number_for_validation_is_the_share_that_is_held_back(tmp_path, kind, row, share):
     data = kind(write(tmp_path / "a.jsonl", [row] * 20), validation=share)
     assert (len(data.rows("train")), len(data.rows("val"))) == (16, 4)
+    with pytest.raises(UserError, match="validation=1.5 is not a share. Use a number between 0"):
+        kind("a.jsonl", validation=1.5)
+    with pytest.raises(UserError, match="val_fraction=2 is not a share"):
+        kind("a.jsonl", val_fraction=2.0)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,6 @@ class SourceMix:
         load: LoadSplit = load_split,
     ) -> None:
         validation, val_fraction = _sources_or_share(validation, val_fraction)
-        if not 0 < val_fraction < 1:
-            raise UserError(
-                f"val_fraction={val_fraction} is not a share. Use a number between 0 and 1, such "
-                "as 0.1."
-            )
         if not sources:
             raise UserError(
                 "`sources` is empty. Name a data set, for example "
@@ -194,16 +190,21 @@ def _sources_or_share(
 
     A number such as 0.1 in place of sources is that share. So is its text, unless there is a file
     of that name.
+
+    Raises:
+        UserError: if the share is not between 0 and 1.
     """
-    if isinstance(validation, str):
-        try:
-            number = float(validation)
-        except ValueError:
-            return validation, val_fraction
-        return (validation, val_fraction) if Path(validation).exists() else (None, number)
+    name, share = "val_fraction", val_fraction
+    if isinstance(validation, str) and not Path(validation).exists():
+        with suppress(ValueError):
+            validation = float(validation)
     if isinstance(validation, int | float):
-        return None, float(validation)
-    return validation, val_fraction
+        name, share, validation = "validation", float(validation), None
+    if not 0 < share < 1:
+        raise UserError(
+            f"{name}={share:g} is not a share. Use a number between 0 and 1, such as 0.1."
+        )
+    return validation, share
 
 
 def _complete(given: Sources, settings: dict[str, Any]) -> list[Source]:
