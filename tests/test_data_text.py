@@ -191,7 +191,7 @@ def test_validation_is_held_back_by_the_seed_and_never_trained_on(tmp_path):
 def test_a_number_for_validation_is_the_share_that_is_held_back(tmp_path, kind, row, share):
     data = kind(write(tmp_path / "a.jsonl", [row] * 20), validation=share)
     assert (len(data.rows("train")), len(data.rows("val"))) == (16, 4)
-    with pytest.raises(UserError, match="validation=1.5 is not a share. Use a number between 0"):
+    with pytest.raises(UserError, match=r"validation=1\.5 is not a share\. Use a number between 0"):
         kind("a.jsonl", validation=1.5)
     with pytest.raises(UserError, match="val_fraction=2 is not a share"):
         kind("a.jsonl", val_fraction=2.0)
