@@ -193,8 +193,8 @@ def test_a_number_for_validation_is_the_share_that_is_held_back(tmp_path, kind, 
     assert (len(data.rows("train")), len(data.rows("val"))) == (16, 4)
     with pytest.raises(UserError, match=r"validation=1\.5 is not a share\. Use a number between 0"):
         kind("a.jsonl", validation=1.5)
-    with pytest.raises(UserError, match="val_fraction=2 is not a share"):
-        kind("a.jsonl", val_fraction=2.0)
+    with pytest.raises(UserError, match="validation=2 is not a share"):
+        kind("a.jsonl", validation=2)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):

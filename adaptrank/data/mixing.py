@@ -199,10 +199,10 @@ def _sources_or_share(
         with suppress(ValueError):
             validation = float(validation)
     if isinstance(validation, int | float):
-        name, share, validation = "validation", float(validation), None
+        name, share, validation = "validation", validation, None
     if not 0 < share < 1:
         raise UserError(
-            f"{name}={share:g} is not a share. Use a number between 0 and 1, such as 0.1."
+            f"{name}={share} is not a share. Use a number between 0 and 1, such as 0.1."
         )
     return validation, share
 
