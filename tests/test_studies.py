@@ -896,6 +896,16 @@ def test_a_choice_of_methods_takes_those_that_they_refer_to(tmp_path, cli):  # n
     assert "--methods: replay refers to $ranks:found, and 'found' is none of the methods." in err
 
 
+def test_names_with_a_comma_are_quoted_for_the_shell(tmp_path, cli):  # noqa: F811
+    methods = {"query, value and output": {}, "LoRA": {}}
+    said = {"methods": methods, "budgets": None, "lrs": None, "selection": None}
+    file = study(tmp_path, **said, baseline="LoRA")
+    code, _, err = cli("compare", str(file), "--plan", "--methods", "query, key")
+    assert code == 2
+    assert "--methods 'query, key' is none of the study's." in err
+    assert "It has LoRA, 'query, value and output'." in err
+
+
 class Ordered(Counted):
     def __call__(self, function, points, out):
         for point in points:

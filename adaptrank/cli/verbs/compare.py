@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from adaptrank._errors import did_you_mean
@@ -88,8 +89,9 @@ def _study(options: argparse.Namespace) -> Any:
     for name in options.methods:
         if name not in study.methods:
             raise ConfigError(
-                f"--methods {name} is none of the study's.{did_you_mean(name, study.methods)} "
-                f"It has {', '.join(study.methods)}."
+                f"--methods {quote(name)} is none of the study's."
+                f"{did_you_mean(name, study.methods)} "
+                f"It has {', '.join(map(quote, study.methods))}."
             )
     methods = {name: study.methods[name] for name in options.methods}
     check_replays(study.config, methods, study.allocators, _require_methods)
