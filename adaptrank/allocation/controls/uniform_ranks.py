@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
+
 from adaptrank._errors import UserError
 from adaptrank.allocation.budget import Filling, Floor, fill_in_turns, floors_within
 from adaptrank.allocation.context import Axes
 from adaptrank.allocation.controls.recorded_run import check_axes, read_ranks
 from adaptrank.allocation.initial.initializer import Choice, RankInitializer
 from adaptrank.allocation.plans import Caps
-from adaptrank.axes import CostModel
+from adaptrank.axes import CostModel, generator
 
 
 class UniformRanks(RankInitializer, control=True):
@@ -18,13 +20,14 @@ class UniformRanks(RankInitializer, control=True):
     This is a control for whatever chooses or moves ranks. The budget is stated, or it is the final
     total of a recorded run. With unit="parameters" a run whose parameters grew is compared with
     as many parameters. Ranks differ by one where the budget is no multiple of the number of axes:
-    the first axes in natural order get one unit more.
+    `seed` draws the axes that get one unit more. With less than one unit for each axis, a fixed
+    choice such as the first layers would be a choice of places, and not a control.
 
     Args:
         budget: total to share out, in `unit`.
         run: folder of the recorded run whose final total is the budget, such as runs/NAME/0.
         unit: "ranks" counts units; "parameters" counts all trainable parameters of the adapters.
-        seed: seed of the generator that initializes new units.
+        seed: seed of that draw, and of the generator that initializes new units.
     Raises:
         UserError: if neither or both of `budget` and `run` are given, or the run is not there. At
             the start: if it had other axes.
@@ -54,7 +57,10 @@ class UniformRanks(RankInitializer, control=True):
             check_axes(self.label, str(self.folder), self.ranks, axes)
             budget = cost.total(self.ranks)
         assert budget is not None
-        return Choice(uniform_sizes(list(axes), cost, budget, self.floors(), self.caps()))
+        keys, random = list(axes), generator(self.seed, self.label, 0)
+        in_turn = [keys[place] for place in torch.randperm(len(keys), generator=random).tolist()]
+        sizes = uniform_sizes(in_turn, cost, budget, self.floors(), self.caps())
+        return Choice({key: sizes[key] for key in keys})
 
 
 def uniform_sizes(
