@@ -22,6 +22,14 @@ from adaptrank.modules.metrics import ExactMatch, MultipleChoice, is_match
         ("40%", "40", True),
         ("-5", "5", False),
         ("", "5", False),
+        # A gold answer may be a whole solution, an equation or a query.
+        ("48 + 24 = 72", "48 / 2 = 24 in May.\nIn all 48 + 24 = 72.\n#### 72", True),
+        ("#### 71", "In all 48 + 24 = 72.\n#### 72", False),
+        ("the box", "It is in there.\n#### The box.", True),
+        (" y = 2x + 1", "y = 2x + 1", True),
+        ("y = 3x + 1", "y = 2x + 1", False),
+        ("SELECT * FROM t WHERE b=1", "SELECT * FROM t WHERE a=1", False),
+        ("SELECT * FROM t WHERE a=1", "SELECT * FROM t WHERE a=1", True),
     ],
 )
 def test_is_match(text, answer, match):

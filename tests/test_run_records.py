@@ -14,6 +14,7 @@ from test_cli import cli, here, write  # noqa: F401
 from torch import nn
 from torch.utils.data import DataLoader
 
+from adaptrank.cli.checkpoint_path import resolve_keyword
 from adaptrank.cli.errors import ConfigError
 from adaptrank.cli.loggers import naming_package
 from adaptrank.cli.monitors import (
@@ -311,6 +312,48 @@ def test_an_evaluation_says_what_it_scores(fit, cli, here):  # noqa: F811
     assert code == 0
     assert f"add --ckpt_path {ckpt}" in err
     assert all(json.loads(line) for line in out.splitlines())
+
+
+def test_last_is_the_newest_checkpoint_of_the_configuration(fit, cli, here):  # noqa: F811
+    quick = ("--model.generate", "false")
+    code, out, err = cli("validate", "--config", "tiny.yaml", *quick, "--ckpt_path", "last")
+    assert code == 2
+    assert "ckpt_path: no run of tiny.yaml has left a checkpoint. Give the path of one" in err
+    code, out, err, folder = fit("--ckpt_path", "last")
+    assert code == 0, err
+    assert "no run of tiny.yaml has left a checkpoint, so training starts anew." in out
+
+    (ckpt,) = (Path(os.path.relpath(folder)) / "checkpoints").glob("*.ckpt")
+    for config in ("tiny.yaml", str(folder / "config.yaml")):
+        named = [config, *quick, "--ckpt_path", ckpt]
+        by_path = cli("validate", "--config", *named)[1].splitlines()
+        by_keyword = cli("validate", "--config", *named[:-1], "last")[1].splitlines()
+        assert by_keyword[-1] == by_path[-1]
+        assert any(
+            line.startswith("Scores the checkpoint") and ckpt.name in line for line in by_keyword
+        )
+    code, out, err, _ = fit(
+        "--ckpt_path", "last", "--accept_changes", "true", "--trainer.max_steps", "8"
+    )
+    assert code == 0, err
+    assert f"Goes on from the checkpoint {ckpt}" in out
+    code, _, err = cli("test", "--config", "tiny.yaml", "--ckpt_path", "best")
+    assert code == 2
+    assert "best is known only while its run trains. Give last, or a file, such as" in err
+    code, _, err = cli("fit", "--config", "tiny.yaml", "--ckpt_path", "hpc")
+    assert code == 2
+    assert "trainer.default_root_dir names no folder with an hpc_ckpt_*.ckpt." in err
+
+
+def test_last_looks_into_the_folder_of_a_model_checkpoint(here, tmp_path):  # noqa: F811
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "step=3.ckpt").touch()
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "own")}}
+    section = {"callbacks": [callback, {"class_path": "Timer"}]}
+    assert resolve_keyword("last", [], section) == str(tmp_path / "own" / "step=3.ckpt")
+    assert resolve_keyword("last", [], {}) is None
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    assert resolve_keyword("hpc", [], {"default_root_dir": str(tmp_path)}) == "hpc"
 
 
 def test_nothing_beside_the_configuration(here, cli):  # noqa: F811

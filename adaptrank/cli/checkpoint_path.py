@@ -1,14 +1,61 @@
 """The option `ckpt_path`: a checkpoint that is read before minutes of building."""
 
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.checkpoints import check_form, read_checkpoint
 from adaptrank.cli import errors
+from adaptrank.cli.past_runs import newest, newest_of_run
 
-KEYWORDS = (None, "best", "last", "hpc")
-"""Values that Lightning turns into a path."""
+KEYWORDS = ("best", "last", "hpc")
+"""Values in place of a path. Lightning looks for them in the folder of the run that starts."""
+
+
+def resolve_keyword(path: str | None, folders: Sequence[Path], trainer: Any) -> str | None:
+    """Return the path of a checkpoint that is named by a keyword.
+
+    A run starts in a folder of its own. So its checkpoints of before are in other folders, where
+    Lightning does not look.
+
+    Args:
+        path: value of `ckpt_path`. All but "last", "best" and "hpc" are returned as they are.
+        folders: folders of earlier runs, the nearest first.
+        trainer: the section `trainer` of the configuration.
+    Returns:
+        The path, or None if "last" finds no checkpoint.
+    Raises:
+        ConfigError: for "best", and for "hpc" if there is no such file.
+    """
+    if path not in KEYWORDS:
+        return path
+    found = (newest_of_run(folder) for folder in folders)
+    newest_there = next((file for file in found if file is not None), None)
+    if path == "last":
+        candidates = [*_in_own_folders(trainer), *([newest_there] if newest_there else [])]
+        last = newest(candidates)
+        return None if last is None else str(last)
+    root = trainer.get("default_root_dir")
+    if path == "hpc" and root is not None and any(Path(root).glob("hpc_ckpt_*.ckpt")):
+        return path
+    example = newest_there or "runs/NAME/0/checkpoints/step=60.ckpt"
+    reason = {
+        "best": "best is known only while its run trains",
+        "hpc": "trainer.default_root_dir names no folder with an hpc_ckpt_*.ckpt",
+    }[path]
+    raise errors.ConfigError(f"ckpt_path: {reason}. Give last, or a file, such as {example}.")
+
+
+def _in_own_folders(trainer: Any) -> Iterator[Path]:
+    """Yield the files of the configured `ModelCheckpoint`s that have a folder of their own."""
+    configured = trainer.get("callbacks") or []
+    for callback in configured if isinstance(configured, list) else [configured]:
+        arguments = callback.get("init_args") or {}
+        dirpath = arguments.get("dirpath")
+        if dirpath is not None:
+            yield from Path(dirpath).glob("*.ckpt")
 
 
 def check_checkpoint_path(path: str | None, weights_only: bool, resumes: bool) -> None:
@@ -21,7 +68,7 @@ def check_checkpoint_path(path: str | None, weights_only: bool, resumes: bool) -
     Raises:
         ConfigError: if there is no such file, or it is damaged.
     """
-    if path in KEYWORDS or "://" in str(path):
+    if path is None or path in KEYWORDS or "://" in path:
         return
     if not Path(path).is_file():
         raise errors.ConfigError(f"ckpt_path: {errors.missing_file(path, 'checkpoint')}")

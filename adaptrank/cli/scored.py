@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 
 from adaptrank.artifacts import WEIGHTS
-from adaptrank.cli.output import run_name
+from adaptrank.cli.past_runs import newest_of_run, past_runs
 from adaptrank.modules import AdaptedModule
 
 
@@ -61,15 +61,10 @@ def _beside(config: Path, runs: Path) -> tuple[str, Path] | None:
 
     It is the run in whose folder the configuration lies, or the last run of the configuration.
     """
-    folders = [config.parent]
-    named = runs / run_name(config)
-    if named.is_dir():
-        numbered = [folder for folder in named.iterdir() if folder.name.isdigit()]
-        folders += sorted(numbered, key=lambda folder: int(folder.name), reverse=True)
-    for folder in folders:
+    for folder in past_runs(config, runs):
         if (folder / "adapter" / WEIGHTS).is_file():
             return "adapter", folder / "adapter"
-        checkpoints = [*(folder / "checkpoints").glob("*.ckpt")]
-        if checkpoints:
-            return "ckpt_path", max(checkpoints, key=lambda file: file.stat().st_mtime)
+        checkpoint = newest_of_run(folder)
+        if checkpoint is not None:
+            return "ckpt_path", checkpoint
     return None

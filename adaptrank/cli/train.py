@@ -25,7 +25,7 @@ from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_
 from adaptrank.cli import errors
 from adaptrank.cli.adapter_path import check_adapter_path
 from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig
-from adaptrank.cli.checkpoint_path import check_checkpoint_path
+from adaptrank.cli.checkpoint_path import check_checkpoint_path, resolve_keyword
 from adaptrank.cli.early_check import PREFIX
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.loggers import keep_checkpoints_in, loggers_in, make_logger
@@ -42,6 +42,7 @@ from adaptrank.cli.output import (
 )
 from adaptrank.cli.parser import Parser
 from adaptrank.cli.participants import checkpoints, participants, which_weights
+from adaptrank.cli.past_runs import past_runs
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.cli.scored import Scored, scored
@@ -148,10 +149,35 @@ class AdaptrankCLI(LightningCLI):
             raise mistake.at_its_place(self.args) from mistake
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint's file before minutes of building."""
+        """Find the checkpoint's file, and check it before minutes of building."""
         options = self.config[self.verb]
+        options["ckpt_path"] = self._find_checkpoint(options.get("ckpt_path"))
         weights_only = options.get("weights_only") is not False
         check_checkpoint_path(options.get("ckpt_path"), weights_only, self.verb == "fit")
+
+    def _find_checkpoint(self, path: str | None) -> str | None:
+        """Return the path of a checkpoint, which may be given by a keyword such as "last"."""
+        config = self._config_file() or "config.yaml"
+        options = self.config[self.verb]
+        folders = past_runs(Path(config), Path(options["runs"]))
+        found = resolve_keyword(path, folders, options["trainer"])
+        if path is not None and found is None:
+            nothing = f"ckpt_path: no run of {config} has left a checkpoint"
+            if self.verb != "fit":
+                raise errors.ConfigError(
+                    f"{nothing}. Give the path of one, such as "
+                    f"runs/NAME/0/checkpoints/step=60.ckpt."
+                )
+            say(f"{nothing}, so training starts anew.")
+        elif found != path and self.verb == "fit":
+            say(f"Goes on from the checkpoint {found}")
+        return found
+
+    def _config_file(self) -> str | None:
+        """Return the last configuration file of the command line, or None."""
+        # Lightning checks the checkpoint before it knows the subcommand, so `_get` fails there.
+        configs = self.config[self.verb].get("config") or []
+        return str(configs[-1]) if configs else None
 
     # ---- building
 
@@ -217,8 +243,7 @@ class AdaptrankCLI(LightningCLI):
         return configured if isinstance(configured, list) else [configured]
 
     def _new_folder(self) -> Path:
-        configs = self._get(self.config, "config") or []
-        runs = Path(self._get(self.config, "runs")) / run_name(configs[-1] if configs else None)
+        runs = Path(self._get(self.config, "runs")) / run_name(self._config_file())
         # Only the first process writes.
         if getattr(rank_zero_only, "rank", 0):
             return runs / "of the first process"
@@ -329,10 +354,9 @@ class AdaptrankCLI(LightningCLI):
             note(f"Backbone {self.model.source.describe()}")
 
     def _scored(self) -> Scored:
-        configs = self._get(self.config, "config") or []
         checkpoint = self._get(self.config, "ckpt_path")
-        config = str(configs[-1]) if configs else None
-        return scored(self.model, checkpoint, config, self._get(self.config, "runs"))
+        runs = self._get(self.config, "runs")
+        return scored(self.model, checkpoint, self._config_file(), runs)
 
     def _say_what_is_scored(self) -> None:
         self._say_backbone()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+GOLD_MARK = "####"
+"""Mark in front of the final answer of a solution, as in GSM8K."""
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+")
 
 
@@ -45,9 +47,11 @@ class ExactMatch(ShareOfTexts):
     """Share of generated texts whose final answer is the gold one, in [0, 1].
 
     The answer of a text is the part after its last "####", else the part after its last "=", else
-    the whole text. Two numbers match if they differ by less than 1e-3, and "$1,200" is 1200. Two
-    texts match if they differ in case, spaces and a final full stop only. If the gold answer is a
-    number and the text's answer is a sentence, the last number of the sentence is compared.
+    the whole text. The gold answer is the part after its last "####", as in GSM8K, else the whole.
+    Two numbers match if they differ by less than 1e-3, and "$1,200" is 1200. Two texts match if
+    they differ in case, spaces and a final full stop only. A text that is the whole gold text
+    matches, whatever marks it has. If the gold answer is a number and the text's answer is a
+    sentence, the last number of the sentence is compared.
     """
 
     def matches(self, text: str, wanted: str) -> bool:
@@ -56,10 +60,14 @@ class ExactMatch(ShareOfTexts):
 
 def is_match(text: str, answer: str) -> bool:
     """Tell whether the final answer of a generated text is the gold answer."""
+    if _normalize(text) == _normalize(answer):
+        return True
     final = _final_answer(text)
-    gold_number = _parse_number(answer)
+    # An equation or a query has "=" inside of its answer, so only "####" ends a solution here.
+    gold = answer.rpartition(GOLD_MARK)[2]
+    gold_number = _parse_number(gold)
     if gold_number is None:
-        return _normalize(final) == _normalize(answer)
+        return _normalize(final) == _normalize(gold)
     number = _parse_number(final)
     if number is None:
         numbers = NUMBER.findall(final)
@@ -69,7 +77,7 @@ def is_match(text: str, answer: str) -> bool:
 
 def _final_answer(text: str) -> str:
     """Return the part of a text that holds its answer."""
-    for mark in ("####", "="):
+    for mark in (GOLD_MARK, "="):
         if mark in text:
             return text.rsplit(mark, 1)[1]
     return text
