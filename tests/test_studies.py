@@ -34,6 +34,7 @@ from adaptrank.studies import (
     solve_settings,
     trial_points,
 )
+from adaptrank.studies.inputs import read_inputs
 from adaptrank.studies.overlays import map_texts, merge, set_at
 
 STUDIES = sorted(Path(__file__).parents[1].joinpath("configs/studies").glob("*.yaml"))
@@ -674,6 +675,50 @@ def test_a_grid_without_a_study_file(here, cli, tiny_llama, fit_here):  # noqa: 
         code, _, err = cli("compare", "--config", "base.yaml", *wrong, "--plan")
         assert code == 2
         assert sentence in err
+
+
+def test_results_of_files_that_changed_are_not_reported_as_new(here, cli, tiny_llama, fit_here):  # noqa: F811
+    data = here / "rows.jsonl"
+    rows = [{"prompt": f"{number}:", "completion": " one"} for number in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(
+        here,
+        tiny_llama,
+        "base.yaml",
+        allocator=None,
+        trainer={"max_steps": 1, "accelerator": "cpu", "check_val_every_n_epoch": 1000},
+        data={"class_path": "CausalLMData", "init_args": {"sources": str(data), "batch_size": 4}},
+    )
+    call = ("compare", "--config", "base.yaml", "--grid", "model.optimizer.lr=0.1", "--seeds", "0")
+    call = (*call, "--metric", "loss")
+    for finished in (0, 1):
+        code, out, err = cli(*call)
+        assert code == 0, err
+        assert f"1 runs, {finished} of them finished before" in out
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    code, out, err = cli(*call)
+    assert code == 2
+    assert f"{data} has changed since finished runs read it (1, such as" in err
+    code, out, err = cli(*call, "--out", str(here / "again"))
+    assert code == 0, err
+    assert "1 runs, 0 of them finished before" in out
+
+
+def test_inputs_are_the_files_that_a_configuration_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a.csv", "data/deep/b.csv", "out/ranks.json", "logs/old.csv", "one.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    config = {
+        "model": {"rank_pattern": "out/ranks.json", "backbone": "nowhere", "dtype": ""},
+        "data": {"sources": [{"path": "data"}, "one.csv", "data/*.csv"], "prompt": "x" * 5000},
+        "trainer": {"default_root_dir": "logs"},
+    }
+    inputs = read_inputs(config, tmp_path / "out")
+    assert set(inputs) == {"data", "one.csv", "data/*.csv"}
+    (tmp_path / "data/deep/b.csv").write_text("DATA/deep/b.csv")
+    again = read_inputs(config, tmp_path / "out")
+    assert [path for path in inputs if inputs[path] != again[path]] == ["data"]
 
 
 def test_adapters_of_a_study_are_summed_and_evaluated(here, cli, tiny_llama, fit_here):  # noqa: F811

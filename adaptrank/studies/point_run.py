@@ -13,6 +13,7 @@ import yaml
 from adaptrank._files import write_json, write_text
 from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
+from adaptrank.studies.inputs import read_inputs
 from adaptrank.studies.verb_process import run_verb
 
 LONGEST_ERROR = 300
@@ -26,7 +27,8 @@ def run_point(point: Point, out: Path) -> Result:
 
     Fields are those of HF PEFT's method comparison where it has one: `num_trainable_params`,
     `num_total_params`, `train_time` (seconds), `file_size` (bytes), `status`, `metrics` and
-    `accelerator_memory_max` (bytes, resident memory without an accelerator).
+    `accelerator_memory_max` (bytes, resident memory without an accelerator). `inputs` has digests
+    of the files that the configuration names.
 
     Args:
         point: point to run.
@@ -40,8 +42,9 @@ def run_point(point: Point, out: Path) -> Result:
     write_text(folder / "config.yaml", config)
 
     start = time.monotonic()
+    inputs = read_inputs(point.config, out)
     exit_code = run_verb(folder, _fit_command(folder))
-    result = base_result(point) | {"total_time": time.monotonic() - start}
+    result = base_result(point) | {"total_time": time.monotonic() - start, "inputs": inputs}
     summaries = sorted((folder / "runs").glob("*/*/summary.json"))
     if exit_code or not summaries:
         result |= failure(folder, exit_code)

@@ -18,8 +18,9 @@ from adaptrank.studies.design import (
     trial_points,
 )
 from adaptrank.studies.engines import Engine, Result, RunPoint
+from adaptrank.studies.inputs import digest_of
 from adaptrank.studies.key_paths import Accepts
-from adaptrank.studies.point_run import result_file, run_point
+from adaptrank.studies.point_run import point_folder, result_file, run_point
 from adaptrank.studies.references import replay_references
 from adaptrank.studies.replays import with_replay
 from adaptrank.studies.search import RunPoints, mean_metric, search_trials
@@ -137,8 +138,13 @@ def _run_points(
     noun: str,
     run: RunPoint = run_point,
 ) -> list[Result]:
-    """Run the points that are not finished, and return the results of all of them."""
+    """Run the points that are not finished, and return the results of all of them.
+
+    Raises:
+        UserError: if data of finished points have changed.
+    """
     waiting = [point for point in points if not _is_finished(out, point)]
+    _check_inputs([point for point in points if point not in waiting], out)
     if points:
         say(f"{len(points)} {noun}, {len(points) - len(waiting)} of them finished before")
     start = time.monotonic()
@@ -162,6 +168,23 @@ def _is_finished(out: Path, point: Point) -> bool:
     if not result_file(out, point).is_file():
         return False
     return bool(_read_result(out, point)["status"] == "success")
+
+
+def _check_inputs(finished: Sequence[Point], out: Path) -> None:
+    """Refuse to report results of files that hold something else now."""
+    digests: dict[str, str] = {}
+    stale: dict[str, list[Path]] = {}
+    for point in finished:
+        for path, before in (_read_result(out, point).get("inputs") or {}).items():
+            if path not in digests:
+                digests[path] = digest_of(path, out)
+            if digests[path] != before:
+                stale.setdefault(path, []).append(point_folder(out, point))
+    for path, folders in stale.items():
+        raise UserError(
+            f"{path} has changed since finished runs read it ({len(folders)}, such as "
+            f"{folders[0]}). Give another --out, or delete {out} to run them again."
+        )
 
 
 def _read_result(out: Path, point: Point) -> Result:

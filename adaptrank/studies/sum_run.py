@@ -15,6 +15,7 @@ from adaptrank._errors import UserError
 from adaptrank._files import write_json, write_text
 from adaptrank.studies.design import Point
 from adaptrank.studies.engines import Result
+from adaptrank.studies.inputs import read_inputs
 from adaptrank.studies.overlays import Config, merge
 from adaptrank.studies.point_run import base_result, failure, point_folder, result_file
 from adaptrank.studies.study_file import Study
@@ -130,6 +131,7 @@ def run_sum(point: Point, out: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     adapter = folder / "adapter"
+    inputs = read_inputs(point.config, out)
     start = time.monotonic()
     adapters = [str(Path(part["run"]) / "adapter") for part in point.parts]
     exit_code = run_verb(folder, ["compose", *adapters, "--out", str(adapter), *point.options])
@@ -139,6 +141,7 @@ def run_sum(point: Point, out: Path) -> Result:
         exit_code = run_verb(folder, ["validate", "--config", str(config)])
     result = base_result(point) | {
         "total_time": time.monotonic() - start,
+        "inputs": inputs,
         "against": point.like,
         "of": [part["method"] for part in point.parts],
     }
