@@ -360,6 +360,10 @@ UNREADABLE = {
     "long.csv": (b"prompt,completion\na,b,c\n", "line 2, cannot be read as csv: it has 3 cells"),
     "open.csv": (b'prompt,completion\na,b\n"c,d\ne,f\n', "line 3, cannot be read as csv: a quote"),
     "quote.csv": (b'prompt,completion\n"a"b,c\n', "line 2, cannot be read as csv: text follows"),
+    "lost.tsv": (
+        b'prompt\tcompletion\n"I like\ta\nplain\tb\nhe said so"\tc\n',
+        "line 2, cannot be read as tsv: a quote opens a cell that ends in line 4, with tabs in it",
+    ),
     "mac.csv": (b"prompt,completion\ra,b\r", "its lines end in CR alone"),
     "twice.csv": (b"prompt,prompt\na,b\n", "two columns are named 'prompt'"),
     "broken.jsonl": (GOOD + b'{"prompt": \n', "line 2, cannot be read as json"),

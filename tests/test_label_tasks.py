@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 
 import pytest
@@ -18,9 +19,10 @@ from torchmetrics.classification import (
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from adaptrank import Adapter, load_adapter, save_adapter
+from adaptrank._errors import UserError
 from adaptrank.data import ClassificationData
 from adaptrank.data.stratify import rarest, some_of_each, stratified_sample
-from adaptrank.modules import SequenceClassification
+from adaptrank.modules import CausalLM, SequenceClassification
 from adaptrank.modules.class_weights import resolve_weights
 from adaptrank.modules.label_metrics import Scores, read_requests
 from adaptrank.modules.problems import MultiLabel, Regression, SingleLabel
@@ -312,6 +314,19 @@ def test_several_labels_train_predict_and_are_recorded(tiny_bert, tmp_path):
     assert prediction["probabilities"].keys() == {"blue", "red"}
     chosen = [name for name, p in prediction["probabilities"].items() if p >= 0.5]
     assert prediction["names"] == chosen
+
+
+def test_an_adapter_of_another_task_is_refused(tiny_bert, tiny_llama, tmp_path):
+    trained = made(tiny_bert, num_labels=2)
+    trained.configure_model()
+    save_adapter(trained.model, tmp_path / "adapter", trained.describe_base())
+    warm = CausalLM(tiny_llama, adapter=str(tmp_path / "adapter"), dtype="fp32")
+    says = (
+        "has trained 'classifier', which LlamaForCausalLM does not have. Its base was loaded by "
+        "AutoModelForSequenceClassification, and CausalLM loads one by AutoModelForCausalLM."
+    )
+    with pytest.raises(UserError, match=re.escape(says)):
+        warm.configure_model()
 
 
 def test_labels_of_several_classes_in_every_form(tmp_path):

@@ -130,7 +130,9 @@ def read_tsv(file: Path) -> Iterator[NumberedRow]:
 def _read_cells(file: Path, kind: str, delimiter: str) -> Iterator[NumberedRow]:
     """Yield rows of cells by the names in the first line. Each cell is the text in it.
 
-    Empty lines are skipped. A cell in quotes may hold line ends, which stay as they are.
+    Empty lines are skipped. A cell in quotes may hold line ends, which stay as they are. In a file
+    with tabs it may not hold both: many such files quote nothing, and a quote that means itself
+    would take in all lines up to the next one.
     """
     # The limit is one for the process. A cell may be as long as a text is.
     csv.field_size_limit(max(csv.field_size_limit(), sys.maxsize))
@@ -149,6 +151,10 @@ def _read_cells(file: Path, kind: str, delimiter: str) -> Iterator[NumberedRow]:
                     raise unreadable(
                         file, kind, f"{reason}. Quote cells with a {delimiter!r}", line
                     )
+                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row):
+                    reason = f"a quote opens a cell that ends in line {cells.line_num}"
+                    cure = "Double a quote that means itself, and put its cell in quotes"
+                    raise unreadable(file, kind, f"{reason}, with tabs in it. {cure}", line)
                 yield line, dict(zip(header, row, strict=True))
             line = cells.line_num + 1
     except csv.Error as error:

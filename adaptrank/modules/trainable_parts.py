@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from adaptrank import backbones
+from adaptrank._errors import UserError
 from adaptrank.artifacts import load_adapter, read_adapter
 from adaptrank.injection import adapt, apply_rank_pattern, find_modules, row_modules
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
@@ -38,14 +39,36 @@ def _prepare_trained_modules(module: "AdaptedModule", backbone: nn.Module) -> li
     rows = row_modules(backbone)
     trained = find_modules(backbone, [*heads, *module.train_modules, *resized, *rows])
     if module.adapter is not None:
-        for name in read_adapter(module.adapter)["trained_modules"]:
-            path = name.rpartition(".")[0]
-            trained[path] = backbone.get_submodule(path)
+        trained |= _modules_of_file(module, backbone, module.adapter)
     # Tied modules share a tensor, which the first of them casts.
     dtypes = {path: dtype_of(part) for path, part in trained.items()}
     for path, part in trained.items():
         train_in_float32(part, dtypes[path], cast_back=path not in heads)
     return list(trained)
+
+
+def _modules_of_file(
+    module: "AdaptedModule", backbone: nn.Module, adapter: str
+) -> dict[str, nn.Module]:
+    """Return the modules that an adapter's file holds whole, {path: module}.
+
+    Raises:
+        UserError: if the backbone does not have one of them, such as the head of another task.
+    """
+    saved = read_adapter(adapter)
+    present = dict(backbone.named_modules())
+    found = {}
+    for name in saved["trained_modules"]:
+        path = name.rpartition(".")[0]
+        if path not in present:
+            loaded_by = saved["base"].get("auto_class") or "another class"
+            raise UserError(
+                f"{adapter} has trained {path!r}, which {type(backbone).__name__} does not have. "
+                f"Its base was loaded by {loaded_by}, and {type(module).__name__} loads one by "
+                f"{module.auto_class}. Take the task that it was trained for."
+            )
+        found[path] = present[path]
+    return found
 
 
 def _inject_adapters(
