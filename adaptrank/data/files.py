@@ -12,13 +12,13 @@ from adaptrank.data.conll_files import read_conll, read_conllu
 from adaptrank.data.locations import (
     KINDS,
     LABELS_FILE,
-    SPLIT_NAMES,
     is_local,
     kind_of,
     local_files,
     suggest_beside,
 )
 from adaptrank.data.sources import Source
+from adaptrank.data.split_names import Origin, name_of_split
 from adaptrank.data.tables import Part, Table, TextPart
 from adaptrank.data.text_files import (
     Reader,
@@ -89,7 +89,7 @@ def _progress_bars_hidden() -> Iterator[None]:
 
 def _load_files(source: Source, split: str) -> Table | None:
     name, instruction = _split_of_files(source, split)
-    files = local_files(source.path, name)
+    files, origin = local_files(source.path, name)
     if not files:
         if source.split is None and split != "train":
             return None
@@ -97,7 +97,7 @@ def _load_files(source: Source, split: str) -> Table | None:
         raise UserError(f"The folder {source.path!r} has no {name!r} split. It holds {siblings}.")
     kind = _common_kind(source.path, files)
     parts = [_part(file, kind) for file in files]
-    return take_rows(Table(parts), source.path, name, instruction)
+    return take_rows(Table(parts, origin=origin), source.path, name, instruction)
 
 
 def _part(file: Path, kind: str) -> Part:
@@ -148,7 +148,7 @@ def take_rows(whole: Table, path: str, name: str, instruction: str) -> Table:
     except (ValueError, AssertionError) as error:
         raise UserError(f"No rows come from {path!r} as split {instruction!r}: {error}") from error
     ranges = [(part.from_ or 0, len(whole) if part.to is None else part.to) for part in slices]
-    return Table(whole.parts, ranges)
+    return Table(whole.parts, ranges, whole.origin)
 
 
 # ---- folders written by `save_to_disk`
@@ -172,10 +172,12 @@ def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
         raise unreadable(folder, "a saved data set", reason) from error
     instruction = source.split or split
     name = instruction.partition("[")[0]
+    origin = Origin()
     if isinstance(loaded, DatasetDict):
-        words = [name, *SPLIT_NAMES.get(name, ())]
-        data = next((loaded[word] for word in words if word in loaded), None)
-        known = list(loaded)
+        known = list(map(str, loaded))
+        stored = name_of_split(known, name, source.path)
+        data = None if stored is None else loaded[stored]
+        origin = Origin(() if stored is None else (stored,))
     else:
         data = loaded if name == "train" else None
         known = ["train"]
@@ -183,7 +185,8 @@ def _load_saved(source: Source, folder: Path, split: str) -> Table | None:
         if source.split is None and split != "train":
             return None
         raise UserError(f"The folder {source.path!r} has no {name!r} split, only {known}.")
-    return take_rows(Table([DatasetPart(data, source.path)]), source.path, name, instruction)
+    whole = Table([DatasetPart(data, source.path)], origin=origin)
+    return take_rows(whole, source.path, name, instruction)
 
 
 # ---- the Hub
@@ -197,12 +200,14 @@ def _load_from_hub(source: Source, split: str) -> Table | None:
     try:
         if source.split is None:
             names = get_dataset_split_names(source.path, source.name)
-            if split not in names and split == "train":
+            stored = name_of_split(names, split, source.path)
+            if stored is None and split == "train":
                 raise UserError(
                     f"{source.path!r} has no train split. Set `split` to one of {names}."
                 )
-            if split not in names:
+            if stored is None:
                 return None
+            split = stored
         data = load_dataset(source.path, source.name, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
@@ -215,14 +220,14 @@ def _load_from_hub(source: Source, split: str) -> Table | None:
         is_one_split = all(part.strip().partition("[")[0] == name for part in split.split("+"))
         parts = _exact_parts_of_hub(source, name) if is_one_split else None
         if parts is not None:
-            return take_rows(Table(parts), source.path, name, split)
+            return take_rows(Table(parts, origin=Origin((name,))), source.path, name, split)
         log.warning(
             "%r is read by the library `datasets`, because its %s files have settings of their own "
             "or several splits are joined. It may take a text for a number or a date.",
             source.path,
             data.info.builder_name,
         )
-    return Table([DatasetPart(data, source.path)])
+    return Table([DatasetPart(data, source.path)], origin=Origin((split,)))
 
 
 def _exact_parts_of_hub(source: Source, name: str) -> list[Part] | None:
@@ -311,7 +316,7 @@ def _read_labels_file(source: Source) -> list[str] | None:
     """Return the names in labels.json beside the files, or None if there is no such file."""
     folder = Path(source.path).expanduser()
     if not folder.is_dir():
-        folder = local_files(source.path, "train")[0].parent
+        folder = local_files(source.path, "train")[0][0].parent
     file = folder / LABELS_FILE
     if not file.is_file():
         return None

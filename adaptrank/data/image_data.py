@@ -27,8 +27,8 @@ class ImageData(ImageTask, LabelledSources):
     ```
     A source is one of
 
-    - a folder whose folders are named after the classes. It may hold train, validation and test
-      folders of that form.
+    - a folder whose folders are named after the classes. It may hold folders of that form that are
+      named after splits, such as Training and Testing.
     - a folder with a `metadata.csv` or `metadata.jsonl`, whose column `file_name` names the images.
     - a table (.csv, .jsonl, .parquet, ...) with a column of paths. A path begins in the folder of
       the table, or in the working directory.

@@ -1,10 +1,17 @@
 """Find the files behind a path: a file, a folder whose files are named by splits, or a pattern."""
 
 import glob
-from collections.abc import Sequence
 from pathlib import Path
 
-from adaptrank._errors import did_you_mean
+from adaptrank._errors import UserError, did_you_mean
+from adaptrank.data.split_names import (
+    Origin,
+    has_split_word,
+    names_of_split,
+    quoted,
+    split_of,
+    split_word,
+)
 
 KINDS = {
     ".json": "json",
@@ -26,16 +33,6 @@ KINDS = {
 COMPRESSED = (".gz", ".bz2", ".xz")
 """Endings that may follow the ending of a file."""
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
-"""Split -> the words with which the names of its files begin."""
-
-KNOWN_WORDS = [word for words in SPLIT_NAMES.values() for word in words]
-"""Words with which the name of a split's file begins."""
-
 LABELS_FILE = "labels.json"
 """File beside the data that lists the names of the classes."""
 
@@ -54,28 +51,30 @@ def is_file(path: str) -> bool:
 
 def kind_of(file: Path) -> str | None:
     """Return the kind of a data file by its name, or None for a file that is no data."""
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    suffixes = [suffix for suffix in suffixes if suffix not in COMPRESSED]
     if not suffixes or file.name == LABELS_FILE:
         return None
     return KINDS.get(suffixes[-1])
 
 
-def local_files(path: str, split: str) -> list[Path]:
-    """Return the files of one split behind a file name, a folder or a pattern.
+def local_files(path: str, split: str) -> tuple[list[Path], Origin]:
+    """Return the files of one split behind a file name, a folder or a pattern, and their origin.
 
     The list is empty for a folder that has other splits only. A folder in which no file is named
     after a split is all training data. A name that exists is no pattern, whatever its characters.
 
     Raises:
         FileNotFoundError: if nothing is there. The message names the nearest thing that is.
+        UserError: if the names in a folder do not tell which files are training data.
     """
     file = Path(path).expanduser()
     if file.is_file():
-        return [file]
+        return [file], Origin()
     if file.is_dir():
         return _files_of_folder(path, file, split)
     if glob.has_magic(path):
-        return _files_of_pattern(path, file)
+        return _files_of_pattern(path, file), Origin()
     if not file.parent.is_dir():
         raise FileNotFoundError(
             f"There is no {path!r}. Its folder {str(file.parent)!r} does not exist either."
@@ -96,16 +95,45 @@ def _files_of_pattern(path: str, pattern: Path) -> list[Path]:
     return files
 
 
-def _files_of_folder(path: str, folder: Path, split: str) -> list[Path]:
+def _files_of_folder(path: str, folder: Path, split: str) -> tuple[list[Path], Origin]:
     files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
     if not files:
         raise FileNotFoundError(
             f"The folder {path!r} has no data file. Files read here end in {sorted(KINDS)}."
         )
-    named = [file for file in files if _is_named(file, SPLIT_NAMES.get(split, (split,)))]
-    if named or split != "train":
-        return named
-    return [file for file in files if not _is_named(file, KNOWN_WORDS)]
+    stems = [stem_of(file) for file in files]
+    chosen = [files[k] for k in names_of_split(stems, split, path)]
+    rest = [file for file in files if split_of(stem_of(file)) is None]
+    has_training = any(split_of(stem) == "train" for stem in stems)
+    if chosen or split != "train":
+        unread = [file.name for file in rest if has_training and file not in chosen]
+        return chosen, Origin(_names(chosen), tuple(unread))
+    if len(rest) == len(files) == 1:
+        return rest, Origin()
+    doubtful = [file for file in rest if has_split_word(stem_of(file))]
+    if doubtful:
+        raise UserError(
+            f"The folder {path!r} has no file that is named after the train split, and "
+            f"{quoted(_names(doubtful))} may belong to one. Begin or end such names with the word "
+            "of one split, as in train.jsonl and gsm_test.jsonl, or give the path of one file, "
+            f"such as {str(Path(path) / doubtful[0].name)!r}."
+        )
+    is_rest = len(rest) < len(files)
+    return rest, Origin(_names(rest) if is_rest else (), is_rest=is_rest)
+
+
+def _names(files: list[Path]) -> tuple[str, ...]:
+    return tuple(file.name for file in files)
+
+
+def stem_of(file: Path) -> str:
+    """Return the name of a data file without its ending, and without that of a compression."""
+    stem = file.name
+    for suffix in reversed(file.suffixes):
+        if suffix.lower() not in (*KINDS, *COMPRESSED):
+            break
+        stem = stem.removesuffix(suffix)
+    return stem
 
 
 def _is_data(file: Path) -> bool:
@@ -114,12 +142,7 @@ def _is_data(file: Path) -> bool:
     if kind is None or file.name.startswith(".") or not file.is_file():
         return False
     # A plain text beside the data is mostly a description of them.
-    return kind != "text" or _is_named(file, KNOWN_WORDS)
-
-
-def _is_named(file: Path, words: Sequence[str]) -> bool:
-    """Tell whether a file's name begins with one of the words, and a separator after it."""
-    return any(file.name.startswith((f"{word}.", f"{word}-", f"{word}_")) for word in words)
+    return kind != "text" or split_word(stem_of(file)) is not None
 
 
 def suggest_beside(file: Path) -> str:

@@ -13,6 +13,7 @@ from adaptrank.data.files import load_split
 from adaptrank.data.locations import is_file
 from adaptrank.data.seeding import seeded_random
 from adaptrank.data.sources import Source, Sources
+from adaptrank.data.split_names import quoted
 from adaptrank.data.stratify import stratified_sample
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -101,12 +102,44 @@ class SourceMix:
         loaded = []
         for source in sources:
             # A folder or a Hub name may hold the split under its own name, or only as "train".
-            names = (name, "validation", "train")
-            tables = (self.load(source, name) for name in names)
-            data = next((table for table in tables if table is not None), None)
-            if data is not None:
+            for serving in dict.fromkeys((name, "validation", "train")):
+                data = self._load(source, serving)
+                if data is None:
+                    continue
+                if serving != name and data.origin.names:
+                    key = "validation" if split == "val" else split
+                    self._tell_once(
+                        f"`{key}` reads {quoted(data.origin.names)} of {source.path!r}, which has "
+                        f"no {name} split."
+                    )
                 loaded.append((data, source))
+                break
         return _concatenate([read(data, source) for data, source in loaded])
+
+    def _load(self, source: Source, split: str) -> Table | None:
+        """Load a split of a source. Say once which data of a folder are not read, or are a rest."""
+        table = self.load(source, split)
+        if table is None or source.split is not None:
+            return table
+        origin = table.origin
+        if origin.unread:
+            self._tell_once(
+                f"{source.path!r} holds data that no split is named after, which are not read: "
+                f"{quoted(origin.unread)}."
+            )
+        if origin.is_rest:
+            self._tell_once(
+                f"No data of {source.path!r} are named after the train split. Those that are named "
+                f"after no split are trained on: {quoted(origin.names)}.",
+                logging.INFO,
+            )
+        return table
+
+    def _tell_once(self, message: str, level: int = logging.WARNING) -> None:
+        """Log a message, unless it was logged before."""
+        if message not in self._said:
+            self._said.add(message)
+            log.log(level, "%s", message)
 
     def rows_of_classes(self, read: ReadRows) -> list[Row]:
         """Return the rows by which classes are found: all that train.
@@ -116,7 +149,7 @@ class SourceMix:
         """
         if self.group is None:
             return self.rows("train", read) or []
-        tables = [(self.load(source, "train"), source) for source in self.training]
+        tables = [(self._load(source, "train"), source) for source in self.training]
         return _concatenate([read(table, source) for table, source in tables if table is not None])
 
     def _training_rows(self, read: ReadRows) -> list[Row]:
@@ -132,13 +165,13 @@ class SourceMix:
 
         The validation rows are its own validation split, or a seeded share of its rows.
         """
-        data = self.load(source, "train")
+        data = self._load(source, "train")
         assert data is not None
         rows = read(data, source)
         if self.by_split["val"] is not None:
             return rows, []
         if source.split is None and not is_file(source.path):
-            validation = self.load(source, "validation")
+            validation = self._load(source, "validation")
             if validation is not None:
                 return rows, read(validation, source)
         return self._hold_back(rows, source)
@@ -177,9 +210,7 @@ class SourceMix:
                 f"{len(missing)} of {len(set(groups))} classes of {source.path!r} have too few "
                 f"rows for one to validate, and stay in training: {some(missing, 5)}."
             )
-            if message not in self._said:
-                self._said.add(message)
-                log.warning("%s", message)
+            self._tell_once(message)
         return drawn
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
+from adaptrank.data.split_names import Origin
 from adaptrank.data.text_files import Reader
 
 RawRow = dict[str, Any]
@@ -89,10 +90,17 @@ class Table:
     Args:
         parts: the parts.
         ranges: (first, last + 1) rows to take, by default all.
+        origin: names by which the parts were chosen.
     """
 
-    def __init__(self, parts: Sequence[Part], ranges: Sequence[tuple[int, int]] | None = None):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        ranges: Sequence[tuple[int, int]] | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         self.parts = parts
+        self.origin = origin or Origin()
         whole = sum(part.count for part in parts)
         self.ranges = [(0, whole)] if ranges is None else ranges
 

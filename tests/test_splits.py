@@ -1,0 +1,220 @@
+"""Splits by the names of files and folders, and columns that only one split has."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+from test_cli import cli, here  # noqa: F401
+from test_data_text import cache, problem, sums, write
+from test_images import folder_of_classes
+from test_images import ready as images_ready
+
+from adaptrank.data import (
+    CausalLMData,
+    ImageData,
+    Source,
+)
+from adaptrank.data.split_names import SPLIT_NAMES, split_of
+
+__all__ = ["cache"]  # a fixture
+
+
+def folder_of(root, **starts):
+    """Write a file of four rows for each stem. The prompts begin at a number of its own."""
+    for stem, start in starts.items():
+        write(root / f"{stem}.jsonl", sums(4, start))
+    return str(root)
+
+
+def named(root, *stems):
+    return folder_of(root, **{stem: 100 * k for k, stem in enumerate(stems)})
+
+
+def starts(rows):
+    """Return the hundreds of the prompts of rows, which tell their files."""
+    return sorted({int(row["prompt"].split()[1]) // 100 for row in rows})
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("stem", "split"),
+    [
+        *((word, split) for split, words in SPLIT_NAMES.items() for word in words),
+        ("Train", "train"),
+        ("TEST", "test"),
+        ("gsm_train", "train"),
+        ("gsm-Test", "test"),
+        ("gsm.dev", "validation"),
+        ("gsmTrain", "train"),
+        ("TestData", "test"),
+        ("testset", "test"),
+        ("test_set", "test"),
+        ("train2", "train"),
+        ("train (1)", "train"),
+        ("train-00000-of-00003", "train"),
+        ("squad-validation-00001-of-00003", "validation"),
+        ("validation_matched", "validation"),
+        ("training_tips", "train"),
+        ("contest", None),
+        ("latest", None),
+        ("device", None),
+        ("valuable", None),
+        ("dataset", None),
+        ("restrain", None),
+        ("my_test_v2", None),
+        ("train_test", None),
+        ("2024", None),
+        ("", None),
+    ],
+)
+def test_a_split_is_known_by_a_word_at_either_end(stem, split):
+    assert split_of(stem) == split
+
+
+# ---- folders of files
+
+
+@pytest.mark.parametrize(
+    ("stems", "train", "val"),
+    [
+        (("Train", "Test"), [0], [0]),
+        (("gsm_train", "gsm_test"), [0], [0]),
+        (("train", "eval"), [0], [1]),
+        (("Training", "Evaluation", "Testing"), [0], [1]),
+        (("trainset", "devset", "testset"), [0], [1]),
+        (("train-00000-of-00002", "train-00001-of-00002", "test"), [0, 1], [0, 1]),
+        (("contest", "latest"), [0, 1], [0, 1]),
+        (("my_train_v2",), [0], [0]),
+    ],
+)
+def test_files_of_other_splits_are_not_trained_on(stems, train, val, tmp_path, caplog):
+    data = CausalLMData(named(tmp_path / "a", *stems), val_fraction=0.3)
+    assert starts(data.rows("train")) == train
+    assert set(starts(data.rows("val"))) <= set(val)
+    assert not caplog.records
+
+
+def test_the_endings_of_files_may_be_capitals(tmp_path):
+    named(tmp_path / "a", "train", "test")
+    (tmp_path / "a/test.jsonl").rename(tmp_path / "a/TEST.JSONL")
+    path = str(tmp_path / "a")
+    assert starts(CausalLMData(path, test=path).rows("test")) == [1]
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [("my_train_v2", "my_test_v2"), ("train_test", "more"), ("web_dev_talks", "cooking_talks")],
+)
+def test_names_that_may_mean_a_split_are_refused(stems, tmp_path):
+    path = named(tmp_path / "a", *stems)
+    said = problem(CausalLMData(path))
+    assert f"The folder {path!r} has no file that is named after the train split" in said
+    assert "gsm_test.jsonl, or give the path of one file, such as" in said
+    assert starts(CausalLMData(f"{path}/*.jsonl").rows("train")) == [0, 1], "a pattern is explicit"
+
+
+@pytest.mark.parametrize(
+    "stems", [("train", "dev", "eval"), ("train", "training_tips", "validation")]
+)
+def test_two_words_for_one_split_are_refused(stems, tmp_path):
+    path = named(tmp_path / "a", *stems)
+    said = problem(CausalLMData(path))
+    assert f"{path!r} has its " in said
+    assert "split under several names: " in said
+    assert "Give the path of one of them" in said
+
+
+def test_a_word_in_the_key_split_is_that_word(tmp_path):
+    path = named(tmp_path / "a", "train", "dev", "eval", "extra_b")
+    for split, start in (("dev", [1]), ("eval", [2]), ("extra_b", [3])):
+        data = CausalLMData(path, [Source(path, split=split)])
+        assert starts(data.rows("val")) == start
+
+
+def test_a_file_beside_splits_that_is_not_read_is_named_once(tmp_path, caplog):
+    path = named(tmp_path / "a", "train", "validation", "more")
+    data = CausalLMData(path, test=path)
+    assert starts(data.rows("train")) == [0]
+    data.rows("val"), data.rows("train"), data.rows("test")
+    said = [record.getMessage() for record in caplog.records if "more" in record.getMessage()]
+    assert said == [
+        f"{path!r} holds data that no split is named after, which are not read: 'more.jsonl'."
+    ]
+
+
+def test_training_rows_by_elimination_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "adaptrank.data")
+    path = named(tmp_path / "a", "cooking", "web_dev")
+    assert starts(CausalLMData(path).rows("train")) == [0]
+    assert f"No data of {path!r} are named after the train split" in caplog.text
+    assert "are trained on: 'cooking.jsonl'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "stems", "serving"),
+    [
+        ("test", ("train",), "train.jsonl"),
+        ("test", ("train", "eval"), "eval.jsonl"),
+        ("validation", ("train", "test"), "train.jsonl"),
+        ("predict", ("Train",), "Train.jsonl"),
+    ],
+)
+def test_a_named_source_without_the_split_says_what_serves(key, stems, serving, tmp_path, caplog):
+    path = named(tmp_path / "a", *stems)
+    data = CausalLMData(path, **{key: path})
+    data.rows({"validation": "val"}.get(key, key))
+    name = "test" if key == "predict" else key
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"`{key}` reads {serving!r} of {path!r}, which has no {name} split."
+    )
+
+
+def test_a_source_without_splits_says_nothing(tmp_path, caplog):
+    path = named(tmp_path / "a", "part0", "part1")
+    data = CausalLMData(path, path, path, f"{path}/part0.jsonl")
+    for split in ("train", "val", "test", "predict"):
+        data.rows(split)
+    assert not caplog.records
+
+
+def test_saved_data_sets_name_their_splits_alike(tmp_path, caplog):
+    parts = {"Train": Dataset.from_list(sums(4)), "eval": Dataset.from_list(sums(4, 100))}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / "saved")
+    data = CausalLMData(path, test=path)
+    assert [starts(data.rows(split)) for split in ("train", "val", "test")] == [[0], [1], [1]]
+    assert "`test` reads 'eval' of" in caplog.text
+
+
+def test_the_hub_names_its_splits_alike(monkeypatch):
+    splits = {"train": Dataset.from_list(sums(4)), "dev": Dataset.from_list(sums(4, 100))}
+    monkeypatch.setattr("datasets.inspect.get_dataset_split_names", lambda *_: list(splits))
+    monkeypatch.setattr("datasets.load.load_dataset", lambda *_, split: splits[split])
+    data = CausalLMData("some/sums")
+    assert [starts(data.rows(split)) for split in ("train", "val")] == [[0], [1]]
+
+
+# ---- folders of images
+
+
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("training_set", "test_set"), ("mri_train", "mri_test")]
+)
+def test_image_folders_of_other_splits_are_no_classes(names, tmp_path, caplog):
+    for name in names:
+        folder_of_classes(tmp_path / name, {"glioma": 3, "healthy": 3})
+    folder_of_classes(tmp_path, {"masks": 1})
+    data = images_ready(ImageData(str(tmp_path), test=str(tmp_path), validation=0.4))
+    assert data.class_names == ["glioma", "healthy"]
+    assert {Path(row["image"]).parts[-3] for row in data.rows("train")} == {names[0]}
+    assert {Path(row["image"]).parts[-3] for row in data.rows("test")} == {names[1]}
+    assert caplog.text.count("which are not read: 'masks'") == 1
+
+
+def test_classes_with_a_word_of_a_split_stay_classes(tmp_path):
+    path = folder_of_classes(tmp_path, {"bus": 4, "express_train": 4, "contest": 4})
+    assert images_ready(ImageData(path)).class_names == ["bus", "contest", "express_train"]
