@@ -1,11 +1,13 @@
 """Splits by the names of files and folders, and columns that only one split has."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 from test_cli import cli, here  # noqa: F401
+from test_cli import write as write_config
 from test_data_text import cache, problem, sums, write
 from test_images import folder_of_classes
 from test_images import ready as images_ready
@@ -218,3 +220,26 @@ def test_image_folders_of_other_splits_are_no_classes(names, tmp_path, caplog):
 def test_classes_with_a_word_of_a_split_stay_classes(tmp_path):
     path = folder_of_classes(tmp_path, {"bus": 4, "express_train": 4, "contest": 4})
     assert images_ready(ImageData(path)).class_names == ["bus", "contest", "express_train"]
+
+
+# ---- the rows that are scored
+
+
+def test_an_evaluation_says_which_rows_it_scores(here, cli, tiny_llama):  # noqa: F811
+    data = {"class_path": "CausalLMData", "init_args": {"sources": "sums", "batch_size": 2}}
+    named(here / "sums", "train", "validation", "test")
+    write_config(here, tiny_llama, data=data)
+    quick = ("--config", "tiny.yaml", "--model.generate", "false", "--trainer.limit_test_batches=1")
+    code, out, err = cli("test", *quick)
+    assert code == 0, err
+    assert "scored on the validation rows, since no `test` source is given" in out
+    code, out, err = cli("test", *quick, "--data.test", "sums")
+    assert code == 0, err
+    assert "scored on the test rows" in out
+    code, out, err = cli("validate", *quick)
+    assert code == 0, err
+    assert "scored on the validation rows." in out
+    code, out, err = cli("predict", *quick, "--trainer.limit_predict_batches=1")
+    assert code == 0, err
+    assert "Predicts the validation rows, since no `predict` source is given" in err
+    assert all(json.loads(line) for line in out.splitlines())

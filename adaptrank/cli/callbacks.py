@@ -1,4 +1,4 @@
-"""Callbacks of the command `fit`: Ctrl-C, the last checkpoint, the configuration of the run."""
+"""Callbacks of the commands: data that are read, Ctrl-C, checkpoints, the configuration."""
 
 import signal
 import sys
@@ -29,6 +29,21 @@ class Begins(Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Report it."""
+        self._report()
+
+
+class DataReady(Callback):
+    """Report that the data are read, before the backbone is loaded.
+
+    Args:
+        report: called once for each run of the Trainer.
+    """
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report = report
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Report it. Lightning calls the data module before, and the module afterwards."""
         self._report()
 
 

@@ -24,7 +24,7 @@ from adaptrank.artifacts.checkpoint_files import ensure_checkpoint_files
 from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_run_folder
 from adaptrank.cli import errors
 from adaptrank.cli.adapter_path import check_adapter_path
-from adaptrank.cli.callbacks import Begins, Interrupt, SaveConfig
+from adaptrank.cli.callbacks import Begins, DataReady, Interrupt, SaveConfig
 from adaptrank.cli.checkpoint_path import check_checkpoint_path, resolve_keyword
 from adaptrank.cli.early_check import PREFIX
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
@@ -45,7 +45,7 @@ from adaptrank.cli.participants import checkpoints, participants, which_weights
 from adaptrank.cli.past_runs import past_runs
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
-from adaptrank.cli.scored import Scored, scored
+from adaptrank.cli.scored import Scored, rows_scored, scored
 from adaptrank.cli.unusual_rates import unusual_rates
 from adaptrank.modules import AdaptedModule, check_devices
 from adaptrank.strategies import TrainingStrategy
@@ -220,6 +220,8 @@ class AdaptrankCLI(LightningCLI):
         else:
             loggers = loggers_in(None, self.configured("trainer.logger"), self.verb)
             kwargs["logger"] = loggers or False
+            if self.verb != "predict":
+                callbacks.append(DataReady(self._say_what_is_scored))
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
         if self.configured("trainer.enable_progress_bar") is not False and not has_bar:
             callbacks.append(progress())
@@ -312,12 +314,12 @@ class AdaptrankCLI(LightningCLI):
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate on the validation set."""
-        self._say_what_is_scored()
+        self._say_backbone()
         self._report(self.trainer.validate(**kwargs, verbose=False), verbose)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate on the test set."""
-        self._say_what_is_scored()
+        self._say_backbone()
         self._report(self.trainer.test(**kwargs, verbose=False), verbose)
 
     def predict(self, **kwargs: Any) -> None:
@@ -353,14 +355,13 @@ class AdaptrankCLI(LightningCLI):
         if isinstance(self.model, AdaptedModule):
             note(f"Backbone {self.model.source.describe()}")
 
-    def _scored(self) -> Scored:
+    def _scored(self, rows: str = "") -> Scored:
         checkpoint = self._get(self.config, "ckpt_path")
         runs = self._get(self.config, "runs")
-        return scored(self.model, checkpoint, self._config_file(), runs)
+        return scored(self.model, checkpoint, self._config_file(), runs, rows)
 
     def _say_what_is_scored(self) -> None:
-        self._say_backbone()
-        say(self._scored().sentence)
+        say(self._scored(rows_scored(self.datamodule, self.verb)).sentence)
 
     def _callbacks(self) -> list[Callback]:
         return self.trainer.callbacks  # type: ignore[attr-defined, no-any-return]

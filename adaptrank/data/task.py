@@ -221,6 +221,8 @@ class TaskData(LightningDataModule, ABC):
         self.find_preprocessor()
         for split in STAGES[stage]:
             self.examples(split)
+        if stage == "predict" and "predict" not in self._examples:
+            log.info("Predicts the validation rows, since no `predict` source is given.")
 
     def find_preprocessor(self) -> None:
         """Take what makes inputs of rows from the LightningModule, here the tokenizer.
