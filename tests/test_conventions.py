@@ -536,6 +536,7 @@ def test_what_adapters_share_is_recorded_and_what_differs_is_not(base, tmp_path)
         {"stop_tokens": {"</s>": -1}},
         {"stop_tokens": [1]},
         {"pad_token": {"<pad>": 1 << 50}},
+        {"fields": "text_pair"},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

@@ -6,18 +6,24 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from lightning.pytorch import Trainer
 from test_cli import cli, here  # noqa: F401
 from test_cli import write as write_config
-from test_data_text import cache, problem, sums, write
+from test_data_text import cache, problem, ready, sums, write
 from test_images import folder_of_classes
 from test_images import ready as images_ready
 
+from adaptrank.artifacts import read_adapter, save_adapter
 from adaptrank.data import (
     CausalLMData,
+    ClassificationData,
     ImageData,
+    MultipleChoiceData,
     Source,
 )
 from adaptrank.data.split_names import SPLIT_NAMES, split_of
+from adaptrank.modules import Adapter, SequenceClassification
+from adaptrank.parameterizations import LoRA
 
 __all__ = ["cache"]  # a fixture
 
@@ -243,3 +249,89 @@ def test_an_evaluation_says_which_rows_it_scores(here, cli, tiny_llama):  # noqa
     assert code == 0, err
     assert "Predicts the validation rows, since no `predict` source is given" in err
     assert all(json.loads(line) for line in out.splitlines())
+
+
+# ---- columns of one split
+
+
+def pair_files(root, other="premise"):
+    rows = [{"text": "one", "label": k % 2} for k in range(4)]
+    paired = [{**row, "text_pair": "two"} for row in rows]
+    renamed = [{**row, other: "three"} for row in rows]
+    return write(root / "train.jsonl", paired), write(root / "b.jsonl", renamed)
+
+
+@pytest.mark.parametrize("split", ["val", "test", "predict"])
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("trains_on_pairs", [True, False])
+def test_pairs_of_one_split_alone_are_refused(split, is_first, trains_on_pairs, tmp_path):
+    paths = pair_files(tmp_path)
+    train, other = paths if trains_on_pairs else reversed(paths)
+    data = ClassificationData(
+        train, **{"validation": train, {"val": "validation"}.get(split, split): other}
+    )
+    order = (split, "train") if is_first else ("train", split)
+    with pytest.raises(ValueError, match="has no column for `text_pair`") as caught:
+        [data.rows(each) for each in order]
+    assert str(caught.value).startswith(f"{paths[0]!r} has pairs of texts, and {paths[1]!r} has no")
+    alone = ClassificationData(paths[0], [Source(paths[1], text_pair="")], paths[0])
+    named_pair = ClassificationData(paths[0], [Source(paths[1], text_pair="premise")])
+    for good, pair in ((alone, ""), (named_pair, "three")):
+        good.rows("train")
+        assert good.rows("val")[0]["text_pair"] == pair
+
+
+def test_two_splits_of_a_folder_are_told_by_their_files(tmp_path):
+    _, other = pair_files(tmp_path / "a")
+    Path(other).rename(tmp_path / "a/validation.jsonl")
+    said = problem(ClassificationData(str(tmp_path / "a")))
+    assert "('train.jsonl') has pairs of texts" in said
+    assert "('validation.jsonl') has no column for `text_pair`" in said
+
+
+def test_an_adapter_remembers_whether_it_read_pairs(tmp_path, tiny_bert, caplog):
+    train, other = pair_files(tmp_path)
+    module = SequenceClassification(tiny_bert, [Adapter([LoRA])], dtype="fp32")
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=1, **options)
+    trainer.fit(module, datamodule=ClassificationData(train, train, batch_size=2))
+    folder = save_adapter(module.model, tmp_path / "adapter", module.describe_base())
+    assert read_adapter(folder)["conventions"]["fields"] == ["text_pair"]
+    said = "The adapter was trained with fields=['text_pair'], and the data have []."
+    assert said not in caplog.text
+    # Prediction with a trained adapter reads no training row.
+    trained = SequenceClassification(tiny_bert, adapter=str(folder), dtype="fp32")
+    data = ClassificationData("no/such.jsonl", predict=other, batch_size=2)
+    Trainer(**options).predict(trained, datamodule=data)
+    assert said in caplog.text
+
+
+def test_contexts_of_one_split_alone_are_refused(tmp_path):
+    row = {"question": "q", "choices": ["a", "b"], "label": 0}
+    train = write(tmp_path / "a.jsonl", [{**row, "context": "c"}] * 4)
+    other = write(tmp_path / "b.jsonl", [{**row, "passage": "c"}] * 4)
+    assert f"{train!r} has contexts, and {other!r} has no column for `context`" in problem(
+        MultipleChoiceData(train, other)
+    )
+    data = MultipleChoiceData(train, [Source(other, context="")])
+    assert ready(data, stage="fit").conventions()["fields"] == ["context", "question"]
+    assert data.rows("val")[0]["context"] == ""
+    questions = write(tmp_path / "c.jsonl", [{"context": "c", "choices": ["a"], "label": 0}] * 2)
+    assert f"{questions!r} has no column for `question`" in problem(
+        MultipleChoiceData(train, questions)
+    )
+
+
+def test_a_column_of_prompts_that_one_split_lacks_is_told_once(tmp_path, caplog):
+    row = {"instruction": "add", "output": "3"}
+    train = write(tmp_path / "a.jsonl", [{**row, "input": "1 2"}] * 4)
+    other = write(tmp_path / "b.jsonl", [{**row, "context": "1 2"}] * 4)
+    data = CausalLMData(train, other, other)
+    for split in ("val", "train", "test"):
+        data.rows(split)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{train!r} has a column 'input', and {other!r} has none. If it has another name there, "
+        "rename it: it is not read."
+    ]

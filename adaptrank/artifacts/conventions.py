@@ -13,6 +13,7 @@ configuration carries what transformers has a place for.
 | `prompt` | the format string over columns that made the prompts |
 | `stop_tokens` | {token: id} of the tokens that were trained as an end |
 | `pad_token` | {token: id} of the padding |
+| `fields` | optional fields that the rows had, such as [text_pair] |
 | `generation` | settings of generation, such as {num_beams: 4} |
 """
 

@@ -248,6 +248,9 @@ def _check_conventions(conventions: Any) -> None:
     names = conventions.get("class_names", [])
     fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
     _need(fits and len(set(names)) == len(names), "conventions.class_names are no different names")
+    fields = conventions.get("fields", [])
+    fits = isinstance(fields, list) and all(isinstance(field, str) for field in fields)
+    _need(fits and len(fields) <= MOST_PARTS, "conventions.fields are no names")
     problem = conventions.get("problem", "regression")
     _need(problem in [*PROBLEM_TYPES], "conventions.problem is no kind of labels")
 

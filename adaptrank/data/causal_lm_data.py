@@ -17,6 +17,7 @@ from adaptrank.data.documents import document_rows
 from adaptrank.data.formats import Layout, check_format, recognize
 from adaptrank.data.instructions import PROMPT, instruction_rows
 from adaptrank.data.mixing import SourceMix
+from adaptrank.data.optional_fields import OptionalFields
 from adaptrank.data.prompts import gaps_of
 from adaptrank.data.sources import FormatName, Source, Sources
 from adaptrank.data.tables import Table
@@ -27,6 +28,15 @@ log = logging.getLogger(__name__)
 
 SCORED_FIELDS = ("answer", "choices", "label")
 """Fields of every format by which completions are scored."""
+
+OPTIONAL_COLUMNS = {
+    "alpaca": ("input", "history", "system"),
+    "conversation": ("tools",),
+    "openai": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("tools",),
+}
+"""Format -> columns that are read into its prompts where they are there."""
 
 COMPLETION_FIELDS = ("prompt", "completion", *SCORED_FIELDS)
 
@@ -116,6 +126,10 @@ class CausalLMData(CompletionTask):
             check_format(given.format)
         # Formats of the training sources that are read by now.
         self._formats: set[str] = set()
+        # Format -> the optional columns of its tables that are read by now.
+        self._optional: dict[str, OptionalFields] = {}
+        # Optional columns that are known to be missing somewhere.
+        self._missing: set[str] = set()
 
     @property
     def prompt_template(self) -> str | None:
@@ -139,9 +153,28 @@ class CausalLMData(CompletionTask):
             if is_first_time:
                 _tell_of(layout, table)
                 report_turns(rows, layout.source, complete=complete)
+            self._tell_of_missing(layout, table)
             return rows
 
         return self._sources.rows(split, read)
+
+    def _tell_of_missing(self, layout: Layout, table: Table) -> None:
+        """Warn once of each optional column that some tables of a format have and others lack."""
+        is_sharegpt = layout.format == "conversation" and layout.is_guess
+        name = "sharegpt" if is_sharegpt else layout.format
+        columns = dict.fromkeys(OPTIONAL_COLUMNS.get(name, ()), "")
+        optional = self._optional.setdefault(name, OptionalFields(columns))
+        for column, with_column, without in optional.differences(table, layout.source):
+            if column in self._missing:
+                continue
+            self._missing.add(column)
+            log.warning(
+                "%s has a column %r, and %s has none. If it has another name there, rename it: it "
+                "is not read.",
+                with_column,
+                column,
+                without,
+            )
 
 
 def completion_rows(

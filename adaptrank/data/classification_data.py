@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from adaptrank._errors import UserError
 from adaptrank.data.columns import read_fields
 from adaptrank.data.label_form import LabelForm
 from adaptrank.data.label_task import LabelTask
 from adaptrank.data.labelled_data import REGRESSION, SINGLE_LABEL
 from adaptrank.data.labelled_sources import LabelledSources
 from adaptrank.data.mixing import SourceMix
+from adaptrank.data.optional_fields import OptionalFields, has_field
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -30,7 +30,8 @@ class ClassificationData(LabelTask, LabelledSources):
     its classes keep their numbers, by name.
 
     Sources with pairs and sources without are not mixed unasked, because a pair in a column of
-    another name looks just like no pair. A source of single texts among pairs says so by
+    another name looks just like no pair. The same holds for splits, since a model that trained on
+    pairs would be scored on single texts. A source of single texts among pairs says so by
     `text_pair: ""`. A pair that is null or empty in a row makes a single text of it.
 
     Args:
@@ -50,8 +51,8 @@ class ClassificationData(LabelTask, LabelledSources):
     Raises:
         FileNotFoundError: in `setup`, if there is no such file, folder or data set.
         UserError: if a regression has `classes`. In `setup`, if a column is missing, some sources
-            have pairs and some have not, sources name different classes, or a label is none of
-            them, or no number for a regression.
+            or splits have pairs and some have not, sources name different classes, or a label is
+            none of them, or no number for a regression.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ClassificationData(LabelTask, LabelledSources):
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings, group
         )
+        self._optional_fields = OptionalFields({"text_pair": "pairs of texts"})
         self.check_examples_per_class(self.problem == SINGLE_LABEL)
 
     @property
@@ -92,20 +94,18 @@ class ClassificationData(LabelTask, LabelledSources):
         """Whether labels are numbers to predict."""
         return self.form.problem == REGRESSION
 
+    def conventions(self) -> dict[str, Any]:
+        return super().conventions() | self._optional_fields.conventions()
+
     def rows(self, split: Split) -> list[Row] | None:
         is_labelled = split != "predict"
         if is_labelled:
             self.find_classes()
-        # Whether rows have pairs -> path of the first source where that is so.
-        path_by_pairs: dict[bool, str] = {}
 
         def read(table: Table, source: Source) -> list[Row]:
             rows = self.read_rows(table, source, is_labelled)
-            for row in rows:
-                path_by_pairs.setdefault("text_pair" in row, source.path)
             if is_labelled:
                 self.form.number(rows, table, source)
-            _check_all_or_no_pairs(path_by_pairs)
             return rows
 
         return self._sources.rows(split, read)
@@ -115,7 +115,8 @@ class ClassificationData(LabelTask, LabelledSources):
 
         A pair that is null is "".
         """
-        has_pairs = source.text_pair is not None or "text_pair" in table.column_names
+        self._optional_fields.check(table, source)
+        has_pairs = has_field(table, source, "text_pair")
         labels = self.form.fields if is_labelled else ()
         fields, required = ("text", "text_pair", *labels), ("text", *labels)
         rows = read_fields(table, source, fields, required)
@@ -125,13 +126,3 @@ class ClassificationData(LabelTask, LabelledSources):
         if is_labelled:
             self.form.parse(rows, table, source)
         return rows
-
-
-def _check_all_or_no_pairs(path_by_pairs: dict[bool, str]) -> None:
-    """Raise if some sources have pairs of texts and some have not."""
-    if len(path_by_pairs) > 1:
-        raise UserError(
-            f"{path_by_pairs[True]!r} has pairs of texts, and {path_by_pairs[False]!r} has no "
-            "column for `text_pair`. Name its column, or set "
-            '`text_pair: ""` for that source if its texts stand alone.'
-        )

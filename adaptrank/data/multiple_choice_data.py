@@ -9,6 +9,7 @@ from adaptrank._errors import UserError
 from adaptrank.data.choice_task import ChoiceTask
 from adaptrank.data.columns import read_fields
 from adaptrank.data.mixing import SourceMix
+from adaptrank.data.optional_fields import OptionalFields, has_field
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -27,7 +28,9 @@ class MultipleChoiceData(ChoiceTask):
     ```
     A row needs `choices` and `label`, and `question` or `context`. Choices are a list of texts, or
     texts with names of their own, as in ARC: {text: [...], label: [A, B, C, D]}, or a list of
-    {label, text}. The label is the name of a choice, a letter (A is the first), the text of a
+    {label, text}. All sources and splits have questions, or none has, and the same holds for
+    contexts: a column of another name would be lost. A source without them says so by
+    `context: ""`. The label is the name of a choice, a letter (A is the first), the text of a
     choice, or a number.
 
     Args:
@@ -43,8 +46,8 @@ class MultipleChoiceData(ChoiceTask):
 
     Raises:
         FileNotFoundError: in `setup`, if there is no such file, folder or data set.
-        UserError: if count_from is neither 0 nor 1. In `setup`, if a column is missing, a row has
-            no choice, or a label is none of the choices.
+        UserError: if count_from is neither 0 nor 1. In `setup`, if a column is missing, also in one
+            source or split alone, a row has no choice, or a label is none of the choices.
     """
 
     def __init__(
@@ -81,6 +84,10 @@ class MultipleChoiceData(ChoiceTask):
         self._sources = SourceMix(
             sources, validation, test, predict, val_fraction, self.seed, settings
         )
+        self._optional_fields = OptionalFields({"question": "questions", "context": "contexts"})
+
+    def conventions(self) -> dict[str, Any]:
+        return super().conventions() | self._optional_fields.conventions()
 
     def rows(self, split: Split) -> list[Row] | None:
         is_labelled = split != "predict"
@@ -102,9 +109,10 @@ class MultipleChoiceData(ChoiceTask):
             required.append("choices")
         else:
             fields.remove("choices")
-        if source.context is None and "context" not in table.column_names:
+        if not has_field(table, source, "context"):
             required.append("question")
         rows = read_fields(table, source, fields, required)
+        self._optional_fields.check(table, source)
         for column in self._columns or ():
             one = replace(source, text=column, null_is_empty=True)
             for row, choice in zip(

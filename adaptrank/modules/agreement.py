@@ -17,8 +17,11 @@ log = logging.getLogger("adaptrank")
 READ_AT_MOST = 10_000
 """Number of lazily generated examples whose tokens are compared with the model."""
 
-COMPARED = ("chat", "system", "prompt")
+COMPARED = ("chat", "system", "prompt", "fields")
 """Conventions that are settings of the data. A model trained with others gives worse answers."""
+
+UNSTATED = ("prompt", "fields")
+"""Those that data without a statement may share, such as files that hold whole prompts."""
 
 
 def trained_conventions(module: "AdaptedModule") -> dict[str, Any]:
@@ -52,8 +55,8 @@ def agree(module: "AdaptedModule") -> None:
     trained = trained_conventions(module)
     for key in COMPARED:
         differs = key in trained and trained[key] != given.get(key)
-        # A file may hold whole prompts of the same form.
-        if differs and (key != "prompt" or key in given) and (key, id(data)) not in module.warned:
+        is_stated = key in given or key not in UNSTATED
+        if differs and is_stated and (key, id(data)) not in module.warned:
             module.warned.add((key, id(data)))
             log.warning(
                 "The adapter was trained with %s=%r, and the data have %r.",
