@@ -1,13 +1,13 @@
 """Agree on the conventions of training: those of the data, and those that an adapter recorded."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from adaptrank._errors import UserError
 from adaptrank.artifacts import conventions_of, read_adapter, record_conventions
-from adaptrank.backbones import embedding_rows
+from adaptrank.backbones import embedding_rows, position_limit
 
 if TYPE_CHECKING:
     from adaptrank.modules.adapted import AdaptedModule
@@ -43,7 +43,7 @@ def agree(module: "AdaptedModule") -> None:
     What a model was trained with stays recorded until it trains on something else.
 
     Raises:
-        UserError: if the data have tokens that the model does not have.
+        UserError: if the data have tokens or positions that the model does not have.
     """
     trainer = module._trainer
     data = getattr(trainer, "datamodule", None)
@@ -51,6 +51,7 @@ def agree(module: "AdaptedModule") -> None:
     if describe is None or module.backbone is None:
         return
     check_vocabulary(module, data)
+    check_positions(module, data)
     given: dict[str, Any] = {**describe(), **module.conventions()}
     trained = trained_conventions(module)
     for key in COMPARED:
@@ -89,15 +90,47 @@ def check_vocabulary(module: "AdaptedModule", data: Any) -> None:
         )
 
 
+def check_positions(module: "AdaptedModule", data: Any) -> None:
+    """Refuse examples that are longer than the positions of a model with a fixed number of them.
+
+    Prompts to generate from are not counted. They are cut where an answer is generated.
+
+    Raises:
+        UserError: names the key that shortens them.
+    """
+    backbone = module.backbone
+    if data.tokenizer is None or backbone is None:
+        return
+    has_decoder = bool(getattr(backbone.config, "is_encoder_decoder", False))
+    sides = [("max_length", "input_ids", "encoder" if has_decoder else None)]
+    if has_decoder:
+        sides.append(("max_target_length", "target_ids", "decoder"))
+    for key, field, part in sides:
+        most = getattr(data, key, None)
+        limit = position_limit(backbone, part)
+        if most is None or limit is None or most <= limit:
+            continue
+        longest = max((len(text[field]) for text in _texts(data) if field in text), default=0)
+        if longest > limit:
+            raise UserError(
+                f"An example has {longest:,} tokens, and {module.backbone_name} has {limit:,} "
+                f"positions. Set data.{key} to {limit} or less."
+            )
+
+
 def _token_ids(data: Any) -> Iterator[int]:
     """Yield the padding's id, and the largest id of each encoded text."""
     yield data.pad_id
+    for text in _texts(data):
+        for key in ("input_ids", "prompt_ids", "target_ids"):
+            if key in text and len(text[key]):
+                yield int(text[key].max())
+
+
+def _texts(data: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the encoded texts: examples, and the choices of each."""
     for examples in data.encoded.values():
         # Examples that are generated when they are read may be a hundred million.
         read = examples if isinstance(examples, list) else islice(examples, READ_AT_MOST)
         for example in read:
-            texts = [example, *example.get("choices", ())]
-            for text in texts:
-                for key in ("input_ids", "prompt_ids", "target_ids"):
-                    if key in text and len(text[key]):
-                        yield int(text[key].max())
+            yield from (example, *example.get("choices", ()))

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from adaptrank._errors import UserError
 from adaptrank._options import COUNT, check_number
 from adaptrank.artifacts import stop_ids_of
-from adaptrank.backbones import before_end
+from adaptrank.backbones import before_end, position_limit
 from adaptrank.modules import padding_free
 from adaptrank.modules.batch_keys import (
     BOUNDARY_KEYS,
@@ -27,6 +28,7 @@ from adaptrank.modules.batch_keys import (
     takes,
 )
 from adaptrank.modules.body_and_head import separable_body
+from adaptrank.modules.generation_room import cut_prompts, rows_with_room
 from adaptrank.modules.known_attention import known_attention
 from adaptrank.modules.metrics import ExactMatch, MultipleChoice
 from adaptrank.modules.model_losses import has_own_terms, own_terms_only
@@ -229,8 +231,11 @@ class CausalLM(TokenLossModule):
         losses, _, _ = self._token_losses(batch, EVALUATION_KEYS)
         self.log_losses(losses, size)
         if self.generate_answers and "answers" in batch:
-            texts = self.complete(batch["prompt_ids"], batch["prompt_mask"])
-            self.exact_match.update(texts, batch["answers"])
+            # Nothing completes an empty prompt. The data module counts such rows in a warning.
+            rows = batch["prompt_mask"].any(1).nonzero().flatten().tolist()
+            if rows:
+                texts = self.complete(batch["prompt_ids"][rows], batch["prompt_mask"][rows])
+                self.exact_match.update(texts, [batch["answers"][row] for row in rows])
             self.log("exact_match", self.exact_match, prog_bar=True, batch_size=size)
         if "choices" in batch:
             self._score_choices(batch["choices"], size)
@@ -255,13 +260,42 @@ class CausalLM(TokenLossModule):
 
     @torch.no_grad()
     def complete(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
-        """Return the greedy continuations of left-padded prompts (B, T), as B texts."""
+        """Return the greedy continuations of left-padded prompts (B, T), as B texts.
+
+        Where the model has a fixed number of positions, a prompt loses its first tokens until the
+        answer has room, or until the prompt has half of the positions. The answer is then shorter.
+
+        Raises:
+            UserError: if a prompt has no token.
+        """
+        if not bool(prompt_mask.any(1).all()):
+            raise UserError(
+                "A prompt is empty, and there is nothing to complete. Remove or fill such rows."
+            )
+        most = self.max_new_tokens
+        positions = position_limit(self.model)
+        if positions is None or prompt_ids.shape[1] + most <= positions + 1:
+            return self._continue(prompt_ids, prompt_mask, most)
+        self._warn_of_positions(positions)
+        bos = self.tokenizer.bos_token_id
+        prompt_ids, prompt_mask = cut_prompts(prompt_ids, prompt_mask, positions, most, bos)
+        texts = [""] * len(prompt_ids)
+        # A row's answer does not depend on the other rows of its batch.
+        for rows, longest in rows_with_room(prompt_mask, positions, most):
+            width = int(prompt_mask[rows].sum(1).max())
+            part = (prompt_ids[rows, -width:], prompt_mask[rows, -width:])
+            for row, text in zip(rows, self._continue(*part, longest), strict=True):
+                texts[row] = text
+        return texts
+
+    def _continue(self, prompt_ids: Tensor, prompt_mask: Tensor, longest: int) -> list[str]:
+        """Return continuations of at most `longest` tokens."""
         # Rows of added tokens are put into the embedding once, and not for every token.
         with parametrize.cached():
             output = self.model.generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=longest,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -271,3 +305,16 @@ class CausalLM(TokenLossModule):
         generated = [before_end(row, ends) for row in output[:, prompt_ids.shape[1] :].tolist()]
         texts: list[str] = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return texts
+
+    def _warn_of_positions(self, positions: int) -> None:
+        """Say once that prompts and answers do not fit together."""
+        if ("positions", positions) in self.warned:
+            return
+        self.warned.add(("positions", positions))
+        log.warning(
+            "The model has %d positions, and some prompts with max_new_tokens=%d need more. Such "
+            "prompts lose their first tokens, but keep half of the positions. Where an answer then "
+            "has too little room, it is shorter. Lower max_length of the data or max_new_tokens.",
+            positions,
+            self.max_new_tokens,
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptrank._errors import UserError
 from adaptrank._options import COUNT, check_number
 from adaptrank.artifacts import GENERATION_KEYS, stop_ids_of
-from adaptrank.backbones import before_end, load_config
+from adaptrank.backbones import before_end, load_config, position_limit
 from adaptrank.modules.batch_keys import (
     IGNORED,
     at_least_float32,
@@ -197,12 +197,27 @@ class Seq2Seq(TokenLossModule):
 
     @torch.no_grad()
     def complete(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
-        """Return what the model writes for sources (B, L), as B texts without special tokens."""
+        """Return what the model writes for sources (B, L), as B texts without special tokens.
+
+        Texts are shorter than `max_new_tokens` where the decoder has fewer positions.
+        """
         settings = {"do_sample": False, **self.generation}
+        longest = self.max_new_tokens
+        positions = position_limit(self.model, "decoder")
+        if positions is not None and positions < longest:
+            longest = positions
+            if ("positions", positions) not in self.warned:
+                self.warned.add(("positions", positions))
+                log.warning(
+                    "The decoder has %d positions, so texts have at most as many tokens, and not "
+                    "max_new_tokens=%d.",
+                    positions,
+                    self.max_new_tokens,
+                )
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=longest,
             use_cache=True,
             **settings,
         )
