@@ -783,7 +783,7 @@ def test_prompts_come_from_standard_input(here, cli, trained, monkeypatch):
         (["generate", "ADAPTER", "--prompt", ""], "empty prompt"),
         (["generate", "ADAPTER", "--prompt", "1", "--file", "x"], "both give prompts"),
         (["generate", "ADAPTER", "--file", "nowhere.txt"], "nowhere.txt"),
-        (["generate", "ADAPTER", "--file", "broken.jsonl"], "each line has to be JSON with"),
+        (["generate", "ADAPTER", "--file", "broken.jsonl"], "cannot be read as json"),
         (["generate", "ADAPTER", "--dtype", "bf17"], "'bf17' is unknown"),
         (["generate", "ADAPTER", "--base", "./nowhere"], "Name the base with --base"),
         (["generate", "ADAPTER", "--prompt", "1", "--chat"], "no chat template"),

@@ -293,8 +293,23 @@ def test_a_prompt_is_put_into_the_template_of_training():
         fill_prompt("{a} {b}", "one")
     with pytest.raises(ValueError, match="The text for 'b' is missing"):
         fill_prompt("{a} {b}", {"a": "one"})
-    hostile = "{x.__class__:>999999999}"
-    assert fill_prompt(hostile, "y") == "y", "nothing is evaluated"
+    assert fill_prompt("{x.__class__}", "y") == "y", "nothing is evaluated"
+    with pytest.raises(ValueError, match="asks for more than 10000 characters"):
+        fill_prompt("{x:>999999999}", "y")
+
+
+def test_a_template_is_filled_by_the_code_of_training():
+    assert gaps_of("{price:{width}.2f} {name}") == ["price", "width", "name"]
+    assert fill_prompt("p {price:.3f}", "1.1") == "p 1.100"
+    values = {"price": 1.5, "width": 6, "name": True}
+    assert fill_prompt("{price:{width}.2f} {name}", values) == "  1.50 true"
+    assert fill_prompt("{options[text][1]}", {"options": {"text": ["a", "b"]}}) == "b"
+    with pytest.raises(ValueError, match="The value for 'b' is null"):
+        fill_prompt("{a} {b}", {"a": "one", "b": None})
+    with pytest.raises(ValueError, match=r"'.2f' asks for a number, and 'one' is none"):
+        fill_prompt("{a:.2f}", "one")
+    with pytest.raises(ValueError, match=r"a list is no text"):
+        fill_prompt("{a}", {"a": ["one"]})
 
 
 @pytest.mark.parametrize(
@@ -533,6 +548,9 @@ def test_what_adapters_share_is_recorded_and_what_differs_is_not(base, tmp_path)
         {"chat": "yes"},
         {"chat_template": 3},
         {"prompt": "x" * 200_000},
+        {"columns": {"prompt": "x"}},
+        {"columns": [{"prompt": 3}]},
+        {"columns": [{"null_is_empty": "yes"}]},
         {"stop_tokens": {"</s>": -1}},
         {"stop_tokens": [1]},
         {"pad_token": {"<pad>": 1 << 50}},
@@ -618,6 +636,16 @@ def test_the_next_command_is_the_one_of_this_run(base, decoder, tmp_path):
         assert "generate" not in commands
         assert re.search(rf"predict: .*config\.yaml --model\.adapter \S+{file}$", commands, re.M)
     assert ArithmeticProblems().example_prompt.startswith("Question: Ann has 12 pears")
+
+
+def test_the_file_of_the_next_command_has_a_whole_prompt(base, tmp_path):
+    rows = [{"prompt": "Say \\nred", "completion": " red"}] * 3
+    data = CausalLMData(write(tmp_path / "p.jsonl", rows), prompt="Q : {prompt}\nA :")
+    (tmp_path / "config.yaml").touch()
+    commands = next_commands(tmp_path, fit(causal(base), data), data)
+    assert re.search(r"generate \S+ --file \S+prompts.jsonl --raw$", commands, re.MULTILINE)
+    written = json.loads((tmp_path / "prompts.jsonl").read_text())
+    assert written == {"prompt": "Q : Say \\nred\nA :"}
 
 
 @pytest.mark.parametrize(

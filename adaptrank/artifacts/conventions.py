@@ -11,6 +11,7 @@ configuration carries what transformers has a place for.
 | `chat_template` | the chat template, where it was used |
 | `system` | the system message, where all conversations had the same |
 | `prompt` | the format string over columns that made the prompts |
+| `columns` | how sources made prompts of columns: a list of {field of `Source`: its value} |
 | `stop_tokens` | {token: id} of the tokens that were trained as an end |
 | `pad_token` | {token: id} of the padding |
 | `fields` | optional fields that the rows had, such as [text_pair] |
@@ -49,7 +50,8 @@ GENERATION_KEYS = (
 LARGEST_SETTING = 1 << 16
 """Largest number among them."""
 
-PROMPT_KEYS = ("chat", "system", "prompt")
+PROMPT_KEYS = ("chat", "system", "prompt", "columns")
+"""Keys about prompts, which a merged model's configuration carries."""
 
 
 def record_conventions(
@@ -182,7 +184,21 @@ def prompt_conventions(config: Any) -> Conventions:
     if not isinstance(stored, dict):
         return {}
     kinds: dict[str, type] = {"chat": bool, "system": str, "prompt": str}
-    return {key: stored[key] for key, kind in kinds.items() if isinstance(stored.get(key), kind)}
+    read = {key: stored[key] for key, kind in kinds.items() if isinstance(stored.get(key), kind)}
+    ways = stored.get("columns")
+    if isinstance(ways, list) and all(map(is_way, ways)):
+        read["columns"] = ways
+    return read
+
+
+def is_way(value: Any) -> bool:
+    """Tell whether a value is an entry of `columns`: texts, and yes or no for `null_is_empty`."""
+    if not isinstance(value, dict):
+        return False
+    return all(
+        isinstance(setting, bool if field == "null_is_empty" else str)
+        for field, setting in value.items()
+    )
 
 
 def use_chat_template(tokenizer: Any, conventions: Mapping[str, Any]) -> bool:

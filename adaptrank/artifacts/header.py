@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptrank._errors import UserError
-from adaptrank.artifacts.conventions import GENERATION_KEYS, LARGEST_SETTING, PROBLEM_TYPES
+from adaptrank.artifacts.conventions import (
+    GENERATION_KEYS,
+    LARGEST_SETTING,
+    PROBLEM_TYPES,
+    is_way,
+)
 from adaptrank.artifacts.strict_json import JsonError, is_plain_text, parse_json
 
 FORMAT_VERSION = 2
@@ -238,6 +243,9 @@ def _check_conventions(conventions: Any) -> None:
         fits = isinstance(text, str) and len(text) <= LONGEST_TEXT
         _need(fits, f"conventions.{key} is no short text")
     _need(isinstance(conventions.get("chat", False), bool), "conventions.chat is no yes or no")
+    ways = conventions.get("columns", [])
+    fits = isinstance(ways, list) and len(ways) <= MOST_PARTS and all(map(_is_way, ways))
+    _need(fits, "conventions.columns are no settings of sources")
     for key in ("stop_tokens", "pad_token"):
         tokens = conventions.get(key, {})
         fits = _is_map(tokens, _is_count) and len(tokens) <= MOST_PARTS
@@ -257,6 +265,15 @@ def _check_conventions(conventions: Any) -> None:
 
 def _is_fact(value: Any) -> bool:
     return isinstance(value, str | int | float)
+
+
+def _is_way(way: Any) -> bool:
+    """Tell whether a value says how prompts are made of columns."""
+    if not is_way(way):
+        return False
+    return all(is_plain_text(key, LONGEST_NAME) for key in way) and all(
+        len(text) <= LONGEST_TEXT for text in way.values() if isinstance(text, str)
+    )
 
 
 def _is_setting(value: Any) -> bool:

@@ -200,7 +200,9 @@ def prompt_options(data: object, folder: Path | None = None) -> str:
         return f"--prompt TEXT{chat}{raw}"
     file = folder / PROMPTS
     write_text(file, json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
-    return f"--file {shlex.quote(str(file))}{chat}{raw}"
+    # The file has a whole prompt, and a template may read a column of the same name.
+    whole = "" if template is None else " --raw"
+    return f"--file {shlex.quote(str(file))}{chat}{whole}"
 
 
 def validation_prompts(data: object) -> list[str]:

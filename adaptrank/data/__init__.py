@@ -23,13 +23,14 @@ from adaptrank.data.labelled_data import LabelledData
 from adaptrank.data.loader import ResumableLoader
 from adaptrank.data.multiple_choice_data import MultipleChoiceData
 from adaptrank.data.packed_task import PackedTask
-from adaptrank.data.prompts import fill_prompt, gaps_of
+from adaptrank.data.prompt_files import file_prompts, is_table
+from adaptrank.data.prompts import fill_prompt, gaps_of, read_columns
 from adaptrank.data.segments import token_ids
 from adaptrank.data.seq2seq_data import Seq2SeqData
 from adaptrank.data.seq2seq_task import Seq2SeqTask
 from adaptrank.data.sources import Source
 from adaptrank.data.task import TaskData
-from adaptrank.data.templates import end_of_turn, render_chat
+from adaptrank.data.templates import end_of_turn, render_chat, render_prompt
 from adaptrank.data.token_classification_data import TokenClassificationData
 from adaptrank.data.token_task import TokenTask
 
@@ -61,8 +62,12 @@ __all__ = [
     "TokenTask",
     "causal_batch",
     "end_of_turn",
+    "file_prompts",
     "fill_prompt",
     "gaps_of",
+    "is_table",
+    "read_columns",
     "render_chat",
+    "render_prompt",
     "token_ids",
 ]

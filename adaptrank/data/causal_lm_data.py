@@ -18,6 +18,7 @@ from adaptrank.data.formats import Layout, check_format, recognize
 from adaptrank.data.instructions import PROMPT, instruction_rows
 from adaptrank.data.mixing import SourceMix
 from adaptrank.data.optional_fields import OptionalFields
+from adaptrank.data.prompt_columns import prompt_columns
 from adaptrank.data.prompts import gaps_of
 from adaptrank.data.sources import FormatName, Source, Sources
 from adaptrank.data.tables import Table
@@ -140,6 +141,10 @@ class CausalLMData(CompletionTask):
         template = templates.pop() if len(templates) == 1 else None
         return template if template is not None and gaps_of(template) else None
 
+    @property
+    def prompt_columns(self) -> list[dict[str, str | bool]]:
+        return prompt_columns(self._sources.training)
+
     def rows(self, split: Split) -> list[Row] | None:
         complete = split != "predict"
         # Training sources are read once more for the rows that are held back.
@@ -151,7 +156,7 @@ class CausalLMData(CompletionTask):
                 self._formats.add(layout.format)
             rows = completion_rows(table, layout, chat=self.chat, complete=complete)
             if is_first_time:
-                _tell_of(layout, table)
+                tell_of(layout, table)
                 report_turns(rows, layout.source, complete=complete)
             self._tell_of_missing(layout, table)
             return rows
@@ -215,7 +220,7 @@ def completion_rows(
     return rows
 
 
-def _tell_of(layout: Layout, table: Table) -> None:
+def tell_of(layout: Layout, table: Table) -> None:
     """Say how a table was recognized, and which of its columns are not read."""
     path = layout.source.path
     name = "a conversation in each row" if layout.format == "conversation" else layout.format

@@ -29,12 +29,14 @@ TEXT_FIELDS = (
 )
 """Fields that are texts. The others keep the form of their value."""
 
+WIDEST = 10_000
+"""Largest width or precision of a format in a template."""
 
 STEP = re.compile(r"\.([^.\[]*)|\[([^\]]*)\]")
 """A step into a value: an attribute, or a key or an index in brackets."""
 
 
-class _NullError(Exception):
+class NullError(Exception):
     """A template needs a value that is null."""
 
 
@@ -56,7 +58,7 @@ class _Formatter(string.Formatter):
         value = reach(field_name, kwargs)
         if value is None:
             if not self.null_is_empty:
-                raise _NullError
+                raise NullError(repr(field_name))
             value = ""
         return value, field_name
 
@@ -67,6 +69,9 @@ class _Formatter(string.Formatter):
             raise MisfitError(f"{error}. Name a part of it, as in {{column[key]}}") from error
         if not format_spec:
             return text
+        # A template may come from the file of an adapter.
+        if any(int(number[:9]) > WIDEST for number in re.findall(r"\d+", format_spec)):
+            raise MisfitError(f"the format {format_spec!r} asks for more than {WIDEST} characters")
         return _format_text(text, format_spec, isinstance(value, Unquoted))
 
 
@@ -105,7 +110,7 @@ def reach(name: str, row: RawRow) -> Any:
     """
     if name in row:
         return row[name]
-    column = _column_of(name)
+    column = column_of(name)
     value = row.get(column)
     for attribute, key in STEP.findall(name[len(column) :]):
         if value is None:
@@ -123,7 +128,21 @@ def reach(name: str, row: RawRow) -> Any:
     return value
 
 
-def _column_of(name: str) -> str:
+def fill_template(template: str, row: RawRow) -> str:
+    """Return a template filled with the characters of the values in a row.
+
+    Args:
+        template: format string over columns.
+        row: the columns.
+
+    Raises:
+        NullError: if a value is null.
+        MisfitError: if a value does not fit its place.
+    """
+    return _Formatter(null_is_empty=False).vformat(template, (), row)
+
+
+def column_of(name: str) -> str:
     """Return the column at the beginning of a name such as "options[text][0]"."""
     return re.split(r"[.\[]", name, maxsplit=1)[0]
 
@@ -169,7 +188,7 @@ class FieldReader:
         names = [name for name, _ in gaps] or [self.template]
         for name in names:
             # Without a gap, the template has to be the whole name of a column.
-            column = name if name in columns or not gaps else _column_of(name)
+            column = name if name in columns or not gaps else column_of(name)
             if column not in columns or not name:
                 raise UserError(
                     f"{field}: {path!r} has no column {column!r}, only {columns}."
@@ -188,7 +207,7 @@ class FieldReader:
         if self.bare is None:
             try:
                 return self.formatter.vformat(self.template, (), row)
-            except _NullError:
+            except NullError:
                 return None
         # One gap alone keeps the form of its value.
         value = reach(self.bare, row)
@@ -284,7 +303,8 @@ def _null_error(
     if null:
         cause = "it is null" if null == [field] else f"{null[0]!r} is null"
     advice = "Remove or fill such rows"
-    if reader.is_text:
+    # None means that nothing sets it, as in `generate`.
+    if reader.is_text and source.null_is_empty is not None:
         advice += ", or set `null_is_empty: true`"
     return UserError(
         f"Row {k} of {source.path!r} has no {field!r} ({cause}{f' in {place}' if place else ''}). "

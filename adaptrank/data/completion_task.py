@@ -57,7 +57,8 @@ class CompletionTask(PackedTask):
 
     Raises:
         UserError: if `chat_template` is a file that is missing, or no Jinja. In `setup`, if a
-            template cannot render a conversation, or does not say exactly what its replies are.
+            template cannot render a conversation, or does not say exactly what its replies are, or
+            if a row to predict has an empty prompt.
     """
 
     def __init__(
@@ -86,6 +87,14 @@ class CompletionTask(PackedTask):
         """Format string over columns that makes the prompts, or None if rows have whole prompts."""
         return None
 
+    @property
+    def prompt_columns(self) -> list[dict[str, str | bool]]:
+        """How the training sources make prompts of their columns, or [] where no source says so.
+
+        There is one entry for each way: {field of `Source`: its value}.
+        """
+        return []
+
     def conventions(self) -> dict[str, Any]:
         assert self.tokenizer is not None
         found: dict[str, Any] = {}
@@ -97,6 +106,8 @@ class CompletionTask(PackedTask):
             found["system"] = next(iter(self._systems))
         if self.prompt_template is not None:
             found["prompt"] = self.prompt_template
+        if self.prompt_columns:
+            found["columns"] = self.prompt_columns
         if self._end_ids_seen:
             ends = self.tokenizer.convert_ids_to_tokens(sorted(self._end_ids_seen))
             found["stop_tokens"] = self.token_table(*ends)
@@ -108,13 +119,34 @@ class CompletionTask(PackedTask):
         batches = {"train": causal_batch, "predict": predict_batch}
         return partial(batches.get(split, validation_batch), pad_id=self.pad_id)
 
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage == "predict":
+            self._check_prompts()
+
     def predict_dataloader(self) -> "DataLoader[Row]":
+        self._check_prompts()
+        return super().predict_dataloader()
+
+    def _check_prompts(self) -> None:
+        """Raise if a row to predict has nothing to complete.
+
+        Raises:
+            UserError: naming the first row without a token.
+        """
         examples = self.examples("predict")
-        if isinstance(examples, list) and any("prompt_ids" not in e for e in examples):
+        if not isinstance(examples, list):
+            return
+        if any("prompt_ids" not in example for example in examples):
             raise UserError(
                 "Plain text has no prompt to complete. Give `predict` a source of prompts."
             )
-        return super().predict_dataloader()
+        empty = [k for k, example in enumerate(examples) if not len(example["prompt_ids"])]
+        if empty:
+            raise UserError(
+                f"Row {empty[0]} of the rows to predict has an empty prompt, and there is nothing "
+                f"to complete ({len(empty)} of {len(examples)} rows). Remove or fill such rows."
+            )
 
     def encode(self, rows: list[Row], split: Split) -> list[Row]:
         documents = [row["text"] for row in rows if "text" in row]
@@ -130,7 +162,8 @@ class CompletionTask(PackedTask):
             return examples
         for example, prompt in zip(examples, self._encode_prompts(rows), strict=True):
             example |= prompt
-        if self._all_have("answer", rows, split, "exact match"):
+        has_answers = self._all_have("answer", rows, split, "exact match")
+        if has_answers and self._has_prompts(examples, split):
             for example, row in zip(examples, rows, strict=True):
                 example["answer"] = row["answer"]
         if self._all_have("choices", rows, split, "accuracy over choices"):
@@ -139,6 +172,19 @@ class CompletionTask(PackedTask):
             for example, row in zip(examples, rows, strict=True):
                 example |= self._encode_choices(row, shortener)
         return examples
+
+    def _has_prompts(self, examples: list[Row], split: Split) -> bool:
+        """Tell whether some prompt has a token. Warn of those that have none."""
+        count = sum(not len(example["prompt_ids"]) for example in examples)
+        if count:
+            log.warning(
+                "%d of %d %s rows have an empty prompt, which nothing completes. They count in the "
+                "loss, and not in the exact match.",
+                count,
+                len(examples),
+                split,
+            )
+        return count < len(examples)
 
     def _all_have(self, field: str, rows: list[Row], split: Split, score: str) -> bool:
         """Tell whether all rows have a field. Warn if only some have it."""

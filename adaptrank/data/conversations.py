@@ -41,7 +41,7 @@ def conversation_rows(
             _pruned(row["messages"], table),
             where,
             form=form,
-            null_is_empty=bool(source.null_is_empty),
+            null_is_empty=source.null_is_empty,
         )
         _settle(row, turns, where, table, complete)
     return rows
@@ -67,7 +67,7 @@ def turn_pair_rows(table: Table, source: Source, *, complete: bool = True) -> li
         completions = _read_as_turns(table, source, "completion")
     for k, (row, completion) in enumerate(zip(prompts, completions, strict=True)):
         where = f"Row {k} of {source.path!r}"
-        empty = bool(source.null_is_empty)
+        empty = source.null_is_empty
         turns = read_turns(_pruned(row["messages"], table), f"{where}: prompt", null_is_empty=empty)
         for turn in turns:
             if turn["role"] == "assistant":

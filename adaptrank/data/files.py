@@ -100,6 +100,15 @@ def _load_files(source: Source, split: str) -> Table | None:
     return take_rows(Table(parts, origin=origin), source.path, name, instruction)
 
 
+def load_file(file: Path) -> Table:
+    """Return the rows of one file, whatever split it holds.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    return Table([_part(file, _common_kind(str(file), [file]))])
+
+
 def _part(file: Path, kind: str) -> Part:
     if kind in READERS:
         return TextPart(file, READERS[kind])

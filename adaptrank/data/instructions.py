@@ -105,7 +105,8 @@ def _prompt(row: Row, given: str, history: list[tuple[str, str]], where: str) ->
     """Return an instruction as a prompt with its completion."""
     if history:
         raise UserError(
-            f"{where} has a history, which only a conversation can hold. Set `chat: true`."
+            f"{where} has a history, which only a conversation can hold. Set `chat: true`, "
+            "or in `generate` --chat."
         )
     template = PROMPT_WITH_INPUT if given else PROMPT
     prompt = template.format(instruction=row["prompt"], input=given)

@@ -4,8 +4,9 @@ from typing import Any
 
 from adaptrank.data.columns import read_fields
 from adaptrank.data.mixing import SourceMix
+from adaptrank.data.prompt_columns import prompt_columns
 from adaptrank.data.prompts import gaps_of
-from adaptrank.data.seq2seq_task import Seq2SeqTask
+from adaptrank.data.seq2seq_task import Seq2SeqTask, escaped
 from adaptrank.data.sources import Source, Sources
 from adaptrank.data.tables import Table
 from adaptrank.data.task import Row, Split
@@ -57,6 +58,20 @@ class Seq2SeqData(Seq2SeqTask):
         templates = {source.source for source in self._sources.training}
         template = templates.pop() if len(templates) == 1 else None
         return template if template is not None and gaps_of(template) else None
+
+    @property
+    def prompt_columns(self) -> list[dict[str, str | bool]]:
+        ways = []
+        for source in self._sources.training:
+            template = "source" if source.source is None else source.source
+            if self.prefix:
+                whole = template if not template or gaps_of(template) else f"{{{template}}}"
+                # A column with a colon in its name has no place in a format string.
+                if template and not gaps_of(template) and gaps_of(whole) != [template]:
+                    continue
+                template = escaped(self.prefix) + whole
+            ways.append(Source(source.path, prompt=template, null_is_empty=source.null_is_empty))
+        return prompt_columns(ways)
 
     def rows(self, split: Split) -> list[Row] | None:
         fields = ("source",) if split == "predict" else ("source", "target")

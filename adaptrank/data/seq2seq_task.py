@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptrank._errors import UserError
 from adaptrank.data.collate import IGNORED, Batch, mask, pad
 from adaptrank.data.prompts import gaps_of
 from adaptrank.data.segments import as_int32, portions
@@ -24,6 +25,10 @@ class Seq2SeqTask(TaskData):
         max_target_length: most tokens of a target, the end token included. Longer ones are cut,
             and counted in `truncated`.
         kwargs: those of `TaskData`. `max_length` is that of the source.
+
+    Raises:
+        UserError: if `max_target_length` is no positive integer. In `setup`, if a source has no
+            token.
     """
 
     def __init__(self, *, prefix: str = "", max_target_length: int = 128, **kwargs: Any) -> None:
@@ -46,7 +51,12 @@ class Seq2SeqTask(TaskData):
             template = "{source}" if self.prefix else None
         if template is None:
             return None
-        return self.prefix.replace("{", "{{").replace("}", "}}") + template
+        return escaped(self.prefix) + template
+
+    @property
+    def prompt_columns(self) -> list[dict[str, str | bool]]:
+        """How the training sources make what the encoder reads, as in `CompletionTask`."""
+        return []
 
     @property
     def example_prompt(self) -> str | None:
@@ -58,6 +68,8 @@ class Seq2SeqTask(TaskData):
         found: dict[str, Any] = {}
         if self.prompt_template is not None:
             found["prompt"] = self.prompt_template
+        if self.prompt_columns:
+            found["columns"] = self.prompt_columns
         if end := self.tokenizer.eos_token:
             found["stop_tokens"] = self.token_table(end)
         if padding := self.tokenizer.pad_token:
@@ -72,6 +84,12 @@ class Seq2SeqTask(TaskData):
         if self._first_source is None and sources:
             self._first_source = sources[0]
         ids, cut_sources = self._encode_texts(sources, self.max_length, "text")
+        empty = [k for k, tokens in enumerate(ids) if not len(tokens)]
+        if empty:
+            raise UserError(
+                f"Row {empty[0]} of the {split} rows has an empty source, and there is nothing to "
+                f"read ({len(empty)} of {len(rows)} rows). Remove or fill such rows."
+            )
         examples: list[Row] = [{"input_ids": tokens} for tokens in ids]
         cut_targets = 0
         if all("target" in row for row in rows):
@@ -126,6 +144,11 @@ class Seq2SeqTask(TaskData):
         if tokenizer.eos_token_id is None:
             return False
         return not ids or ids[-1] not in tokenizer.all_special_ids
+
+
+def escaped(text: str) -> str:
+    """Return a text as a part of a format string."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def seq2seq_batch(examples: Sequence[Row], pad_id: int) -> Batch:

@@ -33,6 +33,18 @@ def render_chat(
     return template.render(conversation_of(messages, tools), ask=ask)
 
 
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: list[Any] | None = None
+) -> str:
+    """Render a conversation up to its last reply, with that reply opened, as `predict` does.
+
+    Raises:
+        UserError: if the tokenizer has no chat template, or if it raises.
+    """
+    template = ChatTemplate(tokenizer, with_tools=bool(tools))
+    return template.render(conversation_of(messages, tools).asked(), ask=True)
+
+
 def chat_segments(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> list[Segment]:
     """Render a conversation as segments. The assistant's turns, each with its end, are trained on.
 

@@ -48,7 +48,7 @@ EXAMPLE = '{"role": "user", "content": "..."}'
 
 
 def read_turns(
-    value: Any, where: str, *, form: str | None = None, null_is_empty: bool = False
+    value: Any, where: str, *, form: str | None = None, null_is_empty: bool | None = False
 ) -> list[Turn]:
     """Return the turns of a conversation, whose texts are the characters in the data.
 
@@ -56,7 +56,8 @@ def read_turns(
         value: a list of turns, or the same as JSON text.
         where: place of the row, for errors.
         form: "openai" or "sharegpt", or None if the keys of each turn decide.
-        null_is_empty: a null in place of a text is the empty text.
+        null_is_empty: a null in place of a text is the empty text. None means that nothing can set
+            it, as in `generate`.
 
     Raises:
         UserError: if there is no list of turns, or if a turn is of another form, has an unknown
@@ -70,7 +71,7 @@ def read_turns(
     return [_read_turn(turn, where, k, form, null_is_empty) for k, turn in enumerate(turns)]
 
 
-def _read_turn(turn: Any, where: str, k: int, form: str | None, null_is_empty: bool) -> Turn:
+def _read_turn(turn: Any, where: str, k: int, form: str | None, null_is_empty: bool | None) -> Turn:
     """Return one turn."""
     place = f"{where}: turn {k}"
     is_sharegpt = isinstance(turn, dict) and "from" in turn and "role" not in turn
@@ -109,7 +110,7 @@ def _as_openai(turn: Turn, place: str) -> Turn:
     }
 
 
-def _settle(turn: Turn, what: str, place: str, null_is_empty: bool) -> Turn:
+def _settle(turn: Turn, what: str, place: str, null_is_empty: bool | None) -> Turn:
     """Return a turn with its text, its calls and its flag in one form.
 
     Args:
@@ -131,7 +132,7 @@ def _settle(turn: Turn, what: str, place: str, null_is_empty: bool) -> Turn:
         settled["role"] = "tool"
     if calls:
         settled["tool_calls"] = calls
-    settled["content"] = _text_of(turn, what, null_is_empty or bool(calls))
+    settled["content"] = _text_of(turn, what, True if calls else null_is_empty)
     if settled["role"] == "assistant" and is_trained is False:
         settled["weight"] = 0
     elif settled["role"] != "assistant" and is_trained:
@@ -178,15 +179,14 @@ def _flag_of(turn: Turn, place: str) -> bool | None:
     return values.pop() if values else None
 
 
-def _text_of(turn: Turn, what: str, may_be_null: bool) -> Any:
+def _text_of(turn: Turn, what: str, may_be_null: bool | None) -> Any:
     """Return the content of a turn."""
     content = turn.get("content")
     if content is None:
         # A turn that calls a tool may say nothing.
         if not may_be_null:
-            raise UserError(
-                f"{what} of messages is null. Remove or fill it, or set `null_is_empty: true`."
-            )
+            advice = "" if may_be_null is None else ", or set `null_is_empty: true`"
+            raise UserError(f"{what} of messages is null. Remove or fill it{advice}.")
         return ""
     if isinstance(content, list):
         return "".join(_part(part, what) for part in content)
