@@ -138,6 +138,16 @@ def test_a_frozen_prefix_stays_in_stage_two_and_all_trains_again_afterwards(tmp_
     assert torch.equal(load_adapter(llama(), tmp_path)(IDS).logits, model(IDS).logits)
 
 
+def test_a_tensor_that_the_user_has_frozen_trains_in_no_stage():
+    model = adapted()
+    frozen = tensors_of(model, "others")[0].requires_grad_(False)
+    before, fixed = {name: p.requires_grad for name, p in model.named_parameters()}, frozen.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    run(PTPEFT(prefix_rate=1), model, optimizer, lambda step: None)
+    assert torch.equal(frozen, fixed)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resume_is_exact_to_the_bit_in_both_stages_and_at_the_border(accumulate, tmp_path):
     whole, strategy = Task(), PTPEFT(warmup=2)

@@ -1,19 +1,21 @@
 """Training strategies: rounds, the merge ledger, restarts, and exact resumes."""
 
 import copy
+import warnings
 from functools import partial
 
+import lightning
 import pytest
 import torch
 from conftest import LINEAR_METHODS
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_allocators import Toy, everything, fit
 from torch import nn
 
 from adaptrank import testing
 from adaptrank._errors import UserError
 from adaptrank.allocation import AdaLoRA, ElaLoRA, SoRA
-from adaptrank.artifacts import load_adapter, save_adapter
+from adaptrank.artifacts import load_adapter, read_adapter, save_adapter
 from adaptrank.axes import fit_ranks, rank_axes
 from adaptrank.injection import adapt
 from adaptrank.parameterizations import (
@@ -472,3 +474,118 @@ def test_an_allocator_leaves_out_the_first_tenth_of_a_round_but_never_its_last_e
     fit(Toy(partial(SVD, rank=4)), strategy, adalora, steps=60)
     steps = [event["step"] for event in adalora.events if event["step"]]
     assert steps == [*range(1, 21), *range(23, 41), 41]
+
+
+# ---- what trains after a run
+
+
+def flags(model):
+    """Return name -> whether the tensor trains. A ledger under a wrapper changes no name."""
+    named = model.named_parameters()
+    return {name.replace("base.", ""): parameter.requires_grad for name, parameter in named}
+
+
+def run_all(strategy, model):
+    """Train with an optimizer of all parameters, of which most are frozen."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    strategy.start(model, optimizer, TOTAL)
+    for step in range(TOTAL):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+        strategy.step()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_end_of_a_run_leaves_frozen_what_was_frozen(name, tmp_path):
+    model = Toy(LORA2)
+    before, frozen = flags(model), model.maps[1].innermost.weight.clone()
+    strategy = MAKERS[name]()
+    for _ in range(2):
+        run_all(strategy, model)
+        strategy.finish()
+        assert flags(model) == before
+        strategy.finish()
+        assert flags(model) == before
+    save_adapter(model.maps, tmp_path)
+    assert not read_adapter(tmp_path)["trained_modules"]
+    run_plain(MAKERS[name](), model, make=lambda _, lr: torch.optim.AdamW(model.parameters(), lr))
+    assert torch.equal(model.maps[1].innermost.weight, frozen)
+
+
+class AllParameters(Toy):
+    """A module whose optimizer has all parameters, as in most examples of Lightning."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("name", ["ReLoRA", "RACLoRA", "RACLoRA coin", "XGBLoRA"])
+def test_a_run_in_lightning_leaves_frozen_what_was_frozen(name, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=11, save_top_k=-1)
+    model, before = AllParameters(LORA2), flags(AllParameters(LORA2))
+    fit(model, MAKERS[name](), checkpoint)
+    assert flags(model) == before
+    resumed = AllParameters(LORA2)
+    fit(resumed, MAKERS[name](), ckpt_path=tmp_path / "step=11.ckpt")
+    assert flags(resumed) == before
+    for parameter, again in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, again)
+
+
+class Broken(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 10:
+            raise RuntimeError("broken")
+
+
+def test_a_run_that_breaks_off_leaves_flags_as_they_were():
+    model = AllParameters(LORA2)
+    before = flags(model)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, MAKERS["RACLoRA"](), Broken())
+    assert flags(model) == before
+
+
+class Evaluated(AllParameters):
+    val_dataloader = Toy.train_dataloader
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+def test_an_evaluation_leaves_flags_as_they_were():
+    model = Evaluated(LORA2)
+    before = flags(model)
+    trainer = lightning.Trainer(
+        callbacks=[MAKERS["RACLoRA"]()],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        limit_val_batches=1,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        trainer.validate(model, verbose=False)
+    assert flags(model) == before
+
+
+def test_a_tensor_that_the_user_freezes_within_a_run_stays_frozen():
+    model = Toy(LORA2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    strategy = RACLoRA(every=8)
+    strategy.start(model, optimizer, TOTAL)
+    layer = model.maps[0]
+    assert not layer.B.requires_grad
+    layer.A.requires_grad_(False)
+    strategy.finish()
+    assert layer.B.requires_grad
+    assert not layer.A.requires_grad
+
+
+def test_plan_leaves_flags_as_they_were():
+    model = Toy(LORA2)
+    before, engine = flags(model), MAKERS["RACLoRA coin"]().engine
+    engine.prepare(model)
+    engine.foresee(model, [], TOTAL)
+    assert flags(model) == before

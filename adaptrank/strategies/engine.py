@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from adaptrank.axes import forget_state, rank_axes
 from adaptrank.parameterizations import Parameterization, adapted_part, wrapped_layers
 from adaptrank.strategies.rate import scale_rate
 from adaptrank.strategies.rounds import Rounds
+from adaptrank.strategies.trained_flags import TrainedFlags
 
 if TYPE_CHECKING:
     from adaptrank.allocation import Participant
@@ -39,6 +41,7 @@ class StrategyRun:
         steps_done: optimizer steps so far.
         number: number of the present round.
         events_seen: events of the allocators so far.
+        flags: tensors that the strategy has frozen, or has let train.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class StrategyRun:
     number: int = 0
     events_seen: int = 0
     handles: list[RemovableHandle] = field(default_factory=list)
+    flags: TrainedFlags = field(default_factory=TrainedFlags)
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Delete optimizer state and gradients of tensors that start anew."""
@@ -91,6 +95,7 @@ class RoundEngine:
         self.events: list[dict[str, Any]] = []
         """Events at the start of each round."""
         self._stored: Mapping[str, Any] | None = None
+        self._flags = TrainedFlags()
         self._run: StrategyRun | None = None
 
     @property
@@ -117,7 +122,9 @@ class RoundEngine:
                 f"{self.strategy.label} found no adapter in this {type(model).__name__}; call "
                 f"adaptrank.adapt(model, ...) first."
             )
-        self.strategy.prepare(adapted_part(model))
+        part = adapted_part(model)
+        with self._flags.noting(part):
+            self.strategy.prepare(part)
 
     def start(
         self,
@@ -153,7 +160,8 @@ class RoundEngine:
             self._check_stored(stored, run.rounds)
             self.events = list(stored["events"])
             run.steps_done, run.number = int(stored["steps_done"]), int(stored["round"])
-            strategy.arrange(run.number)
+            with self._noting_flags():
+                strategy.arrange(run.number)
             self._cross_borders()
         for allocator in run.allocators:
             allocator.engine.held = strategy.holds_allocators
@@ -199,7 +207,8 @@ class RoundEngine:
         foreseen = []
         for number in range(len(run.rounds)):
             start, end = run.rounds.start(number), run.rounds.end(number)
-            trained = self.strategy.trained_numbers(number)
+            with self._noting_flags():
+                trained = self.strategy.trained_numbers(number)
             foreseen.append({"round": number, "start": start, "end": end, "trained": trained})
         self.finish()
         return foreseen
@@ -220,9 +229,10 @@ class RoundEngine:
         return self._cross_borders()
 
     def finish(self) -> None:
-        """Give the optimizers their own learning rates back, and let all of their tensors train.
+        """Give the optimizers their own learning rates back, and the tensors their own flags.
 
-        So the next run finds the model as this one did.
+        What the strategy has frozen trains again, and what it has let train is frozen again. What
+        the user has frozen stays so. So the next run finds the model as this one did.
         """
         if self._run is not None:
             for handle in self._run.handles:
@@ -230,9 +240,16 @@ class RoundEngine:
             self._run.handles.clear()
             for allocator in self._run.allocators:
                 allocator.engine.held = None
-            for tensor in self._run.optimized():
-                tensor.requires_grad_(True)
+        self.release()
         self.running = False
+
+    def release(self) -> None:
+        """Undo what `prepare` and the rounds have changed about which tensors train."""
+        self._flags.restore()
+
+    def _noting_flags(self) -> AbstractContextManager[None]:
+        """Return a block in which the tensors that the strategy freezes are noted."""
+        return self._flags.noting(self.run.model, self.run.optimized())
 
     def _make_run(
         self,
@@ -257,6 +274,7 @@ class RoundEngine:
             list(allocators),
             self.strategy.seed,
             steps_done,
+            flags=self._flags,
         )
 
     def _rounds(self, total_steps: float) -> Rounds:
@@ -287,14 +305,14 @@ class RoundEngine:
         count = _count_events(run.allocators)
         if count != run.events_seen:
             run.events_seen = count
-            with torch.no_grad():
+            with self._noting_flags(), torch.no_grad():
                 self.strategy.follow(run.number)
 
     def _cross_borders(self) -> dict[str, Any] | None:
         """Close the rounds that have ended, and enter those that follow, one by one."""
         run, event = self.run, None
         while self.ends_round(run.steps_done):
-            with torch.no_grad():
+            with self._noting_flags(), torch.no_grad():
                 self.strategy.leave(run.number)
             event = self._enter(run.number + 1)
         return event
@@ -302,9 +320,10 @@ class RoundEngine:
     def _enter(self, number: int) -> dict[str, Any]:
         run = self.run
         run.number = number
-        with torch.no_grad():
-            self.strategy.enter(number)
-        self.strategy.arrange(number)
+        with self._noting_flags():
+            with torch.no_grad():
+                self.strategy.enter(number)
+            self.strategy.arrange(number)
         event = {
             "step": run.steps_done,
             "round": number,

@@ -169,6 +169,12 @@ class StrategyShell(EngineCallback):
         """Finish the run."""
         self.finish()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo what the preparation for an evaluation has frozen."""
+        super().teardown(trainer, pl_module, stage)
+        if stage != "fit":
+            self.engine.release()
+
     # ---- transformers
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:

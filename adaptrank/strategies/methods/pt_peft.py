@@ -109,7 +109,7 @@ class PTPEFT(TrainingStrategy):
             if isinstance(wrapper, Prefix):
                 stages = (0,) if self.freeze_prefix else (0, 1)
             for _, tensor in wrapper.own_parameters():
-                if id(tensor) in optimized:
+                if id(tensor) in optimized and self.run.flags.trained(tensor):
                     tensor.requires_grad_(number in stages)
         for allocator in self.run.allocators:
             allocator.engine.rest_until(self.run.rounds.start(1))
