@@ -10,6 +10,7 @@ from adaptrank.allocation.budget import floor_of
 from adaptrank.allocation.context import Run
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.schedules import Phases
+from adaptrank.allocation.taking_part import why_none
 from adaptrank.axes import CostModel
 from adaptrank.parameterizations import wrapped_layers, wrappers
 
@@ -120,6 +121,8 @@ def check_axes(participant: "Participant", run: Run) -> None:
 def _why_nothing(participant: "Participant", run: Run) -> str:
     model_wrappers = wrappers(run.model)
     methods = ", ".join(sorted({type(wrapper).__name__ for wrapper in model_wrappers}))
+    if run.left_out:
+        return why_none(run.left_out)
     if any(wrapper.axes for wrapper in model_wrappers):
         return f"no tensor of a rank axis of {methods} is trained"
     suggestion = compatibility.suggestion(participant)

@@ -30,6 +30,7 @@ class Run:
         owner: name of the allocator, for errors.
         model: holds the wrappers.
         axes: what the allocator allocates.
+        left_out: axes that it leaves as they are, because nothing trains them in this run.
         optimizers: optimizers of the run.
         progress: steps, sizes and events; it goes into the checkpoint.
         unit: "ranks" or "parameters".
@@ -49,6 +50,7 @@ class Run:
     examples_needed: int = 0
     batches: Iterable[Any] = ()
     loss_function: Loss | None = None
+    left_out: Axes = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -83,13 +85,8 @@ class Run:
         return self.steps_done < self.phases.end or self.progress.deferred
 
     def trained_tensors(self) -> list[Tensor]:
-        """Return the tensors of all axes. An axis without slots has those of its wrappers."""
-        tensors: list[Tensor] = []
-        for axis in self.axes.values():
-            slots = [slot.tensor for slot in axis.slots()]
-            own = [p for layer, _ in axis.members for _, p in layer.own_parameters()]
-            tensors += slots or own
-        return tensors
+        """Return the tensors of all axes."""
+        return [tensor for axis in self.axes.values() for tensor in axis.tensors()]
 
     def owners(self) -> list[torch.optim.Optimizer]:
         """Return the optimizers that move a tensor of an axis."""
@@ -176,8 +173,20 @@ class Run:
         return cost_model(self.model).total(sizes)
 
     def cost(self) -> CostModel:
-        """Return what sizes cost, in the unit of the budget."""
-        return rank_cost(self.axes) if self.unit == "ranks" else cost_model(self.model)
+        """Return what sizes cost, in the unit of the budget. Axes that are left out are free."""
+        if self.unit == "ranks":
+            return rank_cost(self.axes)
+        if not self.left_out:
+            return cost_model(self.model)
+        taking_part = {id(layer) for axis in self.axes.values() for layer, _ in axis.members}
+        left_out = [
+            layer
+            for axis in self.left_out.values()
+            for layer, _ in axis.members
+            if id(layer) not in taking_part
+        ]
+        sizes = {key: len(axis) for key, axis in self.left_out.items()}
+        return cost_model(self.model, left_out).in_steps(dict.fromkeys(self.axes, 1), sizes)
 
     def note_start(self) -> None:
         """Note the present sizes, and their cost, as those that the run begins with."""

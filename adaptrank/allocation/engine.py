@@ -21,6 +21,7 @@ from adaptrank.allocation.events import Event, execute
 from adaptrank.allocation.growth import parameter_growth
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
+from adaptrank.allocation.taking_part import say_left_out, taking_part
 from adaptrank.axes import CLOSED, check_optimizer
 from adaptrank.parameterizations import adapted_part
 
@@ -371,7 +372,11 @@ class Engine:
         )
         self._run = run
         axes = participant.find_axes(part)
-        run.axes = {key: axis for key, axis in axes.items() if axis.trainable()}
+        trained = {key: axis for key, axis in axes.items() if axis.trainable()}
+        begun_with = self.progress.start_sizes  # empty in a new run
+        run.axes = taking_part(trained, optimizers, begun_with)
+        run.left_out = {key: axis for key, axis in trained.items() if key not in run.axes}
+        say_left_out(participant.label, run.left_out)
         run.examples_needed = participant.examples_needed()
         checks.check_form(participant)
         checks.check_axes(participant, run)

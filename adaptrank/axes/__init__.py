@@ -17,6 +17,7 @@ from adaptrank.axes.state_roles import (
     check_optimizer,
     holds,
     misfit_of_state,
+    optimized_tensors,
     states_of,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "holds",
     "misfit_of_state",
     "natural",
+    "optimized_tensors",
     "prune_moments",
     "rank_axes",
     "rank_cost",

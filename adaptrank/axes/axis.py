@@ -69,8 +69,25 @@ class RankAxis:
         return [slot for slot in self.slots() if slot.closes]
 
     def trainable(self) -> bool:
-        """Return whether an optimizer moves any tensor of the axis."""
+        """Return whether any tensor of the axis takes a gradient."""
         return any(slot.tensor.requires_grad for slot in self.slots())
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a layer of the axis is switched on. Otherwise nothing of it trains."""
+        return any(layer.enabled for layer, _ in self.members)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that the layers of the axis belong to."""
+        return list(dict.fromkeys(layer.name for layer, _ in self.members))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the axis. An axis without slots has those of its wrappers."""
+        tensors = [slot.tensor for slot in self.slots()]
+        if tensors:
+            return tensors
+        return [parameter for layer, _ in self.members for _, parameter in layer.own_parameters()]
 
     @property
     def stopped(self) -> bool:

@@ -9,7 +9,7 @@ from typing import overload
 from torch import Tensor, nn
 
 from adaptrank.axes.model_axes import rank_axes
-from adaptrank.parameterizations import wrappers
+from adaptrank.parameterizations import Parameterization, wrappers
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,16 @@ class CostModel:
         return index
 
 
-def cost_model(model: nn.Module) -> CostModel:
+def cost_model(model: nn.Module, left_out: Iterable[Parameterization] = ()) -> CostModel:
     """Return the cost of a model in trainable adapter parameters.
 
     A tensor that is on no axis counts as fixed. A tied tensor counts once.
+
+    Args:
+        model: holds the wrappers.
+        left_out: wrappers whose tensors do not count.
     """
+    not_counted = {id(wrapper) for wrapper in left_out}
     axes_of_tensor: dict[int, list[tuple[int, str]]] = {}
     for key, axis in rank_axes(model).items():
         for slot in axis.slots():
@@ -92,6 +97,8 @@ def cost_model(model: nn.Module) -> CostModel:
     fixed, terms = 0, []
     counted: set[int] = set()
     for wrapper in wrappers(model):
+        if id(wrapper) in not_counted:
+            continue
         for _, parameter in wrapper.own_parameters():
             if id(parameter) in counted or not parameter.requires_grad:
                 continue

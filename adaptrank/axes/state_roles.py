@@ -195,6 +195,15 @@ def states_of(tensor: Tensor, optimizers: Optimizers) -> Iterator[tuple[str, Rol
                 yield key, role, value
 
 
+def optimized_tensors(optimizers: Optimizers) -> list[Tensor]:
+    """Return the tensors of optimizers and of the optimizers inside of them."""
+    tensors: list[Tensor] = []
+    for optimizer in [*optimizers, *with_inner(optimizers)]:
+        for group in optimizer.param_groups:
+            tensors += group["params"]
+    return tensors
+
+
 def holds(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> bool:
     """Return whether an optimizer moves one of these tensors."""
     ids = {id(tensor) for tensor in tensors}

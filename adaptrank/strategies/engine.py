@@ -147,6 +147,7 @@ class RoundEngine:
         """
         strategy = self.strategy
         self._run = run = self._make_run(model, optimizers, total_steps, allocators, steps_done)
+        self._check_switched_on()
         stored, self._stored = self._stored, None
         if stored is None:
             if steps_done:
@@ -276,6 +277,21 @@ class RoundEngine:
             steps_done,
             flags=self._flags,
         )
+
+    def _check_switched_on(self) -> None:
+        """Refuse an adapter that is off, if the strategy would start it anew with all others.
+
+        Raises:
+            UserError: names the adapter.
+        """
+        is_off = [wrapper.name for wrapper in self.strategy.rewritten() if not wrapper.enabled]
+        if is_off:
+            raise UserError(
+                f"{self.strategy.label} starts every adapter of the model anew, and "
+                f"{is_off[0]!r} is switched off and would be lost; remove it by "
+                f"adaptrank.delete_adapter(model, {is_off[0]!r}), or switch it on by "
+                f"adaptrank.set_enabled(model, True)."
+            )
 
     def _rounds(self, total_steps: float) -> Rounds:
         """Return the rounds of a run.

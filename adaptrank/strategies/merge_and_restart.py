@@ -52,10 +52,13 @@ class MergeAndRestart(TrainingStrategy, registered=False):
 
     def live_tensors(self) -> list[Tensor]:
         """Return the tensors of the wrappers that train, a tied one once."""
+        return trained_tensors(self.rewritten())
+
+    def rewritten(self) -> list[Parameterization]:
         live: list[Parameterization] = []
         for outermost in self.layers.values():
             live += live_wrappers(outermost)
-        return trained_tensors(live)
+        return live
 
     def refuses_allocator(self, allocator: Participant) -> str:
         return hangs_on_units(allocator)

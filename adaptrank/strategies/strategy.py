@@ -127,6 +127,10 @@ class TrainingStrategy(StrategyShell):
         """
         return 1.0
 
+    def rewritten(self) -> list[Parameterization]:
+        """Return the wrappers whose tensors a border replaces."""
+        return []
+
     def refuses_allocator(self, allocator: Any) -> str:
         """Return why an allocator cannot take part, as a sentence without its end; "" if it can."""
         return ""

@@ -9,7 +9,7 @@ from adaptrank._errors import UserError
 from adaptrank._options import Range
 from adaptrank.allocation import Participant
 from adaptrank.axes import RankAxis, generator, rank_axes, resize_stack
-from adaptrank.parameterizations import wrappers
+from adaptrank.parameterizations import Parameterization, wrappers
 from adaptrank.parameterizations.decoupled_lora import DecoupledLoRA
 from adaptrank.strategies.merge_and_restart import hangs_on_units
 from adaptrank.strategies.rounds import Rounds
@@ -119,6 +119,9 @@ class SDLoRA(TaskRounds):
         for wrapper in self._wrappers():
             wrapper.keep_direction(self.norm, self.fold_norm, self.tau)
             wrapper.renew()
+
+    def rewritten(self) -> list[Parameterization]:
+        return [*self._wrappers()]
 
     def refuses_allocator(self, allocator: Participant) -> str:
         return hangs_on_units(allocator)
