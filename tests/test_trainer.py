@@ -596,11 +596,24 @@ def test_a_smaller_batch_is_found_before_ranks_move(tmp_path):
     assert trainer.args.max_grad_norm == 1.0
 
 
-def test_a_second_choice_of_ranks_is_refused(tmp_path):
+def test_a_second_start_of_a_trained_adapter_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, EVA(budget=8), max_steps=2, save_strategy="no")
     trainer.train()
-    with pytest.raises(ValueError, match=r"EVA has chosen the ranks .* in an earlier train\(\)"):
+    with pytest.raises(ValueError, match=r"EVA would start the trained units .* anew at .*resume"):
         trainer.train()
+
+
+def test_a_start_that_no_step_has_trained_may_be_set_again(tmp_path):
+    trainer = trainer_of(
+        tmp_path,
+        GoRA(batches=2),
+        adapted(**LOW_RANK),
+        extra=[OutOfMemory(0)],
+        auto_find_batch_size=True,
+        save_strategy="no",
+    )
+    trainer.train()
+    assert trainer.state.global_step == STEPS
 
 
 def test_a_loss_that_the_model_does_not_compute_is_refused(tmp_path):

@@ -7,21 +7,30 @@ from adaptrank._errors import UserError
 from adaptrank.allocation import checks
 from adaptrank.allocation.context import Run
 from adaptrank.allocation.events import Event
+from adaptrank.allocation.trained_units import OwnStart, check_fresh, check_removed
 from adaptrank.axes import generator
 
 if TYPE_CHECKING:
     from adaptrank.allocation.participant import Choice, Participant
 
 
-def begin(participant: "Participant", run: Run) -> None:
+def begin(participant: "Participant", run: Run, own: OwnStart) -> None:
     """Choose the ranks to start from, resize the axes, and check that the run can act.
 
+    Args:
+        participant: allocator or rank initializer of a new run.
+        run: the run that begins.
+        own: start that the participant has set in a run which ended before its first step.
     Raises:
-        ValueError: if an axis cannot have the chosen size, or the run makes no sense.
+        ValueError: if an axis cannot have the chosen size, if trained units would be lost, or if
+            the run makes no sense.
     """
     sizes_before = run.sizes()
+    if participant.sets_tensors:
+        check_fresh(participant, run.axes, own)
     choice = participant.choose(run.axes, run.batches)
     if choice is not None:
+        check_removed(participant, run.axes, choice.ranks, own)
         _resize(participant, run, choice.ranks)
     run.note_start()
     if choice is not None:

@@ -22,6 +22,7 @@ from adaptrank.allocation.growth import parameter_growth
 from adaptrank.allocation.plans import Close, Plan
 from adaptrank.allocation.state import Progress, TrackedTensors
 from adaptrank.allocation.taking_part import say_left_out, taking_part
+from adaptrank.allocation.trained_units import OwnStart, own_start
 from adaptrank.axes import CLOSED, check_optimizer
 from adaptrank.parameterizations import adapted_part
 
@@ -54,6 +55,8 @@ class Engine:
         """Whether an event at a step is left out, by the rounds of a training strategy. The last
         event of the run is never left out."""
         self._bad_steps = BadSteps()
+        self._own_start: OwnStart = {}
+        """Closing factors that a rank initializer has set, until the first step."""
         self._run: Run | None = None
         self._told = False
         self._has_seen_state = False
@@ -113,7 +116,8 @@ class Engine:
             state.load_state_dict(self.state.state_dict())
         self.state = state
         if not resumed:
-            begin(participant, run)
+            begin(participant, run, self._own_start)
+            self._own_start = own_start(run.axes) if participant.sets_tensors else {}
         self.state.to(_device(run.model))
         self._bad_steps = BadSteps(self.progress.bad_steps)
         if run.examples_needed:
@@ -160,6 +164,7 @@ class Engine:
         """
         progress, participant, run = self.progress, self.participant, self.run
         before = progress.steps_done
+        self._own_start = {}
         progress.steps_done = before + 1 if step is None else step
         if not self._has_seen_state:
             self._check_optimizers()  # now they have state to judge by

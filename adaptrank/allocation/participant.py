@@ -213,6 +213,11 @@ class Participant(LightningShell, TrainerHooks):
         return False
 
     @property
+    def sets_tensors(self) -> bool:
+        """Whether `initialize` sets the tensors of units, so that trained ones would be lost."""
+        return type(self).initialize is not Participant.initialize
+
+    @property
     def only_prunes(self) -> bool:
         """Whether it moves nothing unless the budget is below the start."""
         return False

@@ -84,6 +84,10 @@ class EVA(RankInitializer):
         self.rho, self.tau, self.max_batches = rho, tau, max_batches
         self.init, self.whiten, self.center = init, whiten, center
 
+    @property
+    def sets_tensors(self) -> bool:
+        return self.init
+
     def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice:
         components = {key: self.components(key, axis) for key, axis in axes.items()}
         sketches = InputSketches(axes, components, self.center)

@@ -116,6 +116,10 @@ class GoRA(RankInitializer):
     def variant(self) -> str:
         return "exact total" if self.share == "exact" else ""
 
+    @property
+    def sets_tensors(self) -> bool:
+        return self.init
+
     def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice:
         _check_linear(axes)
         gradients = average_gradients(axes, self.run, batches, self.count)

@@ -48,6 +48,11 @@ class RankInitializer(Participant, ABC, registered=False):
         """Whether it chooses the ranks that a run starts from."""
         return True
 
+    @property
+    def sets_tensors(self) -> bool:
+        """Whether `initialize` sets the tensors of units, so that trained ones would be lost."""
+        return type(self).initialize is not RankInitializer.initialize
+
     @abstractmethod
     def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice:
         """Return the ranks to start from, and the evidence that they rest on.

@@ -192,7 +192,7 @@ class TrainerRun:
         model, state = kwargs["model"], self._state
         assert state is not None
         self._end_broken_training(member, args)
-        self._check_again(member, model, bool(state.global_step))
+        self._check_again(member, model)
         if state.global_step:
             member.load_state_dict(self._stored_state(member, state.global_step))
         member.start(
@@ -217,11 +217,11 @@ class TrainerRun:
         engine.running = False
         engine.finish()
 
-    def _check_again(self, member: "Participant", model: nn.Module, resumes: bool) -> None:
+    def _check_again(self, member: "Participant", model: nn.Module) -> None:
         """Refuse a second training of what the first one has changed for good.
 
         Raises:
-            UserError: for masks that stay, and for ranks that would be chosen again.
+            UserError: for masks that stay.
         """
         again = self._begun_on.get(id(member)) is model and member.engine.progress.steps_done > 0
         self._begun_on[id(member)] = model
@@ -229,12 +229,6 @@ class TrainerRun:
             raise UserError(
                 f"The masks of {member.label} stay on this model after an earlier train(); build "
                 f"the model and the Trainer anew to train or to resume."
-            )
-        if again and member.chooses_ranks and not resumes:
-            raise UserError(
-                f"{member.label} has chosen the ranks of this model in an earlier train(), and "
-                f"would start its trained tensors anew; leave it out of a second training, or "
-                f"resume by train(resume_from_checkpoint=True)."
             )
 
     # ---- each step
