@@ -31,7 +31,7 @@ from adaptrank.allocation import (
     SoRA,
     SubLoRA,
 )
-from adaptrank.parameterizations import PARAMETERIZATIONS, HyperAdapt, LoRA
+from adaptrank.parameterizations import PARAMETERIZATIONS, HyperAdapt, LoRA, wrappers
 
 TOTAL = 12
 """Optimizer steps of a recorded run."""
@@ -164,6 +164,9 @@ class Chain(nn.Module):
         self.prepare()
         adapt(self.layers, "all-linear", partial(LoRA, rank=rank))
         perturb(self)
+        # These tensors are where the adapters start. A rank initializer refuses trained ones.
+        for wrapper in wrappers(self):
+            wrapper.starts_at_base = False
 
     def prepare(self) -> None:
         """Change the base weights before they are adapted."""

@@ -240,14 +240,14 @@ def allocators():
 )
 def test_a_step_of_an_allocator(kind, settings):
     model = adapt(Blocks(), "all-linear", partial(LoRA, rank=3))
-    for wrapper in wrappers(model):
-        perturb(wrapper, 0.2)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     batches = [torch.randn(4, 8) for _ in range(8)]
     known = inspect.signature(kind).parameters
     allocator = kind(**{name: 8 for name in ("every", "warmup") if name in known}, **settings)
     allocator.start(model, optimizer, 200, batches=batches, loss=model)
+    for wrapper in wrappers(model):
+        perturb(wrapper, 0.2)
     reads = DeviceReads()
     reads.place([*model.parameters(), *model.buffers()])
     reads.place(tracked.tensor for tracked in allocator.engine.state)
