@@ -21,7 +21,7 @@ from adaptrank.allocation import (
 )
 from adaptrank.axes import cost_model, rank_axes
 from adaptrank.injection import adapt, delete_adapter, set_enabled
-from adaptrank.parameterizations import DecoupledLoRA, LoRA, wrappers
+from adaptrank.parameterizations import DecoupledLoRA, HyperAdapt, LoRA, wrappers
 from adaptrank.strategies import ChainOfLoRA, ReLoRA, SDLoRA, XGBLoRA
 from adaptrank.testing import perturb
 
@@ -127,6 +127,12 @@ def test_a_budget_in_parameters_counts_the_adapter_that_trains():
     train(model, ALLOCATORS["AdaLoRA parameters"](), all_trained(model))
     counted = sum(tensor.numel() for tensor in model.tensors("new"))
     assert counted == 28 * 6
+    adapt(model.maps, "all-linear", HyperAdapt, name="scales")
+    set_enabled(model.maps, "new")
+    again = AdaLoRA(budget=28 * 3, unit="parameters", **PHASES)
+    again.start(model, all_trained(model), TOTAL)
+    assert again.run.start_total == 28 * 6
+    delete_adapter(model.maps, "scales")
     both = [wrapper for name in ("old", "new") for wrapper in model.of(name)]
     whole = cost_model(model)
     sizes = {key: len(axis) for key, axis in rank_axes(model).items()}

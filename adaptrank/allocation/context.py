@@ -14,6 +14,7 @@ from adaptrank.allocation.events import Event
 from adaptrank.allocation.schedules import Phases
 from adaptrank.allocation.state import Progress, TrackedTensors, Where
 from adaptrank.axes import CostModel, RankAxis, cost_model, holds, rank_axes, rank_cost
+from adaptrank.parameterizations import Parameterization, wrappers
 from adaptrank.training.evaluation import evaluating
 
 Axes = Mapping[str, RankAxis]
@@ -173,20 +174,27 @@ class Run:
         return cost_model(self.model).total(sizes)
 
     def cost(self) -> CostModel:
-        """Return what sizes cost, in the unit of the budget. Axes that are left out are free."""
+        """Return what sizes cost, in the unit of the budget.
+
+        Adapters that are left out, or off, cost nothing.
+        """
         if self.unit == "ranks":
             return rank_cost(self.axes)
+        cost = cost_model(self.model, self._wrappers_left_out())
         if not self.left_out:
-            return cost_model(self.model)
-        taking_part = {id(layer) for axis in self.axes.values() for layer, _ in axis.members}
-        left_out = [
-            layer
-            for axis in self.left_out.values()
-            for layer, _ in axis.members
-            if id(layer) not in taking_part
-        ]
+            return cost
         sizes = {key: len(axis) for key, axis in self.left_out.items()}
-        return cost_model(self.model, left_out).in_steps(dict.fromkeys(self.axes, 1), sizes)
+        return cost.in_steps(dict.fromkeys(self.axes, 1), sizes)
+
+    def _wrappers_left_out(self) -> list[Parameterization]:
+        """Return the wrappers without an axis of the run that are off, or have axes left out."""
+        taking_part = {id(layer) for axis in self.axes.values() for layer, _ in axis.members}
+        unmoved = {id(layer) for axis in self.left_out.values() for layer, _ in axis.members}
+        return [
+            wrapper
+            for wrapper in wrappers(self.model)
+            if id(wrapper) not in taking_part and (id(wrapper) in unmoved or not wrapper.enabled)
+        ]
 
     def note_start(self) -> None:
         """Note the present sizes, and their cost, as those that the run begins with."""
