@@ -23,7 +23,13 @@ from adaptrank.checkpoints.other_runs import same_groups
 from adaptrank.cli import main
 from adaptrank.cli.unusual_rates import unusual_rates
 from adaptrank.data import ArithmeticProblems
-from adaptrank.modules import Adapter, CausalLM, SequenceClassification, build_optimizer
+from adaptrank.modules import (
+    Adapter,
+    CausalLM,
+    SequenceClassification,
+    TokenClassification,
+    build_optimizer,
+)
 from adaptrank.modules.learning_rates import STUDIED_HEAD, check_rates, trained_names
 from adaptrank.parameterizations import (
     SVD,
@@ -445,6 +451,14 @@ def test_the_rate_of_a_head_is_that_of_its_page():
     assert f"The head has {STUDIED_HEAD.rate:g} in all rows but one" in " ".join(text.split())
 
 
+def test_a_head_of_words_keeps_the_rate_of_the_optimizer(tiny_bert):
+    fresh = {"adapters": [Adapter([LoRA])], "dtype": "fp32", "num_labels": 3}
+    module = TokenClassification(tiny_bert, learning_rates="studied", **fresh)
+    module.configure_model()
+    assert module.rates_of(module.model) == {"LoRA": LoRA.studied_rate.rate}
+    assert module.studied_head_rate(module.model) is None
+
+
 SMALL_MISS = partial(MiSS, rank=2, period=2)
 
 
@@ -494,7 +508,7 @@ def test_a_fresh_head_has_its_studied_rate_and_a_trained_one_has_not(tiny_bert, 
     trained, optimizer = classifier(
         tiny_bert, adapter=str(tmp_path / "adapter"), learning_rates="studied"
     )
-    assert not trained.has_fresh_head(trained.model)
+    assert trained.studied_head_rate(trained.model) is None
     assert rates_of_head(trained, optimizer) == {ADAM.keywords["lr"]}
 
 
@@ -505,8 +519,8 @@ def test_a_rate_that_does_not_suit_a_fresh_head_is_told(tiny_bert, rate, said):
     module, optimizer = classifier(
         tiny_bert, make, adapters=[Adapter([LoRA])], learning_rates=rates
     )
-    assert module.has_fresh_head(module.model)
-    sentences = list(unusual_rates(module.model, [optimizer], has_fresh_head=True))
+    head = module.studied_head_rate(module.model)
+    sentences = list(unusual_rates(module.model, [optimizer], head))
     assert len(sentences) == said
     for sentence in sentences:
         assert f"The head is new, and trains at a learning rate of {rate:g}." in sentence

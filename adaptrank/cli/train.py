@@ -254,8 +254,8 @@ class AdaptrankCLI(LightningCLI):
     def _begin(self) -> None:
         if not self.began and isinstance(self.model, AdaptedModule):
             model = self.model.model
-            is_fresh = self.model.has_fresh_head(model)
-            for sentence in unusual_rates(model, self.trainer.optimizers, is_fresh):
+            head = self.model.studied_head_rate(model)
+            for sentence in unusual_rates(model, self.trainer.optimizers, head):
                 log.warning("%s", sentence)
         self.began = True
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from adaptrank.modules.learning_rates import STUDIED_HEAD, head_parameters
+from adaptrank.modules.learning_rates import head_parameters
 from adaptrank.parameterizations import StudiedRate, wrappers
 
 FAR = 20.0
@@ -17,7 +17,7 @@ Those that were 25 times too small ended far below the best.
 
 
 def unusual_rates(
-    model: nn.Module, optimizers: Iterable[Optimizer], has_fresh_head: bool = False
+    model: nn.Module, optimizers: Iterable[Optimizer], head: StudiedRate | None = None
 ) -> Iterator[str]:
     """Yield a sentence for each method with such a rate, and for a fresh head.
 
@@ -27,7 +27,7 @@ def unusual_rates(
     Args:
         model: the adapted model.
         optimizers: optimizers of the run, with or without a schedule.
-        has_fresh_head: the head has not been trained.
+        head: rate that a study chose for the head, None if it has been trained or not studied.
     """
     rate_of: dict[int, float] = {}
     for optimizer in optimizers:
@@ -36,8 +36,8 @@ def unusual_rates(
                 rate = float(group.get("initial_lr", group["lr"]))
                 rate_of.update((id(parameter), rate) for parameter in group["params"])
     yield from _of_methods(model, rate_of)
-    if has_fresh_head:
-        yield from _of_head(model, rate_of)
+    if head is not None:
+        yield from _of_head(model, rate_of, head)
 
 
 def _of_methods(model: nn.Module, rate_of: Mapping[int, float]) -> Iterator[str]:
@@ -65,15 +65,15 @@ def _of_methods(model: nn.Module, rate_of: Mapping[int, float]) -> Iterator[str]
                 )
 
 
-def _of_head(model: nn.Module, rate_of: Mapping[int, float]) -> Iterator[str]:
+def _of_head(model: nn.Module, rate_of: Mapping[int, float], head: StudiedRate) -> Iterator[str]:
     """Yield a sentence for each unusual rate of a fresh head."""
     rates = {rate_of[name] for name in head_parameters(model) if rate_of.get(name)}
     for rate in sorted(rates):
-        if _is_far(rate, STUDIED_HEAD):
+        if _is_far(rate, head):
             yield (
                 f"The head is new, and trains at a learning rate of {rate:g}. A study of 77 "
-                f"classes gave it {STUDIED_HEAD.rate:g} with AdamW ({STUDIED_HEAD.page}): "
-                f"learning_rates: {{head: {STUDIED_HEAD.rate:g}}}."
+                f"classes gave it {head.rate:g} with AdamW ({head.page}): "
+                f"learning_rates: {{head: {head.rate:g}}}."
             )
 
 

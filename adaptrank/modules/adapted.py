@@ -47,7 +47,7 @@ from adaptrank.modules.gradient_checkpointing import (
     read_checkpointing,
 )
 from adaptrank.modules.host_batch import HostBatch, unwatch_transfers
-from adaptrank.modules.learning_rates import check_rates, rates_of_model
+from adaptrank.modules.learning_rates import STUDIED_HEAD, check_rates, rates_of_model
 from adaptrank.modules.learning_schedule import learning_schedule
 from adaptrank.modules.optim import build_optimizer
 from adaptrank.modules.option_checks import check_optimizer_options, check_options
@@ -60,6 +60,7 @@ from adaptrank.modules.trained_state import (
     set_random_state,
 )
 from adaptrank.modules.trainer_setup import prepare_trainer
+from adaptrank.parameterizations import StudiedRate
 from adaptrank.training.compiled_blocks import compile_blocks
 from adaptrank.training.distributed import repeated_blocks, shard_frozen
 from adaptrank.training.finite import check_finite
@@ -116,6 +117,8 @@ class AdaptedModule(LightningModule):
     """Whether to go on from a checkpoint of a run with other settings, which are logged."""
     auto_class: ClassVar[str]
     """Class of transformers that loads the backbone with the head of the task."""
+    studied_head: ClassVar[StudiedRate | None] = STUDIED_HEAD
+    """Learning rate of a fresh head in a study of such tasks, or None without one."""
     metrics_shown: ClassVar[Sequence[str]] = ()
     """Names of the evaluation's metrics, in the order of the summary."""
 
@@ -316,13 +319,17 @@ class AdaptedModule(LightningModule):
 
     # ---- optimizing
 
-    def has_fresh_head(self, backbone: nn.Module) -> bool:
-        """Return whether the task has made a head that nobody has trained."""
-        return self.adapter is None and bool(self.heads(backbone))
+    def studied_head_rate(self, backbone: nn.Module) -> StudiedRate | None:
+        """Return the learning rate that a study chose for a fresh head of this task.
+
+        It is None for a head that has been trained, and for a task without such a study.
+        """
+        is_fresh = self.adapter is None and bool(self.heads(backbone))
+        return self.studied_head if is_fresh else None
 
     def rates_of(self, backbone: nn.Module) -> dict[str, float]:
         """Return the learning rates of parts of an adapted backbone, {key: rate}."""
-        return rates_of_model(backbone, self.learning_rates, self.has_fresh_head(backbone))
+        return rates_of_model(backbone, self.learning_rates, self.studied_head_rate(backbone))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over parameter groups, and a schedule over all steps of the run."""

@@ -101,7 +101,7 @@ def _read_rate(key: str, rate: Any) -> float:
 
 
 def rates_of_model(
-    model: nn.Module, learning_rates: Any, has_fresh_head: bool = False
+    model: nn.Module, learning_rates: Any, head: StudiedRate | None = None
 ) -> dict[str, float]:
     """Return the rate of each key of the option `learning_rates` for a model.
 
@@ -109,7 +109,7 @@ def rates_of_model(
         model: the adapted model.
         learning_rates: the option. "studied" gives each method the rate that its study chose, and
             the optimizer's own rate to a method without a study.
-        has_fresh_head: the head has not been trained. "studied" gives it a rate, too.
+        head: rate that "studied" gives to the head, None if it has been trained or not studied.
 
     Raises:
         UserError: if the option makes no sense, or if no method of the model has a study.
@@ -127,8 +127,8 @@ def rates_of_model(
             f"learning_rates: studied needs a method with a study of its rates, and this model has "
             f"{names}. Give rates, such as {{LoRA: 0.001}}, or leave it out."
         )
-    if has_fresh_head and head_parameters(model):
-        chosen[HEAD] = STUDIED_HEAD.rate
+    if head is not None and head_parameters(model):
+        chosen[HEAD] = head.rate
     return chosen
 
 

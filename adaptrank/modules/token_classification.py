@@ -35,6 +35,8 @@ class TokenClassification(LabelModule):
     """
 
     auto_class = "AutoModelForTokenClassification"
+    # At the rate of other heads it learned less: docs/results/study_head_rate_tasks.md.
+    studied_head = None
     metrics_shown: ClassVar = (
         *LabelModule.metrics_shown,
         *(f"entity_{name}" for name in ENTITY_METRICS),
