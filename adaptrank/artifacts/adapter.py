@@ -44,7 +44,7 @@ from adaptrank.artifacts.saving_checks import (
 )
 from adaptrank.artifacts.stored_values import load_tensors
 from adaptrank.artifacts.weights_file import StoredTensors, find_weights, open_weights
-from adaptrank.axes import CLOSED, compact
+from adaptrank.axes import CLOSED, compact, fit_on_load
 from adaptrank.injection import (
     ParameterizationCallable,
     check_names,
@@ -243,6 +243,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
             load_tensors(root, stored, description, rollback)
             if pruned := description.get("pruned"):
                 compact(root, pruned)
+    fit_on_load(enclosed(model))
     record_conventions(root, description.get("conventions", {}), adapter_names(description))
     return model
 

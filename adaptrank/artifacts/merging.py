@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError
 from adaptrank.artifacts.rounding import RoundingLoss
+from adaptrank.axes import stop_fitting
 from adaptrank.injection import MERGED, fold_rows, is_merged, join_fused, trained_rows
 from adaptrank.parameterizations import (
     Parameterization,
@@ -97,6 +98,8 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     )
     if keep_originals:
         setattr(root, MERGED, originals)
+    else:
+        stop_fitting(root)
     fold_rows(root)
     return model
 

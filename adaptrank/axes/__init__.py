@@ -4,6 +4,7 @@ from adaptrank.axes.axis import Gate, RankAxis
 from adaptrank.axes.cost import CostModel, cost_model, rank_cost
 from adaptrank.axes.forgetting import forget_state, prune_moments
 from adaptrank.axes.groups import PRUNED, Groups, compact, find_groups
+from adaptrank.axes.load_hook import fit_on_load, stop_fitting
 from adaptrank.axes.model_axes import CLOSED, fit_ranks, natural, rank_axes
 from adaptrank.axes.optimizer_state import Follower, UnitChange, shift_copies
 from adaptrank.axes.quantized_tensors import dequantized
@@ -39,6 +40,7 @@ __all__ = [
     "cost_model",
     "dequantized",
     "find_groups",
+    "fit_on_load",
     "fit_ranks",
     "forget_state",
     "generator",
@@ -52,4 +54,5 @@ __all__ = [
     "resize_stack",
     "shift_copies",
     "states_of",
+    "stop_fitting",
 ]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from adaptrank._errors import UserError
-from adaptrank.axes import rank_axes
+from adaptrank.axes import fit_on_load, rank_axes
 from adaptrank.injection.fused import split_fused_layers
 from adaptrank.injection.left_out import warn_of_left_out
 from adaptrank.injection.makers import ParameterizationCallable, as_makers
@@ -121,6 +121,7 @@ def wrap_targets(
             module.requires_grad_(True)
         if rank_pattern:
             _resize_new_axes(model, wrapped, name, rank_pattern, seed)
+    fit_on_load(model)
     warn_of_left_out(named_layers(model), targets, wrapped.values())
 
 

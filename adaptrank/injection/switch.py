@@ -9,6 +9,7 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank._errors import UserError, did_you_mean, some
+from adaptrank.axes import stop_fitting
 from adaptrank.injection.fused import join_fused
 from adaptrank.injection.paths import last_name
 from adaptrank.parameterizations import (
@@ -129,6 +130,7 @@ def delete_adapter(model: Model, name: str = "default") -> Model:
         if outermost is not layer:
             replace_layer(model, layer, outermost)
     join_fused(model)
+    stop_fitting(model)
     return model
 
 

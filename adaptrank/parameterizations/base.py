@@ -44,6 +44,13 @@ class Cost:
     kept: int = 0
 
 
+FIT_FIRST = (
+    "The state dict has other ranks than this model; call adaptrank.fit_ranks(model, state_dict) "
+    "before load_state_dict, with all tensors of each axis in it."
+)
+"""Sentence beside the size mismatches that PyTorch reports."""
+
+
 class Parameterization(Wrapper):
     """A frozen `base` layer and a small trainable change of its weight W (m, n) = (out, in).
 
@@ -305,6 +312,33 @@ class Parameterization(Wrapper):
         return ops.accumulate(y, z.to(y.dtype), U, fresh=is_fresh, scale=scale)
 
     # ---- what others ask
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as any module does, and say what to do about ranks of another size."""
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        resizable = {name for axis in self.axes for name, _ in self.axis_tensors(axis)}
+        resizable.update(name for stack in self.stacks.values() for name in stack)
+        sentences = [f"size mismatch for {prefix}{name}:" for name in resizable]
+        differ = any(error.startswith(tuple(sentences)) for error in error_msgs)
+        if differ and FIT_FIRST not in error_msgs:
+            error_msgs.append(FIT_FIRST)
 
     def renew(self) -> None:
         """Bring `idle`, and what the method derives from its tensors, up to date.
