@@ -90,9 +90,10 @@ def save_adapter(
     """Write the adapters of a model, and the modules trained with them, to a folder.
 
     `adapter_model.safetensors` holds the tensors, and in its header the description that
-    `read_adapter` returns. `adapter_config.json` repeats the description for people. Both files are
-    complete or absent. Of several processes only the first one writes. All processes have to call
-    this function, because weights may be sharded.
+    `read_adapter` returns. `adapter_config.json` repeats the description for people. A module that
+    trained whole is written with its present values, with every adapter, and also if it was frozen
+    since. Both files are complete or absent. Of several processes only the first one writes. All
+    processes have to call this function, because weights may be sharded.
 
     Args:
         model: any module that holds wrappers. `torch.compile`, DataParallel and their like around

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrank import layers as kinds
-from adaptrank.injection import plain_tensor_name
+from adaptrank.injection import plain_tensor_name, trained_ids
 from adaptrank.parameterizations import (
     Parameterization,
     adapter_parameters,
@@ -26,7 +26,7 @@ def frozen_weights(model: nn.Module, trained: Collection[str] | None = None) -> 
 
     Args:
         model: any module, with wrappers or without.
-        trained: names of parameters to leave out. The default leaves out those that train.
+        trained: names of parameters to leave out. The default leaves out `trained_modules`.
     """
     weights: dict[str, Weight] = {}
     for name, value, trains in _base_weights(model):
@@ -39,18 +39,19 @@ def frozen_weights(model: nn.Module, trained: Collection[str] | None = None) -> 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Weight, bool]]:
     """Yield name, value and whether it trains, of every parameter outside of the wrappers."""
     adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
+    trained = trained_ids(model)
     parts: set[nn.Module] = set()
     for path, module in named_layers(model).items():
         plain = module.innermost if isinstance(module, Parameterization) else module
         if isinstance(plain, kinds.Parts):
             # The parts are listed as the fused layer that they were.
             parts |= set(plain.plain)
-            yield from _fused_weights(path, plain)
+            yield from _fused_weights(path, plain, trained)
         elif plain not in parts:
             for name, parameter in plain.named_parameters(recurse=False):
                 if id(parameter) not in adapter_ids:
                     full_name = _plain_name(plain, path, name)
-                    yield full_name, parameter, parameter.requires_grad
+                    yield full_name, parameter, id(parameter) in trained
 
 
 def _plain_name(module: nn.Module, path: str, name: str) -> str:
@@ -62,9 +63,11 @@ def _plain_name(module: nn.Module, path: str, name: str) -> str:
     return _join(path.rpartition(".parametrizations.")[0], plain)
 
 
-def _fused_weights(path: str, split: kinds.Parts) -> Iterator[tuple[str, Weight, bool]]:
+def _fused_weights(
+    path: str, split: kinds.Parts, trained: Collection[int]
+) -> Iterator[tuple[str, Weight, bool]]:
     """Yield the weight and the bias of a fused layer that was split."""
-    trains = any(p.requires_grad for part in split.plain for p in part.parameters())
+    trains = any(id(p) in trained for part in split.plain for p in part.parameters())
     for name in ("weight", "bias"):
         if any(getattr(part, name) is not None for part in split.plain):
             yield _join(path, name), partial(split.fused, name), trains
@@ -106,15 +109,16 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
 def trained_modules(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that train outside of any wrapper, and their modules' buffers, by name.
 
-    A new classifier is an example.
+    A new classifier is an example. A module that `adapt` or a file put to train is listed also if
+    it was frozen since.
     """
-    adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
+    trained_whole = trained_ids(model)
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         trained = {
             name: parameter
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in adapter_ids
+            if id(parameter) in trained_whole
         }
         if not trained:
             continue

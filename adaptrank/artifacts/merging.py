@@ -11,7 +11,14 @@ from adaptrank import layers as kinds
 from adaptrank._errors import UserError
 from adaptrank.artifacts.rounding import RoundingLoss
 from adaptrank.axes import stop_fitting
-from adaptrank.injection import MERGED, fold_rows, is_merged, join_fused, trained_rows
+from adaptrank.injection import (
+    MERGED,
+    fold_rows,
+    forget_trained,
+    is_merged,
+    join_fused,
+    trained_rows,
+)
 from adaptrank.parameterizations import (
     Parameterization,
     enclosed,
@@ -99,6 +106,7 @@ def merge(model: Model, keep_originals: bool = False) -> Model:
     if keep_originals:
         setattr(root, MERGED, originals)
     else:
+        forget_trained(root)
         stop_fitting(root)
     fold_rows(root)
     return model

@@ -20,6 +20,7 @@ from adaptrank.artifacts.header import place_of
 from adaptrank.artifacts.rollback import Rollback
 from adaptrank.artifacts.weights_file import DTYPES, StoredTensors
 from adaptrank.axes import fit_ranks, natural, rank_axes
+from adaptrank.injection import record_trained
 from adaptrank.parameterizations import (
     Parameterization,
     check_indices,
@@ -86,6 +87,7 @@ def load_tensors(
             tensors[key].copy_(value)
     for target in whole.values():
         target.requires_grad_(isinstance(target, nn.Parameter) and target.is_floating_point())
+    record_trained(model, whole.values())
     for wrapper in wrappers(model):
         wrapper.renew()
 

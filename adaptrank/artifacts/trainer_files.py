@@ -26,12 +26,12 @@ from adaptrank._errors import UserError, some
 from adaptrank._files import atomic_file, write_json
 from adaptrank.artifacts.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from adaptrank.axes import CLOSED, fit_ranks, rank_axes
+from adaptrank.injection import trained_ids
 from adaptrank.parameterizations import (
     CONFIG_FILE,
     HOW_TO_LOAD,
     TRAINER_WRITER,
     Parameterization,
-    adapter_parameters,
     is_refused_by_from_pretrained,
     refused_by_from_pretrained,
 )
@@ -103,7 +103,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Buffers of such a module are among them.
     """
-    adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    trained_whole = trained_ids(model)
     names: list[str] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -113,7 +113,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         whole = [
             name
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and id(parameter) not in adapters
+            if id(parameter) in trained_whole
         ]
         if whole:
             names += [prefix + name for name in whole]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adaptrank.artifacts import WEIGHTS, open_weights
 from adaptrank.composition.request import Request
+from adaptrank.injection import forget_trained
 
 WeightedValue = tuple[float, Tensor]
 """|weight| of an adapter, and its value of a tensor."""
@@ -44,6 +45,7 @@ def restored_modules(
                 for tensor, value in originals.items():
                     tensor.copy_(value)
                     tensor.requires_grad_(False)
+            forget_trained(model, originals)
 
 
 @torch.no_grad()

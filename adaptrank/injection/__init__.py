@@ -24,6 +24,7 @@ from adaptrank.injection.trained_rows import (
     train_rows,
     trained_rows,
 )
+from adaptrank.injection.trained_whole import forget_trained, record_trained, trained_ids
 from adaptrank.injection.transaction import undone_on_error
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "disabled",
     "find_modules",
     "fold_rows",
+    "forget_trained",
     "is_merged",
     "join_fused",
     "last_name",
@@ -48,11 +50,13 @@ __all__ = [
     "method_of",
     "parameter_table",
     "plain_tensor_name",
+    "record_trained",
     "row_modules",
     "select_rows",
     "set_enabled",
     "split_at",
     "train_rows",
+    "trained_ids",
     "trained_rows",
     "undone_on_error",
     "wrap_targets",

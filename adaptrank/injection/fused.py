@@ -10,6 +10,7 @@ from adaptrank._errors import UserError, did_you_mean
 from adaptrank.injection.makers import ParameterizationCallable, method_of
 from adaptrank.injection.match import innermost
 from adaptrank.injection.paths import last_name
+from adaptrank.injection.trained_whole import record_trained, recorded_names
 from adaptrank.parameterizations import (
     Parameterization,
     named_layers,
@@ -88,7 +89,7 @@ def split_fused_layers(
         elif kinds.quantized(layer):
             split.refusals[path] = "is quantized as a whole"
         else:
-            split.layers[kinds.Parts(layer, names)] = layer
+            split.layers[_split(layer, names)] = layer
     for parts, layer in split.layers.items():
         replace_layer(model, layer, parts)
     return split
@@ -163,7 +164,7 @@ def split_at(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> dict[kinds
                 f"The adapter wraps the parts {listed} of {path}, "
                 f"which is quantized as a whole here."
             )
-        split[kinds.Parts(layer, names)] = layer
+        split[_split(layer, names)] = layer
     for split_layer, layer in split.items():
         replace_layer(model, layer, split_layer)
     return split
@@ -180,6 +181,16 @@ def join_fused(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for split_layer in split_layers:
         if not wrapped_layers(split_layer):
             fused = split_layer.join()
+            if any(recorded_names(part) for part in split_layer.plain):
+                record_trained(fused, fused.parameters())
             replace_layer(model, split_layer, fused)
             joined[fused] = split_layer
     return joined
+
+
+def _split(layer: nn.Module, names: Sequence[str]) -> kinds.Parts:
+    """Return the parts of a fused layer, which train whole if the layer does."""
+    parts = kinds.Parts(layer, names)
+    if recorded_names(layer):
+        record_trained(parts, parts.parameters())
+    return parts

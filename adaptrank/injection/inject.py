@@ -15,6 +15,7 @@ from adaptrank.injection.match import find_modules, match_layers
 from adaptrank.injection.outside_base import warn_of_frozen_heads
 from adaptrank.injection.rank_pattern import RankPattern, resize_by_pattern
 from adaptrank.injection.switch import is_merged
+from adaptrank.injection.trained_whole import forget_trained, record_trained
 from adaptrank.injection.transaction import undone_on_error
 from adaptrank.injection.wrap import tie_shared, wrap_layer
 from adaptrank.parameterizations import (
@@ -56,7 +57,8 @@ def adapt(
             components of paths.
         name: name of the adapter. Several adapters on one layer need several names.
         train_modules: paths, or last components of paths, of modules to train whole, such as a new
-            classifier.
+            classifier. They are saved with the adapter, also if they are frozen by then. All
+            adapters of the model use them.
         rank_pattern: sizes to start from: axis key, path, last component or regular expression ->
             units, or {axis: units}. The scale of a method stays that of its `rank` argument.
         split_fused: treat the parts of a fused projection as layers of their own: GPT-2's `c_attn`
@@ -110,6 +112,9 @@ def wrap_targets(
     split = split_fused_layers(model, makers, split_fused)
     with undone_on_error(model, split.layers, whole_modules.values()):
         modules = named_layers(model)
+        if not wrapped_layers(model):
+            # What an adapter trained that is gone is a part of the base now.
+            forget_trained(model)
         trained = _trained_parameters(model)
         paths = match_layers(modules, targets, makers, exclude, whole_modules)
         split.keep_matched(model, modules, paths)
@@ -117,8 +122,11 @@ def wrap_targets(
         _freeze(model, trained)
         replace_layers(model, {modules[path]: layer for path, layer in wrapped.items()})
         tie_shared(wrapped, name)
+        trained_whole: list[nn.Parameter] = []
         for module in whole_modules.values():
             module.requires_grad_(True)
+            trained_whole += plain_parameters(module)
+        record_trained(model, trained_whole)
         if rank_pattern:
             _resize_new_axes(model, wrapped, name, rank_pattern, seed)
     fit_on_load(model)

@@ -12,6 +12,7 @@ from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank.axes import stop_fitting
 from adaptrank.injection.fused import join_fused
 from adaptrank.injection.paths import last_name
+from adaptrank.injection.trained_whole import forget_trained
 from adaptrank.parameterizations import (
     Parameterization,
     enclosed,
@@ -34,6 +35,8 @@ def is_merged(model: nn.Module) -> bool:
 def set_enabled(model: nn.Module, enabled: bool | str | Iterable[str] = True) -> None:
     """Switch adapters by flags: all on, all off, or exactly the adapters of the given names.
 
+    A module that trained whole, such as a classifier, has no switch. All adapters use it.
+
     Raises:
         ValueError: for a name that no wrapper has.
     """
@@ -51,7 +54,8 @@ def set_enabled(model: nn.Module, enabled: bool | str | Iterable[str] = True) ->
 def disabled(model: nn.Module) -> Iterator[None]:
     """Temporarily switch all adapters off, so that every layer is its frozen base.
 
-    Adapters that were on are on again afterwards.
+    Adapters that were on are on again afterwards. A module that trained whole, such as a
+    classifier, keeps its trained values.
 
     Raises:
         ValueError: if the model is merged, because its layers hold the change then.
@@ -75,7 +79,8 @@ def select_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
 
     Only adapters that are switched on take part. This works for all wrappers of layers. A wrapper
     of a whole module, such as a prefix, refuses. With gradient checkpointing the backward pass
-    recomputes activations, so it belongs inside the block as well.
+    recomputes activations, so it belongs inside the block as well. A module that trained whole,
+    such as a classifier, is the same for all rows, rows of None included.
 
     Raises:
         ValueError: for a name that no wrapper has, or an adapter on a layer whose weight the model
@@ -130,6 +135,8 @@ def delete_adapter(model: Model, name: str = "default") -> Model:
         if outermost is not layer:
             replace_layer(model, layer, outermost)
     join_fused(model)
+    if not wrapped_layers(model):
+        forget_trained(model)
     stop_fitting(model)
     return model
 

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from adaptrank import layers as kinds
-from adaptrank.parameterizations import named_layers, plain_parameters, replace_layer
+from adaptrank.injection.trained_whole import recorded_names, restore_names
+from adaptrank.parameterizations import (
+    named_layers,
+    plain_modules,
+    plain_parameters,
+    replace_layer,
+)
 
 
 @contextmanager
@@ -15,7 +21,7 @@ def undone_on_error(
     fused: Mapping[kinds.Parts, nn.Module],
     trained_whole: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
-    """Restore a model's layers and `requires_grad` flags if the block fails.
+    """Restore a model's layers, its flags and its record of trained modules if the block fails.
 
     Layers that were split for the block are whole again.
 
@@ -28,6 +34,7 @@ def undone_on_error(
     flags = {parameter: parameter.requires_grad for parameter in plain_parameters(model)}
     for layer in (*fused.values(), *trained_whole):
         flags |= {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    recorded = {module: recorded_names(module) for module in plain_modules(model)}
     try:
         yield
     except BaseException:
@@ -40,4 +47,6 @@ def undone_on_error(
             replace_layer(model, parts, layer)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        for module, names in recorded.items():
+            restore_names(module, names)
         raise

@@ -7,7 +7,13 @@ from torch import nn
 from adaptrank import backbones
 from adaptrank._errors import UserError
 from adaptrank.artifacts import load_adapter, read_adapter
-from adaptrank.injection import adapt, apply_rank_pattern, find_modules, row_modules
+from adaptrank.injection import (
+    adapt,
+    apply_rank_pattern,
+    find_modules,
+    record_trained,
+    row_modules,
+)
 from adaptrank.modules.half_precision import dtype_of, train_in_float32
 from adaptrank.modules.learning_rates import match_rates
 from adaptrank.modules.settings import read_rank_pattern
@@ -93,7 +99,10 @@ def _inject_adapters(
         for part in parts:
             for parameter in plain_parameters(part):
                 parameter.requires_grad_(True)
+            record_trained(backbone, plain_parameters(part))
     for path in row_modules(backbone):
-        backbone.get_submodule(path).requires_grad_(True)
+        rows = backbone.get_submodule(path)
+        rows.requires_grad_(True)
+        record_trained(backbone, rows.parameters())
     if module.rank_pattern:
         apply_rank_pattern(backbone, read_rank_pattern(module.rank_pattern), module.seed)

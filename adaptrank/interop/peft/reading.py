@@ -15,7 +15,7 @@ from adaptrank import layers
 from adaptrank._errors import UserError
 from adaptrank.artifacts import WEIGHTS, locate_adapter, open_weights, unchanged_on_error
 from adaptrank.axes import rank_axes
-from adaptrank.injection import wrap_targets
+from adaptrank.injection import record_trained, wrap_targets
 from adaptrank.interop.peft.configuration import read_config
 from adaptrank.interop.peft.conversions import READERS, OurLayer, StoredLayer
 from adaptrank.interop.peft.declared import declared_tensors
@@ -230,3 +230,4 @@ def _load_whole(
             for target, original in originals.items():
                 target.copy_(original)
         raise
+    record_trained(model, [tensor for tensor in originals if tensor.requires_grad])
