@@ -118,6 +118,10 @@ class Subject:
                 for layer in wrapped_layers(model).values():
                     perturb(layer, seed=3)
             elif kind == "other":
+                # With a head of its own beside another adapter the file would be refused.
+                tied, present = self.description["tied"], model.state_dict()
+                for name in self.description["trained_modules"]:
+                    present[name].copy_(self.tensors[tied.get(name, name)])
                 path = "blocks.1.q" if self.method in LINEAR_METHODS else "layer"
                 method = LoRA if self.method in LINEAR_METHODS else self.method
                 adapt(model, path.replace(".", r"\."), method, name="third")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaptrank import load_adapter, save_adapter
+from adaptrank import delete_adapter, load_adapter, save_adapter, set_enabled
 from adaptrank._errors import UserError
 from adaptrank.interop.peft import import_peft
 from adaptrank.interop.peft.allow_list import OFF, UNDERSTOOD
@@ -234,6 +234,28 @@ def test_components_that_the_weight_does_not_determine_are_refused(tmp_path, ini
         peft.get_peft_model(One(weight.clone()), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="weight of layer does not determine its first 2 compon"):
         import_peft(One(weight.clone()), tmp_path)
+
+
+# ---- a name that exists
+
+
+@pytest.mark.parametrize("second", [["q_proj"], ["q_proj", "v_proj"], ["down_proj"]], ids=str)
+def test_a_second_adapter_of_the_same_name_is_refused(tmp_path, second):
+    want = trained(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), tmp_path / "a")
+    want_of_second = trained(peft.LoraConfig(r=2, target_modules=second), tmp_path / "b")
+    model = import_peft(llama(), tmp_path / "a")
+    sentence = (
+        r"has an adapter 'default' already, and .* needs a name of its own; call "
+        r"import_peft\(..., name='other'\), or adaptrank.delete_adapter\(model, 'default'\)"
+    )
+    with pytest.raises(UserError, match=sentence):
+        import_peft(model, tmp_path / "b")
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    # What the error says.
+    import_peft(model, tmp_path / "b", name="other")
+    set_enabled(model, "other")
+    torch.testing.assert_close(logits(model), want_of_second, rtol=1e-4, atol=1e-5)
+    import_peft(delete_adapter(model), tmp_path / "b")
 
 
 # ---- tensors of the base

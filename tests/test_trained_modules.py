@@ -1,7 +1,9 @@
 """Modules that train whole: a model has one of each, and a file has the values of its own."""
 
 import copy
+import logging
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from adaptrank._errors import UserError
 from adaptrank.artifacts import frozen_weights, read_adapter, trained_modules
 from adaptrank.artifacts.trainer_files import trained_tensors
 from adaptrank.backbones import fingerprint
+from adaptrank.composition import compose
 from adaptrank.interop.peft import export_peft, import_peft
 from adaptrank.interop.trainers import BaseReference
 from adaptrank.modules import SequenceClassification
-from adaptrank.parameterizations import LoRA, wrapped_layers
+from adaptrank.parameterizations import HyperAdapt, LoRA, wrapped_layers
 
 IDS = torch.arange(3, 21).reshape(3, 6)
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -63,6 +66,150 @@ def assert_unchanged(model, before, kinds):
     assert after.keys() == before.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert [type(module) for module in model.modules()] == kinds
+
+
+# ---- two adapters, one head
+
+
+@pytest.mark.parametrize("first_has_head", [True, False])
+def test_a_second_adapter_with_a_head_of_its_own_is_refused(first_has_head, tmp_path):
+    want = made(tmp_path / "a", 1, ["classifier"] if first_has_head else [])
+    want_b = made(tmp_path / "b", 2)
+    model = load_adapter(bert(), tmp_path / "a", name="a")
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    sentence = (
+        r"was trained with its own classifier, and adapter 'a' of this model uses another one; "
+        r"load each into a copy of the base, or call adaptrank.merge\(model\) or "
+        r"adaptrank.delete_adapter\(model, 'a'\) first"
+    )
+    with pytest.raises(UserError, match=sentence):
+        load_adapter(model, tmp_path / "b", name="b")
+    assert_unchanged(model, before, kinds)
+    assert torch.equal(logits(model), want)
+    # What the sentence says.
+    delete_adapter(model, "a")
+    assert torch.equal(logits(load_adapter(model, tmp_path / "b", name="b")), want_b)
+    merged = load_adapter(
+        merge(load_adapter(bert(), tmp_path / "a", name="a")), tmp_path / "b", name="b"
+    )
+    assert torch.equal(merged.classifier.weight, model.classifier.weight)
+
+
+def test_adapters_that_share_a_head_come_back_side_by_side(tmp_path):
+    model = adapt(bert(), ["query"], LoRA, name="a", train_modules=["classifier"])
+    adapt(model, ["query", "value"], HyperAdapt, name="b")
+    perturb(model, 0.1)
+    for name in ("a", "b"):
+        save_adapter(model, tmp_path / name, names=[name])
+    again = bert()
+    for name in ("a", "b"):
+        load_adapter(again, tmp_path / name)
+    torch.testing.assert_close(logits(again), logits(model))
+    # The same adapter once more replaces its own head.
+    perturb(again, 0.1)
+    delete_adapter(again, "b")
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_an_adapter_of_the_frozen_head_after_one_with_a_head_is_warned_of(tmp_path, caplog):
+    made(tmp_path / "a", 1)
+    made(tmp_path / "p", 2, [])
+    model = load_adapter(bert(), tmp_path / "a", name="a")
+    with caplog.at_level(logging.WARNING):
+        load_adapter(model, tmp_path / "p", name="p")
+    assert "The base differs from the one this adapter was trained on" in caplog.text
+
+
+def test_a_file_of_peft_with_a_head_is_refused_beside_another_adapter(tmp_path):
+    made(tmp_path / "a", 1)
+    made(tmp_path / "b", 2)
+    export_peft(load_adapter(bert(), tmp_path / "b"), tmp_path / "peft")
+    model = load_adapter(bert(), tmp_path / "a", name="a")
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(UserError, match="its own classifier, and adapter 'a' of this model"):
+        import_peft(model, tmp_path / "peft", name="b")
+    assert_unchanged(model, before, kinds)
+    assert set(trained_modules(import_peft(bert(), tmp_path / "peft"))) == HEAD
+
+
+# ---- one tensor under two names
+
+
+def test_embeddings_that_trained_apart_are_refused_where_the_model_ties_them(tmp_path):
+    want = made(tmp_path, 1, ["embed_tokens", "lm_head"], llama, ["q_proj"])
+    model = llama(tied=True)
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    sentence = r"trained model.embed_tokens.weight apart from lm_head.weight, and this model ties"
+    with pytest.raises(UserError, match=sentence):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before, kinds)
+    # What the error says.
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert torch.equal(logits(load_adapter(model, tmp_path)), want)
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens", "lm_head"])
+def test_one_of_two_embeddings_is_refused_where_the_model_ties_them(trained, tmp_path):
+    made(tmp_path, 1, [trained], llama, ["q_proj"])
+    with pytest.raises(UserError, match=rf"{trained}.weight and leaves .*weight as it was"):
+        load_adapter(llama(tied=True), tmp_path)
+
+
+@pytest.mark.parametrize("into_tied", [True, False])
+def test_embeddings_that_trained_as_one_load_with_a_tie_and_without(into_tied, tmp_path):
+    want = made(tmp_path, 1, ["embed_tokens"], partial(llama, True), ["q_proj"])
+    assert torch.equal(logits(load_adapter(llama(into_tied), tmp_path)), want)
+
+
+@pytest.mark.parametrize("others", ["first", "average", "drop"])
+def test_adapters_of_tied_embeddings_are_composed(others, tmp_path):
+    for seed in (1, 2):
+        made(tmp_path / f"{seed}", seed, ["embed_tokens"], partial(llama, True), ["q_proj"])
+    one, two = (load_adapter(llama(True), tmp_path / f"{seed}") for seed in (1, 2))
+    model = llama(tied=True)
+    compose(model, [tmp_path / "1", tmp_path / "2"], others=others)
+    want = {
+        "first": one.lm_head.weight,
+        "average": (one.lm_head.weight + two.lm_head.weight) / 2,
+        "drop": llama(True).lm_head.weight,
+    }[others]
+    torch.testing.assert_close(model.lm_head.weight, want)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert bool(trained_modules(model)) == (others != "drop")
+
+
+def test_values_are_compared_in_the_dtype_of_the_model(tmp_path):
+    """A head that trained in float32 beside a second adapter is loaded into half precision."""
+    model = adapt(llama(), ["q_proj"], LoRA, train_modules=["embed_tokens"])
+    adapt(model, ["v_proj"], LoRA, name="b")
+    perturb(model, 0.1)
+    for name in ("default", "b"):
+        save_adapter(model, tmp_path / name, names=[name])
+    again = load_adapter(llama().to(torch.float16), tmp_path / "default")
+    load_adapter(again, tmp_path / "b")
+
+
+# ---- one adapter, not a mixture of two
+
+
+def test_a_file_with_fewer_layers_than_its_name_has_is_refused(tmp_path):
+    made(tmp_path / "wide", 1, [], targets=["query", "value"])
+    want = made(tmp_path / "narrow", 2, [])
+    model = load_adapter(bert(), tmp_path / "wide")
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    sentence = (
+        r"value carries adapter 'default', for which .* has no values; load it under another name, "
+        r"load_adapter\(..., name='other'\), or call adaptrank.delete_adapter\(model, 'default'\)"
+    )
+    with pytest.raises(UserError, match=sentence):
+        load_adapter(model, tmp_path / "narrow")
+    assert_unchanged(model, before, kinds)
+    load_adapter(delete_adapter(model), tmp_path / "narrow")
+    assert torch.equal(logits(model), want)
+    # More layers than the name has are all in the file.
+    load_adapter(model, tmp_path / "wide")
 
 
 # ---- frozen before it is saved

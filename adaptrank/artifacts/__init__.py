@@ -4,6 +4,7 @@ from adaptrank.artifacts.adapter import (
     CONFIG,
     WEIGHTS,
     load_adapter,
+    load_together,
     read_adapter,
     save_adapter,
     write_described,
@@ -51,6 +52,7 @@ from adaptrank.artifacts.trainer_files import (
     write_trainer_files,
 )
 from adaptrank.artifacts.weights_file import StoredTensors, find_weights, open_weights
+from adaptrank.artifacts.whole_values import check_other_adapters, untied
 
 __all__ = [
     "CONFIG",
@@ -69,6 +71,7 @@ __all__ = [
     "cached_adapter",
     "check_digest",
     "check_form",
+    "check_other_adapters",
     "conventions_of",
     "describe_adapter",
     "describe_nests",
@@ -86,6 +89,7 @@ __all__ = [
     "is_repository",
     "load_adapter",
     "load_best_adapter",
+    "load_together",
     "locate_adapter",
     "locate_tensors",
     "merge",
@@ -105,6 +109,7 @@ __all__ = [
     "trained_modules",
     "unchanged_on_error",
     "unmerge",
+    "untied",
     "use_chat_template",
     "write_described",
     "write_files",

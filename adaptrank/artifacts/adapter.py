@@ -17,10 +17,12 @@ from adaptrank._errors import RunError, UserError, some
 from adaptrank._files import atomic_file
 from adaptrank.artifacts.adapter_checks import (
     check_allocations,
+    check_cuts,
     check_digest,
     check_layers,
     check_numbers,
     check_rows,
+    check_same_layers,
     check_size,
     warn_of_other_base,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "load_adapter",
+    "load_together",
     "read_adapter",
     "save_adapter",
     "trained_modules",
@@ -205,7 +208,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
     """Wrap the layers that a file names, give them the stored ranks, and load strictly.
 
     A layer that already carries an adapter of that name is loaded into, if its nest is the same.
-    Adapters of other names stay, and the loaded adapter is put around them. If the base has other
+    Adapters of other names stay, and the loaded adapter is put around them. A model has one of each
+    module, so a file with a trained module, such as a classifier, is refused where another adapter
+    uses the module with other values. If the base has other
     weights than the adapter was trained on, the log says so in one line. Groups of the base that
     were pruned with the adapter are cut out of it. Recorded conventions of training (class names,
     stop tokens, padding) go into the model's configuration.
@@ -221,6 +226,20 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
         FileNotFoundError: if there is no adapter in the folder.
         ValueError: if the file and the model do not fit. The model is unchanged then.
     """
+    return _load(model, folder, name, together=False)
+
+
+def load_together(model: Model, folder: str | os.PathLike[str], name: str | None = None) -> Model:
+    """Load a file as `load_adapter` does, into a model whose adapters make one whole.
+
+    The file may then change modules that other adapters use, and may have fewer layers than the
+    model has under its name. Arguments, result and errors are those of `load_adapter`.
+    """
+    return _load(model, folder, name, together=True)
+
+
+def _load(model: Model, folder: str | os.PathLike[str], name: str | None, together: bool) -> Model:
+    """Load a file, alone or together with what the model carries."""
     file = find_weights(folder)
     with open_weights(file) as stored:
         description = _described(stored)
@@ -236,12 +255,15 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str | None 
             layers = named_layers(root)
             _add_ledgers(layers, description)
             check_layers(layers, description, file)
+            if not together:
+                check_same_layers(layers, description, file)
+                check_cuts(root, description, file)
             check_allocations(layers, description, file)
             check_rows(root, description, file)
             warn_of_other_base(root, description)
             for entry in description["adapters"]:
                 _wrap_as_described(root, entry)
-            load_tensors(root, stored, description, rollback)
+            load_tensors(root, stored, description, rollback, together)
             if pruned := description.get("pruned"):
                 compact(root, pruned)
     fit_on_load(enclosed(model))

@@ -29,7 +29,7 @@ from adaptrank.artifacts.header import digest_of
 from adaptrank.artifacts.weights_file import StoredTensors
 from adaptrank.backbones import fingerprint
 from adaptrank.injection import trained_rows
-from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization
+from adaptrank.parameterizations import PARAMETERIZATIONS, Parameterization, wrappers
 
 log = logging.getLogger("adaptrank")
 
@@ -117,6 +117,36 @@ def check_layers(
                 _check_nest(path, describe_nest(wrappers_named(layer, names)), entry["nest"], file)
                 plain = layer.innermost
             _check_shape(path, plain, tuple(shape), file)
+
+
+def check_same_layers(
+    layers: Mapping[str, nn.Module], description: Mapping[str, Any], file: Path
+) -> None:
+    """Refuse a file without a layer that carries an adapter of the same name in this model.
+
+    The layer would keep what it has, and the adapter would be a mixture of two.
+    """
+    names = adapter_names(description)
+    described = {path for entry in description["adapters"] for path in entry["layers"]}
+    for path, layer in layers.items():
+        if isinstance(layer, Parameterization) and path not in described:
+            for wrapper in wrappers_named(layer, names):
+                raise UserError(
+                    f"{path} carries adapter {wrapper.name!r}, for which {file} has no values; "
+                    f"load it under another name, load_adapter(..., name='other'), or call "
+                    f"adaptrank.delete_adapter(model, {wrapper.name!r}) first."
+                )
+
+
+def check_cuts(model: nn.Module, description: Mapping[str, Any], file: Path) -> None:
+    """Refuse a file that cuts groups out of a base which adapters of other names use."""
+    names = adapter_names(description)
+    others = [wrapper.name for wrapper in wrappers(model) if wrapper.name not in names]
+    if others and "pruned" in description:
+        raise UserError(
+            f"{file} cuts heads or channels out of its base, which adapter {others[0]!r} of this "
+            f"model uses whole; load it into a copy of the base."
+        )
 
 
 def _check_class(name: str, file: Path) -> None:

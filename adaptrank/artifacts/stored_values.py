@@ -19,6 +19,7 @@ from adaptrank.artifacts.contents import (
 from adaptrank.artifacts.header import place_of
 from adaptrank.artifacts.rollback import Rollback
 from adaptrank.artifacts.weights_file import DTYPES, StoredTensors
+from adaptrank.artifacts.whole_values import check_other_adapters, check_ties
 from adaptrank.axes import fit_ranks, natural, rank_axes
 from adaptrank.injection import record_trained
 from adaptrank.parameterizations import (
@@ -54,7 +55,11 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(
-    model: nn.Module, stored: StoredTensors, description: Mapping[str, Any], rollback: Rollback
+    model: nn.Module,
+    stored: StoredTensors,
+    description: Mapping[str, Any],
+    rollback: Rollback,
+    together: bool,
 ) -> None:
     """Give every axis of a file's adapters its stored size, and every tensor its stored value.
 
@@ -63,18 +68,27 @@ def load_tensors(
         stored: tensors of the file.
         description: of the file.
         rollback: gets to know every tensor of the model that changes.
+        together: whether other adapters of the model may get other values of the modules that the
+            file's adapters trained whole.
     Raises:
-        ValueError: for a tensor that is missing, unexpected, or of another shape or kind, and for
-            numbers that the adapters cannot have. Nothing has changed then.
+        ValueError: for a tensor that is missing, unexpected, or of another shape or kind, for
+            numbers that the adapters cannot have, and for modules that the model cannot have twice.
+            Nothing has changed then.
     """
     tied: Mapping[str, str] = description["tied"]
     adapters = adapter_tensors(model, adapter_names(description))
     base = whole_tensors(model)
-    whole = {name: base[name] for name in description["trained_modules"] if name in base}
+    declared = set(description["trained_modules"])
+    whole = {name: tensor for name, tensor in base.items() if name in declared}
     _check_keys(stored, description, {entry.key: entry for entry in adapters}, whole)
     keys = [*[entry.key for entry in adapters], *whole]
     values = {key: stored[tied.get(key, key)] for key in keys}
     _check_values(stored, adapters, whole, values)
+    whole_values = {key: values[key] for key in whole}
+    check_ties(model, whole_values, whole, stored.file)
+    if not together:
+        names = adapter_names(description)
+        check_other_adapters(model, names, whole_values, whole, stored.file)
 
     present = [entry.tensor for entry in adapters if entry.wrapper in rollback]
     rollback.announce([*present, *whole.values()])

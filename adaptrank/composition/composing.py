@@ -9,7 +9,7 @@ from torch import nn
 
 from adaptrank import layers as kinds
 from adaptrank.artifacts import (
-    load_adapter,
+    load_together,
     locate_adapter,
     read_adapter,
     unchanged_on_error,
@@ -97,7 +97,7 @@ def compose(
     drop = others == "drop"
     with unchanged_on_error(root), restored_modules(root, descriptions, drop):
         for position in request.sequence:
-            load_adapter(root, folders[position], name=adapter_name(position))
+            load_together(root, folders[position], name=adapter_name(position))
         check_wrappers(root, request)
         if mode == "sequential":
             facts_by_layer = _keep_nested(root, request, similarity)

@@ -16,7 +16,9 @@ WeightedValue = tuple[float, Tensor]
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Return the tensors of a model under all their names, of which a tied one has several."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 
 from adaptrank import backbones
 from adaptrank._errors import UserError
-from adaptrank.artifacts import load_adapter, read_adapter
+from adaptrank.artifacts import load_together, read_adapter
 from adaptrank.injection import (
     adapt,
     apply_rank_pattern,
@@ -94,7 +94,8 @@ def _inject_adapters(
             seed=module.seed,
         )
     if module.adapter is not None:
-        load_adapter(backbone, module.adapter)
+        # New adapters change nothing yet, and train together with the loaded one.
+        load_together(backbone, module.adapter)
         # The file names the modules that train whole with it, and this run may train others.
         for part in parts:
             for parameter in plain_parameters(part):

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from adaptrank import layers
 from adaptrank._errors import UserError
-from adaptrank.artifacts import WEIGHTS, locate_adapter, open_weights, unchanged_on_error
+from adaptrank.artifacts import (
+    WEIGHTS,
+    check_other_adapters,
+    locate_adapter,
+    open_weights,
+    unchanged_on_error,
+)
 from adaptrank.axes import rank_axes
 from adaptrank.injection import record_trained, wrap_targets
 from adaptrank.interop.peft.configuration import read_config
@@ -62,7 +68,9 @@ def import_peft(
     Raises:
         FileNotFoundError: if a file is missing. A pickle is never read.
         UserError: if the adapter is of another type, uses a setting that we do not understand, or
-            does not fit the model. The model is unchanged then.
+            does not fit the model, if the model has an adapter of that name, or if a module that
+            PEFT trained whole would change for an adapter of another name. The model is unchanged
+            then.
     """
     folder = locate_adapter(folder)
     first = None if initial is None else locate_adapter(initial)
@@ -70,17 +78,15 @@ def import_peft(
     check_initialization(config, folder, has_initial=initial is not None)
     first_factors = {} if first is None else _first_factors(first, config)
     root = enclosed(model)
+    _check_name(root, name, folder)
     modules = named_layers(root)
-    with unchanged_on_error(root) as rollback:
+    with unchanged_on_error(root):
         # Names of parameters are taken here, as layers that are wrapped later rename theirs.
         parameters = {**dict(root.named_parameters()), **dict(root.named_buffers())}
         by_layer, trained_whole = _by_layer(stored, folder)
         trained_whole = declared_tensors(
             config, trained_whole, parameters, tied_names(root), folder
         )
-        for wrapper in wrappers(root):
-            if wrapper.name == name:
-                rollback.announce(wrapper.own_tensors().values())
         trained_whole = untied_tensors(root, config, trained_whole, folder)
         for path, tensors in by_layer.items():
             layer = _matrix_layer(modules, path, folder)
@@ -93,8 +99,18 @@ def import_peft(
             converted = READERS[config["peft_type"]](stored_layer)
             _check_size(converted, path, layer, folder)
             _wrap(root, path, converted, name, folder)
-        _load_whole(root, parameters, trained_whole, folder)
+        _load_whole(root, name, parameters, trained_whole, folder)
     return model
+
+
+def _check_name(model: nn.Module, name: str, folder: Path) -> None:
+    """Refuse a name that an adapter of the model has: the result would be a mixture of two."""
+    if any(wrapper.name == name for wrapper in wrappers(model)):
+        raise UserError(
+            f"This model has an adapter {name!r} already, and {folder} needs a name of its own; "
+            f"call import_peft(..., name='other'), or adaptrank.delete_adapter(model, {name!r}) "
+            f"first."
+        )
 
 
 def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -206,28 +222,33 @@ def _empty_axes(wrapper: Parameterization, tensors: Mapping[str, Tensor]) -> Non
 
 def _load_whole(
     model: nn.Module,
+    name: str,
     parameters: Mapping[str, Tensor],
     trained_whole: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
     """Copy the tensors of modules that were trained whole, or leave all of them as they were."""
-    trainable = {name for name, _ in model.named_parameters()}
+    for key, value in trained_whole.items():
+        present = parameters.get(key)
+        if present is None or present.shape != value.shape:
+            raise UserError(
+                f"{folder} holds {key} {tuple(value.shape)}, which this model does not have."
+            )
+    check_other_adapters(model, [name], trained_whole, parameters, folder)
     originals: dict[Tensor, Tensor] = {}
+    trained: list[nn.Parameter] = []
     try:
         for key, value in trained_whole.items():
-            target = parameters.get(key)
-            if target is None or target.shape != value.shape:
-                raise UserError(
-                    f"{folder} holds {key} {tuple(value.shape)}, which this model does not have."
-                )
+            target = parameters[key]
             originals[target] = target.detach().clone()
             with torch.no_grad():
                 target.copy_(value)
-            if target.is_floating_point():
-                target.requires_grad_(key in trainable)
+            if isinstance(target, nn.Parameter) and target.is_floating_point():
+                target.requires_grad_(True)
+                trained.append(target)
     except BaseException:
         with torch.no_grad():
             for target, original in originals.items():
                 target.copy_(original)
         raise
-    record_trained(model, [tensor for tensor in originals if tensor.requires_grad])
+    record_trained(model, trained)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptrank._errors import UserError
+from adaptrank.artifacts import untied
 
 
 def untied_tensors(
@@ -49,12 +49,7 @@ def _check_tied(name: str, other: str, tensors: Mapping[str, Tensor], folder: Pa
         how = f"apart from {other}"
     else:
         return
-    module, _, parameter = other.rpartition(".")
-    raise UserError(
-        f"{folder} trained {name} {how}, and this model ties the two. Untie them first: set "
-        f"model.config.tie_word_embeddings to False, and model.{module}.{parameter} to "
-        f"torch.nn.Parameter(model.{module}.{parameter}.detach().clone())."
-    )
+    raise untied(folder, name, other, how)
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
