@@ -15,6 +15,7 @@ from adaptrank import Adapter, adapt, delete_adapter, load_adapter, merge, save_
 from adaptrank._errors import UserError
 from adaptrank.artifacts import frozen_weights, read_adapter, trained_modules
 from adaptrank.artifacts.trainer_files import trained_tensors
+from adaptrank.axes import PRUNED
 from adaptrank.backbones import fingerprint
 from adaptrank.composition import compose
 from adaptrank.interop.peft import export_peft, import_peft
@@ -131,6 +132,21 @@ def test_a_file_of_peft_with_a_head_is_refused_beside_another_adapter(tmp_path):
         import_peft(model, tmp_path / "peft", name="b")
     assert_unchanged(model, before, kinds)
     assert set(trained_modules(import_peft(bert(), tmp_path / "peft"))) == HEAD
+
+
+def test_a_file_that_cuts_its_base_is_refused_beside_another_adapter(tmp_path):
+    model = adapt(llama(), ["q_proj"], LoRA)
+    # LoRAPrune leaves the groups that are kept with the model.
+    vars(model)[PRUNED] = {"model.layers.0.mlp:channels": [0, 1, 2]}
+    save_adapter(model, tmp_path)
+    assert load_adapter(llama(), tmp_path).model.layers[0].mlp.up_proj.out_features == 3
+    other = adapt(llama(), ["q_proj", "up_proj"], LoRA, name="p")
+    before, kinds = copy.deepcopy(other.state_dict()), [type(m) for m in other.modules()]
+    with pytest.raises(
+        UserError, match="cuts heads or channels out of its base, which adapter 'p'"
+    ):
+        load_adapter(other, tmp_path)
+    assert_unchanged(other, before, kinds)
 
 
 # ---- one tensor under two names
