@@ -75,8 +75,8 @@ def test_the_rates_come_from_several_optimizers_and_without_one_they_are_zero():
         torch.optim.SGD([second.A], lr=torch.tensor(0.25)),
     ]
     allocator.start(model, optimizers, STEPS)
-    rates = allocator.run.learning_rates(allocator.run.axes)
-    assert list(rates.values()) == [0.1, 0.25, 0.0]
+    assert list(allocator.run.learning_rates(allocator.run.axes).values()) == [0.1, 0.25]
+    assert list(allocator.run.learning_rates(allocator.run.left_out).values()) == [0.0]
 
 
 @pytest.mark.parametrize("policy", [SoRA, BeamLoRA])

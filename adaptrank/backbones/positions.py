@@ -1,9 +1,10 @@
 """Find how many positions a model has, where it has a table of them."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import nn
 
 SIZES = (
     "max_position_embeddings",
@@ -19,12 +20,11 @@ MOST_SPARE_ROWS = 8
 REBUILDING = ("make_weight", "make_weights")
 """Methods of tables that are made anew, and larger, when a position is beyond them."""
 
-
 WITHOUT_TABLE = {"mpt": "max_seq_len"}
 """Type of a model that makes its ALiBi for a fixed length -> the name of this length."""
 
 
-def position_limit(model: nn.Module, part: str | None = None) -> int | None:
+def position_limit(model: "nn.Module", part: str | None = None) -> int | None:
     """Return the number of positions that a model can read, or None if there is no fixed number.
 
     A model with learned positions, such as GPT-2 and OPT, has a row for each, and fails beyond the
@@ -65,8 +65,10 @@ def _sizes(config: Any) -> set[int]:
     return sizes
 
 
-def _limits(module: nn.Module, components: list[str], sizes: set[int]) -> Iterator[int]:
+def _limits(module: "nn.Module", components: list[str], sizes: set[int]) -> Iterator[int]:
     """Yield the numbers of positions of the tables that a module is or holds."""
+    from torch import Tensor, nn
+
     if isinstance(module, nn.Embedding) and any(map(_means_positions, components)):
         if any(hasattr(module, method) for method in REBUILDING):
             return
@@ -90,7 +92,7 @@ def _fits(rows: int, sizes: set[int]) -> bool:
     return any(size <= rows <= size + MOST_SPARE_ROWS for size in sizes)
 
 
-def _first_row(table: nn.Embedding) -> int:
+def _first_row(table: "nn.Embedding") -> int:
     """Return the row of the first position. RoBERTa begins after the row of the padding."""
     offset = getattr(table, "offset", None)
     if isinstance(offset, int):
