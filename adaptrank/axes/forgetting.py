@@ -33,7 +33,9 @@ def prune_moments(
 ) -> None:
     """Set a share of the entries of every moment to zero.
 
-    Step counters stay. Gradients are dropped.
+    A first moment without its second one is zero as well. Adam would divide it by epsilon, while
+    the gradient is zero, as that of LoRA's A is behind a B of zero. Step counters stay. Gradients
+    are dropped.
 
     Args:
         tensors: the tensors whose moments are pruned.
@@ -44,12 +46,28 @@ def prune_moments(
     """
     for tensor in tensors:
         tensor.grad = None
-        for _, role, state in states_of(tensor, optimizers):
-            if role in MOMENTS and state.numel():
-                count = int(share * state.numel())
-                order = (
-                    state.abs().flatten().argsort(stable=True)
-                    if by == "magnitude"
-                    else torch.randperm(state.numel(), generator=generator).to(state.device)
-                )
-                state.view(-1).index_fill_(0, order[:count], 0)
+        for optimizer in optimizers:
+            moments = [
+                (role, state)
+                for _, role, state in states_of(tensor, [optimizer])
+                if role in MOMENTS and state.numel()
+            ]
+            for _, state in moments:
+                _prune(state, share, by, generator)
+            first = [state for role, state in moments if role is Role.FIRST_MOMENT]
+            second = [state for role, state in moments if role is Role.SECOND_MOMENT]
+            for state in first if second else []:
+                has_second = torch.stack([other != 0 for other in second]).any(0)
+                state.masked_fill_(~has_second, 0)
+
+
+def _prune(
+    state: Tensor, share: float, by: Literal["magnitude", "random"], generator: torch.Generator
+) -> None:
+    """Set a share of the entries of a tensor to zero: the smallest ones, or a random draw."""
+    count = int(share * state.numel())
+    if by == "magnitude":
+        order = state.abs().flatten().argsort(stable=True)
+    else:
+        order = torch.randperm(state.numel(), generator=generator).to(state.device)
+    state.view(-1).index_fill_(0, order[:count], 0)

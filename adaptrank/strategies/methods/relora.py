@@ -22,7 +22,9 @@ class ReLoRA(MergeAndRestart):
     counter. "magnitude" sets the smallest share `prune` of each moment to zero, and "random" a
     random share. These two keep the step counter, as the released code does. So the first step of
     a pruned entry is up to (1 - beta1) / sqrt(1 - beta2) learning rates long, which is 3.2 for
-    Adam's defaults: give them a long warm-up.
+    Adam's defaults: give them a long warm-up. An entry that loses its second moment loses its first
+    one too. This is a departure. The release prunes the two apart, and where only the first is
+    left, Adam divides it by epsilon: steps of millions of learning rates were measured.
 
     Source: arXiv:2307.05695. Cycles of 1000 steps and 100 steps of warm-up are those of the
         released configuration for pretraining, which prunes 0.8 of each moment by magnitude for
