@@ -499,6 +499,21 @@ def test_differences_have_the_interval_of_students_t(tmp_path):
     assert single[2]["interval"] is single[2]["difference_deviation"] is None
 
 
+@pytest.mark.parametrize("noise", [0.0, 3e-8])
+def test_equal_differences_are_no_certainty(tmp_path, noise):
+    """One question of 120 more with each seed: a t-test would say that p is 0."""
+    record = made(tmp_path, seeds=[0, 1, 2])
+    baseline = rows(record)[0]["values"]
+    for result in record["results"]:
+        if result["method"] == "B":
+            seed = result["seed"]
+            result["metrics"]["accuracy"] = baseline[seed] + 1 / 120 + noise * seed
+    row = rows(record)[2]
+    assert row["difference"] == pytest.approx(1 / 120, abs=1e-6)
+    assert row["interval"] is row["p"] is None
+    assert "| +0.0083 ± 0.0000 | - | - |" in markdown(record, rows(record))
+
+
 def test_parameters_at_the_peak_and_spectra_are_shown(tmp_path):
     record = made(tmp_path)
     record["spectra"] = True

@@ -110,7 +110,8 @@ class AdaptedModule(LightningModule):
         learning_rates: own learning rates of parts of what trains, in place of that of the
             optimizer: {HyperAdapt: 0.01, LoRA: 0.001}. A key is a method, one of its tensors
             (LoRA.B), a kind of tensor (scales), an adapter, or a module that trains whole. Or
-            "studied": each method and a fresh head have the rate of AdamW that a study chose.
+            "studied": each method, and a fresh head of a task with a study, have the rate of AdamW
+            that was chosen there.
     """
 
     accept_changes: bool = False

@@ -53,6 +53,8 @@ SPECTRA = {"rank": "rank of D", "effective_rank": "effective rank", "relative": 
 """Measure of a layer's change -> column that has its mean over layers and seeds."""
 
 GIB, MEGABYTE = 2**30, 1e6
+FLOAT32_EPSILON = 2.0**-23
+"""Relative rounding of the metrics, which a run logs in float32."""
 
 
 def rows(record: Mapping[str, Any]) -> list[Row]:
@@ -60,8 +62,9 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
 
     A row has means and standard deviations over seeds. Its differences from the baseline pair runs
     of one seed at one budget: their mean, standard deviation and 95 % interval, and a paired
-    t-test. Deviation and interval are None for fewer than two pairs. So is p, and where all
-    differences are equal.
+    t-test. All of these but the mean are None for fewer than two pairs. Interval and p are None
+    where all differences are equal, up to the rounding of float32, because a t-test makes
+    certainty of that.
 
     Args:
         record: results of a study, as `run_study` returns them.
@@ -226,8 +229,9 @@ def _compared(row: Row, baseline: Row | None) -> Row:
     mean = statistics.mean(differences)
     compared = {**UNCOMPARED, "difference": mean}
     if len(pairs) > 1:
-        compared |= {"difference_deviation": statistics.stdev(differences), "interval": [mean] * 2}
-    if len(pairs) > 1 and len(set(differences)) > 1:
+        compared["difference_deviation"] = statistics.stdev(differences)
+    rounding = FLOAT32_EPSILON * max(abs(value) for pair in pairs for value in pair)
+    if max(differences) - min(differences) > rounding:
         from scipy.stats import ttest_rel
 
         test: Any = ttest_rel(*zip(*pairs, strict=True))
