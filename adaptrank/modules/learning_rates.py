@@ -29,7 +29,7 @@ STUDIED: Literal["studied"] = "studied"
 HEAD = "head"
 """Key of what trains outside of the pretrained body, such as a classifier."""
 STUDIED_HEAD = StudiedRate(0.05, "docs/results/study_head_rate_banking77.md")
-"""Rate of a fresh head of 77 classes. Of four values 0.05 and 0.1 were the best, and within chance of
+"""Rate of a fresh head of 77 classes. Of four rates it and 0.1 are the best, and within chance of
 each other (docs/results/study_head_rate_tasks.md)."""
 MODULES = "modules"
 """Key of all that trains outside of wrappers."""
