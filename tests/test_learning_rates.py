@@ -33,10 +33,10 @@ from adaptrank.modules import (
 from adaptrank.modules.learning_rates import STUDIED_HEAD, check_rates, trained_names
 from adaptrank.parameterizations import (
     SVD,
+    DecoupledLoRA,
     DoRA,
     HyperAdapt,
     LoRA,
-    MiSS,
     TensorKind,
     on_example,
 )
@@ -459,11 +459,11 @@ def test_a_head_of_words_keeps_the_rate_of_the_optimizer(tiny_bert):
     assert module.studied_head_rate(module.model) is None
 
 
-SMALL_MISS = partial(MiSS, rank=2, period=2)
+UNSTUDIED = partial(DecoupledLoRA, rank=2)
 
 
 def test_studied_rates_are_those_that_the_studies_chose():
-    model = toy(HyperAdapt, LoRA, SMALL_MISS)
+    model = toy(HyperAdapt, LoRA, UNSTUDIED)
     optimizer = build_optimizer(model, partial(torch.optim.AdamW, lr=2e-4), 1.0, "studied")
     rates = {group["name"].split("-")[0]: group["lr"] for group in optimizer.param_groups}
     assert rates == {
@@ -473,7 +473,7 @@ def test_studied_rates_are_those_that_the_studies_chose():
     }
     named = {"HyperAdapt": HyperAdapt.studied_rate.rate, "LoRA": LoRA.studied_rate.rate}
     stated = build_optimizer(
-        toy(HyperAdapt, LoRA, SMALL_MISS), partial(torch.optim.AdamW), 1.0, named
+        toy(HyperAdapt, LoRA, UNSTUDIED), partial(torch.optim.AdamW), 1.0, named
     )
     assert [group["name"] for group in stated.param_groups] == [
         group["name"] for group in optimizer.param_groups
@@ -532,8 +532,10 @@ def test_studied_rates_need_a_method_with_a_study():
     class Own(LoRA, listed=False):
         """A method that no study tried."""
 
-    with pytest.raises(UserError, match=r"learning_rates: studied .* this model has MiSS, Own\."):
-        parameter_groups(toy(SMALL_MISS, Own), learning_rates="studied")
+    with pytest.raises(
+        UserError, match=r"learning_rates: studied .* this model has DecoupledLoRA, Own\."
+    ):
+        parameter_groups(toy(UNSTUDIED, Own), learning_rates="studied")
     with pytest.raises(UserError, match="learning_rates='best' makes no sense"):
         parameter_groups(toy(LoRA), learning_rates="best")
 

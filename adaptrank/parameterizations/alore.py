@@ -12,6 +12,7 @@ from adaptrank.ops import low_rank
 from adaptrank.ops.products import contiguous
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class ALoRE(Parameterization):
@@ -41,6 +42,7 @@ class ALoRE(Parameterization):
 
     source = "arXiv:2412.08341"
     axes = {"experts": {"S": 0, "V": 0, "U": 0}, "rank": {"V": 1, "U": 2}}
+    studied_rate = StudiedRate(2e-3, "docs/results/study_methods_at_defaults.md")
     reads_blocks = True
 
     def __init__(

@@ -14,6 +14,7 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.module import ModuleWrapper
 from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class AttentionScale(ModuleWrapper):
@@ -43,6 +44,7 @@ class AttentionScale(ModuleWrapper):
     """
 
     source = "arXiv:2304.01917"
+    studied_rate = StudiedRate(5e-2, "docs/results/study_methods_at_defaults.md")
     ranges: ClassVar = {"tokens": COUNT}
     no_decay = ("da",)
     kinds = {"da": TensorKind.SCALES}

@@ -14,6 +14,7 @@ from adaptrank.ops import low_rank
 from adaptrank.ops.products import contiguous, fresh_view, scaled_product
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class Kronecker(Parameterization):
@@ -48,6 +49,7 @@ class Kronecker(Parameterization):
     source = "arXiv:2212.10650"
     accepts = layers.MATRICES
     axes = {"rank": {"A": 0, "B": 0}}
+    studied_rate = StudiedRate(2e-3, "docs/results/study_methods_at_defaults.md")
     reads_blocks = True
 
     def __init__(

@@ -13,6 +13,7 @@ from adaptrank.ops import low_rank as ops
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.kronecker import divisor
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class LoKr(Parameterization):
@@ -50,6 +51,7 @@ class LoKr(Parameterization):
 
     source = "arXiv:2212.10650"
     axes = {"rank": {"B2": 0, "B1": 1}}
+    studied_rate = StudiedRate(1e-2, "docs/results/study_methods_at_defaults.md")
     reads_blocks = True
 
     def __init__(

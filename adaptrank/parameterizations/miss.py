@@ -16,6 +16,7 @@ from adaptrank.parameterizations.derived import Derived
 from adaptrank.parameterizations.factor_pair import FactorPair
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class MiSS(LowRankUpdate):
@@ -53,6 +54,7 @@ class MiSS(LowRankUpdate):
     """
 
     source = "arXiv:2409.15371"
+    studied_rate = StudiedRate(4e-4, "docs/results/study_methods_at_defaults.md")
     ranges: ClassVar = {"period": COUNT, "mini_rank": COUNT}
     axes = {"rank": {"slots": 0, "D": 0}}
     capabilities = frozenset({Capability.GROW, Capability.PATTERN, Capability.MATRIX_RANK})

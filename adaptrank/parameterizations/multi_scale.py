@@ -12,6 +12,7 @@ from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class MultiScale(LowRankUpdate):
@@ -44,6 +45,7 @@ class MultiScale(LowRankUpdate):
     """
 
     source = "arXiv:2408.06854"
+    studied_rate = StudiedRate(1e-2, "docs/results/study_methods_at_defaults.md")
     ranges: ClassVar = {"orth": NOT_NEGATIVE}
     accepts = layers.MATRICES
     axes = {

@@ -14,6 +14,7 @@ from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.capabilities import Capability
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import StudiedRate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -52,6 +53,7 @@ class NEAT(LowRankUpdate):
     """
 
     source = "arXiv:2410.01870"
+    studied_rate = StudiedRate(2e-3, "docs/results/study_methods_at_defaults.md")
     capabilities = frozenset({Capability.GROW, Capability.ORDERED, Capability.PATTERN})
     accepts = layers.MATRICES
     reads_weight = True

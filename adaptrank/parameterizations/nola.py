@@ -18,6 +18,7 @@ from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
 from adaptrank.parameterizations.nola_generators import GeneratedChunks, draw_matrix
 from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import StudiedRate
 
 DRAWS = 1 << 62
 """Numbers of fresh matrices are drawn from 0 to this, exclusive."""
@@ -72,6 +73,7 @@ class NOLA(LowRankUpdate):
     source = "arXiv:2310.02556"
     accepts = layers.MATRICES
     axes = {"alpha": {"ids_a": 0, "alpha": 0}, "beta": {"ids_b": 0, "beta": 0}}
+    studied_rate = StudiedRate(1e-2, "docs/results/study_methods_at_defaults.md")
     kinds = {"alpha": TensorKind.COEFFICIENTS, "beta": TensorKind.COEFFICIENTS}
     capabilities = frozenset({Capability.GROW, Capability.ORDERED})
     seed: Tensor

@@ -6,6 +6,7 @@ from adaptrank import layers
 from adaptrank.parameterizations.base import Cost, Parameterization
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.tensor_kinds import TensorKind
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class ResidualOffset(Parameterization):
@@ -24,6 +25,7 @@ class ResidualOffset(Parameterization):
 
     source = "arXiv:2304.01917"
     accepts = layers.LINEAR
+    studied_rate = StudiedRate(1e-2, "docs/results/study_methods_at_defaults.md")
     no_decay = ("d",)
     kinds = {"d": TensorKind.OFFSETS}
 

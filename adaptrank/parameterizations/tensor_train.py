@@ -11,6 +11,7 @@ from adaptrank.parameterizations import tensor_train_cores as trains
 from adaptrank.parameterizations.base import Cost
 from adaptrank.parameterizations.formula import formula
 from adaptrank.parameterizations.low_rank import LowRankUpdate
+from adaptrank.parameterizations.traits import StudiedRate
 
 
 class TensorTrain(LowRankUpdate):
@@ -47,6 +48,7 @@ class TensorTrain(LowRankUpdate):
     """
 
     source = "arXiv:2402.11417"
+    studied_rate = StudiedRate(1e-2, "docs/results/study_methods_at_defaults.md")
     ranges: ClassVar = {"in_modes": COUNT, "out_modes": COUNT}
 
     def __init__(
