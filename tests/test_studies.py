@@ -281,6 +281,25 @@ def test_rows_have_means_deviations_and_paired_tests(tmp_path):
     assert [row["seeds"] for row in found] == [3, 3, 3]
 
 
+def test_finished_runs_are_compared_with_another_baseline(tmp_path, cli):  # noqa: F811
+    made(tmp_path, seeds=[0, 1, 2])
+    call = ("compare", tmp_path / "study.yaml", "--out", tmp_path / "out", "--report")
+    differences = {}
+    for baseline in ("A", "B"):
+        code, _, err = cli(*call, "--baseline", baseline)
+        assert code == 0, err
+        table = json.loads((tmp_path / "out/report/table.json").read_text())
+        differences[baseline] = {(row["method"], row["budget"]): row["difference"] for row in table}
+    (budget,) = {budget for method, budget in differences["A"] if method == "B"}
+    difference = differences["A"]["B", budget]
+    assert difference == pytest.approx(-0.2)
+    assert differences["B"]["A", budget] == pytest.approx(-difference)
+    assert differences["A"]["A", budget] is differences["B"]["B", budget] is None
+    code, _, err = cli(*call, "--baseline", "b")
+    assert code == 2
+    assert "baseline 'b' is none of the methods, which are 'A', 'B'." in err
+
+
 def grid_study(tmp_path, **changes):
     said = {
         "methods": {"A": {}},

@@ -241,7 +241,7 @@ class Participant(LightningShell, TrainerHooks):
         return None
 
     def initialize(self, axes: Axes, evidence: Any) -> None:
-        """Set the tensors of the chosen units from the evidence of the choice."""
+        """Set the tensors of the chosen units from the evidence of the choice, or leave them."""
 
     def check_start(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes at the start of a new run from which it could not act."""

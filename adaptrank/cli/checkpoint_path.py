@@ -31,20 +31,20 @@ def resolve_keyword(path: str | None, folders: Sequence[Path], trainer: Any) -> 
     """
     if path not in KEYWORDS:
         return path
-    found = (newest_of_run(folder) for folder in folders)
-    newest_there = next((file for file in found if file is not None), None)
+    of_runs = [newest_of_run(folder) for folder in folders]
+    of_last_run = next((file for file in of_runs if file is not None), None)
     if path == "last":
-        candidates = [*_in_own_folders(trainer), *([newest_there] if newest_there else [])]
-        last = newest(candidates)
+        own = list(_in_own_folders(trainer))
+        last = newest(own if of_last_run is None else [*own, of_last_run])
         return None if last is None else str(last)
     root = trainer.get("default_root_dir")
-    if path == "hpc" and root is not None and any(Path(root).glob("hpc_ckpt_*.ckpt")):
+    if path == "best":
+        reason = "best is known only while its run trains"
+    elif root is not None and any(Path(root).glob("hpc_ckpt_*.ckpt")):
         return path
-    example = newest_there or "runs/NAME/0/checkpoints/step=60.ckpt"
-    reason = {
-        "best": "best is known only while its run trains",
-        "hpc": "trainer.default_root_dir names no folder with an hpc_ckpt_*.ckpt",
-    }[path]
+    else:
+        reason = "trainer.default_root_dir names no folder with an hpc_ckpt_*.ckpt"
+    example = of_last_run or "runs/NAME/0/checkpoints/step=60.ckpt"
     raise errors.ConfigError(f"ckpt_path: {reason}. Give last, or a file, such as {example}.")
 
 

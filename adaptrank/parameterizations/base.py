@@ -313,32 +313,16 @@ class Parameterization(Wrapper):
 
     # ---- what others ask
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
         """Load as any module does, and say what to do about ranks of another size."""
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        errors = more[-1]
         resizable = {name for axis in self.axes for name, _ in self.axis_tensors(axis)}
         resizable.update(name for stack in self.stacks.values() for name in stack)
-        sentences = [f"size mismatch for {prefix}{name}:" for name in resizable]
-        differ = any(error.startswith(tuple(sentences)) for error in error_msgs)
-        if differ and FIT_FIRST not in error_msgs:
-            error_msgs.append(FIT_FIRST)
+        mismatches = tuple(f"size mismatch for {prefix}{name}:" for name in resizable)
+        differ = any(error.startswith(mismatches) for error in errors)
+        if differ and FIT_FIRST not in errors:
+            errors.append(FIT_FIRST)
 
     def renew(self) -> None:
         """Bring `idle`, and what the method derives from its tensors, up to date.

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from adaptrank._errors import UserError, did_you_mean
+from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank.studies.choices import check_grid, check_search, check_selection, check_sums
 from adaptrank.studies.overlays import Config, contains, map_texts, merge
 from adaptrank.studies.references import check_replays
@@ -230,7 +230,8 @@ def _check_study(study: Study, file: Path) -> None:
     _require(_are_numbers(study.seeds, int), "seeds is a list of numbers", file)
     _require(
         study.baseline is None or study.baseline in study.methods,
-        f"baseline {study.baseline!r} is none of the methods",
+        f"baseline {study.baseline!r} is none of the methods, which are "
+        f"{some(map(repr, study.methods))}",
         file,
     )
     check_selection(study.selection, lambda holds, mistake: _require(holds, mistake, file))

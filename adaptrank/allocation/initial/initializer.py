@@ -48,11 +48,6 @@ class RankInitializer(Participant, ABC, registered=False):
         """Whether it chooses the ranks that a run starts from."""
         return True
 
-    @property
-    def sets_tensors(self) -> bool:
-        """Whether `initialize` sets the tensors of units, so that trained ones would be lost."""
-        return type(self).initialize is not RankInitializer.initialize
-
     @abstractmethod
     def choose(self, axes: Axes, batches: Iterable[Any]) -> Choice:
         """Return the ranks to start from, and the evidence that they rest on.
@@ -61,6 +56,3 @@ class RankInitializer(Participant, ABC, registered=False):
             axes: rank axes of the model, with the sizes that it was built with.
             batches: training batches from the beginning, read lazily.
         """
-
-    def initialize(self, axes: Axes, evidence: Any) -> None:
-        """Set the tensors of the chosen units; by default they stay as they are."""

@@ -41,6 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="FOLDER", help=out)
     add("--seeds", nargs="+", metavar="N", help="instead of the study's, such as 0 1 2 or 0,1,2")
     add("--methods", nargs="+", metavar="NAME", help="only these of the study's methods")
+    baseline = "method to compare the others with, instead of the study's"
+    add("--baseline", metavar="NAME", help=baseline)
     jobs = "points at a time on this machine (1)"
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
     ray = "on a Ray cluster; without an address on one of this machine"
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         _print_plan(study, count)
         return
-    record = _results(out) if options.report else _run(study, out, count, options)
+    record = _results(out, options.baseline) if options.report else _run(study, out, count, options)
     written = write_study(record, out / "report")
     print("\n" + markdown(record, rows(record)))
     print(f"Report: {out / 'report' / 'index.html'} and {len(written) - 1} files beside it")
@@ -80,7 +82,7 @@ def _study(options: argparse.Namespace) -> Any:
         changes["seeds"] = _seeds(options.seeds)
     if options.grid:
         changes["grid"] = dict(map(_grid_values, options.grid))
-    for name in ("metric", "mode"):
+    for name in ("metric", "mode", "baseline"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     study = _study_of(options, changes)
@@ -160,14 +162,15 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def _results(out: Path) -> Any:
-    """Return the results that a study left."""
+def _results(out: Path, baseline: str | None) -> Any:
+    """Return the results that a study left, with another baseline if one is given."""
     from adaptrank.reports.records import read_study_results
 
     file = out / "results.json"
     if not file.is_file():
         raise ConfigError(f"There are no results in {out}. Run the study first.")
-    return read_study_results(file)
+    record = read_study_results(file)
+    return record if baseline is None else {**record, "baseline": baseline}
 
 
 def _run(study: Any, out: Path, count: Callable[..., int], options: argparse.Namespace) -> Any:
