@@ -30,7 +30,8 @@ from adaptrank.artifacts import (
 from adaptrank.artifacts.conventions import agreed
 from adaptrank.backbones import before_end
 from adaptrank.cli.output import next_commands, quote
-from adaptrank.cli.verbs.generate import PromptForm, stop_ids
+from adaptrank.cli.prompt_form import PromptForm
+from adaptrank.cli.verbs.generate import stop_ids
 from adaptrank.data import (
     ArithmeticProblems,
     CausalLMData,

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from test_cli import cli  # noqa: F401
 from test_data_formats import ALPACA, OPENAI, SHAREGPT, TURNS
 from test_data_text import cache, tiny_tokenizer
 from test_data_text import ready as ready_with
@@ -92,7 +93,7 @@ def bart(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(capsys, monkeypatch):
+def generate(cli, monkeypatch):  # noqa: F811
     """Run `generate --json`, and return (exit code, its prompts, their ids, stderr)."""
     seen = []
 
@@ -104,14 +105,8 @@ def generate(capsys, monkeypatch):
 
     def run(*options):
         seen.clear()
-        capsys.readouterr()
-        code = 0
-        try:
-            main(["generate", *map(str, options), "--json"])
-        except SystemExit as leaving:
-            code = leaving.code
-        said = capsys.readouterr()
-        return code, [json.loads(line)["prompt"] for line in said.out.splitlines()], seen, said.err
+        code, out, err = cli("generate", *options, "--json")
+        return code, [json.loads(line)["prompt"] for line in out.splitlines()], seen, err
 
     return run
 

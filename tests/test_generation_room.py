@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from test_cli import cli  # noqa: F401
 from test_conventions import QUIET, causal
 from test_data_text import cache, tiny_tokenizer
 from transformers import (
@@ -37,8 +38,8 @@ from transformers import (
 )
 
 from adaptrank.backbones import position_limit
-from adaptrank.cli.dispatch import main
-from adaptrank.cli.verbs.generate import EncodedPrompt, Room
+from adaptrank.cli.answer_room import Room
+from adaptrank.cli.prompt_form import EncodedPrompt
 from adaptrank.data import CausalLMData, Seq2SeqData
 from adaptrank.injection import adapt
 from adaptrank.modules import Adapter, Seq2Seq
@@ -245,18 +246,12 @@ def test_texts_of_a_decoder_stay_within_its_positions(tiny_bart, tmp_path, caplo
 
 
 @pytest.fixture
-def generate(capsys):
+def generate(cli):  # noqa: F811
     """Run `generate --json`, and return (exit code, lines of JSON, stderr)."""
 
     def run(*options):
-        capsys.readouterr()
-        code = 0
-        try:
-            main(["generate", *map(str, options), "--json"])
-        except SystemExit as leaving:
-            code = leaving.code
-        said = capsys.readouterr()
-        return code, [json.loads(line) for line in said.out.splitlines()], said.err
+        code, out, err = cli("generate", *options, "--json")
+        return code, [json.loads(line) for line in out.splitlines()], err
 
     return run
 
@@ -283,7 +278,7 @@ def test_generate_keeps_the_end_of_a_text_that_is_too_long(tmp_path, generate):
     short = generate(folder, "--prompt", "a" * 14, "--max_new_tokens", "3")[1][0]
     assert rows[1]["completion"] == short["completion"]
     made = Room(16, 16, True, 3).fit(EncodedPrompt("", [1, *range(2, 22)], False), bos=1)
-    assert made[0].ids == [1, *range(9, 22)], "the beginning token stays"
+    assert made.prompt.ids == [1, *range(9, 22)], "the beginning token stays"
 
 
 def test_generate_refuses_a_conversation_that_is_too_long(tmp_path, generate):

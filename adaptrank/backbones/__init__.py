@@ -16,7 +16,7 @@ from adaptrank.backbones.load import (
 )
 from adaptrank.backbones.loading_options import LoadingOptions, read_options
 from adaptrank.backbones.lookup import Source, is_hub_id, resolve
-from adaptrank.backbones.positions import position_limit
+from adaptrank.backbones.positions import longest_prompt, position_limit
 from adaptrank.backbones.quantization import (
     KINDS,
     Quantization,
@@ -57,6 +57,7 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_tokenizer",
+    "longest_prompt",
     "model_on_meta",
     "position_limit",
     "read_options",

@@ -50,6 +50,20 @@ def position_limit(model: "nn.Module", part: str | None = None) -> int | None:
     return min(limits, default=None)
 
 
+def longest_prompt(positions: int, most: int) -> int:
+    """Return the most tokens that a long prompt keeps, so that its answer has room.
+
+    A prompt and its answer may each have half of the positions. What one does not need, the other
+    one gets. The last token of an answer is not read again, so T tokens and an answer of n tokens
+    need T + n - 1 positions.
+
+    Args:
+        positions: number of positions, which prompt and answer share.
+        most: most tokens of the answer.
+    """
+    return max(positions + 1 - most, positions // 2, 1)
+
+
 def _sizes(config: Any) -> set[int]:
     """Return the numbers of positions that a configuration or a part of it names."""
     sizes = set()

@@ -1,11 +1,9 @@
-"""Make room for an answer where a model has a fixed number of positions.
-
-The last token of an answer is not read again, so a prompt of T tokens and an answer of n tokens
-need T + n - 1 positions.
-"""
+"""Make room for the answers of a batch where a model has a fixed number of positions."""
 
 import torch
 from torch import Tensor
+
+from adaptrank.backbones import longest_prompt
 
 
 def cut_prompts(
@@ -13,8 +11,7 @@ def cut_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Return prompts (B, L) and their mask, with the last tokens of those that are too long.
 
-    A prompt and its answer may each have half of the positions. What one does not need, the other
-    one gets. A beginning-of-sequence token stays first.
+    L is at most `longest_prompt(positions, most)`. A beginning-of-sequence token stays first.
 
     Args:
         ids: (B, T) prompts, padded on the left.
@@ -24,7 +21,7 @@ def cut_prompts(
         bos: id of the beginning-of-sequence token, or None.
     """
     length = ids.shape[1]
-    kept = max(positions + 1 - most, positions // 2, 1)
+    kept = longest_prompt(positions, most)
     if length <= kept:
         return ids, mask
     lengths = mask.sum(1)
