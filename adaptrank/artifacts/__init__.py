@@ -46,13 +46,13 @@ from adaptrank.artifacts.merging import merge, rounding_error, unmerge
 from adaptrank.artifacts.rollback import Rollback, unchanged_on_error
 from adaptrank.artifacts.rounding import RoundingLoss
 from adaptrank.artifacts.strict_json import JsonError, parse_json
+from adaptrank.artifacts.trained_module_checks import check_other_adapters, untied
 from adaptrank.artifacts.trainer_files import (
     follow_trainer_files,
     load_best_adapter,
     write_trainer_files,
 )
 from adaptrank.artifacts.weights_file import StoredTensors, find_weights, open_weights
-from adaptrank.artifacts.whole_values import check_other_adapters, untied
 
 __all__ = [
     "CONFIG",

@@ -185,13 +185,13 @@ def prompt_conventions(config: Any) -> Conventions:
         return {}
     kinds: dict[str, type] = {"chat": bool, "system": str, "prompt": str}
     read = {key: stored[key] for key, kind in kinds.items() if isinstance(stored.get(key), kind)}
-    ways = stored.get("columns")
-    if isinstance(ways, list) and all(map(is_way, ways)):
-        read["columns"] = ways
+    settings = stored.get("columns")
+    if isinstance(settings, list) and all(map(are_prompt_settings, settings)):
+        read["columns"] = settings
     return read
 
 
-def is_way(value: Any) -> bool:
+def are_prompt_settings(value: Any) -> bool:
     """Tell whether a value is an entry of `columns`: texts, and yes or no for `null_is_empty`."""
     if not isinstance(value, dict):
         return False

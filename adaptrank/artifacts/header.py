@@ -20,7 +20,7 @@ from adaptrank.artifacts.conventions import (
     GENERATION_KEYS,
     LARGEST_SETTING,
     PROBLEM_TYPES,
-    is_way,
+    are_prompt_settings,
 )
 from adaptrank.artifacts.strict_json import JsonError, is_plain_text, parse_json
 
@@ -243,8 +243,12 @@ def _check_conventions(conventions: Any) -> None:
         fits = isinstance(text, str) and len(text) <= LONGEST_TEXT
         _need(fits, f"conventions.{key} is no short text")
     _need(isinstance(conventions.get("chat", False), bool), "conventions.chat is no yes or no")
-    ways = conventions.get("columns", [])
-    fits = isinstance(ways, list) and len(ways) <= MOST_PARTS and all(map(_is_way, ways))
+    settings = conventions.get("columns", [])
+    fits = (
+        isinstance(settings, list)
+        and len(settings) <= MOST_PARTS
+        and all(map(_are_short_settings, settings))
+    )
     _need(fits, "conventions.columns are no settings of sources")
     for key in ("stop_tokens", "pad_token"):
         tokens = conventions.get(key, {})
@@ -267,12 +271,12 @@ def _is_fact(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _is_way(way: Any) -> bool:
+def _are_short_settings(settings: Any) -> bool:
     """Tell whether a value says how prompts are made of columns."""
-    if not is_way(way):
+    if not are_prompt_settings(settings):
         return False
-    return all(is_plain_text(key, LONGEST_NAME) for key in way) and all(
-        len(text) <= LONGEST_TEXT for text in way.values() if isinstance(text, str)
+    return all(is_plain_text(key, LONGEST_NAME) for key in settings) and all(
+        len(text) <= LONGEST_TEXT for text in settings.values() if isinstance(text, str)
     )
 
 

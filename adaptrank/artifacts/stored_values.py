@@ -18,8 +18,8 @@ from adaptrank.artifacts.contents import (
 )
 from adaptrank.artifacts.header import place_of
 from adaptrank.artifacts.rollback import Rollback
+from adaptrank.artifacts.trained_module_checks import check_other_adapters, check_ties
 from adaptrank.artifacts.weights_file import DTYPES, StoredTensors
-from adaptrank.artifacts.whole_values import check_other_adapters, check_ties
 from adaptrank.axes import fit_ranks, natural, rank_axes
 from adaptrank.injection import record_trained
 from adaptrank.parameterizations import (

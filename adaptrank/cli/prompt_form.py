@@ -74,7 +74,7 @@ class PromptForm:
         from adaptrank.data import file_prompts
 
         rows = file_prompts(
-            file, template=self.template, ways=self.columns, chat=self.chat, raw=self.raw
+            file, template=self.template, recorded=self.columns, chat=self.chat, raw=self.raw
         )
         prompts = []
         for k, row in enumerate(rows):

@@ -91,7 +91,7 @@ class CompletionTask(PackedTask):
     def prompt_columns(self) -> list[dict[str, str | bool]]:
         """How the training sources make prompts of their columns, or [] where no source says so.
 
-        There is one entry for each way: {field of `Source`: its value}.
+        There is one entry for each kind of source: {field of `Source`: its value}.
         """
         return []
 

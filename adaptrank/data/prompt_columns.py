@@ -7,7 +7,7 @@ from adaptrank.data.formats import CONVERSATION_COLUMNS
 from adaptrank.data.prompts import gaps_of
 from adaptrank.data.sources import Source
 
-Way = Mapping[str, str | bool]
+PromptSettings = Mapping[str, str | bool]
 """How prompts are made of columns: {field of `Source`: its value}."""
 
 PROMPT_FIELDS = ("prompt", "messages", "tools", "system", "format", "null_is_empty")
@@ -17,30 +17,30 @@ KNOWN_COLUMNS = ("prompt", *CONVERSATION_COLUMNS, "instruction")
 """Columns that are read without any setting."""
 
 
-MOST_WAYS = 64
-"""Most ways that an adapter's file may record."""
+MOST_RECORDED = 64
+"""Most settings that an adapter's file may record."""
 
 
 def prompt_columns(sources: Sequence[Source]) -> list[dict[str, str | bool]]:
-    """Return the different ways in which sources make prompts, or [] without any setting."""
-    ways: list[dict[str, str | bool]] = []
+    """Return the different settings by which sources make prompts, or [] without any."""
+    recorded: list[dict[str, str | bool]] = []
     for source in sources:
         # Plain text has no prompts.
         if source.format == "text" or source.text is not None:
             continue
-        way = {}
+        settings = {}
         for field in PROMPT_FIELDS:
             value = getattr(source, field)
             if value is not None and value is not False and value != "auto":
-                way[field] = value
-        if way not in ways:
-            ways.append(way)
-    return ways if any(ways) and len(ways) <= MOST_WAYS else []
+                settings[field] = value
+        if settings not in recorded:
+            recorded.append(settings)
+    return recorded if any(recorded) and len(recorded) <= MOST_RECORDED else []
 
 
-def fits_columns(way: Way, columns: Sequence[str]) -> bool:
-    """Tell whether a table has the columns that a way of making prompts reads."""
-    templates = [str(way[field]) for field in ("prompt", "messages") if field in way]
+def fits_columns(settings: PromptSettings, columns: Sequence[str]) -> bool:
+    """Tell whether a table has the columns that such settings read."""
+    templates = [str(settings[field]) for field in ("prompt", "messages") if field in settings]
     if templates:
         return all(_has_columns(template, columns) for template in templates)
     by_format: dict[str | bool, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ def fits_columns(way: Way, columns: Sequence[str]) -> bool:
         "alpaca": ("instruction",),
         "prompt_completion": ("prompt",),
     }
-    needed = by_format.get(way.get("format", ""), KNOWN_COLUMNS)
+    needed = by_format.get(settings.get("format", ""), KNOWN_COLUMNS)
     return any(column in columns for column in needed)
 
 

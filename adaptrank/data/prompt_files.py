@@ -11,7 +11,7 @@ from adaptrank.data.files import load_file
 from adaptrank.data.formats import check_format, recognize
 from adaptrank.data.instructions import PROMPT
 from adaptrank.data.locations import kind_of
-from adaptrank.data.prompt_columns import KNOWN_COLUMNS, PROMPT_FIELDS, Way, fits_columns
+from adaptrank.data.prompt_columns import KNOWN_COLUMNS, PROMPT_FIELDS, PromptSettings, fits_columns
 from adaptrank.data.prompts import fill_prompt
 from adaptrank.data.sources import Source
 from adaptrank.data.task import Row
@@ -26,7 +26,7 @@ def file_prompts(
     file: Path,
     *,
     template: str | None = None,
-    ways: Sequence[Way] = (),
+    recorded: Sequence[PromptSettings] = (),
     chat: bool = False,
     raw: bool = False,
 ) -> list[Row]:
@@ -38,7 +38,7 @@ def file_prompts(
     Args:
         file: the file.
         template: format string of training's prompts.
-        ways: how training made prompts of columns (see `prompt_columns`).
+        recorded: how training made prompts of columns (see `prompt_columns`).
         chat: make conversations of instructions.
         raw: take the column `prompt` as it is.
 
@@ -54,7 +54,7 @@ def file_prompts(
         template = None
         source = _raw_source(columns, path)
     else:
-        source = _fitting_source(columns, path, template, ways)
+        source = _fitting_source(columns, path, template, recorded)
     layout = recognize(columns, source, complete=False)
     rows = completion_rows(table, layout, chat=chat, complete=False)
     tell_of(layout, table)
@@ -75,14 +75,14 @@ def _raw_source(columns: Sequence[str], path: str) -> Source:
 
 
 def _fitting_source(
-    columns: Sequence[str], path: str, template: str | None, ways: Sequence[Way]
+    columns: Sequence[str], path: str, template: str | None, recorded: Sequence[PromptSettings]
 ) -> Source:
     """Return a source that reads a table as training read its own."""
-    if not ways and template not in (None, PROMPT):
+    if not recorded and template not in (None, PROMPT):
         # Adapters of earlier versions, and data without files, record the template alone. For
         # instructions it is that of a row without an input.
-        ways = [{"prompt": str(template)}]
-    fitting = [way for way in ways if fits_columns(way, columns)]
+        recorded = [{"prompt": str(template)}]
+    fitting = [settings for settings in recorded if fits_columns(settings, columns)]
     if len(fitting) > 1:
         raise UserError(
             f"{path!r} fits several sources of training by its columns {list(columns)}: "
@@ -96,7 +96,9 @@ def _fitting_source(
         check_format(settings.get("format"))
         return Source(path, **settings)
     if not any(column in columns for column in KNOWN_COLUMNS):
-        trained = [repr(way[key]) for way in ways for key in ("prompt", "messages") if key in way]
+        trained = []
+        for each in recorded:
+            trained += [repr(each[key]) for key in ("prompt", "messages") if key in each]
         of_training = f"the columns of training ({', '.join(trained)}) or " if trained else ""
         raise UserError(
             f"{path!r} has the columns {list(columns)}, and no prompts. It needs {of_training}a "

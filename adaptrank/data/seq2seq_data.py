@@ -61,7 +61,7 @@ class Seq2SeqData(Seq2SeqTask):
 
     @property
     def prompt_columns(self) -> list[dict[str, str | bool]]:
-        ways = []
+        sources = []
         for source in self._sources.training:
             template = "source" if source.source is None else source.source
             if self.prefix:
@@ -70,8 +70,8 @@ class Seq2SeqData(Seq2SeqTask):
                 if template and not gaps_of(template) and gaps_of(whole) != [template]:
                     continue
                 template = escaped(self.prefix) + whole
-            ways.append(Source(source.path, prompt=template, null_is_empty=source.null_is_empty))
-        return prompt_columns(ways)
+            sources.append(Source(source.path, prompt=template, null_is_empty=source.null_is_empty))
+        return prompt_columns(sources)
 
     def rows(self, split: Split) -> list[Row] | None:
         fields = ("source",) if split == "predict" else ("source", "target")
