@@ -112,11 +112,13 @@ def _files_of_folder(path: str, folder: Path, split: str) -> tuple[list[Path], O
         return rest, Origin()
     doubtful = [file for file in rest if has_split_word(stem_of(file))]
     if doubtful:
+        names = _names(doubtful)
+        example = next((name for name in names if "train" in name.lower()), names[0])
         raise UserError(
             f"The folder {path!r} has no file that is named after the train split, and "
-            f"{quoted(_names(doubtful))} may belong to one. Begin or end such names with the word "
+            f"{quoted(names)} may belong to one. Begin or end such names with the word "
             "of one split, as in train.jsonl and gsm_test.jsonl, or give the path of one file, "
-            f"such as {str(Path(path) / doubtful[0].name)!r}."
+            f"such as {str(Path(path) / example)!r}."
         )
     is_rest = len(rest) < len(files)
     return rest, Origin(_names(rest) if is_rest else (), is_rest=is_rest)

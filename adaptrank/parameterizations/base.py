@@ -321,7 +321,8 @@ class Parameterization(Wrapper):
         resizable.update(name for stack in self.stacks.values() for name in stack)
         mismatches = tuple(f"size mismatch for {prefix}{name}:" for name in resizable)
         differ = any(error.startswith(mismatches) for error in errors)
-        if differ and FIT_FIRST not in errors:
+        is_explained = any(not error.startswith("size mismatch") for error in errors)
+        if differ and not is_explained:
             errors.append(FIT_FIRST)
 
     def renew(self) -> None:
