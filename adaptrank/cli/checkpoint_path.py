@@ -1,36 +1,62 @@
 """The option `ckpt_path`: a checkpoint that is read before minutes of building."""
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaptrank._errors import UserError
 from adaptrank.checkpoints import check_form, read_checkpoint
 from adaptrank.cli import errors
-from adaptrank.cli.past_runs import newest, newest_of_run
+from adaptrank.cli.output import say
+from adaptrank.cli.past_runs import newest, newest_of_run, past_runs
 
 KEYWORDS = ("best", "last", "hpc")
 """Values in place of a path. Lightning looks for them in the folder of the run that starts."""
 
 
-def resolve_keyword(path: str | None, folders: Sequence[Path], trainer: Any) -> str | None:
+def find_checkpoint(options: Mapping[str, Any], config: str | None, resumes: bool) -> str | None:
+    """Return the path of a checkpoint, which may be given by a keyword such as "last".
+
+    Args:
+        options: the configuration, of which `ckpt_path`, `runs` and `trainer` are read.
+        config: the last configuration file, or None.
+        resumes: whether a run is to go on from it. Without one it then starts anew, and says so.
+    Raises:
+        ConfigError: if a keyword finds no file.
+    """
+    path = options.get("ckpt_path")
+    if path not in KEYWORDS:
+        return path
+    config = config or "config.yaml"
+    folders = past_runs(Path(config), Path(options["runs"]))
+    found = resolve_keyword(path, folders, options["trainer"])
+    nothing = f"ckpt_path: no run of {config} has left a checkpoint"
+    if found is None and not resumes:
+        raise errors.ConfigError(
+            f"{nothing}. Give the path of one, such as runs/NAME/0/checkpoints/step=60.ckpt."
+        )
+    if resumes:
+        new = f"{nothing}, so training starts anew."
+        say(new if found is None else f"Goes on from the checkpoint {found}")
+    return found
+
+
+def resolve_keyword(path: str, folders: Sequence[Path], trainer: Any) -> str | None:
     """Return the path of a checkpoint that is named by a keyword.
 
     A run starts in a folder of its own. So its checkpoints of before are in other folders, where
     Lightning does not look.
 
     Args:
-        path: value of `ckpt_path`. All but "last", "best" and "hpc" are returned as they are.
+        path: "last", "best" or "hpc".
         folders: folders of earlier runs, the nearest first.
         trainer: the section `trainer` of the configuration.
     Returns:
-        The path, or None if "last" finds no checkpoint.
+        The path, or None if "last" finds no checkpoint. Lightning finds that of "hpc" itself.
     Raises:
         ConfigError: for "best", and for "hpc" if there is no such file.
     """
-    if path not in KEYWORDS:
-        return path
     of_runs = [newest_of_run(folder) for folder in folders]
     of_last_run = next((file for file in of_runs if file is not None), None)
     if path == "last":

@@ -25,7 +25,7 @@ from adaptrank.artifacts.run import JsonlLogger, RunFiles, discard_unbegun, new_
 from adaptrank.cli import errors
 from adaptrank.cli.adapter_path import check_adapter_path
 from adaptrank.cli.callbacks import Begins, DataReady, Interrupt, SaveConfig
-from adaptrank.cli.checkpoint_path import check_checkpoint_path, resolve_keyword
+from adaptrank.cli.checkpoint_path import check_checkpoint_path, find_checkpoint
 from adaptrank.cli.early_check import PREFIX
 from adaptrank.cli.ending import explain, finish, interrupted, leave, lost
 from adaptrank.cli.loggers import keep_checkpoints_in, loggers_in, make_logger
@@ -42,7 +42,6 @@ from adaptrank.cli.output import (
 )
 from adaptrank.cli.parser import Parser
 from adaptrank.cli.participants import checkpoints, participants, which_weights
-from adaptrank.cli.past_runs import past_runs
 from adaptrank.cli.progress import progress
 from adaptrank.cli.quiet import quiet
 from adaptrank.cli.scored import Scored, rows_scored, scored
@@ -151,27 +150,10 @@ class AdaptrankCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint's file, and check it before minutes of building."""
         options = self.config[self.verb]
-        options["ckpt_path"] = self._find_checkpoint(options.get("ckpt_path"))
-        weights_only = options.get("weights_only") is not False
-        check_checkpoint_path(options.get("ckpt_path"), weights_only, self.verb == "fit")
-
-    def _find_checkpoint(self, path: str | None) -> str | None:
-        """Return the path of a checkpoint, which may be given by a keyword such as "last"."""
-        config = self._config_file() or "config.yaml"
-        options = self.config[self.verb]
-        folders = past_runs(Path(config), Path(options["runs"]))
-        found = resolve_keyword(path, folders, options["trainer"])
-        if path is not None and found is None:
-            nothing = f"ckpt_path: no run of {config} has left a checkpoint"
-            if self.verb != "fit":
-                raise errors.ConfigError(
-                    f"{nothing}. Give the path of one, such as "
-                    f"runs/NAME/0/checkpoints/step=60.ckpt."
-                )
-            say(f"{nothing}, so training starts anew.")
-        elif found != path and self.verb == "fit":
-            say(f"Goes on from the checkpoint {found}")
-        return found
+        resumes = self.verb == "fit"
+        path = find_checkpoint(options, self._config_file(), resumes)
+        check_checkpoint_path(path, options.get("weights_only") is not False, resumes)
+        options["ckpt_path"] = path
 
     def _config_file(self) -> str | None:
         """Return the last configuration file of the command line, or None."""

@@ -13,16 +13,15 @@ import numpy as np
 from adaptrank._errors import UserError, did_you_mean, some
 from adaptrank.data.arrow_tables import ArrowPart, DatasetPart
 from adaptrank.data.files import load_split, take_rows
+from adaptrank.data.image_folders import (
+    folders_of_split,
+    origin_of,
+    split_folders,
+    visible_folders,
+)
 from adaptrank.data.images import ENDINGS, StoredImage, as_bytes
 from adaptrank.data.locations import kind_of, suggest_beside
 from adaptrank.data.sources import Source
-from adaptrank.data.split_names import (
-    SPLIT_NAMES,
-    Origin,
-    is_split_name,
-    names_of_split,
-    split_of,
-)
 from adaptrank.data.tables import Part, RawRow, Table
 from adaptrank.data.values import Unquoted
 
@@ -60,13 +59,13 @@ def load_images(source: Source, split: str) -> Table | None:
     if path.suffix.lower() == ".npz" or path.suffix.lower() in ENDINGS:
         return _of_one_split(_parts_of_file(source, path), source, split)
     if path.is_dir():
-        folders = _folders_of_split(path, name)
+        folders = folders_of_split(path, name)
         if folders:
             parts = _parts_of_folders(folders, source)
             if parts is not None:
-                table = Table(parts, origin=_origin(path, folders))
+                table = Table(parts, origin=origin_of(path, folders))
                 return take_rows(table, source.path, name, instruction)
-        elif _split_folders(path):
+        elif split_folders(path):
             _check_split(source, path, name)
             return None
         else:
@@ -98,53 +97,6 @@ def _check_split(source: Source, path: Path, name: str) -> None:
 # ---- folders
 
 
-def _folders_of_split(path: Path, name: str) -> list[Path]:
-    """Return the folders of a split in a folder, or [] if there are none.
-
-    Raises:
-        UserError: if several words name the split, such as "dev" and "eval".
-    """
-    if name not in SPLIT_NAMES:
-        return [child for child in _visible_folders(path) if child.name.lower() == name.lower()]
-    folders = _split_folders(path)
-    names = [folder.name for folder in folders]
-    return [folders[k] for k in names_of_split(names, name, str(path))]
-
-
-def _split_folders(path: Path) -> list[Path]:
-    """Return the folders in a folder that are splits rather than classes.
-
-    A whole name counts, such as "Training". A class may be called "express_train". So names of
-    which only a part names a split count where they name training data and another split.
-    """
-    folders = _visible_folders(path)
-    whole = [folder for folder in folders if is_split_name(folder.name)]
-    if whole:
-        return whole
-    partly = [folder for folder in folders if split_of(folder.name) is not None]
-    splits = {split_of(folder.name) for folder in partly}
-    return partly if "train" in splits and len(splits) > 1 else []
-
-
-def _origin(path: Path, folders: Sequence[Path]) -> Origin:
-    """Return the names of the folders of a split, and those of data beside all splits."""
-    of_splits = _split_folders(path)
-    unread = [
-        child.name
-        for child in sorted(path.iterdir())
-        if child not in of_splits and (_is_visible_folder(child) or _is_table(child))
-    ]
-    return Origin(tuple(folder.name for folder in folders), tuple(unread))
-
-
-def _is_table(file: Path) -> bool:
-    return kind_of(file) not in (None, "text") and not file.name.startswith(".")
-
-
-def _visible_folders(path: Path) -> list[Path]:
-    return [child for child in sorted(path.iterdir()) if _is_visible_folder(child)]
-
-
 def _parts_of_folders(folders: Sequence[Path], source: Source) -> list[Part] | None:
     """Return the images of the folders of a split, or None if one holds another kind of data."""
     several = [_parts_of_folder(folder, source) for folder in folders]
@@ -167,7 +119,7 @@ def _parts_of_folder(folder: Path, source: Source) -> list[Part] | None:
         table = load_split(Source(str(metadata[0])), "train")
         assert table is not None
         return [_PathPart(part, folder, source.image) for part in table.parts]
-    labelled = _labelled_files(_visible_folders(folder))
+    labelled = _labelled_files(visible_folders(folder))
     if labelled:
         return [FilePart([file for file, _ in labelled], [label for _, label in labelled])]
     images = [file for file in sorted(folder.iterdir()) if _is_image(file)]
@@ -176,10 +128,6 @@ def _parts_of_folder(folder: Path, source: Source) -> list[Part] | None:
 
 def _is_metadata(file: Path) -> bool:
     return file.name.partition(".")[0].lower() == METADATA and kind_of(file) is not None
-
-
-def _is_visible_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
 
 
 def _is_image(file: Path) -> bool:
